@@ -1,0 +1,296 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Typed settings: the layer's options, a model's shape, the card beside a checkpoint, recipe files.
+
+The dataclasses whose fields carry a docstring become Megatron argument groups (``hydra_mcore.train``).
+Source marks: [paper] arXiv 2606.20097, [HALO] arXiv 2601.22156, [ours] where neither says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import inspect
+import json
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from hydra_mcore.heads import HeadMap, InputError, write_json
+
+CARD_NAME = "model.json"
+CARD_FORMAT = 1
+
+
+class ConfigError(InputError):
+    """A setting or a checkpoint that cannot be used."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class HydraOptions:
+    """How a HydraHead layer computes: every choice the paper leaves open, and every ablation it reports."""
+
+    fa_position: Literal["nope", "rope"] = "nope"
+    """Positions of FA heads: none, or rotary [paper: nope]."""
+    fa_log_scale: Literal["never", "extend", "always"] = "extend"
+    """When FA queries are multiplied by ln(t+a)/ln(a): never, from stage extend on (and at inference), or always [HALO, ours]."""
+    fa_log_scale_base: float = 500.0
+    """The a of the log-position scale, in tokens [paper: 500]."""
+    fa_gate: Literal["none", "elementwise", "headwise"] = "elementwise"
+    """Output gate of FA heads, computed from the layer's input [HALO: elementwise]."""
+    gdn_position: Literal["rope", "nope"] = "rope"
+    """Positions of GDN heads [paper: rope]."""
+    gdn_qk_norm: Literal["rms", "none"] = "rms"
+    """RMSNorm of GDN queries and keys before rotary and L2 norm [HALO: rms]."""
+    gdn_conv_kernel: int = 4
+    """Taps of the causal short convolution on q, k and v of GDN heads, identity at the start; 0 for none [paper keeps it; size ours]."""
+    gdn_conv_activation: Literal["none", "silu"] = "none"
+    """Activation after the short convolution; silu gives up the identity start [ours: none]."""
+    gdn_write_max: float = 1.0
+    """The write gate is gdn_write_max * sigmoid; 2 allows negative eigenvalues [HALO: 2; ours: 1]."""
+    gdn_half_life: float = 69.0
+    """Tokens after which a GDN state has decayed to half at the start of training [ours: long memory]."""
+    gdn_gate: Literal["none", "elementwise", "headwise"] = "none"
+    """Output gate of GDN heads [HALO: optional]."""
+    gdn_kv: Literal["per_head", "per_group"] = "per_head"
+    """Keys and values of GDN heads: each its own copy, or shared in the group as in the teacher [paper: per_head]."""
+    qkv: Literal["separate", "shared"] = "separate"
+    """K/V projections of the two branches: separate, or one for both, which implies gdn_kv per_group [paper: separate]."""
+    gate_activation: Literal["sigmoid", "silu"] = "sigmoid"
+    """Activation of the output gates [HALO: sigmoid]."""
+    gate_order: Literal["before_norm", "after_norm"] = "before_norm"
+    """Whether output gates act before or after the per-head norm [ours: before]."""
+    fusion: Literal["scale", "norm", "none", "competition"] = "scale"
+    """Per-head norm and learned scale; norm only; neither; or norm, scale and a softmax over heads [paper: scale]."""
+    fusion_norm_weight: Literal["branch", "none"] = "branch"
+    """Learned weight of the fusion norm: one vector per branch, or none [ours: branch]."""
+
+    def __post_init__(self) -> None:
+        for name, hint in _literal_choices(type(self)).items():
+            if getattr(self, name) not in hint:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(map(repr, hint))}")
+        if self.gdn_conv_kernel < 0:
+            raise ConfigError(f"gdn_conv_kernel is {self.gdn_conv_kernel}; it counts taps, 0 for no convolution")
+        if not 0.0 < self.gdn_write_max <= 2.0:
+            raise ConfigError(f"gdn_write_max is {self.gdn_write_max}; the delta rule is stable for 0 < max <= 2")
+        if self.fa_log_scale_base <= 1.0 or self.gdn_half_life <= 0.0:
+            raise ConfigError("fa_log_scale_base must exceed 1 and gdn_half_life 0")
+        if self.qkv == "shared" and self.gdn_kv == "per_head":
+            raise ConfigError("qkv 'shared' keeps the teacher's groups: set gdn_kv to 'per_group'")
+
+    @classmethod
+    def teacher(cls) -> HydraOptions:
+        """The options under which an all-FA model is the pretrained one."""
+        return cls(fa_position="rope", fa_log_scale="never", fa_gate="none", fusion="none")
+
+    def log_scale_in(self, stage: str) -> bool:
+        """Whether FA queries are scaled in a stage (align, distill, extend) or at "inference"."""
+        return self.fa_log_scale == "always" or (self.fa_log_scale == "extend" and stage in ("extend", "inference"))
+
+
+@dataclass(kw_only=True, frozen=True)
+class ModelShape:
+    """The shape of a decoder-only model with grouped-query attention and a gated MLP."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_groups: int
+    head_dim: int
+    ffn_hidden_size: int
+    vocab_size: int
+    native_length: int
+    rope_theta: float = 1e6
+    norm_epsilon: float = 1e-6
+    tied_embeddings: bool = True
+    qk_norm: bool = True
+
+    def to_recipe(self) -> dict[str, Any]:
+        """The same facts as Megatron flags, in recipe form."""
+        return {
+            "num-layers": self.num_layers,
+            "hidden-size": self.hidden_size,
+            "num-attention-heads": self.num_heads,
+            "group-query-attention": True,
+            "num-query-groups": self.num_kv_groups,
+            "kv-channels": self.head_dim,
+            "ffn-hidden-size": self.ffn_hidden_size,
+            "vocab-size": self.vocab_size,
+            "make-vocab-size-divisible-by": 1,
+            "rotary-base": int(self.rope_theta),
+            "norm-epsilon": self.norm_epsilon,
+            "untie-embeddings-and-output-weights": not self.tied_embeddings,
+            "qk-layernorm": self.qk_norm,
+            "position-embedding-type": "rope",
+            "normalization": "RMSNorm",
+            "swiglu": True,
+            "disable-bias-linear": True,
+            "attention-dropout": 0.0,
+            "hidden-dropout": 0.0,
+        }
+
+
+@dataclass(kw_only=True, frozen=True)
+class ModelCard:
+    """What stands in ``model.json`` beside a checkpoint: all that is needed to build its model.
+
+    ``fingerprint`` names the pretrained weights the model descends from (sha256 over names, shapes and
+    values in Hugging Face order), so a head map made for another teacher is noticed.
+    """
+
+    shape: ModelShape
+    head_map: HeadMap
+    options: HydraOptions
+    fingerprint: str
+    stage: str = "teacher"
+
+    def save(self, checkpoint_dir: str | Path) -> None:
+        write_json(
+            Path(checkpoint_dir) / CARD_NAME,
+            {
+                "format": CARD_FORMAT,
+                "stage": self.stage,
+                "fingerprint": self.fingerprint,
+                "shape": dataclasses.asdict(self.shape),
+                "options": dataclasses.asdict(self.options),
+                "head_map": self.head_map.to_dict(),
+            },
+        )
+
+    @classmethod
+    def load(cls, checkpoint_dir: str | Path) -> ModelCard:
+        """Read a checkpoint's card; raises ConfigError (or HeadMapError) naming what is wrong."""
+        path = Path(checkpoint_dir) / CARD_NAME
+        try:
+            raw = json.loads(path.read_text())
+        except OSError:
+            raise ConfigError(f"{checkpoint_dir}: no {CARD_NAME}, so not a hydra_mcore checkpoint; make one with tools/convert.py import") from None
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path}: not JSON ({error})") from None
+        if raw.get("format") != CARD_FORMAT:
+            raise ConfigError(f"{path}: format {raw.get('format')!r}, this version reads {CARD_FORMAT}")
+        try:
+            return cls(
+                shape=ModelShape(**raw["shape"]),
+                head_map=HeadMap.from_dict(raw["head_map"]),
+                options=HydraOptions(**raw["options"]),
+                fingerprint=raw["fingerprint"],
+                stage=raw["stage"],
+            )
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"{path}: {error}; written by another version?") from None
+
+    def check_head_map(self, head_map: HeadMap) -> None:
+        """Raise ConfigError when a head map was made for another model, naming the difference."""
+        mine = (self.shape.num_layers, self.shape.num_heads, self.shape.num_kv_groups)
+        theirs = (head_map.num_layers, head_map.num_heads, head_map.num_kv_groups)
+        if mine != theirs:
+            raise ConfigError(
+                "the head map is for another model: it has {} layers, {} heads, {} kv groups; the teacher has {}, {}, {}".format(*theirs, *mine)
+            )
+        if head_map.fingerprint and head_map.fingerprint != self.fingerprint:
+            raise ConfigError(
+                f"the head map was made for teacher {head_map.fingerprint[:12]}, this one is {self.fingerprint[:12]}; select heads for this teacher"
+            )
+
+
+@dataclass(kw_only=True, frozen=True)
+class StageOptions:
+    """Which stage of the transfer runs, on which checkpoints, with which loss."""
+
+    stage: Literal["align", "distill", "extend"] = "align"
+    """Stage of the transfer: align heads to the teacher, distill its logits, or extend to long context [paper]."""
+    run_dir: str = ""
+    """Folder of the run: <run_dir>/student is where align starts, <run_dir>/<stage> is what each stage writes."""
+    teacher: str = ""
+    """Checkpoint folder of the imported teacher (align and distill)."""
+    start_from: str = ""
+    """Checkpoint folder to start from instead of the previous stage of run_dir."""
+    align_loss: Literal["relative", "squared"] = "relative"
+    """Per-layer squared error divided by the teacher's own square, or as it is (paper Eq 15) [ours: relative]."""
+    kl_weight: float = 1.0
+    """Weight of KL(teacher, student) in distill (paper Eq 16) [ours: 1.0]."""
+    ce_weight: float = 0.1
+    """Weight of the next-token cross-entropy in distill (paper Eq 16) [ours: 0.1]."""
+    kl_temperature: float = 1.0
+    """Temperature of both distributions in the KL [HALO: 1]."""
+    dry_run: bool = False
+    """Print the resolved settings and stop before anything is built."""
+
+    def __post_init__(self) -> None:
+        for name, choices in _literal_choices(type(self)).items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
+        if self.kl_temperature <= 0 or min(self.kl_weight, self.ce_weight) < 0:
+            raise ConfigError("kl_temperature must be positive and the loss weights not negative")
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The docstring under each field of a dataclass, read from its source (Python keeps none at run time)."""
+    body = ast.parse(inspect.cleandoc(inspect.getsource(cls))).body[0].body
+    return {
+        field.target.id: doc.value.value
+        for field, doc in zip(body, body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant)
+    }
+
+
+def _literal_choices(cls: type) -> dict[str, tuple[Any, ...]]:
+    """The allowed values of each Literal field of a dataclass."""
+    hints = typing.get_type_hints(cls)
+    return {name: typing.get_args(hint) for name, hint in hints.items() if typing.get_origin(hint) is Literal}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A YAML file of flags: top-level keys hold for all stages, those under a stage's name for that stage."""
+
+    path: Path
+    values: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: str | Path, stage: str) -> Recipe:
+        """Read a recipe and lay the stage's own section over it; raises ConfigError for a broken file."""
+        try:
+            raw = yaml.safe_load(Path(path).read_text()) or {}
+        except OSError as error:
+            raise ConfigError(f"recipe {path}: {error.strerror}") from None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"recipe {path}: not YAML ({str(error).splitlines()[0]})") from None
+        if not isinstance(raw, dict):
+            raise ConfigError(f"recipe {path}: expected 'key: value' lines")
+        sections = {name: raw.pop(name, None) or {} for name in ("align", "distill", "extend")}
+        return cls(path=Path(path), values={**raw, **sections[stage]})
+
+    def to_flags(self, parser: argparse.ArgumentParser) -> list[str]:
+        """Flatten into command-line flags that ``parser`` knows; raises ConfigError for an unknown key."""
+        flags: list[str] = []
+        for key, value in self.values.items():
+            flags += self._flag(parser, key, value)
+        return flags
+
+    def _flag(self, parser: argparse.ArgumentParser, key: str, value: Any) -> list[str]:
+        known = parser._option_string_actions  # argparse offers no public list of its options
+        by_flag = known.get("--" + key.replace("_", "-"))
+        by_dest = [action for action in known.values() if action.dest == key.replace("-", "_")]
+        actions = [by_flag] if by_flag is not None else by_dest
+        if not actions:
+            near = difflib.get_close_matches(key.replace("_", "-"), [name[2:] for name in known], n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"recipe {self.path}: unknown key {key!r}{hint}")
+        if isinstance(value, bool):
+            switches = [action for action in actions if action.nargs == 0]
+            if not switches:
+                raise ConfigError(f"recipe {self.path}: {key!r} takes a value, not {str(value).lower()}")
+            if by_flag is not None:
+                return [switches[0].option_strings[0]] if value else []
+            return next(([action.option_strings[0]] for action in switches if action.const == value), [])
+        if value is None:
+            return []
+        items = value if isinstance(value, list) else [value]
+        return [actions[0].option_strings[0], *(str(item) for item in items)]

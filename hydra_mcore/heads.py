@@ -1,0 +1,257 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Which head does what, and which tensor-parallel rank owns it. Pure values: no torch, no communication.
+
+Shape suffixes used in the whole package (``q_sbhd`` is a query of shape [s, b, h, d]):
+
+    s  sequence          h  query heads (HF order, or a rank's own order: FA heads, then GDN heads)
+    b  batch             g  key/value groups of grouped-query attention
+    m  model width       d  key dimension of a head       v  value dimension of a head
+    w  vocabulary        n  packed documents
+
+``layer_idx`` and ``head_idx`` count from 0 over the whole model, heads in Hugging Face query-head order.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+HEAD_MAP_FORMAT = 1
+
+
+class HeadRole(enum.StrEnum):
+    """What a head computes: full attention or the gated delta rule."""
+
+    FA = "fa"
+    GDN = "gdn"
+
+
+class InputError(ValueError):
+    """Something a user gave that cannot be used; one line that names the cause and the mend. Doors exit 2 on it."""
+
+
+class HeadMapError(InputError):
+    """A head map that cannot be used."""
+
+
+@dataclass(frozen=True)
+class LayerHeads:
+    """The heads of one layer, split by role; together they are every head exactly once."""
+
+    fa: tuple[int, ...]
+    gdn: tuple[int, ...]
+
+    @classmethod
+    def from_fa(cls, fa: Iterable[int], num_heads: int) -> LayerHeads:
+        """Keep ``fa`` as full attention, make all other heads GDN."""
+        kept = tuple(sorted(fa))
+        return cls(fa=kept, gdn=tuple(h for h in range(num_heads) if h not in set(kept)))
+
+    def validate(self, layer_idx: int, num_heads: int) -> None:
+        """Raise HeadMapError unless every head of the layer is listed exactly once."""
+        listed = self.fa + self.gdn
+        for head_idx in listed:
+            if not (isinstance(head_idx, int) and 0 <= head_idx < num_heads):
+                raise HeadMapError(f"head map: layer {layer_idx} lists head {head_idx}; heads are 0 to {num_heads - 1}")
+        doubled = sorted({h for h in listed if listed.count(h) > 1})
+        if doubled:
+            raise HeadMapError(f"head map: layer {layer_idx} lists head {doubled[0]} twice; give it one role")
+        missing = sorted(set(range(num_heads)) - set(listed))
+        if missing:
+            raise HeadMapError(f"head map: layer {layer_idx} lacks head {missing[0]}; give it a role, fa or gdn")
+
+
+@dataclass(frozen=True)
+class HeadMap:
+    """The role of every head of a model, and how the choice was made.
+
+    ``fingerprint`` is that of the teacher the map was made for (see ``ModelCard``); empty means any
+    model of this shape. ``made_by`` is free provenance: probes, seeds, versions.
+    """
+
+    num_heads: int
+    num_kv_groups: int
+    layers: tuple[LayerHeads, ...]
+    fingerprint: str = ""
+    strategy: str = "fixed"
+    made_by: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.num_heads < 1 or self.num_kv_groups < 1 or self.num_heads % self.num_kv_groups:
+            raise HeadMapError(f"head map: {self.num_heads} heads do not divide into {self.num_kv_groups} kv groups")
+        if not self.layers:
+            raise HeadMapError("head map: no layers")
+        for layer_idx, layer in enumerate(self.layers):
+            layer.validate(layer_idx, self.num_heads)
+
+    @classmethod
+    def from_fa(
+        cls, fa_heads: Iterable[tuple[int, int]], num_layers: int, num_heads: int, num_kv_groups: int, **facts: Any
+    ) -> HeadMap:
+        """A map from the (layer_idx, head_idx) pairs that keep full attention."""
+        pairs = set(fa_heads)
+        for layer_idx, head_idx in pairs:
+            if not (0 <= layer_idx < num_layers and 0 <= head_idx < num_heads):
+                raise HeadMapError(f"head map: no head {head_idx} in layer {layer_idx} of a {num_layers} x {num_heads} model")
+        layers = tuple(
+            LayerHeads.from_fa((h for layer, h in pairs if layer == layer_idx), num_heads) for layer_idx in range(num_layers)
+        )
+        return cls(num_heads=num_heads, num_kv_groups=num_kv_groups, layers=layers, **facts)
+
+    @classmethod
+    def all_fa(cls, num_layers: int, num_heads: int, num_kv_groups: int) -> HeadMap:
+        """The teacher's map: every head is full attention."""
+        layers = (LayerHeads.from_fa(range(num_heads), num_heads),) * num_layers
+        return cls(num_heads=num_heads, num_kv_groups=num_kv_groups, layers=layers, strategy="teacher")
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def num_fa(self) -> int:
+        """How many heads of the whole model keep full attention (the budget)."""
+        return sum(len(layer.fa) for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "format": HEAD_MAP_FORMAT,
+            "model": {"num_layers": self.num_layers, "num_heads": self.num_heads, "num_kv_groups": self.num_kv_groups},
+            "fingerprint": self.fingerprint,
+            "strategy": self.strategy,
+            "budget": self.num_fa,
+            "layers": [{"fa": list(layer.fa), "gdn": list(layer.gdn)} for layer in self.layers],
+            "made_by": self.made_by,
+        }
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> HeadMap:
+        """Read the JSON form; raises HeadMapError naming what is wrong."""
+        if not isinstance(raw, dict) or raw.get("format") != HEAD_MAP_FORMAT:
+            found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
+            raise HeadMapError(f"head map: format {found!r}, this version reads format {HEAD_MAP_FORMAT}")
+        try:
+            shape = raw["model"]
+            layers = tuple(LayerHeads(fa=tuple(layer["fa"]), gdn=tuple(layer["gdn"])) for layer in raw["layers"])
+            head_map = cls(
+                num_heads=shape["num_heads"],
+                num_kv_groups=shape["num_kv_groups"],
+                layers=layers,
+                fingerprint=raw["fingerprint"],
+                strategy=raw["strategy"],
+                made_by=raw.get("made_by", {}),
+            )
+        except (KeyError, TypeError) as error:
+            raise HeadMapError(f"head map: key {error} is missing or of the wrong type") from None
+        if shape["num_layers"] != head_map.num_layers:
+            raise HeadMapError(f"head map: lists {head_map.num_layers} layers but says num_layers {shape['num_layers']}")
+        return head_map
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON beside the target, then rename (a reader never sees half a file)."""
+        write_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> HeadMap:
+        """Read a head map file; raises HeadMapError for a missing, broken or invalid one."""
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text()))
+        except OSError as error:
+            raise HeadMapError(f"head map {path}: {error.strerror}") from None
+        except json.JSONDecodeError as error:
+            raise HeadMapError(f"head map {path}: not JSON ({error})") from None
+
+
+@dataclass(frozen=True)
+class RankHeads:
+    """What one tensor-parallel rank owns of one layer.
+
+    ``fa`` and ``gdn`` are global head indices; the rank's own head order is fa, then gdn, and its columns
+    of the output projection stand in that order, so fusion needs no permutation.
+    """
+
+    fa: tuple[int, ...]
+    gdn: tuple[int, ...]
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        return self.fa + self.gdn
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """One layer's heads dealt to ``tp_size`` ranks: H/tp heads each, FA counts that differ by at most one.
+
+    Ranks that get one FA head more rotate with ``layer_idx``, so the surplus evens out over the layers.
+    FA heads of one kv group stay on one rank where the balance allows it; a group that must be split is
+    held by every rank (``split_groups``), and its gradient is summed over them.
+    """
+
+    layer: LayerHeads
+    num_kv_groups: int
+    tp_size: int = 1
+    layer_idx: int = 0
+
+    def __post_init__(self) -> None:
+        if self.tp_size < 1 or self.num_heads % self.tp_size:
+            raise HeadMapError(f"tensor parallel size {self.tp_size} does not divide {self.num_heads} query heads; choose one that does")
+
+    @property
+    def num_heads(self) -> int:
+        return len(self.layer.fa) + len(self.layer.gdn)
+
+    def group_of(self, head_idx: int) -> int:
+        """The kv group a query head reads (HALO Eq 13: floor(head / heads per group))."""
+        return head_idx * self.num_kv_groups // self.num_heads
+
+    @cached_property
+    def ranks(self) -> tuple[RankHeads, ...]:
+        """The heads of each rank, index = tensor-parallel rank."""
+        fa_of_rank = self._deal_fa()
+        gdn = iter(self.layer.gdn)
+        per_rank = self.num_heads // self.tp_size
+        return tuple(
+            RankHeads(fa=fa, gdn=tuple(next(gdn) for _ in range(per_rank - len(fa)))) for fa in fa_of_rank
+        )
+
+    def _deal_fa(self) -> list[tuple[int, ...]]:
+        """Whole kv groups first, largest first, into the rank with most room; what fits nowhere is split."""
+        base, surplus = divmod(len(self.layer.fa), self.tp_size)
+        room = [base + ((rank - self.layer_idx) % self.tp_size < surplus) for rank in range(self.tp_size)]
+        members: dict[int, list[int]] = {}
+        for head_idx in self.layer.fa:
+            members.setdefault(self.group_of(head_idx), []).append(head_idx)
+        dealt: list[list[int]] = [[] for _ in range(self.tp_size)]
+        for group in sorted(members, key=lambda g: (-len(members[g]), g)):
+            heads = members[group]
+            fits = [rank for rank in range(self.tp_size) if room[rank] >= len(heads)]
+            while heads:
+                rank = min(fits, key=lambda r: room[r]) if fits else max(range(self.tp_size), key=lambda r: room[r])
+                taken, heads = heads[: room[rank]], heads[room[rank] :]
+                dealt[rank] += taken
+                room[rank] -= len(taken)
+        return [tuple(sorted(heads)) for heads in dealt]
+
+    def split_groups(self, role: HeadRole | None = None) -> tuple[int, ...]:
+        """Kv groups whose heads (of one role, or of any) stand on more than one rank."""
+        holders: dict[int, set[int]] = {}
+        for rank, owned in enumerate(self.ranks):
+            heads = owned.heads if role is None else getattr(owned, role.value)
+            for head_idx in heads:
+                holders.setdefault(self.group_of(head_idx), set()).add(rank)
+        return tuple(sorted(group for group, ranks in holders.items() if len(ranks) > 1))
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a JSON file atomically: beside the target, then rename."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(target.name + ".partial")
+    beside.write_text(json.dumps(value, indent=1) + "\n")
+    beside.replace(target)

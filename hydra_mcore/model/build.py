@@ -1,0 +1,165 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""From a model card to a model, and its weights to and from a checkpoint folder.
+
+A checkpoint folder is Megatron's own (``latest_checkpointed_iteration.txt`` names the complete one, ``iter_*``
+hold torch_dist files) with the model card beside it. It can be read under any tensor and pipeline layout.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training.models import GPTModelConfig
+
+from hydra_mcore.config import ConfigError, HydraOptions, ModelCard, ModelShape
+from hydra_mcore.heads import HeadLayout, HeadMap
+from hydra_mcore.model.layer_specs import hydra_block_spec
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+def teacher_card(shape: ModelShape, fingerprint: str) -> ModelCard:
+    """The card of a pretrained model: every head FA, nothing added."""
+    head_map = HeadMap.all_fa(shape.num_layers, shape.num_heads, shape.num_kv_groups)
+    return ModelCard(shape=shape, head_map=head_map, options=HydraOptions.teacher(), fingerprint=fingerprint)
+
+
+def transformer_config(shape: ModelShape, dtype: torch.dtype = torch.float32, **parallel: Any) -> TransformerConfig:
+    """Megatron's layer settings for a shape; ``parallel`` are its own fields (tensor_model_parallel_size, ...)."""
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_kv_groups,
+        kv_channels=shape.head_dim,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        layernorm_epsilon=shape.norm_epsilon,
+        qk_layernorm=shape.qk_norm,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        pipeline_dtype=dtype,
+        hetereogenous_dist_checkpoint=True,
+        **parallel,
+    )
+
+
+def model_config(card: ModelCard, stage: str, transformer: TransformerConfig) -> GPTModelConfig:
+    """Megatron's model settings of a card, for a stage (align, distill, extend) or for "inference"."""
+    shape = card.shape
+    config = GPTModelConfig(
+        transformer=transformer,
+        vocab_size=shape.vocab_size,
+        make_vocab_size_divisible_by=1,
+        should_pad_vocab=True,
+        seq_length=shape.native_length,
+        share_embeddings_and_output_weights=shape.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=shape.rope_theta,
+    )
+    apply_card(config, card, stage)
+    return config
+
+
+def apply_card(config: GPTModelConfig, card: ModelCard, stage: str) -> None:
+    """Put a card's HydraHead layers into Megatron's model settings, refusing a layout that cannot hold them."""
+    transformer, shape = config.transformer, card.shape
+    tp_size = transformer.tensor_model_parallel_size
+    if shape.vocab_size % tp_size:
+        raise ConfigError(f"tensor parallel size {tp_size} does not divide the vocabulary of {shape.vocab_size}; choose one that does")
+    if transformer.context_parallel_size > 1:
+        raise ConfigError("context parallelism is not supported by this version; set context-parallel-size 1")
+    HeadLayout(card.head_map.layers[0], shape.num_kv_groups, tp_size)
+    transformer.hetereogenous_dist_checkpoint = True
+    config.transformer_layer_spec = hydra_block_spec(card.head_map, card.options, card.options.log_scale_in(stage))
+
+
+def build_model(card: ModelCard, stage: str = "inference", transformer: TransformerConfig | None = None) -> GPTModel:
+    """This rank's part of the model, weights not loaded; needs Megatron's process groups (``runtime.process_groups``)."""
+    config = model_config(card, stage, transformer or transformer_config(card.shape))
+    config.transformer.finalize() if hasattr(config.transformer, "finalize") else None
+    return config.get_builder_cls()(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+
+
+def load_model(checkpoint_dir: str | Path, stage: str = "inference", transformer: TransformerConfig | None = None) -> tuple[ModelCard, GPTModel]:
+    """Card and model of a checkpoint folder, in evaluation mode, on the current layout."""
+    card = ModelCard.load(checkpoint_dir)
+    model = build_model(card, stage, transformer)
+    load_weights([model], checkpoint_dir)
+    return card, model.eval()
+
+
+def latest_iteration(checkpoint_dir: str | Path) -> Path:
+    """The folder of the newest complete checkpoint; raises ConfigError when there is none or it is cut short."""
+    root = Path(checkpoint_dir)
+    try:
+        mark = (root / TRACKER).read_text().strip()
+    except OSError:
+        raise ConfigError(f"{root}: no complete checkpoint ({TRACKER} is missing)") from None
+    folder = root / ("release" if mark == "release" else f"iter_{int(mark):07d}")
+    if not (folder / "metadata.json").is_file() or not (folder / ".metadata").is_file():
+        raise ConfigError(f"{folder}: the checkpoint is cut short; remove it and point {TRACKER} at an earlier one")
+    return folder
+
+
+def _sharded_state(models: list[MegatronModule]) -> dict[str, Any]:
+    return {f"model{index}": model.sharded_state_dict() for index, model in enumerate(models)}
+
+
+def load_weights(models: list[MegatronModule], checkpoint_dir: str | Path) -> None:
+    """Fill this rank's model chunks from a checkpoint folder, whatever layout wrote it.
+
+    Raises:
+        ConfigError: no complete checkpoint, or one whose tensors do not fit the model.
+    """
+    folder = latest_iteration(checkpoint_dir)
+    try:
+        state = dist_checkpointing.load(_sharded_state(models), str(folder))
+    except (CheckpointingException, OSError, RuntimeError, EOFError) as error:
+        raise ConfigError(f"{folder}: cannot be loaded, cut short or from another head map ({_first_line(error)})") from None
+    for index, model in enumerate(models):
+        model.load_state_dict(state[f"model{index}"])
+
+
+def save_weights(models: list[MegatronModule], card: ModelCard, checkpoint_dir: str | Path) -> None:
+    """Write a checkpoint folder: tensors first, then the card, the tracker last (a folder without it is no checkpoint).
+
+    Raises:
+        ConfigError: the folder already holds a checkpoint.
+    """
+    root = Path(checkpoint_dir)
+    if (root / TRACKER).exists():
+        raise ConfigError(f"{root}: already holds a checkpoint; choose another folder or remove it")
+    folder = root / "iter_0000000"
+    folder.mkdir(parents=True, exist_ok=True)
+    common = {"iteration": 0, "checkpoint_version": 3.0}
+    dist_checkpointing.save({**common, **_sharded_state(models)}, str(folder), validate_access_integrity=True)
+    if torch.distributed.get_rank() == 0:
+        card.save(root)
+        beside = root / (TRACKER + ".partial")
+        beside.write_text("0")
+        beside.replace(root / TRACKER)
+    torch.distributed.barrier()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,71 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Scale-normalised fusion of the two branches (paper Eq 13-14)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from hydra_mcore.config import HydraOptions
+from hydra_mcore.heads import HeadLayout, HeadRole
+from hydra_mcore.model.parameters import PerHead, RMSNorm, new_parameter, replicated
+
+
+class Fusion(MegatronModule):
+    """Brings FA and GDN heads to one scale: gate, RMSNorm over each head, one learned factor a head, side by side.
+
+    GDN outputs are several times larger than FA outputs in deep layers (paper Fig 5), while the inherited output
+    projection expects the teacher's magnitudes: the norm removes the one, the factor restores the other.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, options: HydraOptions, layout: HeadLayout, pg_collection: ProcessGroupCollection
+    ) -> None:
+        super().__init__(config)
+        self.options, self.tp_group = options, pg_collection.tp
+        self.eps, self.head_dim = config.layernorm_epsilon, config.kv_channels
+        heads = layout.ranks[pg_collection.tp.rank()].heads
+        self.num_heads = layout.num_heads
+        if options.fusion != "none" and options.fusion_norm_weight == "branch":
+            norm = {"eps": self.eps, "tp_group": pg_collection.tp, "partial_gradient": True}
+            self.norms = torch.nn.ModuleDict(
+                {role.value: RMSNorm(config, self.head_dim, **norm) for role in HeadRole if getattr(layout.layer, role.value)}
+            )
+        if options.fusion in ("scale", "competition"):
+            self.scale = PerHead(config, heads, self.num_heads, ())
+            torch.nn.init.ones_(self.scale.weight)
+        if options.fusion == "competition":
+            self.competition = new_parameter(config, self.num_heads, config.hidden_size)
+            self.register_buffer("heads", torch.tensor(heads, dtype=torch.long), persistent=False)
+
+    def forward(self, branches: dict[HeadRole, tuple[Tensor, Tensor | None]], x_sbm: Tensor) -> Tensor:
+        """Join the branches' (output, gate) pairs, FA first: [s, b, h, d] in the rank's own head order."""
+        out_sbhd = torch.cat([self._normed(role, *branch) for role, branch in branches.items()], dim=2)
+        if self.options.fusion in ("scale", "competition"):
+            out_sbhd = out_sbhd * self.scale.weight[:, None]
+        if self.options.fusion == "competition":
+            out_sbhd = out_sbhd * self._competition(x_sbm)
+        return out_sbhd
+
+    def _normed(self, role: HeadRole, out_sbhd: Tensor, gate: Tensor | None) -> Tensor:
+        if gate is not None and self.options.gate_order == "before_norm":
+            out_sbhd = out_sbhd * gate
+        if self.options.fusion != "none":
+            if self.options.fusion_norm_weight == "branch":
+                out_sbhd = self.norms[role.value](out_sbhd)
+            else:
+                out_sbhd = F.rms_norm(out_sbhd, (self.head_dim,), None, self.eps)
+        if gate is not None and self.options.gate_order == "after_norm":
+            out_sbhd = out_sbhd * gate
+        return out_sbhd
+
+    def _competition(self, x_sbm: Tensor) -> Tensor:
+        """Softmax over all heads of the layer, times their number (1 at the start): [s, b, h, 1] of this rank's heads."""
+        logits_sbh = F.linear(x_sbm, replicated(self.competition, self.tp_group))
+        share_sbh = self.num_heads * logits_sbh.float().softmax(dim=-1).to(x_sbm.dtype)
+        return share_sbh.index_select(-1, self.heads)[..., None]

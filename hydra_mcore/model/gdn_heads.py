@@ -1,0 +1,122 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The Gated DeltaNet heads of a layer (Yang et al., arXiv 2412.06464), grown out of the teacher's attention heads."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from hydra_mcore.config import HydraOptions
+from hydra_mcore.heads import HeadLayout, HeadRole
+from hydra_mcore.model.gates import OutputGate
+from hydra_mcore.model.parameters import GroupLinear, HeadLinear, PerHead, RMSNorm
+from hydra_mcore.ops.gated_delta import gated_delta_rule
+
+
+class GatedDeltaHeads(MegatronModule):
+    """The gated delta rule on this rank's GDN heads.
+
+    projections -> short conv -> per-head RMSNorm -> rotary -> L2 norm -> delta rule (order as in HALO).
+    log decay = -exp(A_log) * softplus(W_a x + dt), write = max * sigmoid(W_b x + b); both projections start at
+    zero, so every head starts with one half-life and a half-open write gate.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        options: HydraOptions,
+        layout: HeadLayout,
+        pg_collection: ProcessGroupCollection,
+        shared_kv: bool,
+    ) -> None:
+        super().__init__(config)
+        self.options = options
+        self.cp_group = pg_collection.cp
+        heads, branch = layout.ranks[pg_collection.tp.rank()].gdn, layout.layer.gdn
+        per_head = (config, [branch.index(h) for h in heads], len(branch))
+        d = config.kv_channels
+        self.linear_q = HeadLinear(*per_head, d)
+        if options.gdn_kv == "per_head":
+            self.linear_kv = HeadLinear(*per_head, 2 * d)
+        elif not shared_kv:
+            self.linear_kv = GroupLinear(config, layout, heads, 2 * d, pg_collection, HeadRole.GDN)
+        if options.gdn_conv_kernel:
+            self.conv = ShortConv(*per_head, 3 * d, options.gdn_conv_kernel, options.gdn_conv_activation)
+        if options.gdn_qk_norm == "rms":
+            norm = {"eps": config.layernorm_epsilon, "tp_group": pg_collection.tp, "partial_gradient": True}
+            self.q_norm, self.k_norm = RMSNorm(config, d, **norm), RMSNorm(config, d, **norm)
+        self.linear_decay = HeadLinear(*per_head, 1, bias=True)
+        self.linear_write = HeadLinear(*per_head, 1, bias=True)
+        self.A_log = PerHead(*per_head, ())
+        if options.gdn_gate != "none":
+            self.gate = OutputGate(*per_head, options.gdn_gate, options.gate_activation)
+        self.reset_gates()
+
+    def reset_gates(self) -> None:
+        """Long memory: decay to half in ``gdn_half_life`` tokens, write gate half open, whatever the input."""
+        if self.linear_decay.empty:
+            return
+        decay = math.log(2.0) / self.options.gdn_half_life
+        with torch.no_grad():
+            self.linear_decay.weight.zero_()
+            self.linear_decay.bias.fill_(math.log(math.expm1(decay)))
+            self.linear_write.weight.zero_()
+            self.linear_write.bias.zero_()
+            self.A_log.weight.zero_()
+
+    def gates(self, x_sbm: Tensor) -> tuple[Tensor, Tensor]:
+        """Log decay (<= 0, float32) and write strength of each token and head, both [s, b, h]."""
+        decay_sbh = F.softplus(self.linear_decay(x_sbm).squeeze(-1).float())
+        if not self.A_log.empty:
+            decay_sbh = decay_sbh * self.A_log.weight.float().exp()
+        write_sbh = torch.sigmoid(self.linear_write(x_sbm).squeeze(-1).float())
+        return -decay_sbh, self.options.gdn_write_max * write_sbh
+
+    def forward(self, x_sbm: Tensor, rotary: Tensor, kv_sbhd: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Head outputs [s, b, h, d] and their gate ([s, b, h, d or 1], or None), which fusion applies."""
+        q_sbhd = self.linear_q(x_sbm)
+        qkv_sbhd = torch.cat([q_sbhd, self.linear_kv(x_sbm) if kv_sbhd is None else kv_sbhd], dim=-1)
+        if self.options.gdn_conv_kernel:
+            qkv_sbhd = self.conv(qkv_sbhd)
+        q_sbhd, k_sbhd, v_sbhd = qkv_sbhd.chunk(3, dim=-1)
+        if self.options.gdn_qk_norm == "rms":
+            q_sbhd, k_sbhd = self.q_norm(q_sbhd), self.k_norm(k_sbhd)
+        if self.options.gdn_position == "rope":
+            q_sbhd, k_sbhd = (apply_rotary_pos_emb(t, rotary, self.config, cp_group=self.cp_group) for t in (q_sbhd, k_sbhd))
+        q_sbhd, k_sbhd = (F.normalize(t.float(), dim=-1).to(t.dtype) for t in (q_sbhd, k_sbhd))
+        log_decay_sbh, write_sbh = self.gates(x_sbm)
+        batch_first = (t.transpose(0, 1) for t in (q_sbhd, k_sbhd, v_sbhd, log_decay_sbh, write_sbh))
+        out_bshd, _ = gated_delta_rule(*batch_first)
+        gate = self.gate(x_sbm) if self.options.gdn_gate != "none" else None
+        return out_bshd.transpose(0, 1), gate
+
+
+class ShortConv(PerHead):
+    """Causal depthwise convolution over a few tokens, the identity at the start: [s, b, h, channels] -> same."""
+
+    def __init__(
+        self, config: TransformerConfig, heads: list[int], total: int, channels: int, taps: int, activation: str
+    ) -> None:
+        super().__init__(config, heads, total, (channels, taps))
+        self.activation = activation
+        if not self.empty:
+            with torch.no_grad():
+                self.weight.zero_()
+                self.weight[:, -1] = 1.0
+
+    def forward(self, x_sbhc: Tensor) -> Tensor:
+        if self.empty:
+            return x_sbhc
+        length, taps = x_sbhc.shape[0], self.block[1]
+        weight_hct = self.weight.unflatten(0, (len(self.heads), self.block[0]))
+        padded = F.pad(x_sbhc, (0, 0, 0, 0, 0, 0, taps - 1, 0))
+        out = sum(padded[tap : tap + length] * weight_hct[..., tap] for tap in range(taps))
+        return F.silu(out) if self.activation == "silu" else out

@@ -1,0 +1,209 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Parameters that belong to heads: their tensor-parallel marks, their shards in a checkpoint.
+
+Tensor-parallel ranks may own different numbers of heads of a kind, so Megatron's column-parallel linear, which
+splits evenly, does not fit. Two rules replace it:
+
+1. A rank owns whole heads. A checkpoint stores each head by itself, in Hugging Face order, so it knows nothing
+   of the layout. A rank without heads has no parameter (an empty shard cannot be loaded).
+2. A parameter that ranks hold in common has its gradient summed *inside* the backward pass (``replicated``).
+   Megatron sums such gradients after the data-parallel reduce-scatter, which is right only while every rank's
+   gradient buffer has the same layout; with unequal heads it has not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedTensor, ShardedTensorFactory
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+from torch import Tensor
+
+from hydra_mcore.heads import HeadLayout, HeadRole
+
+
+def replicated(weight: Tensor, tp_group: torch.distributed.ProcessGroup) -> Tensor:
+    """A weight that all tensor-parallel ranks hold: as it is forward, gradient summed over the ranks backward."""
+    return copy_to_tensor_model_parallel_region(weight, group=tp_group) if tp_group.size() > 1 else weight
+
+
+def head_shards(
+    key: str, weight: Tensor, ordinals: Sequence[int], total: int, replica_id: ReplicaId, axis: int = 0
+) -> ShardedTensorFactory:
+    """One checkpoint shard a head: ``weight`` is ``len(ordinals)`` equal blocks along ``axis``, of ``total`` in the model.
+
+    The stored tensor has shape [total, *block]; rank and layout do not show in it.
+    """
+
+    def build(key: str, tensor: Tensor, replica_id: ReplicaId, flattened_range: slice | None) -> list[ShardedTensor]:
+        blocks = tensor.chunk(len(ordinals), dim=axis)
+        return [
+            ShardedTensor.from_rank_offsets(key, block[None].contiguous(), (0, ordinal, total), replica_id=replica_id)
+            for ordinal, block in zip(ordinals, blocks, strict=True)
+        ]
+
+    def merge(blocks: list[Tensor]) -> Tensor:
+        return torch.cat([block[0] for block in blocks], dim=axis)
+
+    return ShardedTensorFactory(key, weight, build, merge, replica_id)
+
+
+def data_parallel_replica(metadata: dict[str, Any] | None, tp_rank: int = 0) -> ReplicaId:
+    """Which copy of a shard this rank holds; copy (0, 0, 0) is the one that is written."""
+    return (0, tp_rank, ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"].rank())
+
+
+def new_parameter(config: TransformerConfig, *shape: int) -> torch.nn.Parameter:
+    device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+    return torch.nn.Parameter(torch.zeros(*shape, dtype=config.params_dtype, device=device))
+
+
+class PerHead(torch.nn.Module):
+    """A block of parameters for every head of a branch that this rank owns, the blocks stacked on axis 0.
+
+    Args:
+        heads: the rank's heads, as their ordinals among the branch's ``total`` heads of the layer.
+        block: shape of one head's block, e.g. (d, m) for a projection, () for a scalar.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, heads: Sequence[int], total: int, block: tuple[int, ...], bias: bool = False
+    ) -> None:
+        super().__init__()
+        self.heads, self.total, self.block = tuple(heads), total, block
+        self.empty = not self.heads
+        if self.empty:
+            return
+        rows = len(self.heads) * (block[0] if block else 1)
+        self.weight = new_parameter(config, rows, *block[1:])
+        if len(block) == 2:
+            config.init_method(self.weight)
+        if bias:
+            self.bias = new_parameter(config, rows)
+        for parameter in self.parameters():
+            set_tensor_model_parallel_attributes(parameter, True, 0, 1)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, ShardedTensorFactory]:
+        replica = data_parallel_replica(metadata)
+        return {
+            prefix + name: head_shards(prefix + name, parameter, self.heads, self.total, replica)
+            for name, parameter in self.named_parameters()
+        }
+
+
+class HeadLinear(PerHead):
+    """Rows of a projection, ``rows`` for each head: x_sbm -> [s, b, h, rows]."""
+
+    def __init__(
+        self, config: TransformerConfig, heads: Sequence[int], total: int, rows: int, bias: bool = False
+    ) -> None:
+        super().__init__(config, heads, total, (rows, config.hidden_size), bias)
+        self.rows = rows
+
+    def forward(self, x_sbm: Tensor) -> Tensor:
+        if self.empty:
+            return x_sbm.new_zeros(*x_sbm.shape[:-1], 0, self.rows)
+        out = F.linear(x_sbm, self.weight, getattr(self, "bias", None))
+        return out.unflatten(-1, (len(self.heads), self.rows))
+
+
+class GroupLinear(torch.nn.Module):
+    """K/V rows of the kv groups that live in a branch, read by query heads: x_sbm -> [s, b, h, rows].
+
+    A group lives while one of its heads is in the branch. A group whose heads stand on several ranks is
+    held by all of them (``weight_split``), every other one by its rank alone (``weight``).
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layout: HeadLayout,
+        heads: Sequence[int],
+        rows: int,
+        pg_collection: ProcessGroupCollection,
+        role: HeadRole | None = None,
+    ) -> None:
+        super().__init__()
+        self.rows, self.tp_group = rows, pg_collection.tp
+        members = layout.layer.fa + layout.layer.gdn if role is None else getattr(layout.layer, role.value)
+        self.living = sorted({layout.group_of(h) for h in members})
+        self.split = list(layout.split_groups(role))
+        head_groups = [layout.group_of(h) for h in heads]
+        self.local = sorted(set(head_groups) - set(self.split))
+        used_split = sorted(set(head_groups) & set(self.split))
+        order = self.local + used_split
+        self.register_buffer("used_split", torch.tensor([self.split.index(g) for g in used_split], dtype=torch.long), persistent=False)
+        self.register_buffer("group_of_head", torch.tensor([order.index(g) for g in head_groups], dtype=torch.long), persistent=False)
+        if self.local:
+            self.weight = new_parameter(config, len(self.local) * rows, config.hidden_size)
+            set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
+        if self.split:
+            self.weight_split = new_parameter(config, len(self.split) * rows, config.hidden_size)
+        for parameter in self.parameters():
+            config.init_method(parameter)
+
+    def forward(self, x_sbm: Tensor) -> Tensor:
+        weights = [self.weight] if self.local else []
+        if self.split:
+            held = replicated(self.weight_split, self.tp_group).unflatten(0, (len(self.split), self.rows))
+            weights.append(held.index_select(0, self.used_split).flatten(0, 1))
+        if not weights:
+            return x_sbm.new_zeros(*x_sbm.shape[:-1], 0, self.rows)
+        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+        out = F.linear(x_sbm, weight).unflatten(-1, (-1, self.rows)) if weight.shape[0] else _empty_heads(x_sbm, weight, self.rows)
+        return out.index_select(2, self.group_of_head)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, ShardedTensorFactory]:
+        shards = {}
+        for name, groups, tp_rank in (("weight", self.local, 0), ("weight_split", self.split, self.tp_group.rank())):
+            if groups:
+                ordinals = [self.living.index(g) for g in groups]
+                replica = data_parallel_replica(metadata, tp_rank)
+                shards[prefix + name] = head_shards(prefix + "weight", getattr(self, name), ordinals, len(self.living), replica)
+        return shards
+
+
+def _empty_heads(x_sbm: Tensor, weight: Tensor, rows: int) -> Tensor:
+    """No heads at all, yet joined to ``weight``'s graph: every rank must run the gradient sum of a shared weight."""
+    return F.linear(x_sbm, weight).reshape(*x_sbm.shape[:-1], 0, rows)
+
+
+class RMSNorm(torch.nn.Module):
+    """RMSNorm over the last axis with one weight that tensor-parallel ranks share.
+
+    Serves as Megatron's layer norm (its torch one refuses sequence parallelism) and as the per-head norms.
+    ``partial_gradient``: whether each rank sees only its own tokens or heads, so that gradients must be summed;
+    by default under sequence parallelism.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        hidden_size: int,
+        eps: float = 1e-6,
+        *,
+        tp_group: torch.distributed.ProcessGroup | None = None,
+        partial_gradient: bool | None = None,
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.tp_group = tp_group or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"]).tp
+        self.partial_gradient = config.sequence_parallel if partial_gradient is None else partial_gradient
+        self.weight = new_parameter(config, hidden_size)
+        torch.nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = replicated(self.weight, self.tp_group) if self.partial_gradient else self.weight
+        return F.rms_norm(x, (x.shape[-1],), weight, self.eps)

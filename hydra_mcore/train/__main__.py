@@ -1,0 +1,136 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Run a stage: python -m hydra_mcore.train --stage align|distill|extend --config recipe.yaml [any Megatron flag].
+
+Alone or under torchrun. A stage starts from the previous one's checkpoint in the run folder, and continues its own
+when there is one. Flags on the command line win over the recipe.
+
+examples:
+  python -m hydra_mcore.train --stage align --config examples/tiny/recipe.yaml
+  torchrun --nproc-per-node 8 -m hydra_mcore.train --stage extend --config recipe.yaml --tensor-model-parallel-size 4
+  python -m hydra_mcore.train --stage distill --config recipe.yaml --dry-run
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import sys
+from functools import partial
+from typing import Any
+
+from hydra_mcore.compat import install
+
+install()
+
+import torch  # noqa: E402  the patches come before the engine
+from megatron.core.enums import ModelType  # noqa: E402
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+from megatron.training import get_args, get_tokenizer, pretrain  # noqa: E402
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args  # noqa: E402
+from megatron.training.arguments import parse_and_validate_args  # noqa: E402
+from megatron.training.models import GPTModelConfig  # noqa: E402
+
+from hydra_mcore.config import ConfigError, ModelCard  # noqa: E402
+from hydra_mcore.model.build import apply_card, load_weights, model_config  # noqa: E402
+from hydra_mcore.model.runtime import one_line_errors  # noqa: E402
+from hydra_mcore.train.arguments import Plan, add_stage_flags, resolve  # noqa: E402
+from hydra_mcore.train.data import build_datasets, check_data, fetch_batch  # noqa: E402
+from hydra_mcore.train.pair import TransferStep  # noqa: E402
+from hydra_mcore.train.stages import STAGES  # noqa: E402
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Resolve, check and run one stage; exit status 2 with one line for bad input."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or "--help" in argv or "-h" in argv:
+        print(__doc__)
+        add_stage_flags(_bare_parser()).print_help()
+        return
+    with one_line_errors("train"):
+        plan = resolve(argv)
+        if plan.finished:
+            print(f"stage {plan.options.stage} is finished: {plan.save}")
+            return
+        args = _parse(plan)
+        check_data(args)
+        if plan.options.dry_run:
+            print(f"start: {plan.start}\nsave:  {plan.save}\nflags: {' '.join(plan.flags)}")
+            return
+        if args.rank == 0:
+            _prepare_output(plan)
+        _train(plan, args)
+
+
+def _bare_parser() -> Any:
+    import argparse
+
+    return argparse.ArgumentParser(prog="python -m hydra_mcore.train", usage=argparse.SUPPRESS)
+
+
+def _parse(plan: Plan) -> Any:
+    """Megatron's own parse and validation; its refusals become one line."""
+    sys.argv = [sys.argv[0], *plan.flags]
+    try:
+        return parse_and_validate_args(extra_args_provider=add_stage_flags)
+    except AssertionError as error:
+        raise ConfigError(f"Megatron refuses these settings: {(str(error) or 'see its arguments').splitlines()[0]}") from None
+
+
+def _prepare_output(plan: Plan) -> None:
+    """Put card, head map and tokenizer into the stage's folder; checkpoints follow as training saves them."""
+    plan.save.mkdir(parents=True, exist_ok=True)
+    plan.card.save(plan.save)
+    plan.card.head_map.save(plan.save / "head_map.json")
+    if (plan.start / "tokenizer").is_dir():
+        shutil.copytree(plan.start / "tokenizer", plan.save / "tokenizer", dirs_exist_ok=True)
+
+
+def _train(plan: Plan, args: Any) -> None:
+    config = gpt_config_from_args(args)
+    config.vocab_size, config.should_pad_vocab = plan.card.shape.vocab_size, False
+    config.rotary_base = plan.card.shape.rope_theta
+    apply_card(config, plan.card, plan.options.stage)
+    step = TransferStep(plan.options, partial(fetch_batch, args), None, lambda: args.curr_iteration + 1)
+    config.pre_wrap_hooks.append(partial(_prepare_models, plan, config, step))
+    store = None if "RANK" in os.environ else torch.distributed.HashStore()
+    pretrain(pretrain_cfg_container_from_args(args, config), _datasets, ModelType.encoder_or_decoder, step, store=store)
+
+
+def _prepare_models(plan: Plan, config: GPTModelConfig, step: TransferStep, models: list) -> list:
+    """Freeze what the stage leaves alone, fill in the starting weights, build the teacher."""
+    trains = STAGES[plan.options.stage].trains
+    for model in models:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trains in name)
+    if not plan.resume:
+        load_weights(models, plan.start)
+    if STAGES[plan.options.stage].needs_teacher:
+        step.teacher = _build_teacher(plan, config)
+    return models
+
+
+def _build_teacher(plan: Plan, config: GPTModelConfig) -> torch.nn.Module:
+    card = ModelCard.load(plan.options.teacher)
+    try:
+        card.check_head_map(plan.card.head_map)
+    except ConfigError as error:
+        raise ConfigError(f"the student does not descend from teacher {plan.options.teacher}: {error}") from None
+    teacher_config = model_config(card, plan.options.stage, copy.copy(config.transformer))
+    builder = teacher_config.get_builder_cls()(teacher_config)
+    # in align only attention is compared, so the output layer would be idle work
+    teacher = builder.build_model(ProcessGroupCollection.use_mpu_process_groups(), post_process=plan.options.stage != "align")
+    teacher.requires_grad_(False)
+    load_weights([teacher], plan.options.teacher)
+    return teacher.to(torch.cuda.current_device()).eval()
+
+
+def _datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple:
+    return build_datasets(get_args(), get_tokenizer(), num_samples, vp_stage)
+
+
+_datasets.is_distributed = True
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""From a recipe and a command line to the flags that Megatron parses, checked before anything is built."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from megatron.training.argument_utils import ArgumentGroupFactory
+from megatron.training.arguments import add_megatron_arguments
+
+from hydra_mcore.config import CARD_NAME, ConfigError, ModelCard, Recipe, StageOptions
+from hydra_mcore.heads import HeadLayout
+from hydra_mcore.model.build import TRACKER, latest_iteration
+from hydra_mcore.train.stages import default_flags, start_dir
+
+# Our layer brings its own modules, so Megatron's local implementation serves around it; the optimizer format is
+# the only one that reshards when ranks hold different numbers of heads.
+ENGINE: dict[str, Any] = {
+    "transformer-impl": "local",
+    "use-distributed-optimizer": True,
+    "dist-ckpt-optim-fully-reshardable": True,
+    "exit-signal-handler": True,
+    "no-persist-layer-norm": True,
+    "no-rope-fusion": True,
+    "no-masked-softmax-fusion": True,
+    "no-gradient-accumulation-fusion": True,
+    "micro-batch-size": 1,
+    "eval-iters": 0,
+    "save-interval": 500,
+    "log-interval": 10,
+    "tensorboard-log-interval": 1,
+    "distributed-timeout-minutes": 30,
+}
+ENGINE_CPU: dict[str, Any] = {
+    "distributed-backend": "gloo",
+    "num-workers": 0,
+    "no-bias-swiglu-fusion": True,
+    "no-bias-dropout-fusion": True,
+    "disable-jit-fuser": True,
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A stage resolved: its options, the card of the model it trains, where it starts and writes, all flags."""
+
+    options: StageOptions
+    card: ModelCard
+    start: Path
+    save: Path
+    resume: bool
+    finished: bool
+    flags: list[str]
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are ConfigErrors, without Megatron's hundreds of lines of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            near = difflib.get_close_matches(unknown.split()[0], list(self._option_string_actions), n=1)
+            message = f"unknown flag {unknown.split()[0]}" + (f"; did you mean {near[0]}?" if near else "")
+        raise ConfigError(message)
+
+
+def add_stage_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Our flags beside Megatron's."""
+    parser.add_argument("--config", help="Recipe: a YAML file of flags, with a section for each stage.")
+    ArgumentGroupFactory(StageOptions).build_group(parser, title="hydra_mcore: stages of the transfer")
+    return parser
+
+
+def resolve(argv: list[str]) -> Plan:
+    """Lay command line over model card over recipe over stage defaults, and check what can be checked now.
+
+    Raises:
+        ConfigError: an unknown key or flag, a layout that does not fit the model, a missing or broken checkpoint,
+            an output folder that holds another run.
+    """
+    parser = add_stage_flags(add_megatron_arguments(OneLineParser(prog="python -m hydra_mcore.train", allow_abbrev=False)))
+    first = OneLineParser(allow_abbrev=False, add_help=False)
+    first.add_argument("--stage", choices=("align", "distill", "extend"), required=True)
+    first.add_argument("--config")
+    chosen, _ = first.parse_known_args(argv)
+    recipe = Recipe.load(chosen.config, chosen.stage) if chosen.config else Recipe(Path("command line"))
+    engine = ENGINE | ({} if torch.cuda.is_available() else ENGINE_CPU)
+    flags = Recipe(Path("defaults"), engine | default_flags(chosen.stage)).to_flags(parser) + recipe.to_flags(parser)
+    options = _stage_options(parser.parse_args(flags + argv))
+    start = start_dir(options)
+    latest_iteration(start)
+    card = dataclasses.replace(ModelCard.load(start), stage=options.stage)
+    flags += Recipe(start / CARD_NAME, card.shape.to_recipe()).to_flags(parser)
+    if (start / "tokenizer").is_dir():
+        flags += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(start / "tokenizer")]
+    save = Path(options.run_dir) / options.stage
+    resume = _check_output(save, card)
+    flags += ["--save", str(save), "--tensorboard-dir", str(save / "tensorboard")] + (["--load", str(save)] if resume else [])
+    known = parser.parse_args(flags + argv)
+    flags += ["--max-position-embeddings", str(max(known.seq_length, card.shape.native_length))]
+    _check_layout(known, card)
+    iterations = (save / TRACKER).read_text().strip() if resume else "0"
+    finished = resume and int(iterations) >= known.train_iters
+    return Plan(options, card, start, save, resume, finished, _without_missing_wandb(known, flags + argv))
+
+
+def _stage_options(known: argparse.Namespace) -> StageOptions:
+    options = StageOptions(**{field.name: getattr(known, field.name) for field in dataclasses.fields(StageOptions)})
+    if not options.run_dir:
+        raise ConfigError("no run folder: set run-dir in the recipe or on the command line")
+    if options.stage != "extend" and not options.teacher:
+        raise ConfigError(f"stage {options.stage} needs the teacher: set teacher to the folder that tools/convert.py import wrote")
+    return options
+
+
+def _check_output(save: Path, card: ModelCard) -> bool:
+    """Whether the output folder holds this very run to go on with; raises ConfigError when it holds another."""
+    if not save.exists() or not any(save.iterdir()):
+        return False
+    if not (save / CARD_NAME).is_file():
+        raise ConfigError(f"{save} is not empty and no run of ours; choose another run-dir or empty it")
+    if ModelCard.load(save) != card:
+        raise ConfigError(f"{save} already holds another run (its head map, options or teacher differ); choose another run-dir")
+    if not (save / TRACKER).is_file():
+        return False
+    latest_iteration(save)
+    return True
+
+
+def _check_layout(known: argparse.Namespace, card: ModelCard) -> None:
+    tp_size, pp_size = known.tensor_model_parallel_size, known.pipeline_model_parallel_size
+    HeadLayout(card.head_map.layers[0], card.shape.num_kv_groups, tp_size)
+    if card.shape.num_layers % pp_size:
+        raise ConfigError(f"pipeline parallel size {pp_size} does not divide {card.shape.num_layers} layers")
+    if pp_size > 1 and known.stage != "extend":
+        raise ConfigError(f"stage {known.stage} runs without pipeline parallelism in this version; set pipeline-model-parallel-size 1")
+    if known.fp16:
+        raise ConfigError("fp16 is not supported (the distillation losses carry no loss scale); use bf16")
+
+
+def _without_missing_wandb(known: argparse.Namespace, flags: list[str]) -> list[str]:
+    """Training goes on without Weights & Biases where it is not installed."""
+    if known.wandb_project and importlib.util.find_spec("wandb") is None:
+        print("wandb is not installed: logging to the console and TensorBoard only")
+        return flags + ["--wandb-project", ""]
+    return flags
