@@ -240,6 +240,19 @@ def field_docs(cls: type) -> dict[str, str]:
     }
 
 
+def add_flags(group: argparse._ArgumentGroup, cls: type) -> None:
+    """One flag for every field of a dataclass, with its choices, default and docstring."""
+    hints, docs = typing.get_type_hints(cls), field_docs(cls)
+    for item in dataclasses.fields(cls):
+        flag, help_text = "--" + item.name.replace("_", "-"), docs[item.name].replace("%", "%%")
+        if hints[item.name] is bool:
+            group.add_argument(flag, action="store_true", help=help_text)
+            continue
+        choices = typing.get_args(hints[item.name]) or None
+        kind = str if choices else hints[item.name]
+        group.add_argument(flag, type=kind, choices=choices, default=item.default, help=help_text + " (default: %(default)r)")
+
+
 def _literal_choices(cls: type) -> dict[str, tuple[Any, ...]]:
     """The allowed values of each Literal field of a dataclass."""
     hints = typing.get_type_hints(cls)

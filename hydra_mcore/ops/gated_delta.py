@@ -93,8 +93,8 @@ def torch_gated_delta_rule(
 
     Chunked as in DeltaNet (arXiv 2406.06484 section 3) with the decay of Gated DeltaNet (arXiv 2412.06464
     section 3.3): inside a chunk one triangular solve replaces the recurrence, between chunks the state is
-    carried. A chunk holds one document only, so at most ``chunk_size - 1`` rows of padding follow a
-    document; its state, d rows that must be returned anyway, is as large.
+    carried. A chunk holds one document only, so up to ``chunk_size - 1`` rows of padding follow each: nothing
+    beside documents of many chunks; for documents of few tokens, five times the states returned anyway.
     """
     b, s, h, d = q_bshd.shape
     bounds = _document_bounds(cu_seqlens, b, s)

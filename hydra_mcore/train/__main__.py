@@ -29,7 +29,8 @@ from megatron.core.enums import ModelType  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.training import get_args, get_tokenizer, pretrain  # noqa: E402
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args  # noqa: E402
-from megatron.training.arguments import parse_and_validate_args  # noqa: E402
+from megatron.training.arguments import parse_args, validate_args  # noqa: E402
+from megatron.training.global_vars import set_global_variables  # noqa: E402
 from megatron.training.models import GPTModelConfig  # noqa: E402
 
 from hydra_mcore.config import ConfigError, ModelCard  # noqa: E402
@@ -53,13 +54,14 @@ def main(argv: list[str] | None = None) -> None:
         if plan.finished:
             print(f"stage {plan.options.stage} is finished: {plan.save}")
             return
-        args = _parse(plan)
+        args = _validated(plan)
         check_data(args)
         if plan.options.dry_run:
             print(f"start: {plan.start}\nsave:  {plan.save}\nflags: {' '.join(plan.flags)}")
             return
         if args.rank == 0:
             _prepare_output(plan)
+        set_global_variables(args)
         _train(plan, args)
 
 
@@ -69,11 +71,13 @@ def _bare_parser() -> Any:
     return argparse.ArgumentParser(prog="python -m hydra_mcore.train", usage=argparse.SUPPRESS)
 
 
-def _parse(plan: Plan) -> Any:
-    """Megatron's own parse and validation; its refusals become one line."""
+def _validated(plan: Plan) -> Any:
+    """Megatron's own parse and validation, which write nothing yet; its refusals become one line."""
     sys.argv = [sys.argv[0], *plan.flags]
     try:
-        return parse_and_validate_args(extra_args_provider=add_stage_flags)
+        args = parse_args(extra_args_provider=add_stage_flags)
+        validate_args(args)
+        return args
     except AssertionError as error:
         raise ConfigError(f"Megatron refuses these settings: {(str(error) or 'see its arguments').splitlines()[0]}") from None
 

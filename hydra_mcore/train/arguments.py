@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import add_megatron_arguments
 
-from hydra_mcore.config import CARD_NAME, ConfigError, ModelCard, Recipe, StageOptions
+from hydra_mcore.config import CARD_NAME, ConfigError, ModelCard, Recipe, StageOptions, add_flags
 from hydra_mcore.heads import HeadLayout
 from hydra_mcore.model.build import TRACKER, latest_iteration
 from hydra_mcore.train.stages import default_flags, start_dir
@@ -34,6 +33,7 @@ ENGINE: dict[str, Any] = {
     "no-gradient-accumulation-fusion": True,
     "micro-batch-size": 1,
     "eval-iters": 0,
+    "eval-interval": 1000,
     "save-interval": 500,
     "log-interval": 10,
     "tensorboard-log-interval": 1,
@@ -75,7 +75,7 @@ class OneLineParser(argparse.ArgumentParser):
 def add_stage_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Our flags beside Megatron's."""
     parser.add_argument("--config", help="Recipe: a YAML file of flags, with a section for each stage.")
-    ArgumentGroupFactory(StageOptions).build_group(parser, title="hydra_mcore: stages of the transfer")
+    add_flags(parser.add_argument_group("hydra_mcore: stages of the transfer"), StageOptions)
     return parser
 
 
@@ -106,7 +106,7 @@ def resolve(argv: list[str]) -> Plan:
     flags += ["--save", str(save), "--tensorboard-dir", str(save / "tensorboard")] + (["--load", str(save)] if resume else [])
     known = parser.parse_args(flags + argv)
     flags += ["--max-position-embeddings", str(max(known.seq_length, card.shape.native_length))]
-    _check_layout(known, card)
+    _check_settings(known, card)
     iterations = (save / TRACKER).read_text().strip() if resume else "0"
     finished = resume and int(iterations) >= known.train_iters
     return Plan(options, card, start, save, resume, finished, _without_missing_wandb(known, flags + argv))
@@ -135,13 +135,16 @@ def _check_output(save: Path, card: ModelCard) -> bool:
     return True
 
 
-def _check_layout(known: argparse.Namespace, card: ModelCard) -> None:
+def _check_settings(known: argparse.Namespace, card: ModelCard) -> None:
     tp_size, pp_size = known.tensor_model_parallel_size, known.pipeline_model_parallel_size
     HeadLayout(card.head_map.layers[0], card.shape.num_kv_groups, tp_size)
     if card.shape.num_layers % pp_size:
         raise ConfigError(f"pipeline parallel size {pp_size} does not divide {card.shape.num_layers} layers")
     if pp_size > 1 and known.stage != "extend":
         raise ConfigError(f"stage {known.stage} runs without pipeline parallelism in this version; set pipeline-model-parallel-size 1")
+    decay_iters = known.lr_decay_iters or known.train_iters
+    if known.lr_warmup_iters >= decay_iters:
+        raise ConfigError(f"lr-warmup-iters {known.lr_warmup_iters} must be fewer than the {decay_iters} steps of the schedule")
     if known.fp16:
         raise ConfigError("fp16 is not supported (the distillation losses carry no loss scale); use bf16")
 

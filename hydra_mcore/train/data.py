@@ -39,7 +39,8 @@ def check_data(args: argparse.Namespace) -> None:
     for prefix in prefixes:
         if not (Path(f"{prefix}.idx").is_file() and Path(f"{prefix}.bin").is_file()):
             raise ConfigError(f"training data {prefix}: no {prefix}.idx and .bin; write them first")
-        tokens = int(np.sum(IndexedDataset(prefix).sequence_lengths))
+        dataset = IndexedDataset(prefix)  # its arrays are views of a memory map that must outlive the sum
+        tokens = int(np.sum(dataset.sequence_lengths))
         if tokens < args.seq_length + 1:
             raise ConfigError(f"training data {prefix} holds {tokens} tokens, one sequence needs {args.seq_length + 1}; shorten seq-length or add data")
 

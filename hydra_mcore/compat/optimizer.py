@@ -1,0 +1,127 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""DistributedOptimizer on torch's AdamW: without Transformer Engine and Apex it cannot be saved and resumed.
+
+These defects do not depend on the device, so the patches are installed on GPUs too when both packages are absent.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from hydra_mcore.compat.patching import Patch
+
+_MODULE = "megatron.core.optimizer.distrib_optimizer"
+
+
+def _owned(optimizer: Any) -> list[tuple[dict[str, Any], torch.Tensor]]:
+    """Return the (group, main parameter shard) pairs that this rank updates."""
+    return [(group, shard) for group in optimizer.param_groups for shard in group["params"]]
+
+
+def _make_state_dict(original: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
+    @functools.wraps(original)
+    def state_dict(self: Any) -> dict[str, Any]:
+        """The original, also before the first step and on a rank that owns no trainable parameter."""
+        inner = self.optimizer
+        if inner.state:
+            return original(self)
+        for group, shard in _owned(inner):
+            # What AdamW itself creates at its first step: zeros, and a step count on the CPU unless the kernel
+            # wants it on the device.
+            on_device = group.get("capturable") or group.get("fused")
+            inner.state[shard] = {
+                "step": torch.zeros((), device=shard.device if on_device else "cpu"),
+                **{key: torch.zeros_like(shard) for key in self.optimizer_state_keys},
+            }
+        if inner.state:
+            return original(self)
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in inner.state_dict()["param_groups"]]
+        for group in groups:
+            group.setdefault("step", 0.0)
+        result: dict[str, Any] = {"optimizer": {"param_groups": groups}}
+        if self.grad_scaler:
+            result["grad_scaler"] = self.grad_scaler.state_dict()
+        return result
+
+    return state_dict
+
+
+def _make_load_state_dict(original: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+    @functools.wraps(original)
+    def load_state_dict(self: Any, state_dict: Mapping[str, Any]) -> None:
+        """The original, then a step count of its own for every parameter."""
+        original(self, state_dict)
+        for state in self.optimizer.state.values():
+            if "step" in state:
+                state["step"] = state["step"].clone()
+
+    return load_state_dict
+
+
+def _make_set_states(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    @torch.no_grad()
+    def set_main_param_and_optimizer_states(self: Any, model_param: torch.Tensor, tensors: Mapping[str, Any]) -> None:
+        """The original without autograd; None is what it skips, so the step that load_state_dict() set stays."""
+        original(self, model_param, {**tensors, "step": None})
+
+    return set_main_param_and_optimizer_states
+
+
+def _make_step(original: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    @functools.wraps(original)
+    def step_with_ready_grads(self: Any) -> bool:
+        """The original, counting steps on a rank that owns no trainable parameter, for its state_dict()."""
+        successful = original(self)
+        if successful and not self.is_stub_optimizer and not _owned(self.optimizer):
+            for group in self.optimizer.param_groups:
+                group["step"] = float(group.get("step", 0.0)) + 1.0
+        return successful
+
+    return step_with_ready_grads
+
+
+PATCHES = (
+    Patch(
+        target=f"{_MODULE}:DistributedOptimizer.state_dict",
+        caller=f"{_MODULE}:DistributedOptimizer.sharded_state_dict",
+        marker="self.load_state_dict(self.state_dict())",
+        reason="Asserts that one step count exists: fails on load, before any state exists, and on save on a rank "
+        "that owns no trainable parameter (a frozen pipeline stage, a tiny shard).",
+        make=_make_state_dict,
+    ),
+    Patch(
+        target=f"{_MODULE}:DistributedOptimizer.load_state_dict",
+        caller=f"{_MODULE}:DistributedOptimizer.load_state_dict",
+        marker='s["step"] = step',
+        reason="Gives every parameter the same step tensor. AdamW increments it once a parameter, so the bias "
+        "correction of a resumed run is wrong.",
+        make=_make_load_state_dict,
+    ),
+    Patch(
+        target=f"{_MODULE}:DistributedOptimizer._set_main_param_and_optimizer_states",
+        caller=f"{_MODULE}:DistributedOptimizer._set_main_param_and_optimizer_states",
+        marker="dst_tensors[key].copy_(tensors[key])",
+        reason="Copies in place outside no_grad (fails on fp32 parameters), raises KeyError('step') on the "
+        "fully_reshardable format, and on dp_reshardable overwrites the loaded step with the fresh one.",
+        make=_make_set_states,
+    ),
+    Patch(
+        target=f"{_MODULE}:DistributedOptimizer.step_with_ready_grads",
+        caller=f"{_MODULE}:DistributedOptimizer.state_dict",
+        marker='param_group["step"] = step',
+        reason="The step count lives in per-parameter state only. Rank 0's count is what all ranks load, so a rank 0 "
+        "that owns no trainable parameter has to count as well.",
+        make=_make_step,
+    ),
+)
+
+
+def needed() -> bool:
+    """Tell whether Megatron-Core fell back to torch's AdamW."""
+    from megatron.core.optimizer import distrib_optimizer
+
+    return not distrib_optimizer.HAVE_APEX_OR_TE

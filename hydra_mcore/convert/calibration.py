@@ -1,0 +1,43 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Calibration tokens for the fusion scales, from a text file and the checkpoint's own tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from hydra_mcore.config import ModelCard
+from hydra_mcore.convert.target import TOKENIZER_DIR
+from hydra_mcore.heads import InputError
+
+MAX_LENGTH = 512
+NUM_TOKENS = 4096
+CHARACTERS = 64 * NUM_TOKENS  # far more than so many tokens of any text, far less than a corpus
+
+
+def calibration_tokens(text_file: str | Path, checkpoint_dir: str | Path) -> Tensor:
+    """The text's first tokens, up to 4096, as [b, s] with s = min(native length, 512).
+
+    Raises:
+        InputError: the text cannot be read or is shorter than one sequence, or the checkpoint has no tokenizer.
+    """
+    length = min(ModelCard.load(checkpoint_dir).shape.native_length, MAX_LENGTH)
+    try:
+        with open(text_file, encoding="utf-8") as file:
+            text = file.read(CHARACTERS)
+    except OSError as error:
+        raise InputError(f"calibration text {text_file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"calibration text {text_file}: not UTF-8 text") from None
+    folder = Path(checkpoint_dir) / TOKENIZER_DIR
+    if not (folder / "tokenizer_config.json").is_file():
+        raise InputError(f"{checkpoint_dir}: no {TOKENIZER_DIR}/tokenizer_config.json; import a directory that has its tokenizer files")
+    token_ids = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)(text, verbose=False)["input_ids"]
+    num_sequences = min(len(token_ids), NUM_TOKENS) // length
+    if not num_sequences:
+        raise InputError(f"calibration text {text_file}: {len(token_ids)} tokens; give at least {length}")
+    return torch.tensor(token_ids[: num_sequences * length]).view(num_sequences, length)

@@ -1,0 +1,162 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A teacher and a head map become a student: every value that the student can take over, it takes over.
+
+Whole heads move, never single rows: head h of a group reads K/V group floor(h / heads per group), so a GDN head
+gets its own copy of exactly that group's rows (HALO Eq 13). Everything the teacher does not have (output gates,
+decay and write gates, short convolutions, fusion norms) keeps the start that its constructor gave it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+from tqdm import tqdm
+
+from hydra_mcore.config import ConfigError, HydraOptions, ModelCard
+from hydra_mcore.convert.target import TOKENIZER_DIR, check_target, copy_tokenizer
+from hydra_mcore.heads import HeadMap, InputError
+from hydra_mcore.model.build import build_model, load_model, save_weights, transformer_config
+from hydra_mcore.model.fa_heads import FullAttentionHeads
+from hydra_mcore.model.gdn_heads import GatedDeltaHeads
+from hydra_mcore.model.hydra_attention import HydraAttention
+from hydra_mcore.model.parameters import GroupLinear
+
+HEAD_MAP_NAME = "head_map.json"
+SCALED_FUSIONS = ("scale", "competition")
+
+
+def hybridize(
+    teacher_dir: str | Path,
+    head_map: HeadMap,
+    options: HydraOptions,
+    student_dir: str | Path,
+    calibration_tokens_bs: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> ModelCard:
+    """Write the student's checkpoint, its head map and the tokenizer; needs process groups of TP 1 and PP 1.
+
+    ``calibration_tokens_bs`` (token ids) sets the fusion scales; without them these stay 1.
+
+    Raises:
+        InputError: the teacher is no imported checkpoint, the head map is for another model, the tokens do not fit
+            the model, or the target already holds a checkpoint.
+    """
+    check_target(student_dir)
+    card = ModelCard.load(teacher_dir)
+    if card.head_map.num_fa != card.shape.num_layers * card.shape.num_heads or card.options != HydraOptions.teacher():
+        raise ConfigError(f"{teacher_dir}: a {card.stage} checkpoint, not a teacher's; give the folder that convert.py import wrote")
+    card.check_head_map(head_map)
+    if calibration_tokens_bs is not None:
+        _check_tokens(calibration_tokens_bs, card)
+    _, teacher = load_model(teacher_dir, transformer=transformer_config(card.shape, dtype))
+    student_card = ModelCard(shape=card.shape, head_map=head_map, options=options, fingerprint=card.fingerprint, stage="student")
+    student = build_model(student_card, transformer=transformer_config(card.shape, dtype))
+    scaled = calibration_tokens_bs is not None and options.fusion in SCALED_FUSIONS
+    inherit(teacher, student, head_output_rms(teacher, calibration_tokens_bs) if scaled else None)
+    copy_tokenizer(Path(teacher_dir) / TOKENIZER_DIR, student_dir)
+    head_map.save(Path(student_dir) / HEAD_MAP_NAME)
+    save_weights([student], student_card, student_dir)
+    return student_card
+
+
+def _check_tokens(tokens_bs: Tensor, card: ModelCard) -> None:
+    if not tokens_bs.numel():
+        raise InputError("calibration: no tokens given")
+    length, largest = tokens_bs.shape[1], int(tokens_bs.max())
+    if length > card.shape.native_length:
+        raise InputError(f"calibration sequences of {length} tokens exceed the teacher's native length {card.shape.native_length}")
+    if largest >= card.shape.vocab_size:
+        raise InputError(f"calibration token {largest} is outside the vocabulary of {card.shape.vocab_size}; another model's tokenizer?")
+
+
+@torch.no_grad()
+def inherit(teacher: GPTModel, student: GPTModel, head_scale: Tensor | None = None) -> None:
+    """Copy the teacher's values into a student of the same shape, both whole (TP 1, PP 1).
+
+    Args:
+        head_scale: starts of the fusion scales, [layers, heads] in HF order (``head_output_rms``); None leaves them 1.
+
+    Raises:
+        ValueError: a model is not whole.
+    """
+    theirs = dict(teacher.named_parameters())
+    for name, parameter in student.named_parameters():
+        if ".self_attention." not in name:
+            parameter.copy_(theirs[name])
+    for layer_idx, (theirs_layer, our_layer) in enumerate(zip(teacher.decoder.layers, student.decoder.layers, strict=True)):
+        scale_h = None if head_scale is None else head_scale[layer_idx]
+        inherit_attention(theirs_layer.self_attention, our_layer.self_attention, scale_h)
+
+
+@torch.no_grad()
+def inherit_attention(teacher: HydraAttention, student: HydraAttention, scale_h: Tensor | None = None) -> None:
+    """One layer of ``inherit``: rows of q, k and v to their heads, columns of o_proj to the student's head order."""
+    if max(teacher.layout.tp_size, student.layout.tp_size) > 1 or teacher.layout.layer.gdn:
+        raise ValueError("inherit takes a whole all-FA teacher and a whole student: tensor parallel size 1")
+    layout, heads = student.layout, student.layout.ranks[0].heads
+    kv_grm = teacher.fa.linear_kv.weight.unflatten(0, (layout.num_kv_groups, -1))
+    if student.shared_kv:
+        _inherit_groups(student.linear_kv, kv_grm)
+    if layout.layer.fa:
+        _inherit_queries(teacher.fa, student.fa, layout.ranks[0].fa)
+        if not student.shared_kv:
+            _inherit_groups(student.fa.linear_kv, kv_grm)
+    if layout.layer.gdn:
+        gdn = layout.ranks[0].gdn
+        _inherit_queries(teacher.fa, student.gdn, gdn)
+        if student.gdn.options.gdn_kv == "per_head":
+            student.gdn.linear_kv.weight.copy_(kv_grm[[layout.group_of(h) for h in gdn]].flatten(0, 1))
+        elif not student.shared_kv:
+            _inherit_groups(student.gdn.linear_kv, kv_grm)
+    columns_mhd = teacher.linear_proj.weight.unflatten(1, (layout.num_heads, -1))
+    student.linear_proj.weight.copy_(columns_mhd[:, list(heads)].flatten(1))
+    if scale_h is not None and student.fusion.options.fusion in SCALED_FUSIONS:
+        student.fusion.scale.weight.copy_(scale_h[list(heads)])
+
+
+def _inherit_queries(teacher: FullAttentionHeads, branch: FullAttentionHeads | GatedDeltaHeads, heads: tuple[int, ...]) -> None:
+    """Query rows of some heads, and the weights of the q/k norms where the branch has them."""
+    num_heads = teacher.linear_q.total
+    branch.linear_q.weight.copy_(teacher.linear_q.weight.unflatten(0, (num_heads, -1))[list(heads)].flatten(0, 1))
+    for norm in ("q_norm", "k_norm"):
+        if hasattr(teacher, norm) and hasattr(branch, norm):
+            getattr(branch, norm).weight.copy_(getattr(teacher, norm).weight)
+
+
+def _inherit_groups(linear_kv: GroupLinear, kv_grm: Tensor) -> None:
+    """K/V rows of the kv groups that live in a branch; at TP 1 none is split."""
+    linear_kv.weight.copy_(kv_grm[linear_kv.living].flatten(0, 1))
+
+
+@torch.no_grad()
+def head_output_rms(teacher: GPTModel, tokens_bs: Tensor) -> Tensor:
+    """Root mean square of every head's output (what o_proj reads) over batch, positions and channels.
+
+    Returns:
+        [layers, heads] in HF order, float32. The inherited o_proj expects heads of this size, and the fusion norm
+        takes a head's size away, so it is where the fusion scales start [ours; paper.md 1.4].
+    """
+    tokens_bs = tokens_bs.to(next(teacher.parameters()).device)
+    attentions = [layer.self_attention for layer in teacher.decoder.layers]
+    squares = torch.zeros(len(attentions), attentions[0].layout.num_heads, dtype=torch.float64, device=tokens_bs.device)
+
+    def add_squares(layer_idx: int, out_sbx: Tensor) -> None:
+        out_sbhd = out_sbx.unflatten(-1, (squares.shape[1], -1))
+        squares[layer_idx] += out_sbhd.double().square().mean(dim=-1).sum(dim=(0, 1))
+
+    hooks = [
+        attention.linear_proj.register_forward_pre_hook(lambda _, args, layer_idx=layer_idx: add_squares(layer_idx, args[0]))
+        for layer_idx, attention in enumerate(attentions)
+    ]
+    try:
+        position_s = torch.arange(tokens_bs.shape[1], device=tokens_bs.device)
+        for row_s in tqdm(tokens_bs, desc="calibrate", unit="sequence"):
+            teacher(row_s[None], position_s[None], None)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return (squares / tokens_bs.numel()).sqrt().float()

@@ -1,0 +1,38 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of the test process.  They come before torch is imported, and forked ranks inherit them.
+
+The tests run on the CPU, also on a machine with a GPU, so that they mean the same everywhere.
+``HYDRA_TEST_DEVICE=gpu pytest -m gpu`` runs the others.
+"""
+
+import os
+
+ON_GPU = os.environ.get("HYDRA_TEST_DEVICE", "cpu") == "gpu"
+os.environ.update(
+    OMP_NUM_THREADS="1",  # several ranks share few cores, and OpenMP's threads do not survive a fork
+    TOKENIZERS_PARALLELISM="false",
+    WANDB_MODE="offline",
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+)
+if not ON_GPU:
+    os.environ.update(CUDA_VISIBLE_DEVICES="", TORCHDYNAMO_DISABLE="1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from hydra_mcore import compat  # noqa: E402
+
+torch.set_num_threads(1)
+compat.install()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests that need a GPU, saying what is missing."""
+    if ON_GPU and torch.cuda.is_available():
+        return
+    reason = "torch sees no GPU" if ON_GPU else "runs with HYDRA_TEST_DEVICE=gpu on a machine with a GPU"
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=reason))

@@ -1,0 +1,271 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Imported checkpoints compute what transformers computes; directories that cannot be used are refused in one line."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from hydra_mcore.config import ModelCard
+from hydra_mcore.convert import hf_import
+from hydra_mcore.convert.families import QWEN3
+from hydra_mcore.convert.hf_import import expand_rules, import_hf
+from hydra_mcore.convert.hf_io import HuggingFaceError, read_config
+from hydra_mcore.heads import InputError
+from hydra_mcore.model.build import TRACKER, load_model
+from hydra_mcore.model.runtime import process_groups
+from tests.support.tiny_qwen3 import random_tokens, tiny_qwen3
+
+DOOR = Path(__file__).parents[2] / "tools" / "convert.py"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process():
+    with process_groups():
+        yield
+
+
+def logits_of(checkpoint_dir: Path, tokens_bs: torch.Tensor) -> torch.Tensor:
+    _, model = load_model(checkpoint_dir)
+    with torch.no_grad():
+        return model(tokens_bs, torch.arange(tokens_bs.shape[1])[None], None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "shard_size"),
+    [
+        ({"tie_word_embeddings": True}, "1GB"),
+        ({"tie_word_embeddings": False}, "20KB"),
+        ({"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8, "rms_norm_eps": 1e-3}, "1GB"),
+        ({"num_key_value_heads": 1, "num_hidden_layers": 1, "tie_word_embeddings": True}, "20KB"),
+    ],
+    ids=["tied", "untied-sharded", "mha-eps", "mqa-sharded"],
+)
+def test_logits_equal_transformers(tmp_path, changes, shard_size):
+    truth = tiny_qwen3(tmp_path / "hf", shard_size, **changes)
+    assert (tmp_path / "hf" / "model.safetensors").exists() == (shard_size == "1GB")
+    import_hf(tmp_path / "hf", tmp_path / "out")
+    tokens_bs = random_tokens()
+    with torch.no_grad():
+        expected, found = truth(tokens_bs).logits, logits_of(tmp_path / "out", tokens_bs)
+    assert expected.std() > 0.5, "flat logits would prove nothing"
+    assert (found - expected).abs().max() < 1e-4
+    assert torch.equal(found.argmax(-1), expected.argmax(-1))
+
+
+def test_fingerprint_names_the_values_not_their_layout(tmp_path):
+    model = tiny_qwen3(tmp_path / "single", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    model.save_pretrained(tmp_path / "with_lm_head")
+    edit_tensors(tmp_path / "with_lm_head", lambda t: t.update({"lm_head.weight": t[QWEN3.embedding].clone()}))
+    with torch.no_grad():
+        model.model.norm.weight[3] += 1e-3
+    model.save_pretrained(tmp_path / "other")
+    cards = {path.name: import_hf(path, tmp_path / "out" / path.name) for path in sorted(tmp_path.iterdir()) if path.is_dir()}
+    assert cards["single"].fingerprint == cards["sharded"].fingerprint == cards["with_lm_head"].fingerprint
+    assert cards["single"].fingerprint != cards["other"].fingerprint
+    assert ModelCard.load(tmp_path / "out" / "single") == cards["single"]
+
+
+def test_tokenizer_files_travel_and_others_do_not(tmp_path):
+    tiny_qwen3(tmp_path / "hf")
+    for name in ("tokenizer.json", "needles.json", "notes.txt"):
+        (tmp_path / "hf" / name).write_text(name)
+    import_hf(tmp_path / "hf", tmp_path / "out")
+    folder = tmp_path / "out" / "tokenizer"
+    assert sorted(path.name for path in folder.iterdir()) == ["generation_config.json", "needles.json", "tokenizer.json"]
+    assert (folder / "needles.json").read_text() == "needles.json"
+
+
+def test_bfloat16_checkpoint_holds_rounded_values(tmp_path):
+    truth = tiny_qwen3(tmp_path / "hf")
+    import_hf(tmp_path / "hf", tmp_path / "out", torch.bfloat16)
+    _, model = load_model(tmp_path / "out")
+    expected = truth.model.layers[1].self_attn.q_proj.weight.bfloat16().float()
+    assert torch.equal(model.decoder.layers[1].self_attention.fa.linear_q.weight, expected)
+
+
+def test_old_style_config_gives_the_same_shape(tmp_path):
+    """Before transformers 5, rope_theta stood by itself and rope_scaling beside it."""
+    tiny_qwen3(tmp_path)
+    _, new = read_config(tmp_path)
+
+    def age(raw: dict) -> None:
+        raw["rope_theta"] = raw.pop("rope_parameters")["rope_theta"]
+        raw["rope_scaling"] = None
+        raw.pop("layer_types")
+
+    edit_config(tmp_path, age)
+    assert read_config(tmp_path)[1] == new
+    assert new.rope_theta == 5000.0
+
+
+def edit_config(hf_dir: Path, change: Callable[[dict], object]) -> None:
+    raw = json.loads((hf_dir / "config.json").read_text())
+    change(raw)
+    (hf_dir / "config.json").write_text(json.dumps(raw))
+
+
+def edit_tensors(hf_dir: Path, change: Callable[[dict], object]) -> None:
+    tensors = load_file(hf_dir / "model.safetensors")
+    change(tensors)
+    save_file(tensors, hf_dir / "model.safetensors", metadata={"format": "pt"})
+
+
+def cut_short(hf_dir: Path) -> None:
+    data = (hf_dir / "model.safetensors").read_bytes()
+    (hf_dir / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def put(tensors: dict, name: str, value: float) -> None:
+    tensors[name].view(-1)[-1] = value
+
+
+K1, O2, HEAD = "model.layers.1.self_attn.k_proj.weight", "model.layers.2.self_attn.o_proj.weight", "lm_head.weight"
+BAD_DIRECTORIES = {
+    "no config": (lambda d: (d / "config.json").unlink(), ["config.json", "Hugging Face"]),
+    "config not json": (lambda d: (d / "config.json").write_text("{"), ["config.json", "not JSON"]),
+    "config not an object": (lambda d: (d / "config.json").write_text("[]"), ["config.json", "object"]),
+    "other family": (lambda d: edit_config(d, lambda c: c.update(model_type="llama")), ["model_type", "'llama'", "qwen3"]),
+    "moe": (lambda d: edit_config(d, lambda c: c.update(model_type="qwen3_moe")), ["'qwen3_moe'"]),
+    "sliding window": (lambda d: edit_config(d, lambda c: c.update(use_sliding_window=True)), ["use_sliding_window", "True"]),
+    "sliding layer": (lambda d: edit_config(d, lambda c: c["layer_types"].__setitem__(1, "sliding_attention")), ["layer_types"]),
+    "rope scaling": (lambda d: edit_config(d, lambda c: c.update(rope_scaling={"rope_type": "yarn"})), ["rope_scaling", "yarn"]),
+    "rope type": (lambda d: edit_config(d, lambda c: c["rope_parameters"].update(rope_type="linear")), ["rope_type", "linear"]),
+    "no theta": (lambda d: edit_config(d, lambda c: c.pop("rope_parameters")), ["rope_theta", "missing"]),
+    "attention bias": (lambda d: edit_config(d, lambda c: c.update(attention_bias=True)), ["attention_bias"]),
+    "activation": (lambda d: edit_config(d, lambda c: c.update(hidden_act="gelu")), ["hidden_act", "'gelu'"]),
+    "quantised": (lambda d: edit_config(d, lambda c: c.update(quantization_config={})), ["quantization_config"]),
+    "key missing": (lambda d: edit_config(d, lambda c: c.pop("hidden_size")), ["'hidden_size'", "missing"]),
+    "key not a number": (lambda d: edit_config(d, lambda c: c.update(num_hidden_layers="3")), ["num_hidden_layers", "'3'"]),
+    "groups": (lambda d: edit_config(d, lambda c: c.update(num_key_value_heads=4)), ["num_key_value_heads 4", "6"]),
+    "odd head": (lambda d: edit_config(d, lambda c: c.update(head_dim=15)), ["head_dim 15"]),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), ["no weights"]),
+    "cut short": (cut_short, ["model.safetensors", "cut short"]),
+    "not safetensors": (lambda d: (d / "model.safetensors").write_bytes(b"x" * 100), ["model.safetensors", "not safetensors"]),
+    "missing tensor": (lambda d: edit_tensors(d, lambda t: t.pop(K1)), [K1, "missing"]),
+    "missing output layer": (lambda d: edit_tensors(d, lambda t: t.pop(HEAD)), [HEAD, "missing"]),
+    "extra tensor": (lambda d: edit_tensors(d, lambda t: t.update({"model.bias": torch.ones(3)})), ["model.bias", "not part"]),
+    "one layer more": (lambda d: edit_config(d, lambda c: c.update(num_hidden_layers=2)), ["model.layers.2.", "not part"]),
+    "mis-shaped": (lambda d: edit_tensors(d, lambda t: t.update({O2: t[O2].T.contiguous()})), [O2, "(96, 40)", "(40, 96)"]),
+    "nan": (lambda d: edit_tensors(d, lambda t: put(t, O2, float("nan"))), [O2, "NaN"]),
+    "infinity": (lambda d: edit_tensors(d, lambda t: put(t, O2, float("-inf"))), [O2, "infinity"]),
+    "integers": (lambda d: edit_tensors(d, lambda t: t.update({O2: t[O2].to(torch.int8)})), [O2, "int8"]),
+    "tied but different": (lambda d: edit_config(d, lambda c: c.update(tie_word_embeddings=True)), [HEAD, "tie_word_embeddings"]),
+}
+
+
+@pytest.mark.parametrize(("spoil", "words"), BAD_DIRECTORIES.values(), ids=list(BAD_DIRECTORIES))
+def test_unusable_directory_is_named_and_nothing_is_written(tmp_path, spoil, words):
+    tiny_qwen3(tmp_path / "hf", tie_word_embeddings=False)
+    spoil(tmp_path / "hf")
+    with pytest.raises(HuggingFaceError) as caught:
+        import_hf(tmp_path / "hf", tmp_path / "out")
+    assert_one_line(str(caught.value), words)
+    assert not (tmp_path / "out").exists()
+
+
+def assert_one_line(message: str, words: list[str]) -> None:
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+
+
+def first_shard(hf_dir: Path) -> Path:
+    return min(hf_dir.glob("model-*.safetensors"))
+
+
+def misplace(hf_dir: Path) -> None:
+    """The index names another existing shard for a tensor, and a tensor that no shard has."""
+    index = json.loads((hf_dir / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.ghost"] = first_shard(hf_dir).name
+    (hf_dir / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def double(hf_dir: Path) -> None:
+    """One shard repeats the tensors of another."""
+    first, second = sorted(hf_dir.glob("model-*.safetensors"))[:2]
+    save_file({**load_file(first), **load_file(second)}, second, metadata={"format": "pt"})
+
+
+BAD_SHARDS = {
+    "shard missing": (lambda d: first_shard(d).unlink(), ["model-00001-of-", "missing"]),
+    "shard cut short": (lambda d: first_shard(d).write_bytes(first_shard(d).read_bytes()[:-40]), ["model-00001-of-", "cut short"]),
+    "index without map": (lambda d: (d / "model.safetensors.index.json").write_text("{}"), ["weight_map"]),
+    "index names a ghost": (misplace, ["model.ghost", "missing"]),
+    "tensor twice": (double, ["another file"]),
+}
+
+
+@pytest.mark.parametrize(("spoil", "words"), BAD_SHARDS.values(), ids=list(BAD_SHARDS))
+def test_unusable_shards(tmp_path, spoil, words):
+    tiny_qwen3(tmp_path / "hf", "20KB")
+    spoil(tmp_path / "hf")
+    with pytest.raises(HuggingFaceError) as caught:
+        import_hf(tmp_path / "hf", tmp_path / "out")
+    assert_one_line(str(caught.value), words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_target_that_holds_a_checkpoint_is_refused_before_any_work(tmp_path):
+    (tmp_path / TRACKER).write_text("0")
+    with pytest.raises(InputError, match="already holds a checkpoint"):
+        import_hf(tmp_path / "nowhere", tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="not a writable folder"):
+        import_hf(tmp_path / "nowhere", tmp_path / "file" / "out")
+
+
+def test_import_that_dies_while_saving_looks_incomplete_and_can_be_repeated(tmp_path, monkeypatch):
+    tiny_qwen3(tmp_path / "hf")
+
+    def full_disk(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelCard, "save", full_disk)  # after the tensors, before the mark that makes them a checkpoint
+        with pytest.raises(OSError, match="No space"):
+            import_hf(tmp_path / "hf", tmp_path / "out")
+    with pytest.raises(InputError, match="not a hydra_mcore checkpoint"):
+        load_model(tmp_path / "out")
+    import_hf(tmp_path / "hf", tmp_path / "out")
+    load_model(tmp_path / "out")
+
+
+def test_a_table_that_leaves_a_parameter_open_is_caught(tmp_path, monkeypatch):
+    tiny_qwen3(tmp_path / "hf")
+    family, shape = read_config(tmp_path / "hf")
+    rules = expand_rules(family, shape)
+    del rules["model.layers.0.mlp.up_proj.weight"]
+    monkeypatch.setattr(hf_import, "expand_rules", lambda *_: rules)
+    monkeypatch.setattr(hf_import, "check_tensors", lambda *_: None)
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.linear_fc1\.weight is not filled"):
+        import_hf(tmp_path / "hf", tmp_path / "out")
+
+
+def test_parts_are_exactly_the_tensors_that_transformers_saves(tmp_path):
+    tiny_qwen3(tmp_path, tie_word_embeddings=False)
+    family, shape = read_config(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert set(file.keys()) == set(expand_rules(family, shape))
+
+
+def run_door(*arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(DOOR), *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_door_refuses_in_one_line_with_status_2(tmp_path):
+    tiny_qwen3(tmp_path / "hf")
+    edit_tensors(tmp_path / "hf", lambda t: put(t, O2, float("nan")))  # found last: the model has been built by then
+    done = run_door("import", "--hf", tmp_path / "hf", "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if "tensor/s" not in line and line.strip()] == [
+        f"convert: {tmp_path / 'hf'}: tensor {O2} holds NaN or infinity"
+    ]
+    assert not (tmp_path / "out").exists()

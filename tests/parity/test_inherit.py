@@ -1,0 +1,305 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Students start from their teacher: every head keeps its own rows, everything else is the teacher's."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from hydra_mcore.config import HydraOptions, ModelCard
+from hydra_mcore.convert.calibration import calibration_tokens
+from hydra_mcore.convert.hf_import import import_hf
+from hydra_mcore.convert.inherit import head_output_rms, hybridize, inherit
+from hydra_mcore.heads import HeadMap, InputError
+from hydra_mcore.model.build import TRACKER, build_model, load_model
+from hydra_mcore.model.runtime import process_groups
+from tests.support.tiny_qwen3 import ODD, random_tokens, tiny_qwen3
+
+DOOR = Path(__file__).parents[2] / "tools" / "convert.py"
+D, HEADS, GROUPS = ODD["head_dim"], ODD["num_attention_heads"], ODD["num_key_value_heads"]
+# Layer 0 mixes both groups, layer 1 has no FA head, layer 2 no GDN head.
+MIXED = HeadMap.from_fa([(0, 1), (0, 4), (0, 5), *((2, h) for h in range(HEADS))], 3, HEADS, GROUPS)
+PLAIN = {"fa_position": "rope", "fa_log_scale": "never", "fa_gate": "none", "fusion": "none"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process():
+    with process_groups():
+        yield
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> tuple:
+    """(Hugging Face model, its folder, the imported checkpoint's folder) with a tokenizer of one token a word."""
+    root = tmp_path_factory.mktemp("teacher")
+    truth = tiny_qwen3(root / "hf", tie_word_embeddings=False)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(ODD["vocab_size"])}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(root / "hf")
+    import_hf(root / "hf", root / "checkpoint")
+    return truth, root / "hf", root / "checkpoint"
+
+
+@pytest.fixture(scope="module")
+def teacher(source):
+    return load_model(source[2])[1]
+
+
+def student_of(source, teacher, head_map: HeadMap = MIXED, scale: Tensor | None = None, **options: object):
+    shape = ModelCard.load(source[2]).shape
+    student = build_model(ModelCard(shape=shape, head_map=head_map, options=HydraOptions(**options), fingerprint=""))
+    inherit(teacher, student, scale)
+    return student
+
+
+def logits(model, tokens_bs: Tensor) -> Tensor:
+    return model(tokens_bs, torch.arange(tokens_bs.shape[1])[None], None)
+
+
+def rows(weight: Tensor, head_idx: int, size: int = D) -> Tensor:
+    return weight[head_idx * size : (head_idx + 1) * size]
+
+
+@pytest.mark.parametrize("qkv", [{}, {"qkv": "shared", "gdn_kv": "per_group"}], ids=["separate", "shared"])
+def test_all_fa_student_is_the_teacher(source, teacher, qkv):
+    student = student_of(source, teacher, HeadMap.all_fa(3, HEADS, GROUPS), **PLAIN, **qkv)
+    tokens_bs = random_tokens()
+    with torch.no_grad():
+        difference = (logits(student, tokens_bs) - logits(teacher, tokens_bs)).abs().max()
+    assert difference < 1e-5
+
+
+def test_rows_go_to_their_heads(source, teacher):
+    """Against the Hugging Face tensors, written out head by head."""
+    student = student_of(source, teacher)
+    for layer_idx, layer in enumerate(MIXED.layers):
+        hf, attention = source[0].model.layers[layer_idx].self_attn, student.decoder.layers[layer_idx].self_attention
+        for place, h in enumerate(layer.fa):
+            assert torch.equal(rows(attention.fa.linear_q.weight, place), rows(hf.q_proj.weight, h))
+        for place, h in enumerate(layer.gdn):
+            assert torch.equal(rows(attention.gdn.linear_q.weight, place), rows(hf.q_proj.weight, h))
+            k_then_v = rows(attention.gdn.linear_kv.weight, place, 2 * D)
+            assert torch.equal(k_then_v[:D], rows(hf.k_proj.weight, h // 3)), f"head {h} reads group {h // 3}"
+            assert torch.equal(k_then_v[D:], rows(hf.v_proj.weight, h // 3))
+        for branch in (name for name in ("fa", "gdn") if getattr(layer, name)):
+            assert torch.equal(getattr(attention, branch).q_norm.weight, hf.q_norm.weight)
+            assert torch.equal(getattr(attention, branch).k_norm.weight, hf.k_norm.weight)
+        for place, h in enumerate(layer.fa + layer.gdn):
+            assert torch.equal(rows(attention.linear_proj.weight.T, place), rows(hf.o_proj.weight.T, h))
+
+
+def test_only_living_groups_keep_their_fa_rows(source, teacher):
+    lonely = HeadMap.from_fa([(0, 4), (1, 0), (2, 3)], 3, HEADS, GROUPS)
+    student = student_of(source, teacher, lonely)
+    for layer_idx, group in enumerate((1, 0, 1)):
+        hf = source[0].model.layers[layer_idx].self_attn
+        expected = torch.cat([rows(hf.k_proj.weight, group), rows(hf.v_proj.weight, group)])
+        assert torch.equal(student.decoder.layers[layer_idx].self_attention.fa.linear_kv.weight, expected)
+
+
+def test_everything_but_attention_is_the_teachers(source, teacher):
+    student = dict(student_of(source, teacher).named_parameters())
+    theirs = {name: value for name, value in teacher.named_parameters() if ".self_attention." not in name}
+    assert "output_layer.weight" in theirs and len(theirs) == 3 + 4 * 3
+    for name, value in theirs.items():
+        assert torch.equal(student.pop(name), value), name
+    assert all(".self_attention." in name for name in student)
+
+
+def test_what_the_teacher_lacks_keeps_its_start(source, teacher):
+    attention = student_of(source, teacher, gdn_half_life=40.0).decoder.layers[0].self_attention
+    x_sbm = torch.randn(5, 2, ODD["hidden_size"])
+    decay_sbh, write_sbh = attention.gdn.gates(x_sbm)
+    torch.testing.assert_close(40 * decay_sbh, torch.full_like(decay_sbh, -0.6931472))
+    torch.testing.assert_close(write_sbh, torch.full_like(write_sbh, 0.5))
+    taps = torch.tensor([0.0, 0.0, 0.0, 1.0]).expand_as(attention.gdn.conv.weight)
+    assert torch.equal(attention.gdn.conv.weight, taps)
+    assert attention.fa.gate.linear.weight.abs().max() < 0.01 and attention.fa.gate.linear.bias.eq(1).all()
+    assert attention.fusion.scale.weight.eq(1).all()
+
+
+def test_kept_heads_compute_what_they_computed(source, teacher):
+    """With rotary positions, no gate and no fusion, an FA head's output is the teacher's, whatever its neighbours are."""
+    student = student_of(source, teacher, **PLAIN)
+    x_sbm, rotary = torch.randn(9, 2, ODD["hidden_size"]), teacher.rotary_pos_emb(9)
+    with torch.no_grad():
+        ours, theirs = (m.decoder.layers[0].self_attention.head_outputs(x_sbm, rotary) for m in (student, teacher))
+    torch.testing.assert_close(ours[:, :, :3], theirs[:, :, [1, 4, 5]], rtol=0, atol=1e-6)
+    assert (ours[:, :, 3:] - theirs[:, :, [0, 2, 3]]).abs().max() > 0.01, "GDN heads are not attention"
+
+
+def test_sharing_keys_and_values_changes_weights_not_outputs(source, teacher):
+    tokens_bs = random_tokens()
+    kinds = [{}, {"gdn_kv": "per_group"}, {"gdn_kv": "per_group", "qkv": "shared"}]
+    # Without a convolution: shared projections would still have one for each head, at the same identity start.
+    with torch.no_grad():
+        own, grouped, shared = (logits(student_of(source, teacher, **PLAIN, **kind), tokens_bs) for kind in kinds)
+    torch.testing.assert_close(grouped, own, rtol=0, atol=1e-5)
+    torch.testing.assert_close(shared, own, rtol=0, atol=1e-5)
+
+
+def naive_rms(truth, tokens_bs: Tensor) -> Tensor:
+    """RMS of each head's slice of o_proj's input in transformers' model, in float64."""
+    seen: list[Tensor] = []
+    hooks = [layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for layer in truth.model.layers]
+    with torch.no_grad():
+        truth(tokens_bs)
+    for hook in hooks:
+        hook.remove()
+    return torch.tensor([[out[..., h * D : (h + 1) * D].double().pow(2).mean().sqrt() for h in range(HEADS)] for out in seen])
+
+
+def test_head_output_rms_is_that_of_transformers(source, teacher):
+    tokens_bs = random_tokens()
+    expected = naive_rms(source[0], tokens_bs)
+    assert expected.max() > 1.2 * expected.min(), "equal heads would prove nothing"
+    torch.testing.assert_close(head_output_rms(teacher, tokens_bs).double(), expected, rtol=1e-5, atol=0, check_dtype=False)
+    assert not any(layer.self_attention.linear_proj._forward_pre_hooks for layer in teacher.decoder.layers)
+
+
+def test_calibrated_scales_stand_in_the_students_own_order(source, teacher):
+    scale = torch.arange(18.0).view(3, 6)
+    student = student_of(source, teacher, scale=scale)
+    found = [layer.self_attention.fusion.scale.weight.tolist() for layer in student.decoder.layers]
+    assert found == [[1, 4, 5, 0, 2, 3], [6, 7, 8, 9, 10, 11], [12, 13, 14, 15, 16, 17]]
+
+
+VARIANTS = [
+    {},
+    {"fa_position": "rope", "gdn_position": "nope"},
+    {"fa_log_scale": "always"},
+    {"fa_gate": "headwise", "gdn_gate": "elementwise"},
+    {"fa_gate": "none", "gdn_gate": "headwise", "gate_activation": "silu"},
+    {"gdn_gate": "elementwise", "gate_order": "after_norm"},
+    {"gdn_qk_norm": "none", "gdn_conv_kernel": 0},
+    {"gdn_conv_activation": "silu", "gdn_conv_kernel": 2, "gdn_write_max": 2.0, "gdn_half_life": 5.0},
+    {"gdn_kv": "per_group"},
+    {"gdn_kv": "per_group", "qkv": "shared"},
+    {"fusion": "norm"},
+    {"fusion": "none"},
+    {"fusion": "competition"},
+    {"fusion_norm_weight": "none"},
+]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=lambda o: " ".join(map(str, o.values())) or "default")
+def test_every_variant_inherits_and_learns(source, teacher, options):
+    student = student_of(source, teacher, scale=torch.full((3, HEADS), 0.5), **options)
+    loss = logits(student.train(), random_tokens()).log_softmax(-1)[..., 3].mean()
+    loss.backward()
+    assert loss.isfinite()
+    lifeless = [name for name, p in student.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not lifeless
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_hybridize_writes_a_student_that_loads(source, teacher, tmp_path, calibrated):
+    tokens_bs = random_tokens() if calibrated else None
+    head_map = HeadMap(num_heads=HEADS, num_kv_groups=GROUPS, layers=MIXED.layers, made_by={"seed": 7})
+    written = hybridize(source[2], head_map, HydraOptions(), tmp_path / "student", tokens_bs)
+    card, student = load_model(tmp_path / "student")
+    assert card == written and card.stage == "student" and card.fingerprint == ModelCard.load(source[2]).fingerprint
+    assert HeadMap.load(tmp_path / "student" / "head_map.json").made_by == {"seed": 7}
+    assert (tmp_path / "student" / "tokenizer" / "tokenizer.json").read_bytes() == (source[1] / "tokenizer.json").read_bytes()
+    expected = student_of(source, teacher, scale=head_output_rms(teacher, tokens_bs) if calibrated else None)
+    for (name, found), truth in zip(student.named_parameters(), expected.parameters(), strict=True):
+        if ".gate." not in name:  # random at the start
+            assert torch.equal(found, truth), name
+
+
+def test_calibration_tokens_are_whole_sequences_of_the_text(source, tmp_path):
+    (tmp_path / "text").write_text(" ".join(f"w{i % 60}" for i in range(200)))
+    tokens_bs = calibration_tokens(tmp_path / "text", source[2])
+    assert tokens_bs.shape == (3, 64)  # the native length; 8 tokens are left over
+    assert tokens_bs.flatten().tolist() == [i % 60 for i in range(192)]
+    (tmp_path / "long").write_text("w1 " * 10_000)
+    assert calibration_tokens(tmp_path / "long", source[2]).numel() == 4096
+
+
+def test_bad_calibration_text(source, tmp_path):
+    (tmp_path / "short").write_text("w1 w2 w3")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe" * 99)
+    for name, words in (("short", "3 tokens; give at least 64"), ("binary", "not UTF-8"), ("absent", "No such file")):
+        with pytest.raises(InputError, match=words):
+            calibration_tokens(tmp_path / name, source[2])
+    (tmp_path / "bare").mkdir()
+    ModelCard.load(source[2]).save(tmp_path / "bare")
+    with pytest.raises(InputError, match="tokenizer"):
+        calibration_tokens(tmp_path / "short", tmp_path / "bare")
+
+
+BAD_MAPS = {
+    "other layers": (HeadMap.from_fa([(0, 0)], 2, HEADS, GROUPS), "2 layers"),
+    "other heads": (HeadMap.from_fa([(0, 0)], 3, 8, GROUPS), "8 heads"),
+    "other groups": (HeadMap.from_fa([(0, 0)], 3, HEADS, 3), "3 kv groups"),
+    "other teacher": (HeadMap.from_fa([(0, 0)], 3, HEADS, GROUPS, fingerprint="ab" * 32), "made for teacher abababababab"),
+}
+
+
+@pytest.mark.parametrize(("head_map", "words"), BAD_MAPS.values(), ids=list(BAD_MAPS))
+def test_head_map_of_another_model_is_refused(source, tmp_path, head_map, words):
+    with pytest.raises(InputError, match=words):
+        hybridize(source[2], head_map, HydraOptions(), tmp_path / "student")
+    assert not (tmp_path / "student").exists()
+
+
+@pytest.mark.parametrize(
+    ("tokens_bs", "words"),
+    [(torch.full((1, 9), 61), "token 61 is outside"), (torch.zeros(1, 65, dtype=torch.long), "65 tokens exceed"), (torch.zeros(0, 9), "no tokens")],
+    ids=["vocabulary", "length", "empty"],
+)
+def test_calibration_tokens_that_do_not_fit_are_refused(source, tmp_path, tokens_bs, words):
+    with pytest.raises(InputError, match=words):
+        hybridize(source[2], MIXED, HydraOptions(), tmp_path / "student", tokens_bs)
+    assert not (tmp_path / "student").exists()
+
+
+def test_a_student_is_no_teacher_and_a_target_is_written_once(source, tmp_path):
+    hybridize(source[2], MIXED, HydraOptions(), tmp_path / "student")
+    with pytest.raises(InputError, match="a student checkpoint, not a teacher's"):
+        hybridize(tmp_path / "student", MIXED, HydraOptions(), tmp_path / "other")
+    before = (tmp_path / "student" / TRACKER).stat().st_mtime_ns
+    with pytest.raises(InputError, match="already holds a checkpoint"):
+        hybridize(source[2], MIXED, HydraOptions(), tmp_path / "student")
+    assert (tmp_path / "student" / TRACKER).stat().st_mtime_ns == before and not (tmp_path / "other").exists()
+
+
+def run_door(*arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(DOOR), *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_door_hybridizes(source, tmp_path):
+    MIXED.save(tmp_path / "map.json")
+    (tmp_path / "text").write_text("w1 w2 w3 w4 " * 50)
+    out = tmp_path / "student"
+    done = run_door(
+        "hybridize", "--teacher", source[2], "--heads", tmp_path / "map.json", "--calibration-text", tmp_path / "text",
+        "--out", out, "--gdn-conv-kernel", 0, "--fa-gate", "headwise",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert ModelCard.load(out).options == HydraOptions(gdn_conv_kernel=0, fa_gate="headwise")
+    scale = load_model(out)[1].decoder.layers[1].self_attention.fusion.scale.weight
+    expected = naive_rms(source[0], calibration_tokens(tmp_path / "text", source[2]))[1]
+    torch.testing.assert_close(scale.double(), expected.double(), rtol=1e-5, atol=0)
+
+
+def test_door_asks_for_a_text_in_one_line(source, tmp_path):
+    raw = MIXED.to_dict()
+    (tmp_path / "map.json").write_text(json.dumps(raw))
+    done = run_door("hybridize", "--teacher", source[2], "--heads", tmp_path / "map.json", "--out", tmp_path / "student")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "convert: the fusion scales need --calibration-text FILE; or start them at 1 with --fusion-scale one"
+    ]
+    raw["layers"][1]["gdn"].remove(3)
+    (tmp_path / "map.json").write_text(json.dumps(raw))
+    done = run_door("hybridize", "--teacher", source[2], "--heads", tmp_path / "map.json", "--out", tmp_path / "student")
+    assert done.returncode == 2 and done.stderr.splitlines() == ["convert: head map: layer 1 lacks head 3; give it a role, fa or gdn"]
+    assert not (tmp_path / "student").exists()

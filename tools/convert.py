@@ -1,0 +1,112 @@
+#!/usr/bin/env python3
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints from other checkpoints.
+
+    import     a Hugging Face Qwen3 directory -> the teacher's checkpoint
+    hybridize  a teacher's checkpoint and a head map -> the student's checkpoint
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from hydra_mcore.config import HydraOptions, add_flags  # noqa: E402  light, so that --help is quick
+
+IMPORT_EXAMPLES = """examples:
+  python tools/convert.py import --hf Qwen3-1.7B --out runs/a/teacher --dtype bfloat16
+  python tools/convert.py import --hf examples/tiny/teacher --out runs/demo/teacher
+"""
+HYBRIDIZE_EXAMPLES = """examples:
+  python tools/convert.py hybridize --teacher runs/a/teacher --heads runs/a/heads/head_map.json \\
+      --calibration-text corpus.txt --out runs/a/student
+  python tools/convert.py hybridize --teacher runs/a/teacher --heads map.json --out runs/b/student \\
+      --fusion norm --fa-gate headwise
+"""
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    importing = commands.add_parser("import", help="Hugging Face directory -> teacher", epilog=IMPORT_EXAMPLES, formatter_class=layout)
+    importing.add_argument("--hf", required=True, metavar="DIR", help="directory with config.json and *.safetensors")
+
+    hybridizing = commands.add_parser(
+        "hybridize",
+        help="teacher + head map -> student",
+        usage="%(prog)s --teacher DIR --heads FILE --out DIR [options]",
+        epilog=HYBRIDIZE_EXAMPLES,
+        formatter_class=layout,
+    )
+    hybridizing.add_argument("--teacher", required=True, metavar="DIR", help="checkpoint folder that import wrote")
+    hybridizing.add_argument("--heads", required=True, metavar="FILE", help="head map (JSON, from tools/select_heads.py)")
+    hybridizing.add_argument(
+        "--fusion-scale", choices=("calibrated", "one"), default="calibrated",
+        help="where fusion scales start: at the size of the teacher's head outputs on the calibration text, or at 1",
+    )
+    hybridizing.add_argument("--calibration-text", metavar="FILE", help="UTF-8 text; its first 4096 tokens are used")
+    hybridizing.add_argument("--seed", type=int, default=1234, metavar="N", help="seed of the output gates' random start")
+    add_flags(hybridizing.add_argument_group("the layer"), HydraOptions)
+
+    importing.set_defaults(run=import_from, seed=0)
+    hybridizing.set_defaults(run=hybridize_from)
+    for command in (importing, hybridizing):
+        command.add_argument("--out", required=True, metavar="DIR", help="new checkpoint folder")
+        command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the weights written")
+    return parser.parse_args(argv)
+
+
+def hybridize_from(args: argparse.Namespace) -> None:
+    """The hybridize command; raises InputError for anything given that cannot be used."""
+    import torch
+
+    from hydra_mcore.convert.calibration import calibration_tokens
+    from hydra_mcore.convert.inherit import SCALED_FUSIONS, hybridize
+    from hydra_mcore.heads import HeadMap, InputError
+
+    options = HydraOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(HydraOptions)})
+    head_map = HeadMap.load(args.heads)
+    calibrated = args.fusion_scale == "calibrated" and options.fusion in SCALED_FUSIONS
+    if calibrated and args.calibration_text is None:
+        raise InputError("the fusion scales need --calibration-text FILE; or start them at 1 with --fusion-scale one")
+    if args.calibration_text is not None and not calibrated:
+        raise InputError("--calibration-text has no use here: the fusion scales are not calibrated; leave it out")
+    tokens_bs = calibration_tokens(args.calibration_text, args.teacher) if calibrated else None
+    card = hybridize(args.teacher, head_map, options, args.out, tokens_bs, getattr(torch, args.dtype))
+    print(f"student with {head_map.num_fa} FA heads of {head_map.num_layers * head_map.num_heads}, teacher {card.fingerprint[:12]}: {args.out}")
+
+
+def import_from(args: argparse.Namespace) -> None:
+    """The import command; raises InputError for a directory that cannot be used."""
+    import torch
+
+    from hydra_mcore.convert.hf_import import import_hf
+
+    card = import_hf(args.hf, args.out, getattr(torch, args.dtype))
+    print(f"teacher {card.fingerprint[:12]}, {card.shape.num_layers} layers x {card.shape.num_heads} heads: {args.out}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)  # before the heavy imports, so that --help is quick
+    from hydra_mcore.compat import install
+
+    install()
+    from hydra_mcore.model.runtime import one_line_errors, process_groups
+
+    logging.getLogger("megatron").setLevel(logging.ERROR)  # its advice to authors of training scripts is not for our users
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    with one_line_errors("convert"), process_groups(seed=args.seed):
+        args.run(args)
+
+
+if __name__ == "__main__":
+    main()
