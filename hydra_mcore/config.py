@@ -78,7 +78,7 @@ class HydraOptions:
             raise ConfigError(f"gdn_conv_kernel is {self.gdn_conv_kernel}; it counts taps, 0 for no convolution")
         if not 0.0 < self.gdn_write_max <= 2.0:
             raise ConfigError(f"gdn_write_max is {self.gdn_write_max}; the delta rule is stable for 0 < max <= 2")
-        if self.fa_log_scale_base <= 1.0 or self.gdn_half_life <= 0.0:
+        if not (self.fa_log_scale_base > 1.0 and self.gdn_half_life > 0.0):  # so written, NaN is refused too
             raise ConfigError("fa_log_scale_base must exceed 1 and gdn_half_life 0")
         if self.qkv == "shared" and self.gdn_kv == "per_head":
             raise ConfigError("qkv 'shared' keeps the teacher's groups: set gdn_kv to 'per_group'")
@@ -170,10 +170,11 @@ class ModelCard:
             raw = json.loads(path.read_text())
         except OSError:
             raise ConfigError(f"{checkpoint_dir}: no {CARD_NAME}, so not a hydra_mcore checkpoint; make one with tools/convert.py import") from None
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: not JSON ({error})") from None
-        if raw.get("format") != CARD_FORMAT:
-            raise ConfigError(f"{path}: format {raw.get('format')!r}, this version reads {CARD_FORMAT}")
+        if not isinstance(raw, dict) or raw.get("format") != CARD_FORMAT:
+            found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
+            raise ConfigError(f"{path}: format {found!r}, this version reads {CARD_FORMAT}")
         try:
             return cls(
                 shape=ModelShape(**raw["shape"]),
@@ -226,7 +227,7 @@ class StageOptions:
         for name, choices in _literal_choices(type(self)).items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
-        if self.kl_temperature <= 0 or min(self.kl_weight, self.ce_weight) < 0:
+        if not (self.kl_temperature > 0 and self.kl_weight >= 0 and self.ce_weight >= 0):
             raise ConfigError("kl_temperature must be positive and the loss weights not negative")
 
 
@@ -273,18 +274,21 @@ class Recipe:
             raw = yaml.safe_load(Path(path).read_text()) or {}
         except OSError as error:
             raise ConfigError(f"recipe {path}: {error.strerror}") from None
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"recipe {path}: not YAML ({str(error).splitlines()[0]})") from None
         if not isinstance(raw, dict):
             raise ConfigError(f"recipe {path}: expected 'key: value' lines")
         sections = {name: raw.pop(name, None) or {} for name in ("align", "distill", "extend")}
+        for name, section in sections.items():
+            if not isinstance(section, dict):
+                raise ConfigError(f"recipe {path}: {name!r} is a stage, expected 'key: value' lines under it")
         return cls(path=Path(path), values={**raw, **sections[stage]})
 
     def to_flags(self, parser: argparse.ArgumentParser) -> list[str]:
         """Flatten into command-line flags that ``parser`` knows; raises ConfigError for an unknown key."""
         flags: list[str] = []
         for key, value in self.values.items():
-            flags += self._flag(parser, key, value)
+            flags += self._flag(parser, str(key), value)
         return flags
 
     def _flag(self, parser: argparse.ArgumentParser, key: str, value: Any) -> list[str]:
@@ -292,6 +296,8 @@ class Recipe:
         by_flag = known.get("--" + key.replace("_", "-"))
         by_dest = [action for action in known.values() if action.dest == key.replace("-", "_")]
         actions = [by_flag] if by_flag is not None else by_dest
+        if isinstance(value, dict):
+            raise ConfigError(f"recipe {self.path}: {key!r} is no stage, so it takes a value, not lines under it")
         if not actions:
             near = difflib.get_close_matches(key.replace("_", "-"), [name[2:] for name in known], n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -305,5 +311,7 @@ class Recipe:
             return next(([action.option_strings[0]] for action in switches if action.const == value), [])
         if value is None:
             return []
+        if all(action.nargs == 0 for action in actions):
+            raise ConfigError(f"recipe {self.path}: {key!r} takes true or false, not {value!r}")
         items = value if isinstance(value, list) else [value]
         return [actions[0].option_strings[0], *(str(item) for item in items)]

@@ -87,6 +87,8 @@ class HeadMap:
             raise HeadMapError(f"head map: {self.num_heads} heads do not divide into {self.num_kv_groups} kv groups")
         if not self.layers:
             raise HeadMapError("head map: no layers")
+        if not (isinstance(self.fingerprint, str) and isinstance(self.strategy, str)):
+            raise HeadMapError("head map: fingerprint and strategy are texts")
         for layer_idx, layer in enumerate(self.layers):
             layer.validate(layer_idx, self.num_heads)
 
@@ -164,7 +166,7 @@ class HeadMap:
             return cls.from_dict(json.loads(Path(path).read_text()))
         except OSError as error:
             raise HeadMapError(f"head map {path}: {error.strerror}") from None
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise HeadMapError(f"head map {path}: not JSON ({error})") from None
 
 

@@ -25,21 +25,29 @@ Written to --out: results.json (every number), report.md (tables), accuracy.png 
 
 examples:
   a teacher and its student, at the teacher's native length and beyond
-      python tools/evaluate.py --models teacher=runs/teacher student=runs/student/distill --lengths 512 1024 --haystack book.txt --out runs/eval
+      python tools/evaluate.py --models teacher=runs/teacher student=runs/a/distill --lengths 512 1024 \\
+          --haystack book.txt --out runs/evaluation
   a quick look
-      python tools/evaluate.py --models runs/student/align --lengths 512 --prompts 20 --haystack book.txt --out /tmp/look
+      python tools/evaluate.py --models runs/a/align --lengths 512 --prompts 20 --haystack book.txt --out /tmp/look
 """
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="evaluate", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--models", nargs="+", required=True, metavar="[NAME=]DIR", help="checkpoints, in the order of the table's rows")
-    p.add_argument("--lengths", nargs="+", type=int, required=True, metavar="N", help="tokens of a prompt, and of a window of text")
-    p.add_argument("--prompts", type=int, default=200, metavar="N", help="prompts for each task and length (default 200)")
+    layout = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(prog="evaluate", description=__doc__, epilog=EXAMPLES, formatter_class=layout)
+    p.add_argument("--models", nargs="+", required=True, metavar="[NAME=]DIR", help="checkpoints, in the order of rows")
     p.add_argument(
-        "--haystack", type=Path, required=True, metavar="FILE", help="UTF-8 text that the models were not trained on: hides needles, gives perplexity"
+        "--lengths", nargs="+", type=int, required=True, metavar="N", help="tokens of a prompt or text window"
     )
-    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the report; must not hold one yet")
+    p.add_argument("--prompts", type=int, default=200, metavar="N", help="for each task and length (default 200)")
+    p.add_argument(
+        "--haystack",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="UTF-8 text that the models were not trained on, to hide needles in and for perplexity",
+    )
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the report, none in it yet")
     p.add_argument(
         "--seed",
         type=int,
@@ -124,7 +132,7 @@ def check_models(folders: dict[str, Path]) -> None:
     first, expected = next(iter(tokenizers.items()))
     for name, content in tokenizers.items():
         if content != expected:
-            raise InputError(f"{name}: its tokenizer is not that of {first}; models of different tokenizers need reports of their own")
+            raise InputError(f"{name}: its tokenizer is not that of {first}; such models need reports of their own")
 
 
 def evaluate_all(folders: dict[str, Path], exam: Exam) -> dict[str, Results]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hydra_mcore.config import ModelCard
+    from hydra_mcore.selection.probes import ProbeBatch
     from hydra_mcore.selection.score import HeadScores
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -28,7 +29,8 @@ examples:
   keep one head in four, at least one a layer
       python tools/select_heads.py --teacher runs/teacher --out runs/heads --ratio 3:1
   the same scores, a smaller budget (takes seconds)
-      python tools/select_heads.py --teacher runs/teacher --out runs/heads16 --ratio 15:1 --scores runs/heads/scores.json --strategy global
+      python tools/select_heads.py --teacher runs/teacher --out runs/heads16 --ratio 15:1 --strategy global \\
+          --scores runs/heads/scores.json
   a random map to compare with; no scores needed
       python tools/select_heads.py --teacher runs/teacher --out runs/random --ratio 3:1 --strategy global_random --seed 1
 """
@@ -37,8 +39,9 @@ examples:
 def parser() -> argparse.ArgumentParser:
     from hydra_mcore.selection.choose import STRATEGIES
 
-    p = argparse.ArgumentParser(prog="select_heads", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--teacher", type=Path, required=True, metavar="DIR", help="checkpoint of the pretrained model (tools/convert.py import)")
+    layout = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(prog="select_heads", description=__doc__, epilog=EXAMPLES, formatter_class=layout)
+    p.add_argument("--teacher", type=Path, required=True, metavar="DIR", help="checkpoint of the pretrained model, from tools/convert.py")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the three files; must not hold a head map yet")
     budget = p.add_mutually_exclusive_group()
     budget.add_argument("--ratio", default="3:1", metavar="GDN:FA", help="gated-delta heads to full-attention heads (default 3:1)")
@@ -50,8 +53,10 @@ def parser() -> argparse.ArgumentParser:
     probe = p.add_argument_group("prompts")
     probe.add_argument("--length", type=int, metavar="N", help="tokens a prompt (default: the teacher's native length, at most 4096)")
     probe.add_argument("--pairs", type=int, default=8, metavar="N", help="prompts for each of the five needle tasks (default 8)")
-    probe.add_argument("--format", type=Path, metavar="FILE", help="wording of the needles (default: tokenizer/needles.json of the teacher, else RULER's)")
-    probe.add_argument("--haystack", type=Path, metavar="FILE", help="UTF-8 text to hide needles in (default: the Python language reference)")
+    words = "wording of the needles (default: tokenizer/needles.json of the teacher, else RULER's)"
+    probe.add_argument("--format", type=Path, metavar="FILE", help=words)
+    text = "UTF-8 text to hide needles in (default: the Python language reference)"
+    probe.add_argument("--haystack", type=Path, metavar="FILE", help=text)
     p.add_argument("--dry-run", action="store_true", help="say what would be run and how long it may take, and stop")
     return p
 
@@ -70,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
 def select(args: argparse.Namespace) -> None:
     """Score the teacher if need be, choose, write."""
     from hydra_mcore.config import ModelCard
-    from hydra_mcore.heads import InputError, write_json
+    from hydra_mcore.heads import InputError
     from hydra_mcore.selection.choose import SCORED, choose_heads, parse_ratio
     from hydra_mcore.selection.probes import check_seed
     from hydra_mcore.selection.report import heat_map
@@ -80,7 +85,8 @@ def select(args: argparse.Namespace) -> None:
     card = ModelCard.load(args.teacher)
     total = card.shape.num_layers * card.shape.num_heads
     if card.head_map.num_fa != total:
-        raise InputError(f"{args.teacher}: only {card.head_map.num_fa} of {total} heads are full attention; give the teacher, not a student")
+        kept = f"only {card.head_map.num_fa} of {total} heads are full attention"
+        raise InputError(f"{args.teacher}: {kept}; give the teacher, not a student")
     if (args.out / "head_map.json").exists():
         raise InputError(f"{args.out}: already holds a head_map.json; choose another folder or remove it")
     budget = args.budget if args.budget is not None else parse_ratio(args.ratio, total)
@@ -91,29 +97,42 @@ def select(args: argparse.Namespace) -> None:
         scores = HeadScores.load(args.scores)
         scores.check_teacher(card)
     elif args.strategy in SCORED:
+        batches = prompts(args, card)
         if args.dry_run:
-            return announce(args, card)
-        scores = score(args, card)
+            return announce(card, batches)
+        scores = score(args, card, batches)
     if args.dry_run:
         print(f"would keep {budget} of {total} heads ({args.strategy}); the teacher is not run")
         return
     made_by: dict[str, Any] = {"tool": "select_heads", "seed": args.seed}
     if args.budget is None:
         made_by["ratio"] = args.ratio
-    if scores is not None:
+    if scores is not None and args.strategy in SCORED:
         made_by |= {"scores": scores.settings, "versions": scores.versions}
-    head_map = choose_heads(
-        args.strategy, card.shape, budget, ranking=scores.ranking() if scores else (), seed=args.seed, fingerprint=card.fingerprint, made_by=made_by
-    )
+    ranking = scores.ranking() if scores else ()
+    facts = {"fingerprint": card.fingerprint, "made_by": made_by}
+    head_map = choose_heads(args.strategy, card.shape, budget, ranking=ranking, seed=args.seed, **facts)
     args.out.mkdir(parents=True, exist_ok=True)
     if scores is not None:
         scores.save(args.out / "scores.json")
     heat_map(args.out / "heads.png", head_map, scores, args.teacher.resolve().name)
     head_map.save(args.out / "head_map.json")
-    print(f"{args.out / 'head_map.json'}: {budget} of {total} heads keep full attention, by layer: {' '.join(str(len(at.fa)) for at in head_map.layers)}")
+    by_layer = " ".join(str(len(layer.fa)) for layer in head_map.layers)
+    print(f"{args.out / 'head_map.json'}: {budget} of {total} heads keep full attention, by layer: {by_layer}")
 
 
-def score(args: argparse.Namespace, card: ModelCard) -> HeadScores:
+def prompts(args: argparse.Namespace, card: ModelCard) -> dict[str, list[ProbeBatch]]:
+    """The pairs of every needle task; by default as long as the teacher's native length, at most the paper's 4096."""
+    from hydra_mcore.selection.needles import TASKS
+    from hydra_mcore.selection.probes import load_format, load_tokenizer, probe_batches, read_haystack
+
+    tokenizer = load_tokenizer(args.teacher)
+    fmt, haystack_ids = load_format(args.teacher, args.format), read_haystack(tokenizer, args.haystack)
+    length = min(card.shape.native_length, 4096) if args.length is None else args.length
+    return {task: list(probe_batches(task, fmt, tokenizer, haystack_ids, length, args.pairs, args.seed)) for task in TASKS}
+
+
+def score(args: argparse.Namespace, card: ModelCard, batches: dict[str, list[ProbeBatch]]) -> HeadScores:
     """Run the teacher over all pairs; says on the console what each sub-probe gave."""
     import hashlib
 
@@ -123,35 +142,31 @@ def score(args: argparse.Namespace, card: ModelCard) -> HeadScores:
     from hydra_mcore.heads import InputError
     from hydra_mcore.model.build import load_model
     from hydra_mcore.model.runtime import process_groups
-    from hydra_mcore.selection.needles import TASKS
     from hydra_mcore.selection.patching import DECAY, receiver_effects
-    from hydra_mcore.selection.probes import load_format, load_tokenizer, probe_batches, read_haystack
     from hydra_mcore.selection.score import CRITICAL, MIN_GAP, HeadScores, ProbeScores
 
-    tokenizer = load_tokenizer(args.teacher)
-    fmt, haystack_ids = load_format(args.teacher, args.format), read_haystack(tokenizer, args.haystack)
-    length, digest, start = prompt_length(args, card), hashlib.sha256(), time.monotonic()
-    batches = {task: list(probe_batches(task, fmt, tokenizer, haystack_ids, length, args.pairs, args.seed)) for task in TASKS}
-    probes, forwards = {}, 0
+    digest, probes, forwards = hashlib.sha256(), {}, 0
     with process_groups():
         if torch.distributed.get_world_size() > 1:
             raise InputError("runs on one process; start it without torchrun")
         _, model = load_model(args.teacher)
-        device = next(model.parameters()).device
-        with tqdm(total=len(TASKS) * args.pairs, desc="pairs", unit="pair", disable=None) as bar:
-            for task in TASKS:
+        device, start = next(model.parameters()).device, time.monotonic()
+        with tqdm(total=len(batches) * args.pairs, desc="pairs", unit="pair") as bar:
+            for task, parts in batches.items():
                 results = []
-                for batch in batches[task]:
-                    digest.update(batch.clean_bs.numpy().tobytes() + batch.corrupt_bs.numpy().tobytes())
-                    ids = (batch.clean_bs.to(device), batch.corrupt_bs.to(device))
-                    effects = receiver_effects(model, *ids, batch.answer_start, batch.answer_bp.to(device), batch.distractor_bp.to(device))
-                    results.append(effects)
+                for part in parts:
+                    digest.update(part.clean_bs.numpy().tobytes() + part.corrupt_bs.numpy().tobytes())
+                    clean_bs, corrupt_bs, answer_bp, distractor_bp = (
+                        ids.to(device) for ids in (part.clean_bs, part.corrupt_bs, part.answer_bp, part.distractor_bp)
+                    )
+                    results.append(receiver_effects(model, clean_bs, corrupt_bs, part.answer_start, answer_bp, distractor_bp))
                     forwards += 2
-                    bar.update(len(batch.clean_bs))
+                    bar.update(len(clean_bs))
                 probes[task] = ProbeScores.from_pairs(results)
+    seconds = round(time.monotonic() - start, 1)
     settings = {
-        "length": length, "pairs": args.pairs, "seed": args.seed, "decay": DECAY, "critical": CRITICAL, "min_gap": MIN_GAP,
-        "role": "receiver", "forwards": forwards, "seconds": round(time.monotonic() - start, 1), "prompts_sha256": digest.hexdigest(),
+        "role": "receiver", "length": parts[0].clean_bs.shape[1], "pairs": args.pairs, "seed": args.seed, "decay": DECAY,
+        "critical": CRITICAL, "min_gap": MIN_GAP, "prompts_sha256": digest.hexdigest(), "forwards": forwards, "seconds": seconds,
     }  # fmt: skip
     scores = HeadScores.from_probes(card, probes, settings, library_versions())
     say(scores)
@@ -164,15 +179,11 @@ def say(scores: HeadScores) -> None:
 
     for task, probe in scores.probes.items():
         critical = sum(abs(value) >= CRITICAL for row in probe.effects for value in row)
-        out = "".join(f", {n} left out ({why})" for n, why in ((probe.unsolved, "teacher wrong"), (probe.unmoved, "corruption without effect")) if n)
+        reasons = ((probe.unsolved, "teacher wrong"), (probe.unmoved, "corruption without effect"))
+        out = "".join(f", {count} left out ({why})" for count, why in reasons if count)
         print(f"{task}: {probe.used} of {probe.pairs} pairs{out}; {critical} heads with |effect| >= {CRITICAL}")
     total = scores.num_layers * scores.num_heads
     print(f"{scores.settings['forwards']} forward passes, {scores.settings['seconds']} s, for the exact scores of {total} heads")
-
-
-def prompt_length(args: argparse.Namespace, card: ModelCard) -> int:
-    """Tokens a prompt: asked for, or the teacher's native length, at most the paper's 4096."""
-    return args.length or min(card.shape.native_length, 4096)
 
 
 def library_versions() -> dict[str, str]:
@@ -181,27 +192,22 @@ def library_versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "megatron-core", "transformers", "numpy")}
 
 
-def announce(args: argparse.Namespace, card: ModelCard) -> None:
+def announce(card: ModelCard, batches: dict[str, list[ProbeBatch]]) -> None:
     """The cost of scoring, from operation counts and this machine's matrix-product speed."""
     import torch
 
-    from hydra_mcore.selection.needles import TASKS
     from hydra_mcore.selection.patching import patching_flops
-    from hydra_mcore.selection.probes import load_format, load_tokenizer, pairs_a_forward
 
-    fmt, tokenizer = load_format(args.teacher, args.format), load_tokenizer(args.teacher)
-    pieces = {name: (fmt.long_pieces if task.long_value else fmt.short_pieces) for name, task in TASKS.items()}
-    tokens = {name: len(tokenizer.encode(fmt.value_pieces[0] * count, add_special_tokens=False)) for name, count in pieces.items()}
-    length = prompt_length(args, card)
-    flops = sum(patching_flops(card.shape, length, args.pairs, count) for count in tokens.values())
+    parts = [part for task in batches.values() for part in task]
+    flops = sum(patching_flops(card.shape, part.clean_bs.shape[1], *part.answer_bp.shape) for part in parts)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     square, repeats = torch.randn(1024, 1024, device=device), 8
     float((square @ square).sum())
     start = time.monotonic()
     float(sum((square @ square).sum() for _ in range(repeats)))
     speed = repeats * 2 * 1024**3 / (time.monotonic() - start)
-    forwards = 2 * len(TASKS) * -(-args.pairs // pairs_a_forward(length))
-    print(f"would run {forwards} forward passes: {len(TASKS)} tasks x {args.pairs} pairs of {length} tokens, and the MLPs again at the answers")
+    pairs, length = sum(len(part.clean_bs) for part in parts), parts[0].clean_bs.shape[1]
+    print(f"would run {2 * len(parts)} forward passes: {pairs} pairs of {length} tokens, and the MLPs again at the answers")
     print(f"about {flops:.1e} operations; at a third of this machine's matrix speed {3 * flops / speed:.0f} s, loading not counted")
 
 

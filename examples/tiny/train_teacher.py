@@ -35,7 +35,6 @@ from hydra_mcore.selection.needles import TASKS, NeedleFormat, build_prompt, bui
 VOCAB_SIZE = 1024
 NATIVE_LENGTH = 512
 EVALUATION_SEED = 1_000_000
-LEARNING_RATE = 3e-3
 HELD_OUT_TOKENS = 200_000
 TOKENIZER_CHARACTERS = 4_000_000
 
@@ -45,32 +44,41 @@ class Phase:
     """One step of the curriculum.
 
     Attributes:
-        share: Part of all training steps.
+        steps: Training steps.
         length: Tokens in a sequence.
         batch: Sequences in a batch.
         gaps: Mean filler tokens between needles, drawn for each sequence.
         prompts: Part of the sequences that are prompts of the evaluation's kind.
         plain: Part of the sequences that are real text without needles.
         text_weight: Weight of a text token in the loss; a repeated value weighs 1.
+        pools: Different value pieces in a sequence (None: all), drawn for each sequence.
     """
 
-    share: float
+    steps: int
     length: int
     batch: int
     gaps: tuple[float, ...]
     prompts: float
     plain: float
     text_weight: float
+    pools: tuple[int | None, ...]
 
 
-# Text weighs little until the retrieval circuit stands. Few value pieces in a sequence force the
-# circuit to find a value's next piece by the key, not by the last piece alone.
+# Text weighs little until the retrieval circuit stands. The second cycle goes back to short, dense
+# sequences, now with few different value pieces in each: a value's next piece must then be found by
+# the key, not by the last piece alone. (Such sequences from the start kept the circuit from forming.)
+_ALL = (None,)
 CURRICULUM = (
-    Phase(0.30, 64, 32, (0, 0, 0, 2, 4), 0.0, 0.0, 0.05),
-    Phase(0.25, 128, 16, (0, 0, 0, 2, 4, 8, 16), 0.0, 0.0, 0.05),
-    Phase(0.20, 256, 8, (0, 0, 0, 2, 8, 16, 32), 0.1, 0.1, 0.1),
-    Phase(0.25, 512, 5, (0, 0, 0, 2, 8, 32, 64, 128), 0.2, 0.1, 0.15),
+    Phase(1500, 64, 32, (0, 0, 0, 2, 4), 0.0, 0.0, 0.05, _ALL),
+    Phase(1000, 128, 16, (0, 0, 2, 4, 8, 16), 0.0, 0.0, 0.05, _ALL),
+    Phase(1250, 256, 10, (0, 0, 2, 8, 16, 32), 0.1, 0.2, 0.3, corpus.POOLS),
+    Phase(1250, 512, 6, (0, 0, 0, 2, 8, 32, 64, 128), 0.2, 0.15, 0.15, corpus.POOLS),
+    Phase(600, 256, 8, (0, 0, 0, 0, 2, 8, 32), 0.1, 0.05, 0.05, corpus.POOLS),
+    Phase(900, 512, 5, (0, 0, 0, 2, 8, 32, 64, 128), 0.2, 0.1, 0.1, corpus.POOLS),
 )
+# First step, steps and highest learning rate of the two cycles.
+CYCLES = ((0, 5000, 3e-3), (5000, 1500, 1.5e-3))
+STEPS = sum(phase.steps for phase in CURRICULUM)
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
@@ -160,7 +168,7 @@ class Batches:
                     phase.length,
                     gap=float(rng.choice(phase.gaps)),
                     rng=rng,
-                    pool=corpus.POOLS[int(rng.integers(len(corpus.POOLS)))],
+                    pool=phase.pools[int(rng.integers(len(phase.pools)))],
                 )
                 weight = np.where(kinds == corpus.TEXT, phase.text_weight, 0.0)
                 weight[kinds == corpus.REPEATED_VALUE] = 1.0
@@ -184,20 +192,18 @@ class Batches:
         return prompt.ids, weight
 
 
-def phase_at(step: int, steps: int) -> Phase:
+def phase_at(step: int) -> Phase:
     """Return the curriculum's phase at a step."""
-    end = 0.0
-    for phase in CURRICULUM:
-        end += phase.share
-        if step < end * steps:
-            return phase
-    return CURRICULUM[-1]
+    ends = np.cumsum([phase.steps for phase in CURRICULUM])
+    return CURRICULUM[int(np.searchsorted(ends, step, side="right"))]
 
 
-def learning_rate(step: int, steps: int) -> float:
-    """100 steps of warm-up, then a cosine down to a twentieth."""
-    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
-    return LEARNING_RATE * min(1.0, (step + 1) / 100) * (0.05 + 0.95 * cosine)
+def learning_rate(step: int) -> float:
+    """In each cycle, 100 steps of warm-up, then a cosine down to a twentieth."""
+    first, steps, peak = next(cycle for cycle in reversed(CYCLES) if step >= cycle[0])
+    done = step - first
+    cosine = 0.5 * (1 + math.cos(math.pi * done / steps))
+    return peak * min(1.0, (done + 1) / 100) * (0.05 + 0.95 * cosine)
 
 
 @torch.no_grad()
@@ -282,7 +288,7 @@ def train(args: argparse.Namespace) -> Qwen3ForCausalLM:
     torch.manual_seed(args.seed)
     model = Qwen3ForCausalLM(model_config()).float()
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01
+        model.parameters(), betas=(0.9, 0.95), weight_decay=0.01
     )
     first = 0
     if args.state.exists():
@@ -295,9 +301,9 @@ def train(args: argparse.Namespace) -> Qwen3ForCausalLM:
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="teacher")
     losses = []
     for step in bar:
-        phase = phase_at(step, args.steps)
+        phase = phase_at(step)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps)
+            group["lr"] = learning_rate(step)
         losses.append(train_step(model, optimizer, *batches.sample(phase, step)))
         if (step + 1) % args.report == 0 or step + 1 == args.steps:
             values, text = np.nanmean(losses, axis=0)
@@ -345,7 +351,7 @@ def main() -> None:
         default=Path("work/tiny_teacher.pt"),
         help="training state: a run goes on from it if it exists",
     )
-    parser.add_argument("--steps", type=int, default=5000, help="training steps in all")
+    parser.add_argument("--steps", type=int, default=STEPS, help="stop after so many steps")
     parser.add_argument("--seed", type=int, default=0, help="0 to 999999")
     parser.add_argument(
         "--text-tokens", type=int, default=2_000_000, help="tokens of real text to train on"

@@ -34,7 +34,13 @@ class Exam:
 
     @classmethod
     def build(
-        cls, tokenizer: Tokenizer, fmt: NeedleFormat, haystack_ids: np.ndarray, lengths: Sequence[int], prompts: int, seed: int
+        cls,
+        tokenizer: Tokenizer,
+        fmt: NeedleFormat,
+        haystack_ids: np.ndarray,
+        lengths: Sequence[int],
+        prompts: int,
+        seed: int,
     ) -> Exam:
         """Make the exam; the same arguments give the same one.
 
@@ -94,11 +100,12 @@ class Results:
 
 
 def take_exam(model: torch.nn.Module, card: ModelCard, exam: Exam, name: str) -> Results:
-    """A model's results; raises InputError when it does not know the exam's tokens. ``name`` labels the progress bar."""
+    """A model's results, ``name`` being the progress bar's label. InputError if it lacks the exam's tokens."""
     exam.check_vocabulary(card, name)
     shape, head_map = card.shape, card.head_map
     needles, text = {}, {}
-    tokens = sum(len(p.ids) for drawn in exam.needles.values() for p in drawn) + sum(t.numel() for t in exam.text_bs.values())
+    tokens = sum(len(p.ids) for drawn in exam.needles.values() for p in drawn)
+    tokens += sum(windows_bs.numel() for windows_bs in exam.text_bs.values())
     with tqdm(total=tokens, desc=name, unit="tok", unit_scale=True, disable=None) as bar:
         for (task, length), prompts in exam.needles.items():
             correct = 0

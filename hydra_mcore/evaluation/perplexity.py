@@ -41,7 +41,8 @@ def text_windows(text_ids: np.ndarray, length: int) -> Tensor:
     if length < 2:
         raise InputError(f"perplexity with {length} tokens a window: at least 2 are needed")
     if len(text_ids) < length:
-        raise InputError(f"perplexity with {length} tokens a window: the text has {len(text_ids)} tokens; give a longer one")
+        have = f"the text has {len(text_ids)} tokens; give a longer one"
+        raise InputError(f"perplexity with {length} tokens a window: {have}")
     count = max(1, min(len(text_ids), TEXT_TOKENS) // length)
     return torch.from_numpy(np.asarray(text_ids[: count * length], dtype=np.int64).reshape(count, length))
 

@@ -35,7 +35,7 @@ def check_out_dir(out_dir: str | Path) -> None:
 
 
 def write_report(out_dir: str | Path, models: dict[str, Results], settings: dict[str, Any]) -> None:
-    """Write figure, table and JSON, each beside its target and then renamed; the JSON last, so that it marks a whole report.
+    """Write figure, table and JSON, each beside its target and then renamed; the JSON last: it marks a whole report.
 
     Args:
         models: results by name, in the order of rows.
@@ -59,11 +59,11 @@ def write_report(out_dir: str | Path, models: dict[str, Results], settings: dict
 def results_json(results: Results) -> dict[str, Any]:
     """One model's results as JSON values; accuracies are shares, losses in nats a token."""
     facts = ("fingerprint", "stage", "strategy", "num_fa", "num_heads", "native_length", "exam", "seed")
-    groups = [(name, length) for length in results.lengths for name in TASK_GROUPS]
+    groups = {(name, length): results.group(name, length) for length in results.lengths for name in TASK_GROUPS}
     return {
         **{name: getattr(results, name) for name in facts},
-        "tasks": [{"task": task, "length": length, **_score_json(score)} for (task, length), score in results.needles.items()],
-        "groups": [{"group": name, "length": length, **_score_json(results.group(name, length))} for name, length in groups],
+        "tasks": [{"task": key[0], "length": key[1], **_score_json(score)} for key, score in results.needles.items()],
+        "groups": [{"group": key[0], "length": key[1], **_score_json(score)} for key, score in groups.items()],
         "text": [
             {"length": text.length, "tokens": text.tokens, "nll": text.nll, "perplexity": text.perplexity}
             for text in results.text.values()
@@ -72,7 +72,8 @@ def results_json(results: Results) -> dict[str, Any]:
 
 
 def _score_json(score: Score) -> dict[str, Any]:
-    return {"correct": score.correct, "total": score.total, "accuracy": score.accuracy, "interval": list(score.interval)}
+    facts = {"correct": score.correct, "total": score.total, "accuracy": score.accuracy}
+    return {**facts, "interval": list(score.interval)}
 
 
 def markdown(models: dict[str, Results]) -> str:
@@ -80,8 +81,9 @@ def markdown(models: dict[str, Results]) -> str:
     some = next(iter(models.values()))
     lengths, prompts = sorted(some.lengths), next(iter(some.needles.values())).total
     columns = [(name, length) for length in lengths for name in TASK_GROUPS]
+    titles = [f"{name} @{length}" for name, length in columns] + [f"perplexity @{length}" for length in lengths]
     summary = _table(
-        ["model", "FA heads", *(f"{name} @{length}" for name, length in columns), *(f"perplexity @{length}" for length in lengths)],
+        ["model", "FA heads", *titles],
         (
             [name, f"{results.num_fa} of {results.num_heads}"]
             + [_percent(results.group(*column)) for column in columns]
@@ -91,7 +93,8 @@ def markdown(models: dict[str, Results]) -> str:
     )
     tasks = [(task, length) for length in lengths for task in TASKS]
     details = _table(
-        ["task", "tokens", *models], ([task, str(length), *(_percent(r.needles[task, length]) for r in models.values())] for task, length in tasks)
+        ["task", "tokens", *models],
+        ([key[0], str(key[1]), *(_percent(results.needles[key]) for results in models.values())] for key in tasks),
     )
     return (
         f"# Evaluation\n\n{summary}\n"
@@ -127,7 +130,8 @@ def accuracy_figure(path: str | Path, models: dict[str, Results]) -> None:
     panels[0].set_ylabel("exact match (%)")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False, fontsize=9)
-    figure.suptitle("Needle tasks: exact match against prompt length", fontsize=12, fontweight="bold", x=0.02, ha="left")
+    title = "Needle tasks: exact match against prompt length"
+    figure.suptitle(title, fontsize=12, fontweight="bold", x=0.02, ha="left")
     beside = Path(path).with_name(Path(path).name + ".partial")
     figure.savefig(beside, format="png")
     beside.replace(path)
@@ -139,15 +143,15 @@ def _panel(axes: Axes, group: str, models: dict[str, Results]) -> None:
     for index, (name, results) in enumerate(models.items()):
         step = 1.0 + 0.025 * (index - (len(models) - 1) / 2)
         scores = [results.group(group, length) for length in sorted(results.lengths)]
-        values = [100 * score.accuracy for score in scores]
-        below, above = zip(*((score.accuracy - score.interval[0], score.interval[1] - score.accuracy) for score in scores), strict=True)
+        below = [100 * (score.accuracy - score.interval[0]) for score in scores]
+        above = [100 * (score.interval[1] - score.accuracy) for score in scores]
         axes.errorbar(
             [length * step for length in sorted(results.lengths)],
-            values,
-            yerr=([100 * v for v in below], [100 * v for v in above]),
+            [100 * score.accuracy for score in scores],
+            yerr=(below, above),
             label=f"{name} ({results.num_fa} of {results.num_heads} FA)",
             color=COLORS[index % len(COLORS)],
-            marker=MARKERS[index // len(COLORS) % len(MARKERS) if len(models) > len(COLORS) else index],
+            marker=MARKERS[(index + index // len(COLORS)) % len(MARKERS)],
             markersize=5,
             linewidth=1.6,
             elinewidth=1.0,
@@ -161,7 +165,8 @@ def _panel(axes: Axes, group: str, models: dict[str, Results]) -> None:
     axes.set_yticks(range(0, 101, 20))
     for native in sorted({results.native_length for results in models.values()}):
         if lengths[0] / 1.3 <= native <= lengths[-1] * 1.3:
-            axes.axvline(native, color="#888888", linestyle=(0, (4, 3)), linewidth=1.2, zorder=0, label=f"native length ({_short(native)})")
+            dashes = {"color": "#888888", "linestyle": (0, (4, 3)), "linewidth": 1.2, "zorder": 0}
+            axes.axvline(native, label=f"native length ({_short(native)})", **dashes)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -55,7 +55,8 @@ class Score:
 def check_seed(seed: int) -> None:
     """Raise InputError for a seed that belongs to training or head selection."""
     if seed < EVALUATION_SEEDS:
-        raise InputError(f"seed {seed}: evaluation uses {EVALUATION_SEEDS} and above; smaller ones belong to training and head selection")
+        others = "smaller ones belong to training and head selection"
+        raise InputError(f"seed {seed}: evaluation uses {EVALUATION_SEEDS} and above; {others}")
 
 
 def needle_prompts(

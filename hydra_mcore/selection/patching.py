@@ -131,6 +131,7 @@ def _recording(model: GPTModel, answer: slice, trace: dict[str, list[Tensor]]) -
     """Hooks that fill ``trace``, and let only the answer positions into the output layer (a vocabulary wide each)."""
     num_heads = model.config.num_attention_heads
 
+    # Copies: a view would keep the whole sequence in memory, and Megatron adds to the attention output in place.
     def layer_input(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         trace["residual"].append((args[0] if args else kwargs["hidden_states"])[answer].clone())
 

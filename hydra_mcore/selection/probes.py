@@ -59,11 +59,13 @@ def probe_batches(
     check_seed(seed)
     if pairs < 1:
         raise InputError(f"{pairs} pairs a sub-probe: at least 1 is needed")
+    if length < 1:
+        raise InputError(f"{length} tokens a prompt: give a positive length")
     try:
         prompts = build_prompts(task, fmt, tokenizer, haystack_ids, length, pairs, seed)
     except ValueError as error:
         raise InputError(f"probe {task} with {length} tokens: {error}") from None
-    size = pairs_a_forward(length)
+    size = max(1, TOKENS_A_FORWARD // length)
     for start in range(0, pairs, size):
         part = prompts[start : start + size]
         yield ProbeBatch(
@@ -74,11 +76,6 @@ def probe_batches(
             answer_bp=_stack([prompt.answer for prompt in part]),
             distractor_bp=_stack([prompt.distractor for prompt in part]),
         )
-
-
-def pairs_a_forward(length: int) -> int:
-    """How many prompts of a length go through the model at once."""
-    return max(1, TOKENS_A_FORWARD // length)
 
 
 def _stack(rows: list[np.ndarray]) -> Tensor:

@@ -44,11 +44,13 @@ def heat_map(path: str | Path, head_map: HeadMap, scores: HeadScores | None, mod
     axes.set_xlabel("head")
     axes.set_ylabel("layer")
     axes.spines[:].set_visible(False)
+    mark, meaning = "filled" if scores is None else "framed", STRATEGIES.get(head_map.strategy, "made elsewhere")
+    subtitle = f"{mark} = kept; {head_map.strategy}: {meaning}"
+    inch = 1 / figure.get_figheight()
+    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - 0.55 * inch))
     title = f"{model_name}: {head_map.num_fa} of {layers * heads} heads keep full attention"
-    subtitle = f"framed = kept; {head_map.strategy}: {STRATEGIES.get(head_map.strategy, 'made elsewhere')}"
-    figure.suptitle(title, fontsize=12, fontweight="bold", x=0.02, ha="left")
-    axes.annotate(subtitle, (0.02, 1), (0, -32), "figure fraction", "offset points", fontsize=8.5, va="top", annotation_clip=False)
-    axes.set_title(" ", fontsize=18)  # room for the subtitle
+    figure.text(0.02, 1 - 0.1 * inch, title, va="top", fontsize=12, fontweight="bold")
+    figure.text(0.02, 1 - 0.35 * inch, subtitle, va="top", fontsize=9)
     if scores is not None:
         bar = figure.colorbar(image, ax=axes, pad=0.09, fraction=0.05)
         bar.set_label("receiver score (share of the answer's\nlogit difference carried by the head)", fontsize=9)

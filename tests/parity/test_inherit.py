@@ -3,6 +3,7 @@
 """Students start from their teacher: every head keeps its own rows, everything else is the teacher's."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -290,16 +291,31 @@ def test_door_hybridizes(source, tmp_path):
     torch.testing.assert_close(scale.double(), expected.double(), rtol=1e-5, atol=0)
 
 
-def test_door_asks_for_a_text_in_one_line(source, tmp_path):
+def test_door_refuses_a_broken_head_map_in_one_line(source, tmp_path):
     raw = MIXED.to_dict()
-    (tmp_path / "map.json").write_text(json.dumps(raw))
-    done = run_door("hybridize", "--teacher", source[2], "--heads", tmp_path / "map.json", "--out", tmp_path / "student")
-    assert done.returncode == 2
-    assert done.stderr.splitlines() == [
-        "convert: the fusion scales need --calibration-text FILE; or start them at 1 with --fusion-scale one"
-    ]
     raw["layers"][1]["gdn"].remove(3)
     (tmp_path / "map.json").write_text(json.dumps(raw))
     done = run_door("hybridize", "--teacher", source[2], "--heads", tmp_path / "map.json", "--out", tmp_path / "student")
-    assert done.returncode == 2 and done.stderr.splitlines() == ["convert: head map: layer 1 lacks head 3; give it a role, fa or gdn"]
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["convert: head map: layer 1 lacks head 3; give it a role, fa or gdn"]
+    assert not (tmp_path / "student").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "need --calibration-text FILE"),
+        (["--fusion-scale", "one", "--calibration-text", "text"], "has no use here"),
+        (["--fusion", "norm", "--calibration-text", "text"], "has no use here"),
+        (["--gdn-conv-kernel", "-1"], "gdn_conv_kernel is -1"),
+        (["--qkv", "shared"], "set gdn_kv to 'per_group'"),
+    ],
+    ids=["no text", "unused text", "no scale", "option", "pair of options"],
+)
+def test_door_refuses_flags_that_do_not_go_together(source, tmp_path, flags, words):
+    MIXED.save(tmp_path / "map.json")
+    door = runpy.run_path(str(DOOR))
+    given = ["--teacher", source[2], "--heads", tmp_path / "map.json", "--out", tmp_path / "student"]
+    with pytest.raises(InputError, match=words):
+        door["hybridize_from"](door["parse_args"](["hybridize", *map(str, given), *flags]))
     assert not (tmp_path / "student").exists()

@@ -33,7 +33,7 @@ def random_teacher(tied: bool):
     model = build_model(teacher_card(shape, "0" * 64)).eval()
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.3 * noise if parameter.dim() == 1 else 0.15 * noise)
     return model

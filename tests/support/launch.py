@@ -15,6 +15,7 @@ The ranks talk through gloo.  The parent must not have started CUDA or OpenMP th
 """
 
 import contextlib
+import faulthandler
 import itertools
 import logging
 import os
@@ -35,7 +36,8 @@ import torch.distributed as dist
 
 _POLL_S = 0.01
 _GRACE_S = 1.0  # a rank that fails takes its peers down: wait this long to see who failed first
-_LOG_CHARS = 4000
+_STACKS_S = 0.3
+_LOG_CHARS = 8000
 _INITIALISATIONS = itertools.count()  # forked ranks count alike
 
 
@@ -150,6 +152,7 @@ def _be_rank(
         os.dup2(log, 2)
         sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))  # noqa: SIM115
         logging.getLogger().handlers.clear()  # pytest's write to the parent's streams
+        faulthandler.register(signal.SIGUSR1, file=sys.stderr)
         os.environ.update(
             RANK=str(rank),
             LOCAL_RANK=str(rank),
@@ -191,9 +194,17 @@ def _wait(pids: list[int], deadline: float) -> str | None:
                 deadline = min(deadline, time.monotonic() + _GRACE_S)
         if time.monotonic() > deadline:
             running = [rank for rank, pid in enumerate(pids) if pid]
+            _ask_where(pids)
             return problem or f"time-out: ranks {running} did not finish"
         time.sleep(_POLL_S)
     return problem
+
+
+def _ask_where(pids: list[int]) -> None:
+    """Let the ranks that still run write their stacks to their output."""
+    for pid in filter(None, pids):
+        os.kill(pid, signal.SIGUSR1)
+    time.sleep(_STACKS_S)
 
 
 def _kill(pids: list[int]) -> None:

@@ -90,7 +90,9 @@ def test_random_layers_vary_only_where_the_name_says_so() -> None:
     assert len({tuple(counts(choose_heads("global_random", SHAPE, 8, seed=seed))) for seed in range(20)}) > 5
 
 
-@pytest.mark.parametrize(("ratio", "total", "budget"), [("3:1", 448, 112), ("7:1", 448, 56), ("9:1", 448, 45), ("0:1", 8, 8), ("5:3", 32, 12)])
+@pytest.mark.parametrize(
+    ("ratio", "total", "budget"), [("3:1", 448, 112), ("7:1", 448, 56), ("9:1", 448, 45), ("0:1", 8, 8), ("5:3", 32, 12)]
+)
 def test_ratio(ratio: str, total: int, budget: int) -> None:
     assert parse_ratio(ratio, total) == budget
 

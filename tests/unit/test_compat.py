@@ -220,17 +220,17 @@ def test_a_synchronous_save_starts_no_process(tmp_path) -> None:
 
 
 def _optimizer(width: int = 4) -> Any:
-    """Return one float32 linear layer, wrapped for data parallelism, and its DistributedOptimizer."""
+    """Return one float32 linear layer, wrapped for data parallelism, and its optimizer (a chain of one)."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.transformer import TransformerConfig
 
     torch.manual_seed(0)
-    model = torch.nn.Linear(width, width, bias=False)
+    model = torch.nn.Linear(width, width, bias=width > 1)
     config = TransformerConfig(num_layers=1, hidden_size=width, num_attention_heads=1)
     chunk = DistributedDataParallel(config, DistributedDataParallelConfig(use_distributed_optimizer=True), model)
     settings = OptimizerConfig(optimizer="adam", lr=0.1, use_distributed_optimizer=True, params_dtype=torch.float32)
-    return chunk, get_megatron_optimizer(settings, [chunk]).chained_optimizers[0]
+    return chunk, get_megatron_optimizer(settings, [chunk])
 
 
 def _steps(chunk: Any, distributed: Any, count: int) -> list[float]:
@@ -261,7 +261,7 @@ def _in_ranks(check: Callable[[], Any], unpatched: str | None, world_size: int =
         with model_parallel():
             return check()
 
-    return run_ranks(worker, world_size)
+    return run_ranks(worker, world_size, timeout=20)
 
 
 def _resume(folder: str, sharding: str) -> bool:

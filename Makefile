@@ -1,0 +1,26 @@
+# Every target sets up .venv by itself; a second run installs nothing.
+PYTHON_VENV := .venv/bin/python
+
+.PHONY: help env demo test test-all checks clean
+help:           ## this list
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 18
+
+env:            ## set up .venv: Python 3.12 or newer, the tested versions
+	@tools/setup_env.sh
+
+demo: env       ## the whole pipeline, small, on this machine
+	@$(PYTHON_VENV) examples/tiny/demo.py
+
+test: env       ## the tests that need no GPU, without the slow ones
+	@$(PYTHON_VENV) -m pytest -m "not slow and not gpu"
+
+test-all: env   ## all tests that need no GPU
+	@$(PYTHON_VENV) -m pytest -m "not gpu"
+
+checks: env     ## lint and format
+	@$(PYTHON_VENV) -m ruff check .
+	@$(PYTHON_VENV) -m ruff format --check .
+
+clean:          ## remove the environment and what tests and builds leave behind
+	rm -rf .venv .venv.lock *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,49 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The package.  constraints.txt holds the exact versions it was tested with."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+README = Path(__file__).parent / "README.md"
+
+setup(
+    name="hydra_mcore",
+    version="0.1.0",
+    description="HydraHead models on Megatron-Core: full attention and Gated DeltaNet, chosen head by head",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    author="the hydra_mcore authors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["hydra_mcore", "hydra_mcore.*"]),
+    package_data={"hydra_mcore": ["py.typed"]},
+    python_requires=">=3.12",
+    install_requires=[
+        "megatron-core==0.19.2",  # exact: hydra_mcore/compat mends this version
+        "torch>=2.9",
+        "numpy>=2.0",
+        "transformers>=5.0",
+        "tokenizers>=0.22",
+        "safetensors>=0.6",
+        "datasets>=4.0",
+        "matplotlib>=3.9",
+        "tensorboard>=2.18",
+        "wandb>=0.20",
+        "pyyaml>=6.0",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "gpu": ["transformer-engine[pytorch]>=2.10", "flash-linear-attention>=0.4"],
+        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.12"],
+    },
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+#
+# Makes .venv ready: finds Python 3.12 or newer, installs the package and its tests with the versions of
+# constraints.txt.  Does nothing when that is done already; setup.py or constraints.txt changing makes it run again.
+# PYTHON=/path/to/python chooses the interpreter.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+venv=.venv
+stamp=$venv/.stamp-$(cat setup.py constraints.txt | cksum | tr ' ' '-')
+
+fits() { # can this Python make our environment?
+    "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1
+}
+
+candidates() { # the tested version first
+    local name root
+    [ -z "${PYTHON:-}" ] || echo "$PYTHON"
+    for name in python3.12 python3.13 python3.14 python3 python; do
+        command -v "$name" || true
+    done
+    root=${PYENV_ROOT:-$(pyenv root 2>/dev/null || echo "$HOME/.pyenv")}
+    for name in "$root"/versions/3.1[2-9]*/bin/python; do
+        echo "$name"
+    done
+}
+
+make_venv() {
+    local python
+    while read -r python; do
+        if fits "$python"; then
+            echo "setting up $venv with $("$python" --version) ($python)"
+            "$python" -m venv --clear "$venv"
+            return
+        fi
+    done < <(candidates)
+    if command -v uv >/dev/null; then
+        echo "setting up $venv with uv"
+        uv venv --quiet --clear --seed --python 3.12 "$venv" && return
+    fi
+    echo "error: no Python 3.12 or newer found on PATH, in pyenv or through uv: install one, or set PYTHON" >&2
+    exit 2
+}
+
+if command -v flock >/dev/null; then # one at a time: `make test` and `make demo` may start together
+    exec 9>.venv.lock
+    flock 9
+fi
+if [ -e "$stamp" ] && fits "$venv/bin/python"; then
+    exit 0
+fi
+rm -f "$venv"/.stamp-*
+fits "$venv/bin/python" || make_venv
+echo "installing (a few minutes and about 6 GB the first time, nothing the next)"
+"$venv/bin/python" -m pip install --quiet --editable '.[test]' --constraint constraints.txt
+touch "$stamp"
