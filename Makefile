@@ -9,7 +9,7 @@ env:            ## set up .venv: Python 3.12 or newer, the tested versions
 	@tools/setup_env.sh
 
 demo: env       ## the whole pipeline, small, on this machine
-	@$(PYTHON_VENV) examples/tiny/demo.py
+	@$(PYTHON_VENV) -m examples.tiny.demo
 
 test: env       ## the tests that need no GPU, without the slow ones
 	@$(PYTHON_VENV) -m pytest -m "not slow and not gpu"

@@ -33,6 +33,7 @@ setup(
         "wandb>=0.20",
         "pyyaml>=6.0",
         "tqdm>=4.66",
+        "psutil>=5.9",  # megatron.core's checkpoint writer imports it and does not ask for it
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.10", "flash-linear-attention>=0.4"],

@@ -139,7 +139,7 @@ class HeadMap:
             found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
             raise HeadMapError(f"head map: format {found!r}, this version reads format {HEAD_MAP_FORMAT}")
         try:
-            shape = raw["model"]
+            shape, num_layers = raw["model"], raw["model"]["num_layers"]
             layers = tuple(LayerHeads(fa=tuple(layer["fa"]), gdn=tuple(layer["gdn"])) for layer in raw["layers"])
             head_map = cls(
                 num_heads=shape["num_heads"],
@@ -151,8 +151,8 @@ class HeadMap:
             )
         except (KeyError, TypeError) as error:
             raise HeadMapError(f"head map: key {error} is missing or of the wrong type") from None
-        if shape["num_layers"] != head_map.num_layers:
-            raise HeadMapError(f"head map: lists {head_map.num_layers} layers but says num_layers {shape['num_layers']}")
+        if num_layers != head_map.num_layers:
+            raise HeadMapError(f"head map: lists {head_map.num_layers} layers but says num_layers {num_layers}")
         return head_map
 
     def save(self, path: str | Path) -> None:
@@ -191,8 +191,9 @@ class HeadLayout:
     """One layer's heads dealt to ``tp_size`` ranks: H/tp heads each, FA counts that differ by at most one.
 
     Ranks that get one FA head more rotate with ``layer_idx``, so the surplus evens out over the layers.
-    FA heads of one kv group stay on one rank where the balance allows it; a group that must be split is
-    held by every rank (``split_groups``), and its gradient is summed over them.
+    FA heads of one kv group stay on one rank where the balance allows it (the deal is greedy: of groups of four or
+    more heads, a few are split that an exhaustive search would keep whole); a group that is split is held by every
+    rank (``split_groups``), and its gradient is summed over them.
     """
 
     layer: LayerHeads

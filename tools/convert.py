@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hydra_mcore.config import HydraOptions, add_flags  # noqa: E402  light, so that --help is quick
+from hydra_mcore.config import HydraOptions, add_flags  # light, so that --help is quick
 
 IMPORT_EXAMPLES = """examples:
   python tools/convert.py import --hf Qwen3-1.7B --out runs/a/teacher --dtype bfloat16
@@ -82,7 +82,8 @@ def hybridize_from(args: argparse.Namespace) -> None:
         raise InputError("--calibration-text has no use here: the fusion scales are not calibrated; leave it out")
     tokens_bs = calibration_tokens(args.calibration_text, args.teacher) if calibrated else None
     card = hybridize(args.teacher, head_map, options, args.out, tokens_bs, getattr(torch, args.dtype))
-    print(f"student with {head_map.num_fa} FA heads of {head_map.num_layers * head_map.num_heads}, teacher {card.fingerprint[:12]}: {args.out}")
+    num_heads = head_map.num_layers * head_map.num_heads
+    print(f"student with {head_map.num_fa} FA heads of {num_heads}, teacher {card.fingerprint[:12]}: {args.out}")
 
 
 def import_from(args: argparse.Namespace) -> None:

@@ -11,13 +11,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=.venv
 stamp=$venv/.stamp-$(cat setup.py constraints.txt | cksum | tr ' ' '-')
 
-fits() { # can this Python make our environment?
-    "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1
+fits() { # can the Python $1 make our environment? $2 is the first minor version that is too new
+    "$1" -c "import sys, venv, ensurepip; sys.exit(not (3, 12) <= sys.version_info < (3, ${2:-99}))" >/dev/null 2>&1
 }
 
-candidates() { # the tested version first
+candidates() {
     local name root
-    [ -z "${PYTHON:-}" ] || echo "$PYTHON"
     for name in python3.12 python3.13 python3.14 python3 python; do
         command -v "$name" || true
     done
@@ -27,19 +26,26 @@ candidates() { # the tested version first
     done
 }
 
-make_venv() {
+make_venv_with() { # $1: the first minor version that is too new
     local python
     while read -r python; do
-        if fits "$python"; then
+        if fits "$python" "$1"; then
             echo "setting up $venv with $("$python" --version) ($python)"
             "$python" -m venv --clear "$venv"
             return
         fi
-    done < <(candidates)
-    if command -v uv >/dev/null; then
+    done < <(if [ -n "${PYTHON:-}" ]; then echo "$PYTHON"; else candidates; fi)
+    return 1
+}
+
+make_venv() {
+    # Megatron-Core has wheels for 3.12 and 3.13; a newer Python has to compile it, so it comes last.
+    make_venv_with 14 && return
+    if [ -z "${PYTHON:-}" ] && command -v uv >/dev/null; then
         echo "setting up $venv with uv"
         uv venv --quiet --clear --seed --python 3.12 "$venv" && return
     fi
+    make_venv_with 99 && return
     echo "error: no Python 3.12 or newer found on PATH, in pyenv or through uv: install one, or set PYTHON" >&2
     exit 2
 }
@@ -54,5 +60,6 @@ fi
 rm -f "$venv"/.stamp-*
 fits "$venv/bin/python" || make_venv
 echo "installing (a few minutes and about 6 GB the first time, nothing the next)"
-"$venv/bin/python" -m pip install --quiet --editable '.[test]' --constraint constraints.txt
+# Compiling all of torch and transformers takes as long as the rest; what is imported is compiled on the way.
+"$venv/bin/python" -m pip install --quiet --no-compile --editable '.[test]' --constraint constraints.txt
 touch "$stamp"

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train the tiny teacher: a Qwen3 model of about one million parameters that finds needles.
 
-Run from the repository's root; it takes about half an hour on one core:
+Run from the repository's root; it takes about 40 minutes on one core:
 
     python -m examples.tiny.train_teacher --output examples/tiny/teacher
 
@@ -64,9 +64,9 @@ class Phase:
     pools: tuple[int | None, ...]
 
 
-# Text weighs little until the retrieval circuit stands. The second cycle goes back to short, dense
-# sequences, now with few different value pieces in each: a value's next piece must then be found by
-# the key, not by the last piece alone. (Such sequences from the start kept the circuit from forming.)
+# Text weighs little until the retrieval circuit stands. Then most sequences use few different value
+# pieces, so that a value's next piece must be found by the key, not by the last piece alone. (From
+# the start, such sequences kept the circuit from forming.) A second cycle makes 512 tokens firm.
 _ALL = (None,)
 CURRICULUM = (
     Phase(1500, 64, 32, (0, 0, 0, 2, 4), 0.0, 0.0, 0.05, _ALL),

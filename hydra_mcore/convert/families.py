@@ -12,6 +12,7 @@ from hydra_mcore.config import ModelShape
 from hydra_mcore.convert.mapping import Copy, PerGroup, Stacked, WeightMapping
 
 LAYER = "{layer}"
+_WHOLE = Copy()
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class WeightRule:
     hf: str
     ours: str
     dims: tuple[str, ...]
-    mapping: WeightMapping = Copy()
+    mapping: WeightMapping = _WHOLE
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ class HfWeights:
             raise HuggingFaceError(f"{path}: the file is missing or cannot be read") from None
         except SafetensorError as error:
             raise HuggingFaceError(f"{path}: cut short or not safetensors ({error}); copy it again") from None
-        for name in file.keys():
+        for name in file.keys():  # noqa: SIM118  a safetensors handle is no dict
             if name in self._file_of:
                 raise HuggingFaceError(f"{path}: tensor {name} is stored in another file too; keep one")
             self._file_of[name] = file

@@ -8,6 +8,7 @@ hold torch_dist files) with the model card beside it. It can be read under any t
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,15 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.models import GPTModelConfig
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 
 from hydra_mcore.config import ConfigError, HydraOptions, ModelCard, ModelShape
 from hydra_mcore.heads import HeadLayout, HeadMap
 from hydra_mcore.model.layer_specs import hydra_block_spec
 
 TRACKER = "latest_checkpointed_iteration.txt"
+_MEND = f"remove it and name an earlier one in {TRACKER}"
 
 
 def teacher_card(shape: ModelShape, fingerprint: str) -> ModelCard:
@@ -117,8 +121,24 @@ def latest_iteration(checkpoint_dir: str | Path) -> Path:
         raise ConfigError(f"{root}: no complete checkpoint ({TRACKER} is missing)") from None
     folder = root / ("release" if mark == "release" else f"iter_{int(mark):07d}")
     if not (folder / "metadata.json").is_file() or not (folder / ".metadata").is_file():
-        raise ConfigError(f"{folder}: the checkpoint is cut short; remove it and point {TRACKER} at an earlier one")
+        raise ConfigError(f"{folder}: the checkpoint is cut short ({_MEND})")
+    _check_lengths(folder)
     return folder
+
+
+def _check_lengths(folder: Path) -> None:
+    """Raise ConfigError when a file is shorter than the checkpoint's own index says."""
+    try:
+        index = FileSystemReader(folder).read_metadata().storage_data or {}
+    except (OSError, EOFError, pickle.UnpicklingError) as error:
+        raise ConfigError(f"{folder}: the checkpoint's index cannot be read, {_first_line(error)} ({_MEND})") from None
+    needed: dict[str, int] = {}
+    for item in index.values():
+        needed[item.relative_path] = max(needed.get(item.relative_path, 0), item.offset + item.length)
+    for name, size in needed.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size < size:
+            raise ConfigError(f"{path}: the checkpoint is cut short ({_MEND})")
 
 
 def _sharded_state(models: list[MegatronModule]) -> dict[str, Any]:
@@ -134,8 +154,8 @@ def load_weights(models: list[MegatronModule], checkpoint_dir: str | Path) -> No
     folder = latest_iteration(checkpoint_dir)
     try:
         state = dist_checkpointing.load(_sharded_state(models), str(folder))
-    except (CheckpointingException, OSError, RuntimeError, EOFError) as error:
-        raise ConfigError(f"{folder}: cannot be loaded, cut short or from another head map ({_first_line(error)})") from None
+    except (CheckpointingException, CheckpointException, OSError, RuntimeError, EOFError) as error:
+        raise ConfigError(f"{folder}: cannot be loaded into this model, so its files are from another head map or shape ({_first_line(error)})") from None
     for index, model in enumerate(models):
         model.load_state_dict(state[f"model{index}"])
 
@@ -161,5 +181,5 @@ def save_weights(models: list[MegatronModule], card: ModelCard, checkpoint_dir: 
     torch.distributed.barrier()
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

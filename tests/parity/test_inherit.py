@@ -139,7 +139,6 @@ def test_kept_heads_compute_what_they_computed(source, teacher):
 def test_sharing_keys_and_values_changes_weights_not_outputs(source, teacher):
     tokens_bs = random_tokens()
     kinds = [{}, {"gdn_kv": "per_group"}, {"gdn_kv": "per_group", "qkv": "shared"}]
-    # Without a convolution: shared projections would still have one for each head, at the same identity start.
     with torch.no_grad():
         own, grouped, shared = (logits(student_of(source, teacher, **PLAIN, **kind), tokens_bs) for kind in kinds)
     torch.testing.assert_close(grouped, own, rtol=0, atol=1e-5)
@@ -253,7 +252,11 @@ def test_head_map_of_another_model_is_refused(source, tmp_path, head_map, words)
 
 @pytest.mark.parametrize(
     ("tokens_bs", "words"),
-    [(torch.full((1, 9), 61), "token 61 is outside"), (torch.zeros(1, 65, dtype=torch.long), "65 tokens exceed"), (torch.zeros(0, 9), "no tokens")],
+    [
+        (torch.full((1, 9), 61), "token 61 is outside"),
+        (torch.zeros(1, 65, dtype=torch.long), "65 tokens exceed"),
+        (torch.zeros(0, 9), "no tokens"),
+    ],
     ids=["vocabulary", "length", "empty"],
 )
 def test_calibration_tokens_that_do_not_fit_are_refused(source, tmp_path, tokens_bs, words):

@@ -58,6 +58,12 @@ def test_fast_equals_one_full_forward_a_head(tied: bool) -> None:
     assert ((fast - naive).abs().amax() / naive.abs().amax()) < 1e-5
 
 
+def test_in_float64_they_agree_to_rounding_in_every_entry() -> None:
+    """No approximation hides in float32's tolerance: not even where an effect is small."""
+    model, pairs = random_teacher(True).double(), random_pairs()
+    torch.testing.assert_close(receiver_effects(model, *pairs).effects_lhb, naive_receiver_effects(model, *pairs), rtol=1e-8, atol=1e-12)
+
+
 def test_without_frozen_attention_the_effects_are_others() -> None:
     """The oracle does freeze: before the last layer, letting attention react changes the result."""
     model, pairs = random_teacher(True), random_pairs()

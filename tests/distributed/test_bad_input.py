@@ -1,0 +1,123 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What training says to bad input: one line that names cause and mend, exit status 2, nothing lost."""
+
+import dataclasses
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from hydra_mcore.config import ModelCard
+from hydra_mcore.heads import HeadMap
+from hydra_mcore.model.build import TRACKER
+from tests.support.launch import run_ranks
+from tests.support.stages import FLAGS, make_run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("bad"))
+
+
+def refusal(folder: Path, *flags: str, stage: str = "extend", run: str = "run") -> str:
+    """The one line on stderr of a run that must end with exit status 2."""
+    argv = ["--stage", stage, "--run-dir", str(folder / run), "--teacher", str(folder / "teacher"), *FLAGS]
+    argv += ["--start-from", str(folder / "student"), "--data-path", str(folder / "data"), *flags]
+    code, said = run_ranks(_refused, 1, argv)[0]
+    lines = [line for line in said.splitlines() if line.startswith("train: ")]
+    assert code == 2 and len(lines) == 1 and "Traceback" not in said, said
+    return lines[0]
+
+
+def _refused(rank: int, argv: list[str]) -> tuple[int, str]:
+    import contextlib
+    import io
+
+    from hydra_mcore.train.__main__ import main
+
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        try:
+            main(argv)
+        except SystemExit as stop:
+            return stop.code, said.getvalue()
+    return 0, said.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--sequnce-parallel",), "unknown flag --sequnce-parallel; did you mean --sequence-parallel?"),
+        (("--tensor-model-parallel-size", "3"), "tensor parallel size 3 does not divide 8 query heads"),
+        (("--pipeline-model-parallel-size", "3"), "pipeline parallel size 3 does not divide 4 layers"),
+        (("--seq-length", "1000000"), "one sequence needs 1000001"),
+        (("--data-path", "nowhere"), "no nowhere.idx and .bin"),
+        (("--start-from", "nowhere"), "nowhere: no complete checkpoint"),
+        (("--train-iters", "2"), "lr-warmup-iters 2 must be fewer than the 2 steps"),
+        (("--global-batch-size", "3"), "Megatron refuses these settings: eval_global_batch_size (3) must be divisible"),
+        (("--fp16",), "fp16 is not supported"),
+        (("--lr", "fast"), "argument --lr: invalid float value: 'fast'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_flags(folder: Path, flags: tuple[str, ...], said: str) -> None:
+    assert said in refusal(folder, *flags)
+    assert not (folder / "run").exists()
+
+
+def test_unknown_recipe_key(folder: Path) -> None:
+    recipe = folder / "recipe.yaml"
+    recipe.write_text("sequence-lenght: 512\n")
+    assert "unknown key 'sequence-lenght'; did you mean 'seq-length'?" in refusal(folder, "--config", str(recipe))
+
+
+def test_align_needs_a_teacher_that_is_there(folder: Path) -> None:
+    assert "nowhere: no model.json" in refusal(folder, "--teacher", "nowhere", stage="align")
+
+
+def test_previous_stage_is_missing(folder: Path) -> None:
+    line = refusal(folder, "--start-from", "", stage="distill")
+    assert "stage distill starts from" in line and "run stage align first" in line
+
+
+def test_output_folder_of_another_run(folder: Path) -> None:
+    other = folder / "other" / "extend"
+    card = ModelCard.load(folder / "student")
+    map_ = HeadMap.from_fa([(0, 0)], card.shape.num_layers, card.shape.num_heads, card.shape.num_kv_groups)
+    dataclasses.replace(card, head_map=map_).save(other)
+    before = (other / "model.json").read_bytes()
+    assert "already holds another run" in refusal(folder, run="other")
+    assert (other / "model.json").read_bytes() == before
+
+
+def test_output_folder_of_something_else(folder: Path) -> None:
+    (folder / "letters" / "extend").mkdir(parents=True)
+    (folder / "letters" / "extend" / "dear.txt").write_text("x")
+    assert "is not empty and no run of ours" in refusal(folder, run="letters")
+
+
+def test_checkpoint_cut_short(folder: Path) -> None:
+    shutil.copytree(folder / "student", folder / "cut")
+    victim = max((folder / "cut").rglob("*.distcp"), key=lambda path: path.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
+    assert "the checkpoint is cut short" in refusal(folder, "--start-from", str(folder / "cut"))
+
+
+def test_checkpoint_from_another_head_map(folder: Path) -> None:
+    shutil.copytree(folder / "student", folder / "mixed")
+    card = ModelCard.load(folder / "student")
+    map_ = HeadMap.from_fa([(0, 0), (3, 1)], card.shape.num_layers, card.shape.num_heads, card.shape.num_kv_groups)
+    dataclasses.replace(card, head_map=map_).save(folder / "mixed")
+    assert "are from another head map" in refusal(folder, "--start-from", str(folder / "mixed"))
+
+
+@pytest.mark.parametrize(("stage", "where"), [("align", r"align loss of layer \d"), ("extend", r"first seen in (the|layer)")])
+def test_loss_that_is_not_finite(folder: Path, stage: str, where: str) -> None:
+    run = f"nan-{stage}"
+    line = refusal(folder, "--lr", "1e38", "--min-lr", "1e38", "--save-interval", "1", stage=stage, run=run)
+    found = re.search(rf"step (\d+): the .*{where}", line)
+    assert found and "the last complete checkpoint is kept" in line
+    assert int((folder / run / stage / TRACKER).read_text()) == int(found[1]) - 1
+    assert ModelCard.load(folder / run / stage).head_map == ModelCard.load(folder / "student").head_map

@@ -1,0 +1,340 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Settings are checked one by one, cards survive their file, recipes become exactly the flags they say."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from hydra_mcore.config import (
+    CARD_NAME,
+    ConfigError,
+    HydraOptions,
+    ModelCard,
+    ModelShape,
+    Recipe,
+    StageOptions,
+    add_flags,
+    field_docs,
+)
+from hydra_mcore.heads import HeadMap, HeadMapError, InputError
+
+SHAPE = ModelShape(
+    num_layers=2,
+    hidden_size=32,
+    num_heads=4,
+    num_kv_groups=2,
+    head_dim=16,
+    ffn_hidden_size=48,
+    vocab_size=64,
+    native_length=128,
+    rope_theta=1e4,
+    tied_embeddings=False,
+)
+FINGERPRINT = "0123456789abcdef"
+
+
+def card() -> ModelCard:
+    head_map = HeadMap.from_fa([(0, 1)], 2, 4, 2, fingerprint=FINGERPRINT, made_by={"seed": 3})
+    options = HydraOptions(fusion="norm", gdn_conv_kernel=0)
+    return ModelCard(shape=SHAPE, head_map=head_map, options=options, fingerprint=FINGERPRINT, stage="align")
+
+
+LITERALS = [
+    (cls, name, typing.get_args(hint))
+    for cls in (HydraOptions, StageOptions)
+    for name, hint in typing.get_type_hints(cls).items()
+    if typing.get_origin(hint) is Literal
+]
+
+
+@pytest.mark.parametrize(("cls", "name", "choices"), LITERALS, ids=[name for _, name, _ in LITERALS])
+def test_named_choices(cls, name, choices):
+    for choice in choices:
+        # One choice is refused next to the default of another option; that has its own test.
+        beside = {"gdn_kv": "per_group"} if (name, choice) == ("qkv", "shared") else {}
+        assert getattr(cls(**{name: choice}, **beside), name) == choice
+    with pytest.raises(ConfigError, match=f"^{name} is 'sideways'; choose one of .*{choices[-1]}"):
+        cls(**{name: "sideways"})
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("cls", "changes", "message"),
+    [
+        (HydraOptions, {"gdn_conv_kernel": -1}, "gdn_conv_kernel is -1; it counts taps"),
+        (HydraOptions, {"gdn_write_max": 0.0}, "gdn_write_max is 0.0; .* 0 < max <= 2"),
+        (HydraOptions, {"gdn_write_max": 2.5}, "gdn_write_max is 2.5"),
+        (HydraOptions, {"gdn_write_max": NAN}, "gdn_write_max is nan"),
+        (HydraOptions, {"fa_log_scale_base": 1.0}, "fa_log_scale_base must exceed 1"),
+        (HydraOptions, {"fa_log_scale_base": NAN}, "fa_log_scale_base must exceed 1"),
+        (HydraOptions, {"gdn_half_life": 0.0}, "gdn_half_life 0"),
+        (HydraOptions, {"gdn_half_life": NAN}, "gdn_half_life 0"),
+        (HydraOptions, {"qkv": "shared"}, "set gdn_kv to 'per_group'"),
+        (StageOptions, {"kl_temperature": 0.0}, "kl_temperature must be positive"),
+        (StageOptions, {"kl_temperature": NAN}, "kl_temperature must be positive"),
+        (StageOptions, {"kl_weight": -0.1}, "loss weights not negative"),
+        (StageOptions, {"ce_weight": -1.0}, "loss weights not negative"),
+        (StageOptions, {"ce_weight": NAN}, "loss weights not negative"),
+    ],
+)
+def test_numbers_out_of_range(cls, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        cls(**changes)
+
+
+def test_edges_of_the_ranges_are_allowed():
+    HydraOptions(gdn_conv_kernel=0, gdn_write_max=2.0, fa_log_scale_base=1.01, gdn_half_life=0.5)
+    StageOptions(kl_weight=0.0, ce_weight=0.0, kl_temperature=0.1)
+
+
+def test_the_teacher_has_nothing_added():
+    teacher = HydraOptions.teacher()
+    assert (teacher.fa_position, teacher.fa_gate, teacher.fusion) == ("rope", "none", "none")
+    assert not any(teacher.log_scale_in(stage) for stage in ("align", "distill", "extend", "inference"))
+
+
+@pytest.mark.parametrize(
+    ("option", "stages"),
+    [("never", ()), ("extend", ("extend", "inference")), ("always", ("align", "distill", "extend", "inference"))],
+)
+def test_when_queries_are_scaled(option, stages):
+    options = HydraOptions(fa_log_scale=option)
+    assert tuple(s for s in ("align", "distill", "extend", "inference") if options.log_scale_in(s)) == stages
+
+
+def test_every_option_is_documented():
+    for cls in (HydraOptions, StageOptions):
+        docs = field_docs(cls)
+        assert list(docs) == [item.name for item in dataclasses.fields(cls)] and all(docs.values())
+
+
+def options_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="p", exit_on_error=False)
+    for cls in (HydraOptions, StageOptions):
+        add_flags(parser.add_argument_group(cls.__name__), cls)
+    return parser
+
+
+def test_flags_default_to_the_dataclass_and_take_its_types(capsys):
+    parser = options_parser()
+    known = vars(parser.parse_args([]))
+    for cls in (HydraOptions, StageOptions):
+        assert cls(**{item.name: known[item.name] for item in dataclasses.fields(cls)}) == cls()
+    given = ["--gdn-half-life", "30", "--gdn-conv-kernel", "2", "--fusion", "norm", "--dry-run", "--run-dir", "r"]
+    found = parser.parse_args(given)
+    assert (found.gdn_half_life, found.gdn_conv_kernel, found.fusion) == (30.0, 2, "norm")
+    assert found.dry_run is True and found.run_dir == "r"
+    with pytest.raises(argparse.ArgumentError, match="invalid choice: 'sideways'"):
+        parser.parse_args(["--fusion", "sideways"])
+    parser.print_help()  # a bare % in a docstring would raise here
+    assert "[paper: nope]" in capsys.readouterr().out
+
+
+def test_a_card_survives_its_file(tmp_path):
+    card().save(tmp_path)
+    again = ModelCard.load(tmp_path)
+    assert again == card() and again.head_map.made_by == {"seed": 3}
+    assert [path.name for path in tmp_path.iterdir()] == [CARD_NAME]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda raw: raw | {"format": 9}, "format 9, this version reads 1"),
+        (lambda raw: {key: raw[key] for key in raw if key != "format"}, "format None"),
+        (lambda raw: [raw], "format 'list'"),
+        (lambda raw: {key: raw[key] for key in raw if key != "shape"}, "'shape'; written by another version"),
+        (lambda raw: {key: raw[key] for key in raw if key != "stage"}, "'stage'; written by another version"),
+        (lambda raw: raw | {"shape": raw["shape"] | {"depth": 3}}, "unexpected keyword argument 'depth'"),
+        (lambda raw: raw | {"options": raw["options"] | {"gdn_tea": 1}}, "unexpected keyword argument 'gdn_tea'"),
+        (lambda raw: raw | {"options": raw["options"] | {"fusion": "new"}}, "fusion is 'new'"),
+        (lambda raw: raw | {"options": raw["options"] | {"gdn_conv_kernel": "4"}}, "written by another version"),
+    ],
+)
+def test_broken_cards(tmp_path, change, message):
+    card().save(tmp_path)
+    path = tmp_path / CARD_NAME
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(ConfigError, match=message):
+        ModelCard.load(tmp_path)
+
+
+def test_cards_that_are_none(tmp_path):
+    with pytest.raises(ConfigError, match=r"no model.json, .*; make one with tools/convert.py import"):
+        ModelCard.load(tmp_path)
+    for content in (b'{"format"', b"\xff\xfe"):
+        (tmp_path / CARD_NAME).write_bytes(content)
+        with pytest.raises(ConfigError, match=r"model.json: not JSON"):
+            ModelCard.load(tmp_path)
+
+
+def test_a_card_names_the_broken_head_map(tmp_path):
+    card().save(tmp_path)
+    path = tmp_path / CARD_NAME
+    raw = json.loads(path.read_text())
+    raw["head_map"]["layers"][1]["gdn"] = [0, 1, 2]
+    path.write_text(json.dumps(raw))
+    with pytest.raises(HeadMapError, match="layer 1 lacks head 3"):
+        ModelCard.load(tmp_path)
+
+
+def test_head_maps_that_fit_a_teacher():
+    card().check_head_map(card().head_map)
+    card().check_head_map(HeadMap.from_fa([(1, 1)], 2, 4, 2))  # no fingerprint: any model of this shape
+
+
+@pytest.mark.parametrize(
+    ("head_map", "message"),
+    [
+        (HeadMap.from_fa([], 3, 4, 2), "it has 3 layers, 4 heads, 2 kv groups; the teacher has 2, 4, 2"),
+        (HeadMap.from_fa([], 2, 8, 2), "it has 2 layers, 8 heads, 2 kv groups; the teacher has 2, 4, 2"),
+        (HeadMap.from_fa([], 2, 4, 4), "it has 2 layers, 4 heads, 4 kv groups; the teacher has 2, 4, 2"),
+        (
+            HeadMap.from_fa([], 2, 4, 2, fingerprint="f" * 64),
+            "made for teacher ffffffffffff, this one is 0123456789ab;",
+        ),
+    ],
+)
+def test_head_maps_of_another_teacher(head_map, message):
+    with pytest.raises(ConfigError, match=message) as refused:
+        card().check_head_map(head_map)
+    assert isinstance(refused.value, InputError) and "\n" not in str(refused.value)
+
+
+def flag_parser() -> argparse.ArgumentParser:
+    """The kinds of flags that Megatron has."""
+    parser = argparse.ArgumentParser(prog="p", exit_on_error=False)
+    parser.add_argument("--num-layers", type=int)
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--swiglu", action="store_true")
+    parser.add_argument("--disable-bias-linear", action="store_false", dest="add_bias_linear")
+    parser.add_argument("--no-rope-fusion", action="store_false", dest="apply_rope_fusion")
+    parser.add_argument("--data-path", nargs="*")
+    parser.add_argument("--lr-decay-style", type=str)
+    parser.add_argument("--min-lr", type=float, dest="least_lr")
+    return parser
+
+
+@pytest.mark.parametrize(
+    ("values", "flags"),
+    [
+        ({"num-layers": 4}, ["--num-layers", "4"]),
+        ({"num_layers": 4}, ["--num-layers", "4"]),
+        ({"lr": 1e-3}, ["--lr", "0.001"]),
+        ({"lr": "1e-3"}, ["--lr", "1e-3"]),  # YAML reads 1e-3 as a text
+        ({"swiglu": True}, ["--swiglu"]),
+        ({"swiglu": False}, []),
+        ({"disable-bias-linear": True}, ["--disable-bias-linear"]),
+        ({"disable-bias-linear": False}, []),
+        ({"add-bias-linear": False}, ["--disable-bias-linear"]),  # by the name that Megatron's settings have
+        ({"add_bias_linear": True}, []),
+        ({"apply-rope-fusion": False}, ["--no-rope-fusion"]),
+        ({"least-lr": 1.0}, ["--min-lr", "1.0"]),
+        ({"data-path": ["0.7", "a", "0.3", "b"]}, ["--data-path", "0.7", "a", "0.3", "b"]),
+        ({"data-path": [1, 2.5]}, ["--data-path", "1", "2.5"]),
+        ({"data-path": []}, ["--data-path"]),
+        ({"lr": None}, []),
+        ({}, []),
+        ({"swiglu": True, "num-layers": 2}, ["--swiglu", "--num-layers", "2"]),
+    ],
+)
+def test_recipes_become_flags(values: dict[str, Any], flags: list[str]):
+    found = Recipe(Path("r.yaml"), values).to_flags(flag_parser())
+    assert found == flags
+    flag_parser().parse_args(found)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num-layer": 4}, "unknown key 'num-layer'; did you mean 'num-layers'"),
+        ({"wholly-unlike": 4}, "unknown key 'wholly-unlike'$"),
+        ({7: 4}, "unknown key '7'"),
+        ({"num-layers": True}, "'num-layers' takes a value, not true"),
+        ({"lr": False}, "'lr' takes a value, not false"),
+        ({"swiglu": 3}, "'swiglu' takes true or false, not 3"),
+        ({"swiglu": "yes"}, "'swiglu' takes true or false, not 'yes'"),
+        ({"add-bias-linear": [True]}, "'add-bias-linear' takes true or false"),
+        ({"lr": {"max": 1}}, "'lr' is no stage"),
+        ({"aline": {"lr": 1}}, "'aline' is no stage"),
+    ],
+)
+def test_recipe_keys_that_are_refused(values: dict, message: str):
+    with pytest.raises(ConfigError, match=r"^recipe r\.yaml: " + message):
+        Recipe(Path("r.yaml"), values).to_flags(flag_parser())
+
+
+def recipe(tmp_path: Path, content: str | bytes, stage: str = "align") -> dict[str, Any]:
+    path = tmp_path / "r.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return Recipe.load(path, stage).values
+
+
+def test_a_stage_lays_its_section_over_the_rest(tmp_path):
+    content = """
+    lr: 1.0
+    num-layers: 4
+    align:
+      lr: 2.0
+      swiglu: true
+    extend:
+      lr: 3.0
+    """
+    assert recipe(tmp_path, content, "align") == {"lr": 2.0, "num-layers": 4, "swiglu": True}
+    assert recipe(tmp_path, content, "distill") == {"lr": 1.0, "num-layers": 4}
+    assert recipe(tmp_path, content, "extend") == {"lr": 3.0, "num-layers": 4}
+
+
+def test_empty_recipes(tmp_path):
+    assert recipe(tmp_path, "") == recipe(tmp_path, "# nothing\n") == recipe(tmp_path, "align:\n") == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("- lr\n- 3\n", "expected 'key: value' lines"),
+        ("just words", "expected 'key: value' lines"),
+        ("lr: [1, 2", "not YAML"),
+        (b"lr: \xff\xfe", "not YAML"),
+        ("align: 3\n", "'align' is a stage, expected 'key: value' lines under it"),
+        ("distill: [lr]\n", "'distill' is a stage"),
+    ],
+)
+def test_files_that_are_no_recipe(tmp_path, content, message):
+    with pytest.raises(ConfigError, match=message) as refused:
+        recipe(tmp_path, content)
+    assert "r.yaml" in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_recipe_that_is_missing(tmp_path):
+    with pytest.raises(ConfigError, match=r"none.yaml: No such file"):
+        Recipe.load(tmp_path / "none.yaml", "align")
+
+
+def test_a_shape_as_megatron_flags():
+    """Every fact of the shape reaches the flag that Megatron reads it from."""
+    found = SHAPE.to_recipe()
+    expected = {
+        "num-layers": 2,
+        "hidden-size": 32,
+        "num-attention-heads": 4,
+        "num-query-groups": 2,
+        "kv-channels": 16,
+        "ffn-hidden-size": 48,
+        "vocab-size": 64,
+        "rotary-base": 10_000,
+        "norm-epsilon": 1e-6,
+        "untie-embeddings-and-output-weights": True,
+        "qk-layernorm": True,
+    }
+    assert {key: found[key] for key in expected} == expected
