@@ -46,7 +46,11 @@ make_venv() {
         uv venv --quiet --clear --seed --python 3.12 "$venv" && return
     fi
     make_venv_with 99 && return
-    echo "error: no Python 3.12 or newer found on PATH, in pyenv or through uv: install one, or set PYTHON" >&2
+    if [ -n "${PYTHON:-}" ]; then
+        echo "error: PYTHON=$PYTHON is not Python 3.12 or newer with the venv module" >&2
+    else
+        echo "error: no Python 3.12 or newer found on PATH, in pyenv or through uv: install one, or set PYTHON" >&2
+    fi
     exit 2
 }
 
@@ -61,5 +65,8 @@ rm -f "$venv"/.stamp-*
 fits "$venv/bin/python" || make_venv
 echo "installing (a few minutes and about 6 GB the first time, nothing the next)"
 # Compiling all of torch and transformers takes as long as the rest; what is imported is compiled on the way.
-"$venv/bin/python" -m pip install --quiet --no-compile --editable '.[test]' --constraint constraints.txt
+"$venv/bin/python" -m pip install --quiet --no-compile --editable '.[test]' --constraint constraints.txt || {
+    echo "error: the installation failed; run this again to continue it" >&2
+    exit 1
+}
 touch "$stamp"

@@ -38,7 +38,7 @@ class Student:
     name: str
     ratio: str
     strategy: str
-    stages: tuple[str, ...] = ("align",)
+    stages: tuple[str, ...] = ("align", "distill")
 
     @property
     def random(self) -> bool:
@@ -81,14 +81,14 @@ def main(argv: list[str] | None = None) -> None:
     print(f"report: {args.out / 'report.md'}")
 
 
-def door(out: Path, log: str, *command: str) -> None:
+def door(out: Path, log: str, *command: str, threads: int = 1) -> None:
     """Run one of the project's commands, its output in <out>/logs; a failure shows the end of it and stops the demo."""
     path = out / "logs" / f"{log}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as sink:
         sink.write(f"$ {' '.join(command)}\n")
         sink.flush()
-        code = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment(1), stdout=sink, stderr=sink, check=False).returncode
+        code = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment(threads), stdout=sink, stderr=sink, check=False).returncode
     if code:
         fail(path, code)
 
@@ -161,15 +161,19 @@ def slug(student: Student) -> str:
 
 
 def train_students(out: Path, steps: tqdm) -> None:
-    """The selected 3:1 student goes through all stages on two ranks; the others are aligned, two at a time."""
-    for stage in STUDENTS[0].stages:
-        train(out, STUDENTS[0], stage, ranks=2, position=1)
+    """The selected 3:1 student goes through all stages on two ranks; the others are aligned and distilled, two at a time."""
+    train_all(out, STUDENTS[0], ranks=2, position=1)
     steps.update()
     with ThreadPoolExecutor(2) as pool:
-        runs = [pool.submit(train, out, student, "align", 1, 1 + index % 2) for index, student in enumerate(STUDENTS[1:])]
+        runs = [pool.submit(train_all, out, student, 1, 1 + index % 2) for index, student in enumerate(STUDENTS[1:])]
         for run in runs:
             run.result()
             steps.update()
+
+
+def train_all(out: Path, student: Student, ranks: int, position: int) -> None:
+    for stage in student.stages:
+        train(out, student, stage, ranks, position)
 
 
 def train(out: Path, student: Student, stage: str, ranks: int, position: int) -> None:
@@ -199,7 +203,7 @@ def evaluate(args: argparse.Namespace, steps: tqdm) -> None:
     lengths = ("--lengths", "512", "1024", "--prompts", str(args.prompts), "--seed", str(1_000_000 + args.seed))
     steps.set_postfix_str("evaluating")
     text = ("--haystack", str(args.out / "held_out.txt"))
-    door(args.out, "evaluate", "tools/evaluate.py", "--models", *models, *lengths, *text, "--out", str(args.out / "evaluation"))
+    door(args.out, "evaluate", "tools/evaluate.py", "--models", *models, *lengths, *text, "--out", str(args.out / "evaluation"), threads=2)
     steps.update()
 
 

@@ -1,11 +1,16 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's report: the table, the heat map of heads, the curves of the stages."""
+"""The demo's report: the table, the heat map of heads, the curves of the stages.
+
+Several runs (seeds) as one table:
+  python -m examples.tiny.report runs/seed0 runs/seed1 runs/seed2
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -78,6 +83,22 @@ def curves_figure(path: Path, curves: dict[str, dict[str, Curve]]) -> None:
     beside.replace(path)
 
 
-def read_results(out: Path) -> dict[str, dict]:
-    """The evaluation of a demo run: model name -> its JSON entry."""
-    return json.loads((out / "evaluation" / "results.json").read_text())["models"]
+def seeds_table(runs: Sequence[Path]) -> str:
+    """Markdown: a row for each model and run, then the model's mean over runs; percent, Wilson 95% intervals."""
+    results = [json.loads((run / "evaluation" / "results.json").read_text())["models"] for run in runs]
+    columns = [(entry["group"], entry["length"]) for entry in next(iter(results[0].values()))["groups"]]
+    header = ["model", "FA heads", "seed", *(f"{group} @{length}" for group, length in columns)]
+    lines = [header, [":--"] + ["--:"] * (len(header) - 1)]
+    for model in results[0]:
+        entries = [result[model] for result in results]
+        heads = f"{entries[0]['num_fa']} of {entries[0]['num_heads']}"
+        for entry in entries:
+            cells = (f"{100 * g['accuracy']:.1f} ({100 * g['interval'][0]:.0f}-{100 * g['interval'][1]:.0f})" for g in entry["groups"])
+            lines.append([model, heads, str(entry["seed"] - 1_000_000), *cells])
+        means = (sum(entry["groups"][index]["accuracy"] for entry in entries) / len(entries) for index in range(len(columns)))
+        lines.append([f"**{model}**", heads, "mean", *(f"**{100 * mean:.1f}**" for mean in means)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    print(seeds_table([Path(run) for run in sys.argv[1:]]), end="")

@@ -1,0 +1,106 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The house: who may import whom, how long things may be, what must not be required."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# From the ground up.  A room may import the floors below and, on its own floor, what stands before it.
+FLOORS = [
+    ["hydra_mcore.heads", "hydra_mcore.config"],
+    ["hydra_mcore.ops", "hydra_mcore.compat"],
+    ["hydra_mcore.model"],
+    ["hydra_mcore.convert", "hydra_mcore.selection"],
+    ["hydra_mcore.train", "hydra_mcore.evaluation"],
+    ["tools", "examples"],
+]
+STRANGERS = {("hydra_mcore.selection", "hydra_mcore.convert")}  # though one stands before the other
+ROOMS = [room for floor in FLOORS for room in floor]
+FILES = sorted(path for top in ("hydra_mcore", "tools", "examples") for path in (ROOT / top).rglob("*.py"))
+OPTIONAL = ("apex", "fla", "transformer_engine", "wandb")
+
+each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def room_of(module: str) -> str | None:
+    return next((room for room in ROOMS if f"{module}.".startswith(f"{room}.")), None)
+
+
+def imported(path: Path) -> set[str]:
+    """Return the modules that a file imports, inside functions too; ``from a import b`` counts as a and a.b."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: write the import with its full name"
+            names.update((str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)))
+    return names
+
+
+def allowed(importer: str, target: str) -> bool:
+    return importer == target or (ROOMS.index(target) < ROOMS.index(importer) and (importer, target) not in STRANGERS)
+
+
+def test_the_rules_bite() -> None:
+    assert room_of("hydra_mcore.config") == room_of("hydra_mcore.config.x") == "hydra_mcore.config"
+    assert room_of("hydra_mcore.configuration") is room_of("torch") is None
+    assert allowed("hydra_mcore.train", "hydra_mcore.model")
+    assert allowed("hydra_mcore.config", "hydra_mcore.heads")
+    assert not allowed("hydra_mcore.heads", "hydra_mcore.config")
+    assert not allowed("hydra_mcore.model", "hydra_mcore.train")
+    assert not allowed("hydra_mcore.selection", "hydra_mcore.convert")
+    assert not allowed("hydra_mcore.convert", "hydra_mcore.selection")
+
+
+@each_file
+def test_imports_never_go_up(path: Path) -> None:
+    importer = room_of(module_name(path))
+    if importer is None:
+        assert module_name(path) == "hydra_mcore", f"{path}: not a room of the house"
+        assert not any(map(room_of, imported(path)))
+    else:
+        targets = {room_of(module) for module in imported(path)} - {None}
+        assert [target for target in targets if not allowed(importer, target)] == []
+
+
+@each_file
+def test_files_and_functions_are_short(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) < 400
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    assert [f.name for f in functions if f.end_lineno - f.lineno + 1 >= 60] == []
+
+
+@each_file
+def test_files_say_whose_they_are(path: Path) -> None:
+    header = "# Copyright 2026 the hydra_mcore authors.\n# SPDX-License-Identifier: Apache-2.0\n"
+    text = path.read_text().removeprefix("#!/usr/bin/env python3\n")
+    assert not text or text.startswith(header)
+
+
+def test_every_module_imports_without_the_optional_packages() -> None:
+    modules = [module_name(path) for path in FILES if path.name != "__main__.py"]
+    code = f"""
+import importlib, sys, traceback
+sys.modules.update(dict.fromkeys({OPTIONAL!r}))
+failed = []
+for name in {modules!r}:
+    try:
+        importlib.import_module(name)
+    except BaseException:
+        failed.append(name)
+        traceback.print_exc()
+sys.exit(f"failed: {{failed}}" if failed else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
