@@ -284,6 +284,12 @@ class Recipe:
                 raise ConfigError(f"recipe {path}: {name!r} is a stage, expected 'key: value' lines under it")
         return cls(path=Path(path), values={**raw, **sections[stage]})
 
+    def over(self, defaults: dict[str, Any]) -> Recipe:
+        """This recipe laid over ``defaults``, so that its false switches off what they switch on."""
+        own = {str(key).replace("_", "-") for key in self.values}
+        kept = {key: value for key, value in defaults.items() if key.replace("_", "-") not in own}
+        return Recipe(path=self.path, values={**kept, **self.values})
+
     def to_flags(self, parser: argparse.ArgumentParser) -> list[str]:
         """Flatten into command-line flags that ``parser`` knows; raises ConfigError for an unknown key."""
         flags: list[str] = []

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import logging
 import sys
 import warnings
 from pathlib import Path
@@ -103,7 +102,6 @@ def main(argv: list[str] | None = None) -> None:
     install()
     from hydra_mcore.model.runtime import one_line_errors, process_groups
 
-    logging.getLogger("megatron").setLevel(logging.ERROR)  # its advice to authors of training scripts is not for our users
     warnings.filterwarnings("ignore", module=r"megatron\.")
     with one_line_errors("convert"), process_groups(seed=args.seed):
         args.run(args)

@@ -85,6 +85,8 @@ def curves_figure(path: Path, curves: dict[str, dict[str, Curve]]) -> None:
 
 def seeds_table(runs: Sequence[Path]) -> str:
     """Markdown: a row for each model and run, then the model's mean over runs; percent, Wilson 95% intervals."""
+    from examples.tiny.demo import EVALUATION_SEED
+
     results = [json.loads((run / "evaluation" / "results.json").read_text())["models"] for run in runs]
     columns = [(entry["group"], entry["length"]) for entry in next(iter(results[0].values()))["groups"]]
     header = ["model", "FA heads", "seed", *(f"{group} @{length}" for group, length in columns)]
@@ -94,7 +96,7 @@ def seeds_table(runs: Sequence[Path]) -> str:
         heads = f"{entries[0]['num_fa']} of {entries[0]['num_heads']}"
         for entry in entries:
             cells = (f"{100 * g['accuracy']:.1f} ({100 * g['interval'][0]:.0f}-{100 * g['interval'][1]:.0f})" for g in entry["groups"])
-            lines.append([model, heads, str(entry["seed"] - 1_000_000), *cells])
+            lines.append([model, heads, str(entry["seed"] - EVALUATION_SEED), *cells])
         means = (sum(entry["groups"][index]["accuracy"] for entry in entries) / len(entries) for index in range(len(columns)))
         lines.append([f"**{model}**", heads, "mean", *(f"**{100 * mean:.1f}**" for mean in means)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ def process_groups(tp_size: int = 1, pp_size: int = 1, seed: int = 1234) -> Iter
     Raises:
         InputError: the ranks do not divide by tp_size * pp_size.
     """
+    logging.getLogger("megatron").setLevel(logging.ERROR)  # its advice is about training; a command has its own output
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world % (tp_size * pp_size):
         raise InputError(f"{world} ranks do not divide by tensor parallel {tp_size} x pipeline parallel {pp_size}")

@@ -93,7 +93,7 @@ def resolve(argv: list[str]) -> Plan:
     chosen, _ = first.parse_known_args(argv)
     recipe = Recipe.load(chosen.config, chosen.stage) if chosen.config else Recipe(Path("command line"))
     engine = ENGINE | ({} if torch.cuda.is_available() else ENGINE_CPU)
-    flags = Recipe(Path("defaults"), engine | default_flags(chosen.stage)).to_flags(parser) + recipe.to_flags(parser)
+    flags = recipe.over(engine | default_flags(chosen.stage)).to_flags(parser)
     options = _stage_options(parser.parse_args(flags + argv))
     start = start_dir(options)
     latest_iteration(start)

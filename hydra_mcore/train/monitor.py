@@ -90,10 +90,9 @@ def _write_gate(gdn: GatedDeltaHeads, logits: Tensor) -> Tensor:
     return gdn.options.gdn_write_max * torch.sigmoid(logits)
 
 
-def stop_on_nonfinite(loss: Tensor, step: int, where: str) -> None:
-    """Raise TrainingStopped when a loss is NaN or infinite, naming the step (1-based) and where it was seen."""
-    if not bool(torch.isfinite(loss.detach()).all()):
-        raise TrainingStopped(f"step {step}: {where} is not finite; the last complete checkpoint is kept, lower the learning rate or look at the data")
+def nonfinite(step: int, where: str) -> TrainingStopped:
+    """The error for a loss that is NaN or infinite, naming the step (1-based) and where it was seen."""
+    return TrainingStopped(f"step {step}: {where} is not finite; the last complete checkpoint is kept, lower the learning rate or look at the data")
 
 
 def first_nonfinite_layer(model: GPTModel, forward: Callable[[], object]) -> str:

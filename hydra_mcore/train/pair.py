@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hydra_mcore.config import StageOptions
 from hydra_mcore.train.losses import align_loss, cross_entropy, kl_divergence
-from hydra_mcore.train.monitor import BranchMonitor, first_nonfinite_layer, stop_on_nonfinite
+from hydra_mcore.train.monitor import BranchMonitor, first_nonfinite_layer, nonfinite
 
 Batch = dict[str, Tensor | None]
 
@@ -53,9 +53,10 @@ class TransferStep:
         return forward(), partial(self._distill_result, student, forward, batch, teacher_bsw)
 
     def _align_result(self, student: GPTModel, losses: Tensor) -> tuple:
-        for layer_idx, loss in enumerate(losses):
-            stop_on_nonfinite(loss, self.step_number(), f"the align loss of layer {layer_idx}")
         total = losses.sum()
+        if not bool(torch.isfinite(total.detach())):
+            worst = int(torch.isfinite(losses.detach()).int().argmin())
+            raise nonfinite(self.step_number(), f"the align loss of layer {worst}")
         report = {"align loss": _mean_of(total)}
         report.update({f"align layer {layer_idx}": _mean_of(loss) for layer_idx, loss in enumerate(losses)})
         return total, {**report, **self.monitors[id(student)].take()}
@@ -77,7 +78,7 @@ class TransferStep:
         if not bool(torch.isfinite(loss.detach())):
             pipelined = student.pg_collection.pp.size() > 1
             where = "this pipeline stage" if pipelined else first_nonfinite_layer(student, forward)
-            stop_on_nonfinite(loss, self.step_number(), f"the {self.options.stage} loss (first seen in {where})")
+            raise nonfinite(self.step_number(), f"the {self.options.stage} loss (first seen in {where})")
         count = mask_bs.sum()
         report = {f"{self.options.stage} loss": torch.stack([loss.detach(), count])}
         report.update({name: torch.stack([(part.detach() * mask_bs).sum(), count]) for name, part in parts.items()})

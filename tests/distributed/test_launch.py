@@ -88,3 +88,22 @@ def test_a_collective_that_waits_for_a_dead_rank_does_not_hang() -> None:
 
     with pytest.raises(RankError, match="RuntimeError: gone"):
         run_ranks(worker, 2, timeout=30.0)
+
+
+def test_ranks_run_after_this_process_had_groups_of_its_own() -> None:
+    from megatron.core import parallel_state
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    try:
+        with pytest.raises(RuntimeError, match="destroy the process groups"):
+            run_ranks(lambda rank: rank, 1)
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+    def worker(rank: int) -> int:
+        with model_parallel():
+            return dist.get_world_size()
+
+    assert run_ranks(worker, 1, timeout=30.0) == [1]

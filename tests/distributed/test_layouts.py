@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from hydra_mcore.config import HydraOptions
 from tests.support.stages import make_run, run_stage
 
 TP2 = ("--tensor-model-parallel-size", "2")
@@ -36,3 +37,27 @@ def test_losses_and_gradient_norms_equal_one_process(folder: Path, single: dict[
         assert list(found[tag]) == list(range(1, 11))
         for step, value in single[stage][tag].items():
             assert found[tag][step] == pytest.approx(value, rel=1e-5), f"{tag} at step {step}"
+
+
+# Every option away from its default, in two sets, because shared K/V exclude per-head ones.
+ABLATIONS = {
+    "shared-kv": HydraOptions(
+        qkv="shared", gdn_kv="per_group", fusion="competition", fa_gate="headwise", gdn_gate="headwise", gate_order="after_norm",
+        fa_position="rope", gdn_position="nope", gdn_conv_kernel=0, gdn_qk_norm="none", fusion_norm_weight="none",
+    ),
+    "per-group": HydraOptions(
+        gdn_kv="per_group", fusion="norm", fa_gate="none", gdn_gate="elementwise", gate_activation="silu", fa_log_scale="always",
+        gdn_conv_activation="silu", gdn_write_max=2.0, gdn_half_life=10.0, fa_log_scale_base=20.0,
+    ),
+    "bare": HydraOptions(fusion="none", fa_gate="none", fa_log_scale="never", gdn_conv_kernel=2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", ABLATIONS.values(), ids=ABLATIONS.keys())
+def test_every_option_is_the_same_on_four_ranks(tmp_path: Path, options: HydraOptions) -> None:
+    folder = make_run(tmp_path, options=options)
+    one = run_stage(folder, "extend", 1, run="one")
+    four = run_stage(folder, "extend", 4, *TP4, *SP, run="four")
+    for tag in ("extend loss", "grad-norm"):
+        for step, value in one[tag].items():
+            assert four[tag][step] == pytest.approx(value, rel=1e-5), f"{tag} at step {step}"

@@ -16,6 +16,7 @@ The ranks talk through gloo.  The parent must not have started CUDA or OpenMP th
 
 import contextlib
 import faulthandler
+import gc
 import itertools
 import logging
 import os
@@ -55,7 +56,9 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
 
     Raises:
         RankError: a rank failed; the other ranks are killed.
+        RuntimeError: this process has process groups of its own.
     """
+    _drop_groups()
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         reader, writer = os.pipe()
         pids = [_fork(fn, rank, world_size, Path(folder), reader, writer, args, kwargs) for rank in range(world_size)]
@@ -111,6 +114,21 @@ def model_parallel(
         dist.destroy_process_group()
 
 
+def _drop_groups() -> None:
+    """Make this process fit to be forked.
+
+    A process group that a rank inherits and drops hangs it: the destructor joins threads that only the parent has.
+    Megatron's destroy_model_parallel() forgets some groups, so they go here; gc.freeze() keeps the rank from
+    collecting what else the parent holds.
+    """
+    if dist.is_initialized():
+        raise RuntimeError("run_ranks() forks: destroy the process groups of this process first")
+    state = sys.modules.get("megatron.core.parallel_state")
+    for name, value in list(vars(state).items()) if state else ():
+        if isinstance(value, dist.ProcessGroup):
+            setattr(state, name, None)
+
+
 def _fork(
     fn: Callable[..., Any],
     rank: int,
@@ -144,6 +162,7 @@ def _be_rank(
 ) -> NoReturn:
     """Run ``fn`` as one rank, leave its result or its traceback in ``folder`` and end the process."""
     code = 1
+    gc.freeze()
     try:
         os.setpgid(0, 0)  # so that its own children are killed with it
         signal.setitimer(signal.ITIMER_REAL, 0)  # the parent's time-out is not ours

@@ -161,8 +161,6 @@ def test_logits_only_where_asked(groups):
     with torch.no_grad():
         full = model(ids_bs, torch.arange(40).expand_as(ids_bs), None)
     torch.testing.assert_close(logits_at(model, ids_bs, slice(30, 39)), full[:, 30:39], rtol=0, atol=1e-5)
-    with torch.no_grad():  # and the model is left as it was
-        assert torch.equal(model(ids_bs, torch.arange(40).expand_as(ids_bs), None), full)
     with pytest.raises(IndexError):
         logits_at(model, ids_bs + VOCAB, slice(0, 1))
     assert not model.output_layer._forward_pre_hooks
@@ -229,8 +227,7 @@ def test_perplexity_is_summed_over_batches(text):
     model = Knower(rows, {}, slice(0, LENGTH - 1))
     found = text_loss(model, torch.from_numpy(np.stack(rows)))
     assert len(model.batches) == 3 and sum(model.batches) == count
-    expected = np.log(np.e + VOCAB - 1) - 1  # logit 1 at the right token, 0 elsewhere
-    assert found.nll == pytest.approx(expected, rel=1e-6)
+    assert found.nll == pytest.approx(np.log(np.e + VOCAB - 1) - 1, rel=1e-6)  # logit 1 at the right token, 0 elsewhere
 
 
 def build_exam(tokenizer, fmt, text, **changes) -> Exam:
@@ -252,8 +249,7 @@ def test_results_of_a_model(groups, tokenizer, fmt, text):
     card, model = random_student()
     exam = build_exam(tokenizer, fmt, text)
     results = take_exam(model, card, exam, "student")
-    again = evaluate_model(model, card, tokenizer, fmt, text, [64, 96], 3, SEED)
-    assert results == again
+    assert results == evaluate_model(model, card, tokenizer, fmt, text, [64, 96], 3, SEED)
     assert (results.num_fa, results.num_heads, results.native_length, results.exam) == (3, 8, 48, exam.digest)
     assert all(score.total == 3 for score in results.needles.values()) and results.lengths == (64, 96)
     assert results.text[96] == text_loss(model, text_windows(text, 96))
@@ -261,9 +257,8 @@ def test_results_of_a_model(groups, tokenizer, fmt, text):
 
 def made_up_results(correct: dict[str, int], exam: str = "e") -> Results:
     """200 prompts a task at two lengths, fewer right at the longer one."""
-    lengths = (64, 128)
-    needles = {(task, length): Score(correct[task] // (length // 64), 200) for length in lengths for task in TASKS}
-    text = {length: TextLoss(length=length, tokens=length - 1, nll=float(np.log(7.5))) for length in lengths}
+    needles = {(task, length): Score(correct[task] * 64 // length, 200) for length in (64, 128) for task in TASKS}
+    text = {length: TextLoss(length=length, tokens=length - 1, nll=float(np.log(7.5))) for length in (64, 128)}
     return Results(
         fingerprint="f",
         stage="align",
@@ -291,20 +286,19 @@ def test_report(tmp_path):
     assert row.endswith("| 7.50 | 7.50 |")
     assert any(line.startswith("| a/b ") for line in lines), "a bar in a name would break the table"
     assert "| niah_multikey_2 | 64 | 50.0 (43.1-56.9) | 0.0 (0.0-1.9) |" in lines
-    widths = {line.count("|") for line in lines[2:6]}
-    assert len(widths) == 1, "header, rule and rows have the same cells"
+    assert len({line.count("|") for line in lines[2:6]}) == 1, "header, rule and rows have the same cells"
     raw = json.loads((tmp_path / "out" / "results.json").read_text())
     assert list(raw["models"]) == ["teacher", "a|b"] and raw["settings"] == {"prompts": 200}
-    second = raw["models"]["teacher"]["tasks"][1]
-    assert (second["task"], second["length"], second["correct"], second["total"]) == ("niah_single_2", 64, 190, 200)
+    second = {"task": "niah_single_2", "length": 64, "correct": 190, "total": 200}
+    assert second.items() <= raw["models"]["teacher"]["tasks"][1].items()
     assert len(raw["models"]["teacher"]["groups"]) == 2 * len(TASK_GROUPS)
     assert (tmp_path / "out" / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_models_of_different_exams_make_no_report(tmp_path):
-    right = dict.fromkeys(TASKS, 1)
+    models = {exam: made_up_results(dict.fromkeys(TASKS, 1), exam) for exam in ("one", "other")}
     with pytest.raises(ValueError, match="same exam"):
-        report.write_report(tmp_path, {"a": made_up_results(right), "b": made_up_results(right, "other")}, {})
+        report.write_report(tmp_path, models, {})
 
 
 @pytest.mark.parametrize(
@@ -400,6 +394,5 @@ def test_door_refuses_bad_input(runs, tmp_path, capsys):
         with pytest.raises(SystemExit) as status:
             call(runs, changes.pop("out", tmp_path / "out"), *more, **changes)
         line = refusal(capsys, status)
-        assert line.startswith("evaluate: ")
-        assert re.search(message, line), line
+        assert re.search(f"^evaluate: .*{message}", line), line
     assert not (tmp_path / "out").exists()
