@@ -13,6 +13,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import itertools
 import json
 import typing
 from dataclasses import dataclass, field
@@ -169,7 +170,9 @@ class ModelCard:
         try:
             raw = json.loads(path.read_text())
         except OSError:
-            raise ConfigError(f"{checkpoint_dir}: no {CARD_NAME}, so not a hydra_mcore checkpoint; make one with tools/convert.py import") from None
+            raise ConfigError(
+                f"{checkpoint_dir}: no {CARD_NAME}, so not a hydra_mcore checkpoint; make one with tools/convert.py import"
+            ) from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: not JSON ({error})") from None
         if not isinstance(raw, dict) or raw.get("format") != CARD_FORMAT:
@@ -192,11 +195,14 @@ class ModelCard:
         theirs = (head_map.num_layers, head_map.num_heads, head_map.num_kv_groups)
         if mine != theirs:
             raise ConfigError(
-                "the head map is for another model: it has {} layers, {} heads, {} kv groups; the teacher has {}, {}, {}".format(*theirs, *mine)
+                "the head map is for another model: it has {} layers, {} heads, {} kv groups; the teacher has {}, {}, {}".format(
+                    *theirs, *mine
+                )
             )
         if head_map.fingerprint and head_map.fingerprint != self.fingerprint:
             raise ConfigError(
-                f"the head map was made for teacher {head_map.fingerprint[:12]}, this one is {self.fingerprint[:12]}; select heads for this teacher"
+                f"the head map was made for teacher {head_map.fingerprint[:12]}, this one is {self.fingerprint[:12]}; "
+                "select heads for this teacher"
             )
 
 
@@ -236,7 +242,7 @@ def field_docs(cls: type) -> dict[str, str]:
     body = ast.parse(inspect.cleandoc(inspect.getsource(cls))).body[0].body
     return {
         field.target.id: doc.value.value
-        for field, doc in zip(body, body[1:], strict=False)
+        for field, doc in itertools.pairwise(body)
         if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant)
     }
 

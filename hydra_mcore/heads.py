@@ -93,17 +93,13 @@ class HeadMap:
             layer.validate(layer_idx, self.num_heads)
 
     @classmethod
-    def from_fa(
-        cls, fa_heads: Iterable[tuple[int, int]], num_layers: int, num_heads: int, num_kv_groups: int, **facts: Any
-    ) -> HeadMap:
+    def from_fa(cls, fa_heads: Iterable[tuple[int, int]], num_layers: int, num_heads: int, num_kv_groups: int, **facts: Any) -> HeadMap:
         """A map from the (layer_idx, head_idx) pairs that keep full attention."""
         pairs = set(fa_heads)
         for layer_idx, head_idx in pairs:
             if not (0 <= layer_idx < num_layers and 0 <= head_idx < num_heads):
                 raise HeadMapError(f"head map: no head {head_idx} in layer {layer_idx} of a {num_layers} x {num_heads} model")
-        layers = tuple(
-            LayerHeads.from_fa((h for layer, h in pairs if layer == layer_idx), num_heads) for layer_idx in range(num_layers)
-        )
+        layers = tuple(LayerHeads.from_fa((h for layer, h in pairs if layer == layer_idx), num_heads) for layer_idx in range(num_layers))
         return cls(num_heads=num_heads, num_kv_groups=num_kv_groups, layers=layers, **facts)
 
     @classmethod
@@ -219,9 +215,7 @@ class HeadLayout:
         fa_of_rank = self._deal_fa()
         gdn = iter(self.layer.gdn)
         per_rank = self.num_heads // self.tp_size
-        return tuple(
-            RankHeads(fa=fa, gdn=tuple(next(gdn) for _ in range(per_rank - len(fa)))) for fa in fa_of_rank
-        )
+        return tuple(RankHeads(fa=fa, gdn=tuple(next(gdn) for _ in range(per_rank - len(fa)))) for fa in fa_of_rank)
 
     def _deal_fa(self) -> list[tuple[int, ...]]:
         """Whole kv groups first, largest first, into the rank with most room; what fits nowhere is split."""

@@ -3,8 +3,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints from other checkpoints.
 
-    import     a Hugging Face Qwen3 directory -> the teacher's checkpoint
-    hybridize  a teacher's checkpoint and a head map -> the student's checkpoint
+import     a Hugging Face Qwen3 directory -> the teacher's checkpoint
+hybridize  a teacher's checkpoint and a head map -> the student's checkpoint
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     hybridizing.add_argument("--teacher", required=True, metavar="DIR", help="checkpoint folder that import wrote")
     hybridizing.add_argument("--heads", required=True, metavar="FILE", help="head map (JSON, from tools/select_heads.py)")
     hybridizing.add_argument(
-        "--fusion-scale", choices=("calibrated", "one"), default="calibrated",
+        "--fusion-scale",
+        choices=("calibrated", "one"),
+        default="calibrated",
         help="where fusion scales start: at the size of the teacher's head outputs on the calibration text, or at 1",
     )
     hybridizing.add_argument("--calibration-text", metavar="FILE", help="UTF-8 text; its first 4096 tokens are used")

@@ -36,9 +36,7 @@ def parser() -> argparse.ArgumentParser:
     layout = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(prog="evaluate", description=__doc__, epilog=EXAMPLES, formatter_class=layout)
     p.add_argument("--models", nargs="+", required=True, metavar="[NAME=]DIR", help="checkpoints, in the order of rows")
-    p.add_argument(
-        "--lengths", nargs="+", type=int, required=True, metavar="N", help="tokens of a prompt or text window"
-    )
+    p.add_argument("--lengths", nargs="+", type=int, required=True, metavar="N", help="tokens of a prompt or text window")
     p.add_argument("--prompts", type=int, default=200, metavar="N", help="for each task and length (default 200)")
     p.add_argument(
         "--haystack",

@@ -61,8 +61,7 @@ TINY_FORMAT = NeedleFormat(
     value_pieces=tuple(f" {number:02d}" for number in range(100)),
     short_pieces=2,
     long_pieces=4,
-    noise=" The grass is green. The sky is blue. The sun is yellow. Here we go. There and back"
-    " again.",
+    noise=" The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.",
 )
 
 # Mean filler tokens between needles: from needles only to a few needles in a long text.
@@ -101,9 +100,7 @@ def read_texts(split: str) -> Iterator[str]:
         yield path.read_text(encoding="utf-8", errors="replace")
 
 
-def load_text(
-    tokenizer: PreTrainedTokenizerBase, split: str = "train", max_tokens: int = 1_000_000
-) -> np.ndarray:
+def load_text(tokenizer: PreTrainedTokenizerBase, split: str = "train", max_tokens: int = 1_000_000) -> np.ndarray:
     """Return up to `max_tokens` token ids `[n]` of real text, files ended by end-of-document.
 
     Raises:
@@ -153,9 +150,7 @@ TEXT, NEEDLE, FIRST_VALUE, REPEATED_VALUE = range(4)
 class _Sequence:
     """A training sequence under construction."""
 
-    def __init__(
-        self, pieces: _Pieces, text_ids: np.ndarray, noise: bool, rng: np.random.Generator
-    ) -> None:
+    def __init__(self, pieces: _Pieces, text_ids: np.ndarray, noise: bool, rng: np.random.Generator) -> None:
         self.pieces, self.rng, self.noise = pieces, rng, noise
         self.source = pieces.noise if noise else text_ids
         self.at = int(rng.integers(len(self.source)))

@@ -92,7 +92,9 @@ def door(out: Path, log: str, *command: str, threads: int = 1) -> None:
     with path.open("a") as sink:
         sink.write(f"$ {' '.join(command)}\n")
         sink.flush()
-        code = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment(threads), stdout=sink, stderr=sink, check=False).returncode
+        code = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, env=environment(threads), stdout=sink, stderr=sink, check=False
+        ).returncode
     if code:
         fail(path, code)
 
@@ -124,7 +126,9 @@ def write_data(out: Path, seed: int, steps: tqdm) -> None:
     text_ids = load_text(tokenizer, "train", 300_000)
     for name, length, count in (("align", ALIGN_TOKENS, 2400), ("extend", EXTEND_TOKENS, 80)):
         builder = IndexedDatasetBuilder(str(out / f"{name}.bin"), dtype=np.uint16)
-        for ids in tqdm(documents(tokenizer, fmt, text_ids, length, count, seed), desc=f"data: {name}", total=count, position=1, leave=False):
+        for ids in tqdm(
+            documents(tokenizer, fmt, text_ids, length, count, seed), desc=f"data: {name}", total=count, position=1, leave=False
+        ):
             builder.add_document(torch.tensor(ids), [len(ids)])
         builder.finalize(str(out / f"{name}.idx"))
     (out / "train.txt").write_text(tokenizer.decode(text_ids[:60_000]))

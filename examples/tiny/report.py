@@ -70,7 +70,11 @@ def curves_figure(path: Path, curves: dict[str, dict[str, Curve]]) -> None:
     stages = ("align", "distill", "extend")
     figure = Figure(figsize=(12, 3.6), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    units = {"align": "sum of relative errors of the layers", "distill": "KL + 0.1 CE (nats a token)", "extend": "cross-entropy (nats a token)"}
+    units = {
+        "align": "sum of relative errors of the layers",
+        "distill": "KL + 0.1 CE (nats a token)",
+        "extend": "cross-entropy (nats a token)",
+    }
     for axes, stage in zip(figure.subplots(1, len(stages)), stages, strict=True):
         for name, by_stage in curves.items():
             if stage in by_stage:

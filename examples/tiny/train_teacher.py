@@ -30,7 +30,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from examples.tiny import corpus
-from hydra_mcore.selection.needles import TASKS, NeedleFormat, build_prompt, build_prompts
+from hydra_mcore.selection.needles import TASKS, build_prompt, build_prompts
 
 VOCAB_SIZE = 1024
 NATIVE_LENGTH = 512
@@ -219,9 +219,7 @@ def evaluate(
     model.eval()
     result = {}
     for task in TASKS:
-        prompts = build_prompts(
-            task, corpus.TINY_FORMAT, tokenizer, text_ids, length, count, seed
-        )
+        prompts = build_prompts(task, corpus.TINY_FORMAT, tokenizer, text_ids, length, count, seed)
         size = len(prompts[0].answer)
         right = 0
         for start in range(0, count, 20):
@@ -287,9 +285,7 @@ def train(args: argparse.Namespace) -> Qwen3ForCausalLM:
     held_out = corpus.load_text(tokenizer, "held_out", HELD_OUT_TOKENS)
     torch.manual_seed(args.seed)
     model = Qwen3ForCausalLM(model_config()).float()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), betas=(0.9, 0.95), weight_decay=0.01
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
     first = 0
     if args.state.exists():
         state = torch.load(args.state, weights_only=True)
@@ -342,9 +338,7 @@ def main() -> None:
         description=__doc__.split("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "--output", type=Path, default=Path("examples/tiny/teacher"), help="Hugging Face folder"
-    )
+    parser.add_argument("--output", type=Path, default=Path("examples/tiny/teacher"), help="Hugging Face folder")
     parser.add_argument(
         "--state",
         type=Path,
@@ -353,9 +347,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=STEPS, help="stop after so many steps")
     parser.add_argument("--seed", type=int, default=0, help="0 to 999999")
-    parser.add_argument(
-        "--text-tokens", type=int, default=2_000_000, help="tokens of real text to train on"
-    )
+    parser.add_argument("--text-tokens", type=int, default=2_000_000, help="tokens of real text to train on")
     parser.add_argument("--report", type=int, default=100, help="steps between reports and saves")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--prompts", type=int, default=200, help="prompts a task in the table")

@@ -65,8 +65,7 @@ def results_json(results: Results) -> dict[str, Any]:
         "tasks": [{"task": key[0], "length": key[1], **_score_json(score)} for key, score in results.needles.items()],
         "groups": [{"group": key[0], "length": key[1], **_score_json(score)} for key, score in groups.items()],
         "text": [
-            {"length": text.length, "tokens": text.tokens, "nll": text.nll, "perplexity": text.perplexity}
-            for text in results.text.values()
+            {"length": text.length, "tokens": text.tokens, "nll": text.nll, "perplexity": text.perplexity} for text in results.text.values()
         ],
     }
 

@@ -104,7 +104,9 @@ def build_model(card: ModelCard, stage: str = "inference", transformer: Transfor
     return config.get_builder_cls()(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
 
 
-def load_model(checkpoint_dir: str | Path, stage: str = "inference", transformer: TransformerConfig | None = None) -> tuple[ModelCard, GPTModel]:
+def load_model(
+    checkpoint_dir: str | Path, stage: str = "inference", transformer: TransformerConfig | None = None
+) -> tuple[ModelCard, GPTModel]:
     """Card and model of a checkpoint folder, in evaluation mode, on the current layout."""
     card = ModelCard.load(checkpoint_dir)
     model = build_model(card, stage, transformer)
@@ -155,7 +157,9 @@ def load_weights(models: list[MegatronModule], checkpoint_dir: str | Path) -> No
     try:
         state = dist_checkpointing.load(_sharded_state(models), str(folder))
     except (CheckpointingException, CheckpointException, OSError, RuntimeError, EOFError) as error:
-        raise ConfigError(f"{folder}: cannot be loaded into this model, so its files are from another head map or shape ({_first_line(error)})") from None
+        raise ConfigError(
+            f"{folder}: cannot be loaded into this model, so its files are from another head map or shape ({_first_line(error)})"
+        ) from None
     for index, model in enumerate(models):
         model.load_state_dict(state[f"model{index}"])
 

@@ -23,9 +23,7 @@ class Fusion(MegatronModule):
     projection expects the teacher's magnitudes: the norm removes the one, the factor restores the other.
     """
 
-    def __init__(
-        self, config: TransformerConfig, options: HydraOptions, layout: HeadLayout, pg_collection: ProcessGroupCollection
-    ) -> None:
+    def __init__(self, config: TransformerConfig, options: HydraOptions, layout: HeadLayout, pg_collection: ProcessGroupCollection) -> None:
         super().__init__(config)
         self.options, self.tp_group = options, pg_collection.tp
         self.eps, self.head_dim = config.layernorm_epsilon, config.kv_channels

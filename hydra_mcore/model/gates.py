@@ -24,9 +24,7 @@ class OutputGate(MegatronModule):
     behind it removes, so a converted head starts as it was.
     """
 
-    def __init__(
-        self, config: TransformerConfig, heads: Sequence[int], total: int, granularity: str, activation: str
-    ) -> None:
+    def __init__(self, config: TransformerConfig, heads: Sequence[int], total: int, granularity: str, activation: str) -> None:
         super().__init__(config)
         rows = config.kv_channels if granularity == "elementwise" else 1
         self.linear = HeadLinear(config, heads, total, rows, bias=True)

@@ -102,9 +102,7 @@ class GatedDeltaHeads(MegatronModule):
 class ShortConv(PerHead):
     """Causal depthwise convolution over a few tokens, the identity at the start: [s, b, h, channels] -> same."""
 
-    def __init__(
-        self, config: TransformerConfig, heads: list[int], total: int, channels: int, taps: int, activation: str
-    ) -> None:
+    def __init__(self, config: TransformerConfig, heads: list[int], total: int, channels: int, taps: int, activation: str) -> None:
         super().__init__(config, heads, total, (channels, taps))
         self.activation = activation
         if not self.empty:

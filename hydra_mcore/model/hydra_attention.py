@@ -118,9 +118,7 @@ class HydraAttention(MegatronModule):
 class HeadRowParallelLinear(RowParallelLinear):
     """The inherited output projection, its input columns in the rank's own head order, one checkpoint shard a head."""
 
-    def __init__(
-        self, config: TransformerConfig, heads: tuple[int, ...], num_heads: int, tp_group: torch.distributed.ProcessGroup
-    ) -> None:
+    def __init__(self, config: TransformerConfig, heads: tuple[int, ...], num_heads: int, tp_group: torch.distributed.ProcessGroup) -> None:
         super().__init__(
             num_heads * config.kv_channels,
             config.hidden_size,

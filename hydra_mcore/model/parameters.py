@@ -74,9 +74,7 @@ class PerHead(torch.nn.Module):
         block: shape of one head's block, e.g. (d, m) for a projection, () for a scalar.
     """
 
-    def __init__(
-        self, config: TransformerConfig, heads: Sequence[int], total: int, block: tuple[int, ...], bias: bool = False
-    ) -> None:
+    def __init__(self, config: TransformerConfig, heads: Sequence[int], total: int, block: tuple[int, ...], bias: bool = False) -> None:
         super().__init__()
         self.heads, self.total, self.block = tuple(heads), total, block
         self.empty = not self.heads
@@ -104,9 +102,7 @@ class PerHead(torch.nn.Module):
 class HeadLinear(PerHead):
     """Rows of a projection, ``rows`` for each head: x_sbm -> [s, b, h, rows]."""
 
-    def __init__(
-        self, config: TransformerConfig, heads: Sequence[int], total: int, rows: int, bias: bool = False
-    ) -> None:
+    def __init__(self, config: TransformerConfig, heads: Sequence[int], total: int, rows: int, bias: bool = False) -> None:
         super().__init__(config, heads, total, (rows, config.hidden_size), bias)
         self.rows = rows
 

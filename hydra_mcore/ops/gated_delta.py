@@ -61,9 +61,7 @@ def gated_delta_rule(
     """
     # An empty grid is an error to the kernel; tensor-parallel ranks may own no GDN head of a layer.
     if q_bshd.is_cuda and q_bshd.dtype != torch.float64 and v_bshv.numel() > 0 and (kernel := _fla_kernel()):
-        return _fla_gated_delta_rule(
-            kernel, q_bshd, k_bshd, v_bshv, log_decay_bsh, write_bsh, scale, initial_state_bhdv, cu_seqlens
-        )
+        return _fla_gated_delta_rule(kernel, q_bshd, k_bshd, v_bshv, log_decay_bsh, write_bsh, scale, initial_state_bhdv, cu_seqlens)
     return torch_gated_delta_rule(
         q_bshd,
         k_bshd,

@@ -106,8 +106,7 @@ RULER_FORMAT = NeedleFormat(
     value_pieces=tuple("0123456789"),
     short_pieces=7,
     long_pieces=32,
-    noise=" The grass is green. The sky is blue. The sun is yellow. Here we go. There and back"
-    " again.",
+    noise=" The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.",
     intro="Some special magic numbers are hidden within the following text. Make sure to memorize"
     " it. I will quiz you about the numbers afterwards.\n",
 )
@@ -169,7 +168,7 @@ class _Writer:
         """A value that was not drawn before, no piece of it as in `unlike` at the same place."""
         for _ in range(10_000):  # and no more: there may be no such value
             value = tuple(self.rng.integers(len(self.fmt.value_pieces), size=self.count).tolist())
-            if value not in self.used and all(a != b for a, b in zip(value, unlike)):
+            if value not in self.used and all(a != b for a, b in zip(value, unlike, strict=False)):
                 self.used.add(value)
                 return value
         raise ValueError(f"format has too few different values of {self.count} pieces")
@@ -263,7 +262,7 @@ def build_prompt(
     filler = writer.filler(haystack_ids, room)
     places, index = writer.places(others, room, depth)
     pieces: list[Sequence[int] | np.ndarray] = [intro]
-    for start, place, ids in zip([0, *places], places, [*others[:index], main, *others[index:]]):
+    for start, place, ids in zip([0, *places], places, [*others[:index], main, *others[index:]], strict=False):
         pieces += [filler[start:place], ids]
     # The queried needle is piece 2 * index + 2; its value starts `value_at` tokens into it.
     start = sum(len(piece) for piece in pieces[: 2 * index + 2]) + value_at
@@ -294,6 +293,4 @@ def build_prompts(
     """
     rng = np.random.default_rng([seed, length, *task.encode()])
     depths = [(i + 0.5) / count for i in range(count)]
-    return [
-        build_prompt(task, fmt, tokenizer, haystack_ids, length, depth, rng) for depth in depths
-    ]
+    return [build_prompt(task, fmt, tokenizer, haystack_ids, length, depth, rng) for depth in depths]

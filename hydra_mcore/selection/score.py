@@ -145,9 +145,7 @@ class HeadScores:
         if found != SCORES_FORMAT:
             raise ScoresError(f"scores {path}: format {found!r}, this version reads format {SCORES_FORMAT}")
         try:
-            probes = {
-                name: ProbeScores(**{**probe, "effects": _table(probe["effects"])}) for name, probe in raw.pop("probes").items()
-            }
+            probes = {name: ProbeScores(**{**probe, "effects": _table(probe["effects"])}) for name, probe in raw.pop("probes").items()}
             scores, effects = _table(raw.pop("scores")), _table(raw.pop("effects"))
             result = cls(**raw, scores=scores, effects=effects, probes=probes)
         except (AttributeError, KeyError, TypeError, ValueError) as error:

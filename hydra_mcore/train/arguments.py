@@ -153,5 +153,5 @@ def _without_missing_wandb(known: argparse.Namespace, flags: list[str]) -> list[
     """Training goes on without Weights & Biases where it is not installed."""
     if known.wandb_project and importlib.util.find_spec("wandb") is None:
         print("wandb is not installed: logging to the console and TensorBoard only")
-        return flags + ["--wandb-project", ""]
+        return [*flags, "--wandb-project", ""]
     return flags

@@ -42,7 +42,9 @@ def check_data(args: argparse.Namespace) -> None:
         dataset = IndexedDataset(prefix)  # its arrays are views of a memory map that must outlive the sum
         tokens = int(np.sum(dataset.sequence_lengths))
         if tokens < args.seq_length + 1:
-            raise ConfigError(f"training data {prefix} holds {tokens} tokens, one sequence needs {args.seq_length + 1}; shorten seq-length or add data")
+            raise ConfigError(
+                f"training data {prefix} holds {tokens} tokens, one sequence needs {args.seq_length + 1}; shorten seq-length or add data"
+            )
 
 
 def build_datasets(args: argparse.Namespace, tokenizer: Any, num_samples: list[int], vp_stage: int | None) -> tuple:

@@ -92,7 +92,9 @@ def _write_gate(gdn: GatedDeltaHeads, logits: Tensor) -> Tensor:
 
 def nonfinite(step: int, where: str) -> TrainingStopped:
     """The error for a loss that is NaN or infinite, naming the step (1-based) and where it was seen."""
-    return TrainingStopped(f"step {step}: {where} is not finite; the last complete checkpoint is kept, lower the learning rate or look at the data")
+    return TrainingStopped(
+        f"step {step}: {where} is not finite; the last complete checkpoint is kept, lower the learning rate or look at the data"
+    )
 
 
 def first_nonfinite_layer(model: GPTModel, forward: Callable[[], object]) -> str:

@@ -80,5 +80,7 @@ def start_dir(options: StageOptions) -> Path:
     folder = Path(options.run_dir) / STAGES[options.stage].starts_from
     if not (folder / TRACKER).is_file():
         maker = "tools/convert.py hybridize" if options.stage == "align" else f"stage {STAGES[options.stage].starts_from}"
-        raise ConfigError(f"stage {options.stage} starts from {folder}, which holds no complete checkpoint; run {maker} first, or set start-from")
+        raise ConfigError(
+            f"stage {options.stage} starts from {folder}, which holds no complete checkpoint; run {maker} first, or set start-from"
+        )
     return folder

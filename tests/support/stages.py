@@ -56,9 +56,7 @@ FLAGS = [
 ]
 
 
-def make_run(
-    folder: Path, head_map: HeadMap = HEAD_MAP, options: HydraOptions | None = None, shape: ModelShape = SHAPE
-) -> Path:
+def make_run(folder: Path, head_map: HeadMap = HEAD_MAP, options: HydraOptions | None = None, shape: ModelShape = SHAPE) -> Path:
     """Write folder/teacher, folder/student (random weights, gates included) and folder/data; returns ``folder``."""
     run_ranks(_write_checkpoints, 1, folder, head_map, options or HydraOptions(), shape)
     write_data(folder / "data", shape.vocab_size)

@@ -26,9 +26,7 @@ from tests.support.naive_gated_delta import naive_gated_delta_rule
 Inputs = list[Tensor]
 
 
-def make_inputs(
-    b: int = 1, s: int = 70, h: int = 2, d: int = 8, v: int = 6, *, documents: int = 1, dtype=torch.float64
-) -> Inputs:
+def make_inputs(b: int = 1, s: int = 70, h: int = 2, d: int = 8, v: int = 6, *, documents: int = 1, dtype=torch.float64) -> Inputs:
     """Random inputs with beta up to 2, mild decays and an initial state for every row or document."""
     rng = torch.Generator().manual_seed(1000 * s + b)
     randn = lambda *shape: torch.randn(shape, generator=rng, dtype=torch.float64)  # noqa: E731
@@ -80,9 +78,7 @@ def packed(bounds: Sequence[int], dtype: torch.dtype = torch.int64, **options) -
     return lambda *inputs: ours(*inputs, cu_seqlens=torch.tensor(bounds, dtype=dtype), **options)
 
 
-def one_by_one(
-    rule: Callable[..., tuple[Tensor, Tensor]], bounds: Sequence[int]
-) -> Callable[..., tuple[Tensor, Tensor]]:
+def one_by_one(rule: Callable[..., tuple[Tensor, Tensor]], bounds: Sequence[int]) -> Callable[..., tuple[Tensor, Tensor]]:
     """``rule`` over each document by itself, results joined as packing joins them."""
 
     def apply(*inputs: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,7 @@ from hydra_mcore.convert.families import FAMILIES, QWEN3, Family, dimensions
 from hydra_mcore.convert.hf_import import expand_rules
 from hydra_mcore.convert.mapping import Copy, PerGroup, Stacked
 
-SHAPE = ModelShape(
-    num_layers=2, hidden_size=5, num_heads=6, num_kv_groups=3, head_dim=4, ffn_hidden_size=7, vocab_size=11, native_length=8
-)
+SHAPE = ModelShape(num_layers=2, hidden_size=5, num_heads=6, num_kv_groups=3, head_dim=4, ffn_hidden_size=7, vocab_size=11, native_length=8)
 
 
 @pytest.mark.parametrize("mappings", [[Copy()], [Stacked(0, 2), Stacked(1, 2)], [PerGroup(0, 2), PerGroup(1, 2)]], ids=str)

@@ -97,9 +97,7 @@ def test_bad_input_is_one_line_and_status_2(
         assert not (tmp_path / "out").exists()
 
 
-def test_what_is_no_teacher_and_what_is_taken(
-    teacher: Path, selected: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_no_teacher_and_what_is_taken(teacher: Path, selected: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     card = ModelCard.load(teacher)
     student = dataclasses.replace(card, head_map=HeadMap.load(selected / "head_map.json"))
     other = dataclasses.replace(card, fingerprint="0" * 64)
