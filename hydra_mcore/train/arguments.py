@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import importlib.util
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -46,6 +47,8 @@ ENGINE_CPU: dict[str, Any] = {
     "no-bias-dropout-fusion": True,
     "disable-jit-fuser": True,
 }
+
+LOGS = {"tensorboard", "wandb"}  # what a run that was stopped at its very start may leave
 
 
 @dataclass(frozen=True)
@@ -122,13 +125,16 @@ def _stage_options(known: argparse.Namespace) -> StageOptions:
 
 
 def _check_output(save: Path, card: ModelCard) -> bool:
-    """Whether the output folder holds this very run to go on with; raises ConfigError when it holds another."""
-    if not save.exists() or not any(save.iterdir()):
-        return False
-    if not (save / CARD_NAME).is_file():
-        raise ConfigError(f"{save} is not empty and no run of ours; choose another run-dir or empty it")
-    if ModelCard.load(save) != card:
-        raise ConfigError(f"{save} already holds another run (its head map, options or teacher differ); choose another run-dir")
+    """Whether the output folder holds this very run to go on with; raises ConfigError when it holds another.
+
+    Rank 0 alone judges the folder: others may look while it, or the logger of the last rank, already writes there.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        if (save / CARD_NAME).is_file():
+            if ModelCard.load(save) != card:
+                raise ConfigError(f"{save} already holds another run (its head map, options or teacher differ); choose another run-dir")
+        elif save.exists() and any(path.name not in LOGS for path in save.iterdir()):
+            raise ConfigError(f"{save} is not empty and no run of ours; choose another run-dir or empty it")
     if not (save / TRACKER).is_file():
         return False
     latest_iteration(save)

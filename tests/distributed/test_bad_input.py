@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hydra_mcore.config import ModelCard
-from hydra_mcore.heads import HeadMap
+from hydra_mcore.heads import HeadMap, InputError
 from hydra_mcore.model.build import TRACKER
 from tests.support.launch import run_ranks
 from tests.support.stages import FLAGS, make_run
@@ -96,6 +96,20 @@ def test_output_folder_of_something_else(folder: Path) -> None:
     (folder / "letters" / "extend").mkdir(parents=True)
     (folder / "letters" / "extend" / "dear.txt").write_text("x")
     assert "is not empty and no run of ours" in refusal(folder, run="letters")
+
+
+def test_other_ranks_do_not_judge_a_folder_that_is_being_filled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hydra_mcore.train.arguments import resolve
+
+    save = folder / "filling" / "extend"
+    save.mkdir(parents=True)
+    (save / "model.json.partial").write_text("{")
+    argv = ["--stage", "extend", "--run-dir", str(save.parent), "--start-from", str(folder / "student"), *FLAGS]
+    monkeypatch.setenv("RANK", "1")
+    assert not resolve(argv).resume
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(InputError, match="is not empty and no run of ours"):
+        resolve(argv)
 
 
 def test_checkpoint_cut_short(folder: Path) -> None:
