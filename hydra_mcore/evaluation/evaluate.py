@@ -128,22 +128,3 @@ def take_exam(model: torch.nn.Module, card: ModelCard, exam: Exam, name: str) ->
         needles=needles,
         text=text,
     )
-
-
-def evaluate_model(
-    model: torch.nn.Module,
-    card: ModelCard,
-    tokenizer: Tokenizer,
-    fmt: NeedleFormat,
-    haystack_ids: np.ndarray,
-    lengths: Sequence[int],
-    prompts: int,
-    seed: int,
-    name: str = "evaluate",
-) -> Results:
-    """Build an exam and let one model take it; to compare several, build it once (``Exam.build``, ``take_exam``).
-
-    Raises:
-        InputError: as ``Exam.build`` and ``take_exam``.
-    """
-    return take_exam(model, card, Exam.build(tokenizer, fmt, haystack_ids, lengths, prompts, seed), name)

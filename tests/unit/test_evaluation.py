@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hydra_mcore.config import HydraOptions, ModelCard, ModelShape
 from hydra_mcore.evaluation import report
-from hydra_mcore.evaluation.evaluate import Exam, Results, evaluate_model, take_exam
+from hydra_mcore.evaluation.evaluate import Exam, Results, take_exam
 from hydra_mcore.evaluation.forward import TOKENS_A_FORWARD, logits_at
 from hydra_mcore.evaluation.perplexity import TEXT_TOKENS, TextLoss, text_loss, text_windows
 from hydra_mcore.evaluation.ruler import TASK_GROUPS, Score, answers_right, needle_prompts
@@ -249,7 +249,7 @@ def test_results_of_a_model(groups, tokenizer, fmt, text):
     card, model = random_student()
     exam = build_exam(tokenizer, fmt, text)
     results = take_exam(model, card, exam, "student")
-    assert results == evaluate_model(model, card, tokenizer, fmt, text, [64, 96], 3, SEED)
+    assert results == take_exam(model, card, build_exam(tokenizer, fmt, text), "again")
     assert (results.num_fa, results.num_heads, results.native_length, results.exam) == (3, 8, 48, exam.digest)
     assert all(score.total == 3 for score in results.needles.values()) and results.lengths == (64, 96)
     assert results.text[96] == text_loss(model, text_windows(text, 96))

@@ -1,0 +1,103 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The README's commands, in its order, as a user types them, on the tiny teacher with a few steps a stage."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hydra_mcore.config import ModelCard
+
+ROOT = Path(__file__).parents[2]
+TEACHER = ROOT / "examples" / "tiny" / "teacher"
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("commands")
+    (folder / "corpus.txt").write_text("\n".join((ROOT / "hydra_mcore" / "heads.py").read_text() for _ in range(4)))
+    _write_data(folder)
+    (folder / "recipe.yaml").write_text(
+        f"run-dir: {folder}\nteacher: {folder / 'teacher'}\ndata-path: {folder / 'data'}\ndata-cache-path: {folder / 'cache'}\n"
+        "split: 100,0,0\nseq-length: 64\nglobal-batch-size: 4\nlr-warmup-iters: 1\ntrain-iters: 3\nlog-interval: 1\n"
+        "extend: {seq-length: 128, wandb-project: hydra, wandb-exp-name: commands}\n"
+    )
+    return folder
+
+
+def _write_data(folder: Path) -> None:
+    import numpy as np
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+    from transformers import AutoTokenizer
+
+    builder = IndexedDatasetBuilder(str(folder / "data.bin"), dtype=np.uint16)
+    ids = AutoTokenizer.from_pretrained(TEACHER).encode((folder / "corpus.txt").read_text())
+    builder.add_document(torch.tensor(ids), [len(ids)])
+    builder.finalize(str(folder / "data.idx"))
+
+
+def test_readme_commands_from_import_to_report(run_dir: Path) -> None:
+    teacher, heads, student = run_dir / "teacher", run_dir / "heads", run_dir / "student"
+    text = str(run_dir / "corpus.txt")
+    run("tools/convert.py", "import", "--hf", str(TEACHER), "--out", str(teacher))
+    select = ("tools/select_heads.py", "--teacher", str(teacher), "--ratio", "3:1", "--pairs", "2", "--length", "128")
+    assert "forward" in run(*select, "--out", str(heads), "--dry-run")
+    run(*select, "--out", str(heads))
+    assert (heads / "heads.png").stat().st_size > 10_000
+    hybridize = ("tools/convert.py", "hybridize", "--teacher", str(teacher), "--heads", str(heads / "head_map.json"))
+    run(*hybridize, "--calibration-text", text, "--out", str(student))
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    for stage, launcher in (("align", torchrun), ("distill", ()), ("extend", ())):
+        train = ("-m", "hydra_mcore.train", "--stage", stage, "--config", str(run_dir / "recipe.yaml"))
+        assert f"save:  {run_dir / stage}" in run(*train, "--dry-run")
+        assert not (run_dir / stage).exists()
+        run(*launcher, *train)
+        card = ModelCard.load(run_dir / stage)
+        assert (card.stage, card.head_map.num_fa) == (stage, 8)
+    models = (f"teacher={teacher}", f"student={run_dir / 'extend'}")
+    table = run(
+        "tools/evaluate.py",
+        "--models",
+        *models,
+        "--lengths",
+        "128",
+        "256",
+        "--prompts",
+        "2",
+        "--haystack",
+        text,
+        "--out",
+        str(run_dir / "out"),
+    )
+    assert re.search(r"\| teacher \| 32 of 32 \|.*\n\| student \| 8 of 32 \|", table)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("tools/convert.py", "import"),
+        ("tools/convert.py", "hybridize"),
+        ("tools/select_heads.py",),
+        ("tools/evaluate.py",),
+        ("-m", "hydra_mcore.train"),
+        ("-m", "examples.tiny.demo"),
+        ("-m", "examples.tiny.train_teacher"),
+    ],
+    ids=" ".join,
+)
+def test_every_command_has_help_with_examples(command: tuple[str, ...]) -> None:
+    said = run(*command, "--help")
+    assert re.search("examples?:", said, re.IGNORECASE)
