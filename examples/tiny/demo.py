@@ -169,13 +169,14 @@ def slug(student: Student) -> str:
 
 
 def train_students(out: Path, steps: tqdm) -> None:
-    """The selected 3:1 student goes through all stages on two ranks; the others are aligned and distilled, two at a time."""
-    train_all(out, STUDENTS[0], ranks=2, position=1)
-    steps.update()
+    """Two students on two ranks each, the first through all stages; the others on one rank, side by side."""
+    first, *pair, last = STUDENTS
+    for student in (first, last):
+        train_all(out, student, ranks=2, position=1)
+        steps.update()
     with ThreadPoolExecutor(2) as pool:
-        runs = [pool.submit(train_all, out, student, 1, 1 + index % 2) for index, student in enumerate(STUDENTS[1:])]
-        for run in runs:
-            run.result()
+        for done in [pool.submit(train_all, out, student, 1, position) for position, student in enumerate(pair, 1)]:
+            done.result()
             steps.update()
 
 
