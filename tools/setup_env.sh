@@ -64,9 +64,14 @@ fi
 rm -f "$venv"/.stamp-*
 fits "$venv/bin/python" || make_venv
 echo "installing (a few minutes and about 6 GB the first time, nothing the next)"
-# Compiling all of torch and transformers takes as long as the rest; what is imported is compiled on the way.
-"$venv/bin/python" -m pip install --quiet --no-compile --editable '.[test]' --constraint constraints.txt || {
+# Compiling all of torch and transformers would take as long as the rest.  Importing what we use compiles that much,
+# also where the environment forbids it, and shows that the installation works.
+used='from hydra_mcore import compat; compat.install()
+import datasets, hypothesis, matplotlib.pyplot, megatron.core.tokenizers.text, pytest, torch.utils.tensorboard, wandb
+from transformers import AutoTokenizer, Qwen3ForCausalLM'
+if ! "$venv/bin/python" -m pip install --quiet --no-compile --editable '.[test]' --constraint constraints.txt ||
+    ! env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" -W ignore -c "$used"; then
     echo "error: the installation failed; run this again to continue it" >&2
     exit 1
-}
+fi
 touch "$stamp"

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,17 +41,24 @@ def test_a_killed_rank_is_reported() -> None:
         run_ranks(lambda rank: os.kill(os.getpid(), 9), 1)
 
 
-def test_a_time_out_leaves_no_process(tmp_path) -> None:
+@pytest.mark.parametrize("ending", ["time-out", "return", "exception"])
+def test_no_process_is_left(ending: str, tmp_path: Path) -> None:
     def worker(rank: int) -> None:
         child = subprocess.Popen(["sleep", "60"])
         (tmp_path / str(rank)).write_text(f"{os.getpid()} {child.pid}")
-        time.sleep(60)
+        if ending == "time-out":
+            time.sleep(60)
+        assert ending != "exception"
 
-    with pytest.raises(RankError, match=r"(?s)time-out: ranks \[0, 1\].*test_launch\.py.* in worker"):
-        run_ranks(worker, 2, timeout=2.0)
-    pids = [pid for rank in "01" for pid in (tmp_path / rank).read_text().split()]
-    assert len(pids) == 4
-    deadline = time.monotonic() + 5  # a killed grandchild lives on as a zombie until init collects it
+    if ending == "return":
+        run_ranks(worker, 2)
+    else:
+        message = {"time-out": r"(?s)time-out: ranks \[0, 1\].*test_launch\.py.* in worker", "exception": "AssertionError"}
+        with pytest.raises(RankError, match=message[ending]):
+            run_ranks(worker, 2, timeout=2.0)
+    pids = [pid for path in tmp_path.iterdir() for pid in path.read_text().split()]
+    assert len(pids) in ((2, 4) if ending == "exception" else (4,))
+    deadline = time.monotonic() + 5  # a killed grandchild may be listed until init collects it
     while time.monotonic() < deadline and any(map(_runs, pids)):
         time.sleep(0.05)
     assert not any(map(_runs, pids))

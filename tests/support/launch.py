@@ -203,11 +203,10 @@ def _wait(pids: list[int], deadline: float) -> str | None:
     problem = None
     while any(pids):
         for rank, pid in enumerate(pids):
-            done, status = os.waitpid(pid, os.WNOHANG) if pid else (0, 0)
-            if not done:
+            if not pid or os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
                 continue
+            code = _collect(pid)
             pids[rank] = 0
-            code = os.waitstatus_to_exitcode(status)
             if code and problem is None:
                 problem = f"rank {rank} failed" if code > 0 else f"rank {rank} died of {signal.Signals(-code).name}"
                 deadline = min(deadline, time.monotonic() + _GRACE_S)
@@ -229,13 +228,20 @@ def _ask_where(pids: list[int]) -> None:
 def _kill(pids: list[int]) -> None:
     """Kill the ranks that still run, with their children, and collect them."""
     for rank, pid in enumerate(pids):
-        if not pid:
-            continue
-        for kill in (os.killpg, os.kill):  # the group does not exist before the rank has made it
-            with contextlib.suppress(ProcessLookupError):
-                kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        pids[rank] = 0
+        if pid:
+            os.kill(pid, signal.SIGKILL)
+            _collect(pid)
+            pids[rank] = 0
+
+
+def _collect(pid: int) -> int:
+    """Kill what a rank has started and left running, collect the rank, and return its exit code.
+
+    In this order: until it is collected, no other process can get its number.
+    """
+    with contextlib.suppress(ProcessLookupError):  # it died before it made its group
+        os.killpg(pid, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def _report(folder: Path, world_size: int, problem: str) -> str:
