@@ -16,7 +16,7 @@ from hydra_mcore.config import ModelCard, ModelShape
 from hydra_mcore.convert.families import LAYER, Family, WeightRule, dimensions
 from hydra_mcore.convert.hf_io import HfWeights, HuggingFaceError, read_config
 from hydra_mcore.convert.target import check_target, copy_tokenizer
-from hydra_mcore.model.build import build_model, save_weights, teacher_card, transformer_config
+from hydra_mcore.model.build import build_model, save_weights, teacher_card
 
 
 def import_hf(hf_dir: str | Path, checkpoint_dir: str | Path, dtype: torch.dtype = torch.float32) -> ModelCard:
@@ -33,7 +33,7 @@ def import_hf(hf_dir: str | Path, checkpoint_dir: str | Path, dtype: torch.dtype
     weights = HfWeights(hf_dir)
     rules = expand_rules(family, shape)
     check_tensors(weights, rules, family, shape)
-    model = build_model(teacher_card(shape, ""), transformer=transformer_config(shape, dtype))
+    model = build_model(teacher_card(shape, ""), dtype=dtype)
     card = teacher_card(shape, fill(model, weights, rules, shape))
     if shape.tied_embeddings:
         _check_tied(weights, family)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from hydra_mcore.config import ConfigError, HydraOptions, ModelCard
 from hydra_mcore.convert.target import TOKENIZER_DIR, check_target, copy_tokenizer
 from hydra_mcore.heads import HeadMap, InputError
-from hydra_mcore.model.build import build_model, load_model, save_weights, transformer_config
+from hydra_mcore.model.build import build_model, load_model, save_weights
 from hydra_mcore.model.fa_heads import FullAttentionHeads
 from hydra_mcore.model.gdn_heads import GatedDeltaHeads
 from hydra_mcore.model.hydra_attention import HydraAttention
@@ -52,9 +52,9 @@ def hybridize(
     card.check_head_map(head_map)
     if calibration_tokens_bs is not None:
         _check_tokens(calibration_tokens_bs, card)
-    _, teacher = load_model(teacher_dir, transformer=transformer_config(card.shape, dtype))
+    _, teacher = load_model(teacher_dir, dtype)
     student_card = ModelCard(shape=card.shape, head_map=head_map, options=options, fingerprint=card.fingerprint, stage="student")
-    student = build_model(student_card, transformer=transformer_config(card.shape, dtype))
+    student = build_model(student_card, dtype=dtype)
     scaled = calibration_tokens_bs is not None and options.fusion in SCALED_FUSIONS
     inherit(teacher, student, head_output_rms(teacher, calibration_tokens_bs) if scaled else None)
     copy_tokenizer(Path(teacher_dir) / TOKENIZER_DIR, student_dir)

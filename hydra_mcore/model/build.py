@@ -37,8 +37,8 @@ def teacher_card(shape: ModelShape, fingerprint: str) -> ModelCard:
     return ModelCard(shape=shape, head_map=head_map, options=HydraOptions.teacher(), fingerprint=fingerprint)
 
 
-def transformer_config(shape: ModelShape, dtype: torch.dtype = torch.float32, **parallel: Any) -> TransformerConfig:
-    """Megatron's layer settings for a shape; ``parallel`` are its own fields (tensor_model_parallel_size, ...)."""
+def transformer_config(shape: ModelShape, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron's layer settings for a shape, on one process."""
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -63,7 +63,6 @@ def transformer_config(shape: ModelShape, dtype: torch.dtype = torch.float32, **
         bf16=dtype == torch.bfloat16,
         pipeline_dtype=dtype,
         hetereogenous_dist_checkpoint=True,
-        **parallel,
     )
 
 
@@ -97,19 +96,16 @@ def apply_card(config: GPTModelConfig, card: ModelCard, stage: str) -> None:
     config.transformer_layer_spec = hydra_block_spec(card.head_map, card.options, card.options.log_scale_in(stage))
 
 
-def build_model(card: ModelCard, stage: str = "inference", transformer: TransformerConfig | None = None) -> GPTModel:
-    """This rank's part of the model, weights not loaded; needs Megatron's process groups (``runtime.process_groups``)."""
-    config = model_config(card, stage, transformer or transformer_config(card.shape))
-    config.transformer.finalize() if hasattr(config.transformer, "finalize") else None
+def build_model(card: ModelCard, stage: str = "inference", dtype: torch.dtype = torch.float32) -> GPTModel:
+    """The whole model on this process, weights not loaded; needs Megatron's process groups (``runtime.process_groups``)."""
+    config = model_config(card, stage, transformer_config(card.shape, dtype))
     return config.get_builder_cls()(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
 
 
-def load_model(
-    checkpoint_dir: str | Path, stage: str = "inference", transformer: TransformerConfig | None = None
-) -> tuple[ModelCard, GPTModel]:
-    """Card and model of a checkpoint folder, in evaluation mode, on the current layout."""
+def load_model(checkpoint_dir: str | Path, dtype: torch.dtype = torch.float32) -> tuple[ModelCard, GPTModel]:
+    """Card and model of a checkpoint folder, whole on this process, in evaluation mode."""
     card = ModelCard.load(checkpoint_dir)
-    model = build_model(card, stage, transformer)
+    model = build_model(card, dtype=dtype)
     load_weights([model], checkpoint_dir)
     return card, model.eval()
 
