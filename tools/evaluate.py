@@ -135,11 +135,9 @@ def check_models(folders: dict[str, Path]) -> None:
 
 def evaluate_all(folders: dict[str, Path], exam: Exam) -> dict[str, Results]:
     """Each model's results; one model is in memory at a time."""
-    import torch
 
     from hydra_mcore.config import ModelCard
     from hydra_mcore.evaluation.evaluate import take_exam
-    from hydra_mcore.heads import InputError
     from hydra_mcore.model.build import load_model
     from hydra_mcore.model.runtime import process_groups
 
@@ -147,8 +145,6 @@ def evaluate_all(folders: dict[str, Path], exam: Exam) -> dict[str, Results]:
         exam.check_vocabulary(ModelCard.load(folder), name)
     results = {}
     with process_groups():
-        if torch.distributed.get_world_size() > 1:
-            raise InputError("runs on one process; start it without torchrun")
         for name, folder in folders.items():
             card, model = load_model(folder)
             results[name] = take_exam(model, card, exam, name)

@@ -136,10 +136,8 @@ def score(args: argparse.Namespace, card: ModelCard, batches: dict[str, list[Pro
     """Run the teacher over all pairs; says on the console what each sub-probe gave."""
     import hashlib
 
-    import torch
     from tqdm import tqdm
 
-    from hydra_mcore.heads import InputError
     from hydra_mcore.model.build import load_model
     from hydra_mcore.model.runtime import process_groups
     from hydra_mcore.selection.patching import DECAY, receiver_effects
@@ -147,8 +145,6 @@ def score(args: argparse.Namespace, card: ModelCard, batches: dict[str, list[Pro
 
     digest, probes, forwards = hashlib.sha256(), {}, 0
     with process_groups():
-        if torch.distributed.get_world_size() > 1:
-            raise InputError("runs on one process; start it without torchrun")
         _, model = load_model(args.teacher)
         device, start = next(model.parameters()).device, time.monotonic()
         with tqdm(total=len(batches) * args.pairs, desc="pairs", unit="pair") as bar:

@@ -9,7 +9,6 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from datetime import timedelta
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -18,24 +17,19 @@ from hydra_mcore.heads import InputError
 
 
 @contextlib.contextmanager
-def process_groups(tp_size: int = 1, pp_size: int = 1, seed: int = 1234) -> Iterator[None]:
-    """Megatron's process groups for the ranks that torchrun started, or for this process alone.
+def process_groups(seed: int = 1234) -> Iterator[None]:
+    """Megatron's process groups for this process alone.
 
     Raises:
-        InputError: the ranks do not divide by tp_size * pp_size.
+        InputError: a launcher started several ranks.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("runs on one process; start it without torchrun")
     logging.getLogger("megatron").setLevel(logging.ERROR)  # its advice is about training; a command has its own output
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world % (tp_size * pp_size):
-        raise InputError(f"{world} ranks do not divide by tensor parallel {tp_size} x pipeline parallel {pp_size}")
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if "RANK" in os.environ:
-        torch.distributed.init_process_group(backend, timeout=timedelta(minutes=10))
-    else:  # no launcher: a store in this process needs no port that could be taken
-        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp_size, pipeline_model_parallel_size=pp_size)
+    # a store in this process needs no port that could be taken
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     try:
         yield
