@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train the tiny teacher: a Qwen3 model of about one million parameters that finds needles.
 
-Run from the repository's root; it takes about 40 minutes on one core:
+Run from the repository's root; it takes about an hour on one core:
 
     python -m examples.tiny.train_teacher --output examples/tiny/teacher
 
@@ -337,6 +337,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="example: python -m examples.tiny.train_teacher --output runs/teacher --state runs/teacher.state",
     )
     parser.add_argument("--output", type=Path, default=Path("examples/tiny/teacher"), help="Hugging Face folder")
     parser.add_argument(

@@ -4,7 +4,7 @@
 
 Never installed when torch sees a GPU.  ``torch.cuda.is_available()`` keeps saying False.  The factories of tensors are
 wrapped instead of pushing a TorchFunctionMode: a mode is local to one thread, and costs a quarter of a small model's
-step, as every operation passes through it.
+step, as every operation passes through it.  ``tensor.to("cuda")`` is not mapped: nothing that we use calls it.
 """
 
 import contextlib
