@@ -85,22 +85,21 @@ def main(argv: list[str] | None = None) -> None:
     print(f"report: {args.out / 'report.md'}")
 
 
-def door(out: Path, log: str, *command: str, threads: int = 1) -> None:
+def door(out: Path, log: str, *command: str) -> None:
     """Run one of the project's commands, its output in <out>/logs; a failure shows the end of it and stops the demo."""
     path = out / "logs" / f"{log}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as sink:
         sink.write(f"$ {' '.join(command)}\n")
         sink.flush()
-        code = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, env=environment(threads), stdout=sink, stderr=sink, check=False
-        ).returncode
+        code = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment(), stdout=sink, stderr=sink, check=False).returncode
     if code:
         fail(path, code)
 
 
-def environment(threads: int) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", "WANDB_MODE": "offline"}
+def environment() -> dict[str, str]:
+    """One thread a process: two processes share two cores, and waiting threads would steal from the other."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "WANDB_MODE": "offline"}
 
 
 def fail(path: Path, code: int) -> None:
@@ -194,7 +193,7 @@ def train(out: Path, student: Student, stage: str, ranks: int, position: int) ->
     command += ["--data-cache-path", str(folder(out, student) / "cache"), "--micro-batch-size", str(BATCH[stage] // ranks)]
     path = out / "logs" / f"{slug(student)}-{stage}.log"
     with path.open("w") as sink, tqdm(desc=f"{student.name} {stage}", unit="step", position=position, leave=False) as bar:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment(1), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for line in process.stdout:
             sink.write(line)
             if found := re.search(r"iteration\s+(\d+)/\s*(\d+).*?loss: ([\d.E+-]+)", line):
@@ -212,7 +211,7 @@ def evaluate(args: argparse.Namespace, steps: tqdm) -> None:
     lengths = ("--lengths", "512", "1024", "--prompts", str(args.prompts), "--seed", str(EVALUATION_SEED + args.seed))
     steps.set_postfix_str("evaluating")
     text = ("--haystack", str(args.out / "held_out.txt"))
-    door(args.out, "evaluate", "tools/evaluate.py", "--models", *models, *lengths, *text, "--out", str(args.out / "evaluation"), threads=2)
+    door(args.out, "evaluate", "tools/evaluate.py", "--models", *models, *lengths, *text, "--out", str(args.out / "evaluation"))
     steps.update()
 
 
