@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole pipeline on the tiny teacher: import, select, hybridize, align, distill, extend, evaluate, report.
 
-Runs the project's own commands, one after the other, and writes <out>/report.md. About eight minutes on two cores.
+Runs the project's own commands, one after the other, and writes <out>/report.md. About a quarter of an hour on two cores.
 
 examples:
   python -m examples.tiny.demo
