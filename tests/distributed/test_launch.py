@@ -3,6 +3,7 @@
 """The launcher itself: results, failures, time-outs and real communication."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -62,6 +63,24 @@ def test_no_process_is_left(ending: str, tmp_path: Path) -> None:
     while time.monotonic() < deadline and any(map(_runs, pids)):
         time.sleep(0.05)
     assert not any(map(_runs, pids))
+
+
+def test_ranks_die_with_the_process_that_started_them(tmp_path: Path) -> None:
+    def worker(rank: int) -> None:
+        (tmp_path / "pid").write_text(str(os.getpid()))
+        time.sleep(60)
+
+    parent = os.fork()
+    if parent == 0:
+        run_ranks(worker, 1)
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        time.sleep(0.01)
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline and _runs((tmp_path / "pid").read_text()):
+        time.sleep(0.05)
+    assert not _runs((tmp_path / "pid").read_text())
 
 
 def _runs(pid: str) -> bool:

@@ -15,6 +15,7 @@ The ranks talk through gloo.  The parent must not have started CUDA or OpenMP th
 """
 
 import contextlib
+import ctypes
 import faulthandler
 import gc
 import itertools
@@ -37,6 +38,7 @@ import torch.distributed as dist
 
 _POLL_S = 0.01
 _GRACE_S = 1.0  # a rank that fails takes its peers down: wait this long to see who failed first
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl()
 _STACKS_S = 0.3
 _LOG_CHARS = 8000
 _INITIALISATIONS = itertools.count()  # forked ranks count alike
@@ -165,6 +167,7 @@ def _be_rank(
     gc.freeze()
     try:
         os.setpgid(0, 0)  # so that its own children are killed with it
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # nobody collects a rank whose parent was killed
         signal.setitimer(signal.ITIMER_REAL, 0)  # the parent's time-out is not ours
         log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         os.dup2(log, 1)
