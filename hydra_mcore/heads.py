@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 HEAD_MAP_FORMAT = 1
 
@@ -184,9 +184,14 @@ class RankHeads:
 
 @dataclass(frozen=True)
 class HeadLayout:
-    """One layer's heads dealt to ``tp_size`` ranks: H/tp heads each, FA counts that differ by at most one.
+    """One layer's heads dealt to ``tp_size`` ranks, in one of two ways (``fa_balance``).
 
-    Ranks that get one FA head more rotate with ``layer_idx``, so the surplus evens out over the layers.
+    "heads": H/tp whole heads each, FA counts that differ by at most one. Simple, and every projection is balanced; but
+    with two FA heads on eight ranks, two ranks do all of the attention.
+    "queries": every rank gets the same number of whole FA heads; those left over (``shared_fa``) are computed by all
+    ranks, each for its own part of the queries. All ranks do the same attention work, for any map.
+
+    Ranks that get one head more rotate with ``layer_idx``, so the surplus evens out over the layers.
     FA heads of one kv group stay on one rank where the balance allows it (the deal is greedy: of groups of four or
     more heads, a few are split that an exhaustive search would keep whole); a group that is split is held by every
     rank (``split_groups``), and its gradient is summed over them.
@@ -196,6 +201,7 @@ class HeadLayout:
     num_kv_groups: int
     tp_size: int = 1
     layer_idx: int = 0
+    fa_balance: Literal["heads", "queries"] = "heads"
 
     def __post_init__(self) -> None:
         if self.tp_size < 1 or self.num_heads % self.tp_size:
@@ -211,16 +217,29 @@ class HeadLayout:
 
     @cached_property
     def ranks(self) -> tuple[RankHeads, ...]:
-        """The heads of each rank, index = tensor-parallel rank."""
-        fa_of_rank = self._deal_fa()
-        gdn = iter(self.layer.gdn)
-        per_rank = self.num_heads // self.tp_size
-        return tuple(RankHeads(fa=fa, gdn=tuple(next(gdn) for _ in range(per_rank - len(fa)))) for fa in fa_of_rank)
+        """The whole heads of each rank, index = tensor-parallel rank."""
+        gdn, fa_of_rank = iter(self.layer.gdn), self._dealt_fa
+        if self.fa_balance == "queries":
+            num_gdn = self._even_deal(len(self.layer.gdn))
+        else:
+            num_gdn = [self.num_heads // self.tp_size - len(fa) for fa in fa_of_rank]
+        return tuple(RankHeads(fa=fa, gdn=tuple(next(gdn) for _ in range(n))) for fa, n in zip(fa_of_rank, num_gdn, strict=True))
 
-    def _deal_fa(self) -> list[tuple[int, ...]]:
+    @cached_property
+    def shared_fa(self) -> tuple[int, ...]:
+        """The FA heads that every rank computes, each for its own part of the queries."""
+        return tuple(sorted(set(self.layer.fa) - {head_idx for fa in self._dealt_fa for head_idx in fa}))
+
+    def _even_deal(self, count: int) -> list[int]:
+        base, surplus = divmod(count, self.tp_size)
+        return [base + ((rank - self.layer_idx) % self.tp_size < surplus) for rank in range(self.tp_size)]
+
+    @cached_property
+    def _dealt_fa(self) -> list[tuple[int, ...]]:
         """Whole kv groups first, largest first, into the rank with most room; what fits nowhere is split."""
-        base, surplus = divmod(len(self.layer.fa), self.tp_size)
-        room = [base + ((rank - self.layer_idx) % self.tp_size < surplus) for rank in range(self.tp_size)]
+        room = self._even_deal(len(self.layer.fa))
+        if self.fa_balance == "queries":
+            room = [len(self.layer.fa) // self.tp_size] * self.tp_size
         members: dict[int, list[int]] = {}
         for head_idx in self.layer.fa:
             members.setdefault(self.group_of(head_idx), []).append(head_idx)
@@ -228,7 +247,7 @@ class HeadLayout:
         for group in sorted(members, key=lambda g: (-len(members[g]), g)):
             heads = members[group]
             fits = [rank for rank in range(self.tp_size) if room[rank] >= len(heads)]
-            while heads:
+            while heads and any(room):
                 rank = min(fits, key=lambda r: room[r]) if fits else max(range(self.tp_size), key=lambda r: room[r])
                 taken, heads = heads[: room[rank]], heads[room[rank] :]
                 dealt[rank] += taken
@@ -238,6 +257,8 @@ class HeadLayout:
     def split_groups(self, role: HeadRole | None = None) -> tuple[int, ...]:
         """Kv groups whose heads (of one role, or of any) stand on more than one rank."""
         holders: dict[int, set[int]] = {}
+        if role is not HeadRole.GDN:
+            holders = {self.group_of(head_idx): set(range(self.tp_size)) for head_idx in self.shared_fa}
         for rank, owned in enumerate(self.ranks):
             heads = owned.heads if role is None else getattr(owned, role.value)
             for head_idx in heads:

@@ -66,7 +66,7 @@ def transformer_config(shape: ModelShape, dtype: torch.dtype) -> TransformerConf
     )
 
 
-def model_config(card: ModelCard, stage: str, transformer: TransformerConfig) -> GPTModelConfig:
+def model_config(card: ModelCard, stage: str, transformer: TransformerConfig, fa_balance: str = "heads") -> GPTModelConfig:
     """Megatron's model settings of a card, for a stage (align, distill, extend) or for "inference"."""
     shape = card.shape
     config = GPTModelConfig(
@@ -79,27 +79,31 @@ def model_config(card: ModelCard, stage: str, transformer: TransformerConfig) ->
         position_embedding_type="rope",
         rotary_base=shape.rope_theta,
     )
-    apply_card(config, card, stage)
+    apply_card(config, card, stage, fa_balance)
     return config
 
 
-def apply_card(config: GPTModelConfig, card: ModelCard, stage: str) -> None:
+def apply_card(config: GPTModelConfig, card: ModelCard, stage: str, fa_balance: str = "heads") -> None:
     """Put a card's HydraHead layers into Megatron's model settings, refusing a layout that cannot hold them."""
     transformer, shape = config.transformer, card.shape
     tp_size = transformer.tensor_model_parallel_size
     if shape.vocab_size % tp_size:
         raise ConfigError(f"tensor parallel size {tp_size} does not divide the vocabulary of {shape.vocab_size}; choose one that does")
-    if transformer.context_parallel_size > 1:
-        raise ConfigError("context parallelism is not supported by this version; set context-parallel-size 1")
     HeadLayout(card.head_map.layers[0], shape.num_kv_groups, tp_size)
     transformer.hetereogenous_dist_checkpoint = True
-    config.transformer_layer_spec = hydra_block_spec(card.head_map, card.options, card.options.log_scale_in(stage))
+    config.transformer_layer_spec = hydra_block_spec(card.head_map, card.options, card.options.log_scale_in(stage), fa_balance)
+
+
+def contiguous_parts(model: GPTModel) -> GPTModel:
+    """Have a model hand its layers the rotary angles of whole rows: Megatron's own would be those of zigzag parts."""
+    model.rotary_pos_emb.cp_group = None
+    return model
 
 
 def build_model(card: ModelCard, stage: str = "inference", dtype: torch.dtype = torch.float32) -> GPTModel:
     """The whole model on this process, weights not loaded; needs Megatron's process groups (``runtime.process_groups``)."""
     config = model_config(card, stage, transformer_config(card.shape, dtype))
-    return config.get_builder_cls()(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+    return contiguous_parts(config.get_builder_cls()(config).build_model(ProcessGroupCollection.use_mpu_process_groups()))
 
 
 def load_model(checkpoint_dir: str | Path, dtype: torch.dtype = torch.float32) -> tuple[ModelCard, GPTModel]:

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,18 +15,24 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from hydra_mcore.config import HydraOptions
 from hydra_mcore.heads import HeadLayout, HeadRole
 from hydra_mcore.model.gates import OutputGate
-from hydra_mcore.model.parameters import GroupLinear, HeadLinear, RMSNorm
+from hydra_mcore.model.parameters import GroupLinear, HeadLinear, RMSNorm, recomputed
+from hydra_mcore.ops.context_parallel import gather_parts, swap_with_mirror
+from hydra_mcore.ops.sequence import Rows, Segment, SequencePart
 
 
 class FullAttentionHeads(MegatronModule):
-    """Causal softmax attention of this rank's FA heads.
+    """Causal softmax attention of the FA heads: this rank's own, and its part of the queries of those it shares.
 
     q, k, v are the teacher's rows; grouped queries stay grouped (a kv group lives while one of its heads is FA).
     NoPE and the log-position scale q_t * ln(t+a)/ln(a) with t from 0 (paper section 3.2, HypeNet Eq 11).
+
+    Under context parallelism keys and values are gathered (few heads, little data), and the second half of the queries
+    is exchanged with the mirror rank, so that every rank computes the same number of causal products.
     """
 
     def __init__(
@@ -38,43 +46,98 @@ class FullAttentionHeads(MegatronModule):
     ) -> None:
         super().__init__(config)
         self.options, self.log_scale = options, log_scale
-        self.cp_group = pg_collection.cp
+        self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         heads, branch = layout.ranks[pg_collection.tp.rank()].fa, layout.layer.fa
-        ordinals = [branch.index(h) for h in heads]
+        self.num_heads = len(heads)
+        ordinals, shared = ([branch.index(h) for h in owned] for owned in (heads, layout.shared_fa))
         d = config.kv_channels
-        self.linear_q = HeadLinear(config, ordinals, len(branch), d)
+        self.linear_q = HeadLinear(config, ordinals, len(branch), d, pg_collection, shared=shared)
         if not shared_kv:
-            self.linear_kv = GroupLinear(config, layout, heads, 2 * d, pg_collection, HeadRole.FA)
+            self.linear_kv = GroupLinear(config, layout, heads + layout.shared_fa, 2 * d, pg_collection, HeadRole.FA)
         if config.qk_layernorm:
             norm = {"eps": config.layernorm_epsilon, "tp_group": pg_collection.tp, "partial_gradient": True}
             self.q_norm, self.k_norm = RMSNorm(config, d, **norm), RMSNorm(config, d, **norm)
         if options.fa_gate != "none":
-            self.gate = OutputGate(config, ordinals, len(branch), options.fa_gate, options.gate_activation)
+            gate = (options.fa_gate, options.gate_activation, pg_collection)
+            self.gate = OutputGate(config, ordinals, len(branch), *gate, shared=shared)
 
-    def forward(self, x_sbm: Tensor, rotary: Tensor, kv_sbhd: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Head outputs [s, b, h, d] and their gate ([s, b, h, d or 1], or None), which fusion applies."""
-        q_sbhd = self.linear_q(x_sbm)
-        kv_sbhd = self.linear_kv(x_sbm) if kv_sbhd is None else kv_sbhd
-        k_sbhd, v_sbhd = kv_sbhd.chunk(2, dim=-1)
+    def forward(
+        self, x_sbm: Tensor, part: SequencePart, rotary: Tensor, kv: tuple[Tensor, Tensor] | None
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """(outputs [s, b, h, d], gate [s, b, h, d or 1] or None) of the rank's own heads, then of the shared ones if any.
+
+        Shared heads come with the ``query_rows`` of this rank instead of all s.
+
+        Args:
+            kv: keys and values by group [s, b, g, 2d] and the group of each head, where both branches share them.
+        """
+        kv_sbgd, group_of_head = (self.linear_kv(x_sbm), self.linear_kv.group_of_head) if kv is None else kv
+        k_sbgd, v_sbgd = kv_sbgd.chunk(2, dim=-1)
         if self.config.qk_layernorm:
-            q_sbhd, k_sbhd = self.q_norm(q_sbhd), self.k_norm(k_sbhd)
+            k_sbgd = self.k_norm(k_sbgd)
         if self.options.fa_position == "rope":
-            q_sbhd, k_sbhd = (apply_rotary_pos_emb(t, rotary, self.config, cp_group=self.cp_group) for t in (q_sbhd, k_sbhd))
+            k_sbgd = apply_rotary_pos_emb(k_sbgd, rotary, self.config, cp_group=self.cp_group)
+        k_sbgd, v_sbgd = gather_parts(torch.cat([k_sbgd, v_sbgd], dim=-1), self.cp_group).chunk(2, dim=-1)
+        groups = group_of_head.split([self.num_heads, len(group_of_head) - self.num_heads])
+        parts = [part.query_rows()]
+        if self.linear_q.shared:
+            parts.append(part.query_rows(self.tp_group.rank(), self.tp_group.size()))
+        return [
+            self._attend(x_sbm, part, rows, rotary, *(t.index_select(2, groups[shared]) for t in (k_sbgd, v_sbgd)), bool(shared))
+            for shared, rows in enumerate(parts)
+        ]
+
+    def _attend(
+        self, x_sbm: Tensor, part: SequencePart, rows: Rows, rotary: Tensor, k_sbhd: Tensor, v_sbhd: Tensor, shared: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of one set of heads for the queries ``rows`` of this part."""
+        x_sbm, rotary = take_rows(x_sbm, rows), take_rows(rotary, rows)
+        q_sbhd = self.linear_q(x_sbm, shared)
+        if self.config.qk_layernorm:
+            q_sbhd = self.q_norm(q_sbhd)
+        if self.options.fa_position == "rope":
+            q_sbhd = apply_rotary_pos_emb(q_sbhd, rotary, self.config, cp_group=self.cp_group)
         if self.log_scale:
-            q_sbhd = q_sbhd * log_position_scale(q_sbhd.shape[0], self.options.fa_log_scale_base, q_sbhd)[:, None, None, None]
-        gate = self.gate(x_sbm) if self.options.fa_gate != "none" else None
-        return causal_attention(q_sbhd, k_sbhd, v_sbhd), gate
+            position_s = take_rows(part.positions(q_sbhd.device), rows)
+            q_sbhd = q_sbhd * log_position_scale(position_s, self.options.fa_log_scale_base).to(q_sbhd.dtype)[:, None, None, None]
+        gate = self.gate(x_sbm, shared) if self.options.fa_gate != "none" else None
+        attention = partial(causal_attention, part.segments(rows))
+        out_sbhd = recomputed(self.config, attention, self._swap_second_half(q_sbhd, rows), k_sbhd, v_sbhd)
+        return self._swap_second_half(out_sbhd, rows), gate
+
+    def _swap_second_half(self, x_sbhd: Tensor, rows: Rows) -> Tensor:
+        if self.cp_group.size() == 1:
+            return x_sbhd
+        second = sum(end - start for start, end in rows[1])
+        first_sbhd, second_sbhd = x_sbhd.split([x_sbhd.shape[0] - second, second])
+        return torch.cat([first_sbhd, swap_with_mirror(second_sbhd, self.cp_group)])
 
 
-def log_position_scale(length: int, base: float, like: Tensor) -> Tensor:
-    """ln(t + base) / ln(base) for t = 0 .. length-1, in the dtype and on the device of ``like`` (HypeNet Eq 11)."""
-    position_s = torch.arange(length, device=like.device, dtype=torch.float32)
-    return (torch.log(position_s + base) / math.log(base)).to(like.dtype)
+def take_rows(x_s: Tensor, rows: Rows) -> Tensor:
+    """The given runs of axis 0, joined; the tensor itself where they are all of it."""
+    runs = [run for half in rows for run in half]
+    if all(end == start for (_, end), (start, _) in itertools.pairwise(runs)):
+        return x_s[runs[0][0] : runs[-1][1]]
+    return torch.cat([x_s[start:end] for start, end in runs])
 
 
-def causal_attention(q_sbhd: Tensor, k_sbhd: Tensor, v_sbhd: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v over earlier positions; with no heads, an empty result that keeps the graph."""
+def log_position_scale(position_s: Tensor, base: float) -> Tensor:
+    """ln(t + base) / ln(base) for positions t from 0, float32 (HypeNet Eq 11)."""
+    return torch.log(position_s.float() + base) / math.log(base)
+
+
+def causal_attention(segments: list[Segment], q_sbhd: Tensor, k_sbhd: Tensor, v_sbhd: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v of each segment's queries over their document's earlier keys: [queries, b, h, d].
+
+    With no heads, an empty result that keeps the graph.
+    """
     if q_sbhd.shape[2] == 0:
-        return q_sbhd + k_sbhd + v_sbhd
+        return q_sbhd + (k_sbhd.sum() + v_sbhd.sum())
     q, k, v = (t.permute(1, 2, 0, 3) for t in (q_sbhd, k_sbhd, v_sbhd))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True).permute(2, 0, 1, 3)
+    out = []
+    for start, end, key_start, key_end in segments:
+        square = end - start == key_end - key_start
+        mask = None if square else causal_lower_right(end - start, key_end - key_start)
+        keys = slice(key_start, key_end)
+        out.append(F.scaled_dot_product_attention(q[:, :, start:end], k[:, :, keys], v[:, :, keys], attn_mask=mask, is_causal=square))
+    return torch.cat(out, dim=2).permute(2, 0, 1, 3)

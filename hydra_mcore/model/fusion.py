@@ -35,19 +35,25 @@ class Fusion(MegatronModule):
                 {role.value: RMSNorm(config, self.head_dim, **norm) for role in HeadRole if getattr(layout.layer, role.value)}
             )
         if options.fusion in ("scale", "competition"):
-            self.scale = PerHead(config, heads, self.num_heads, ())
-            torch.nn.init.ones_(self.scale.weight)
+            self.scale = PerHead(config, heads, self.num_heads, (), pg_collection, shared=layout.shared_fa)
+            for parameter in self.scale.parameters():
+                torch.nn.init.ones_(parameter)
         if options.fusion == "competition":
             self.competition = new_parameter(config, self.num_heads, config.hidden_size)
-            self.register_buffer("heads", torch.tensor(heads, dtype=torch.long), persistent=False)
+            self.register_buffer("heads", torch.tensor(heads + layout.shared_fa, dtype=torch.long), persistent=False)
 
-    def forward(self, branches: dict[HeadRole, tuple[Tensor, Tensor | None]], x_sbm: Tensor) -> Tensor:
-        """Join the branches' (output, gate) pairs, FA first: [s, b, h, d] in the rank's own head order."""
+    def forward(self, branches: dict[HeadRole, tuple[Tensor, Tensor | None]], x_sbm: Tensor, shared: bool = False) -> Tensor:
+        """Join the branches' (output, gate) pairs, FA first: [s, b, h, d] in the rank's own head order.
+
+        With ``shared``, of the FA heads that all ranks share; x_sbm is then the rows that this rank computes.
+        """
         out_sbhd = torch.cat([self._normed(role, *branch) for role, branch in branches.items()], dim=2)
-        if self.options.fusion in ("scale", "competition"):
-            out_sbhd = out_sbhd * self.scale.weight[:, None]
+        if self.options.fusion in ("scale", "competition") and out_sbhd.shape[2]:
+            scale_h = self.scale.shared_parameter("weight") if shared else self.scale.weight
+            out_sbhd = out_sbhd * scale_h[:, None]
         if self.options.fusion == "competition":
-            out_sbhd = out_sbhd * self._competition(x_sbm)
+            own = len(self.heads) - len(self.scale.shared)
+            out_sbhd = out_sbhd * self._competition(x_sbm, self.heads[own:] if shared else self.heads[:own])
         return out_sbhd
 
     def _normed(self, role: HeadRole, out_sbhd: Tensor, gate: Tensor | None) -> Tensor:
@@ -62,8 +68,8 @@ class Fusion(MegatronModule):
             out_sbhd = out_sbhd * gate
         return out_sbhd
 
-    def _competition(self, x_sbm: Tensor) -> Tensor:
-        """Softmax over all heads of the layer, times their number (1 at the start): [s, b, h, 1] of this rank's heads."""
+    def _competition(self, x_sbm: Tensor, heads: Tensor) -> Tensor:
+        """Softmax over all heads of the layer, times their number (1 at the start): [s, b, h, 1] of the given heads."""
         logits_sbh = F.linear(x_sbm, replicated(self.competition, self.tp_group))
         share_sbh = self.num_heads * logits_sbh.float().softmax(dim=-1).to(x_sbm.dtype)
-        return share_sbh.index_select(-1, self.heads)[..., None]
+        return share_sbh.index_select(-1, heads)[..., None]

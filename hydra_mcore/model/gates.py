@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -24,14 +25,25 @@ class OutputGate(MegatronModule):
     behind it removes, so a converted head starts as it was.
     """
 
-    def __init__(self, config: TransformerConfig, heads: Sequence[int], total: int, granularity: str, activation: str) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        heads: Sequence[int],
+        total: int,
+        granularity: str,
+        activation: str,
+        pg_collection: ProcessGroupCollection,
+        shared: Sequence[int] = (),
+    ) -> None:
         super().__init__(config)
         rows = config.kv_channels if granularity == "elementwise" else 1
-        self.linear = HeadLinear(config, heads, total, rows, bias=True)
+        self.linear = HeadLinear(config, heads, total, rows, pg_collection, bias=True, shared=shared)
         self.activation = ACTIVATIONS[activation]
-        if not self.linear.empty:
-            torch.nn.init.normal_(self.linear.weight, std=1e-3)
-            torch.nn.init.ones_(self.linear.bias)
+        for name, parameter in self.linear.named_parameters():
+            if name.startswith("weight"):
+                torch.nn.init.normal_(parameter, std=1e-3)
+            else:
+                torch.nn.init.ones_(parameter)
 
-    def forward(self, x_sbm: Tensor) -> Tensor:
-        return self.activation(self.linear(x_sbm))
+    def forward(self, x_sbm: Tensor, shared: bool = False) -> Tensor:
+        return self.activation(self.linear(x_sbm, shared))

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,10 @@ from torch import Tensor
 from hydra_mcore.config import HydraOptions
 from hydra_mcore.heads import HeadLayout, HeadRole
 from hydra_mcore.model.gates import OutputGate
-from hydra_mcore.model.parameters import GroupLinear, HeadLinear, PerHead, RMSNorm
+from hydra_mcore.model.parameters import GroupLinear, HeadLinear, PerHead, RMSNorm, recomputed
+from hydra_mcore.ops.context_parallel import from_previous
 from hydra_mcore.ops.gated_delta import gated_delta_rule
+from hydra_mcore.ops.sequence import SequencePart
 
 
 class GatedDeltaHeads(MegatronModule):
@@ -43,21 +46,21 @@ class GatedDeltaHeads(MegatronModule):
         heads, branch = layout.ranks[pg_collection.tp.rank()].gdn, layout.layer.gdn
         per_head = (config, [branch.index(h) for h in heads], len(branch))
         d = config.kv_channels
-        self.linear_q = HeadLinear(*per_head, d)
+        self.linear_q = HeadLinear(*per_head, d, pg_collection)
         if options.gdn_kv == "per_head":
-            self.linear_kv = HeadLinear(*per_head, 2 * d)
+            self.linear_kv = HeadLinear(*per_head, 2 * d, pg_collection)
         elif not shared_kv:
             self.linear_kv = GroupLinear(config, layout, heads, 2 * d, pg_collection, HeadRole.GDN)
         if options.gdn_conv_kernel:
-            self.conv = ShortConv(*per_head, 3 * d, options.gdn_conv_kernel, options.gdn_conv_activation)
+            self.conv = ShortConv(*per_head, 3 * d, options.gdn_conv_kernel, options.gdn_conv_activation, pg_collection)
         if options.gdn_qk_norm == "rms":
             norm = {"eps": config.layernorm_epsilon, "tp_group": pg_collection.tp, "partial_gradient": True}
             self.q_norm, self.k_norm = RMSNorm(config, d, **norm), RMSNorm(config, d, **norm)
-        self.linear_decay = HeadLinear(*per_head, 1, bias=True)
-        self.linear_write = HeadLinear(*per_head, 1, bias=True)
-        self.A_log = PerHead(*per_head, ())
+        self.linear_decay = HeadLinear(*per_head, 1, pg_collection, bias=True)
+        self.linear_write = HeadLinear(*per_head, 1, pg_collection, bias=True)
+        self.A_log = PerHead(*per_head, (), pg_collection)
         if options.gdn_gate != "none":
-            self.gate = OutputGate(*per_head, options.gdn_gate, options.gate_activation)
+            self.gate = OutputGate(*per_head, options.gdn_gate, options.gate_activation, pg_collection)
         self.reset_gates()
 
     def reset_gates(self) -> None:
@@ -80,41 +83,75 @@ class GatedDeltaHeads(MegatronModule):
         write_sbh = torch.sigmoid(self.linear_write(x_sbm).squeeze(-1).float())
         return -decay_sbh, self.options.gdn_write_max * write_sbh
 
-    def forward(self, x_sbm: Tensor, rotary: Tensor, kv_sbhd: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Head outputs [s, b, h, d] and their gate ([s, b, h, d or 1], or None), which fusion applies."""
+    def forward(self, x_sbm: Tensor, part: SequencePart, rotary: Tensor, kv_sbhd: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Head outputs [s, b, h, d] and their gate ([s, b, h, d or 1], or None), which fusion applies.
+
+        x_sbm is the ``part`` of the sequence that this rank holds, ``rotary`` the angles of its positions, and
+        ``kv_sbhd`` the heads' keys and values where both branches share them.
+        """
         q_sbhd = self.linear_q(x_sbm)
-        qkv_sbhd = torch.cat([q_sbhd, self.linear_kv(x_sbm) if kv_sbhd is None else kv_sbhd], dim=-1)
+        qkv_sbhd = torch.cat([q_sbhd, self._keys_values(x_sbm) if kv_sbhd is None else kv_sbhd], dim=-1)
         if self.options.gdn_conv_kernel:
-            qkv_sbhd = self.conv(qkv_sbhd)
+            qkv_sbhd = self.conv(qkv_sbhd, part)
         q_sbhd, k_sbhd, v_sbhd = qkv_sbhd.chunk(3, dim=-1)
         if self.options.gdn_qk_norm == "rms":
             q_sbhd, k_sbhd = self.q_norm(q_sbhd), self.k_norm(k_sbhd)
         if self.options.gdn_position == "rope":
             q_sbhd, k_sbhd = (apply_rotary_pos_emb(t, rotary, self.config, cp_group=self.cp_group) for t in (q_sbhd, k_sbhd))
         q_sbhd, k_sbhd = (F.normalize(t.float(), dim=-1).to(t.dtype) for t in (q_sbhd, k_sbhd))
-        log_decay_sbh, write_sbh = self.gates(x_sbm)
-        batch_first = (t.transpose(0, 1) for t in (q_sbhd, k_sbhd, v_sbhd, log_decay_sbh, write_sbh))
-        out_bshd, _ = gated_delta_rule(*batch_first)
+        delta_rule = partial(self._delta_rule, torch.tensor(part.documents) if part.packed else None)
+        out_sbhd = recomputed(self.config, delta_rule, q_sbhd, k_sbhd, v_sbhd, *self.gates(x_sbm))
         gate = self.gate(x_sbm) if self.options.gdn_gate != "none" else None
-        return out_bshd.transpose(0, 1), gate
+        return out_sbhd, gate
+
+    def _keys_values(self, x_sbm: Tensor) -> Tensor:
+        kv = self.linear_kv(x_sbm)
+        return kv.index_select(2, self.linear_kv.group_of_head) if isinstance(self.linear_kv, GroupLinear) else kv
+
+    def _delta_rule(self, cu_seqlens: Tensor | None, *inputs_sbh: Tensor) -> Tensor:
+        out_bshd, _ = gated_delta_rule(*(t.transpose(0, 1) for t in inputs_sbh), cu_seqlens=cu_seqlens, cp_group=self.cp_group)
+        return out_bshd.transpose(0, 1)
 
 
 class ShortConv(PerHead):
     """Causal depthwise convolution over a few tokens, the identity at the start: [s, b, h, channels] -> same."""
 
-    def __init__(self, config: TransformerConfig, heads: list[int], total: int, channels: int, taps: int, activation: str) -> None:
-        super().__init__(config, heads, total, (channels, taps))
-        self.activation = activation
+    def __init__(
+        self,
+        config: TransformerConfig,
+        heads: list[int],
+        total: int,
+        channels: int,
+        taps: int,
+        activation: str,
+        pg_collection: ProcessGroupCollection,
+    ) -> None:
+        super().__init__(config, heads, total, (channels, taps), pg_collection)
+        self.activation, self.cp_group = activation, pg_collection.cp
         if not self.empty:
             with torch.no_grad():
                 self.weight.zero_()
                 self.weight[:, -1] = 1.0
 
-    def forward(self, x_sbhc: Tensor) -> Tensor:
+    def forward(self, x_sbhc: Tensor, part: SequencePart) -> Tensor:
+        """No token sees another document; the first ones of a part see the last ones of the previous rank's.
+
+        Raises:
+            ValueError: a part is shorter than what its successor needs to see of it.
+        """
         if self.empty:
             return x_sbhc
-        length, taps = x_sbhc.shape[0], self.block[1]
+        length, before = x_sbhc.shape[0], self.block[1] - 1
+        if part.cp_size > 1 and length < before:
+            raise ValueError(f"a context-parallel part of {length} tokens is shorter than the {before} the short convolution looks back")
         weight_hct = self.weight.unflatten(0, (len(self.heads), self.block[0]))
-        padded = F.pad(x_sbhc, (0, 0, 0, 0, 0, 0, taps - 1, 0))
-        out = sum(padded[tap : tap + length] * weight_hct[..., tap] for tap in range(taps))
+        if part.cp_size > 1 and before:
+            padded = torch.cat([from_previous(x_sbhc[length - before :], self.cp_group), x_sbhc])
+        else:
+            padded = F.pad(x_sbhc, (0, 0, 0, 0, 0, 0, before, 0))
+        position_s = part.positions(x_sbhc.device) if part.packed else None
+        out = x_sbhc * weight_hct[..., -1]
+        for lag in range(1, before + 1):
+            seen = padded[before - lag : before - lag + length] * weight_hct[..., before - lag]
+            out = out + (seen if position_s is None else seen * (position_s >= lag)[:, None, None, None])
         return F.silu(out) if self.activation == "silu" else out

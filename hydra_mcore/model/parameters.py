@@ -14,14 +14,14 @@ splits evenly, does not fit. Two rules replace it:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedTensor, ShardedTensorFactory
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel import checkpoint, set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
@@ -33,6 +33,13 @@ from hydra_mcore.heads import HeadLayout, HeadRole
 def replicated(weight: Tensor, tp_group: torch.distributed.ProcessGroup) -> Tensor:
     """A weight that all tensor-parallel ranks hold: as it is forward, gradient summed over the ranks backward."""
     return copy_to_tensor_model_parallel_region(weight, group=tp_group) if tp_group.size() > 1 else weight
+
+
+def recomputed(config: TransformerConfig, core: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """``core(*inputs)``, computed again in backward instead of kept, under Megatron's selective "core_attn" recompute."""
+    if config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules:
+        return checkpoint(core, False, *inputs)
+    return core(*inputs)
 
 
 def head_shards(
@@ -69,55 +76,92 @@ def new_parameter(config: TransformerConfig, *shape: int) -> torch.nn.Parameter:
 class PerHead(torch.nn.Module):
     """A block of parameters for every head of a branch that this rank owns, the blocks stacked on axis 0.
 
+    ``weight`` (and ``bias``) hold the rank's own heads; ``weight_shared`` those that all tensor-parallel ranks hold.
+
     Args:
         heads: the rank's heads, as their ordinals among the branch's ``total`` heads of the layer.
+        shared: the heads that every rank holds, likewise.
         block: shape of one head's block, e.g. (d, m) for a projection, () for a scalar.
     """
 
-    def __init__(self, config: TransformerConfig, heads: Sequence[int], total: int, block: tuple[int, ...], bias: bool = False) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        heads: Sequence[int],
+        total: int,
+        block: tuple[int, ...],
+        pg_collection: ProcessGroupCollection,
+        bias: bool = False,
+        shared: Sequence[int] = (),
+    ) -> None:
         super().__init__()
-        self.heads, self.total, self.block = tuple(heads), total, block
+        self.heads, self.shared, self.total, self.block = tuple(heads), tuple(shared), total, block
+        self.tp_group = pg_collection.tp
         self.empty = not self.heads
-        if self.empty:
-            return
-        rows = len(self.heads) * (block[0] if block else 1)
-        self.weight = new_parameter(config, rows, *block[1:])
-        if len(block) == 2:
-            config.init_method(self.weight)
-        if bias:
-            self.bias = new_parameter(config, rows)
-        for parameter in self.parameters():
-            set_tensor_model_parallel_attributes(parameter, True, 0, 1)
+        for suffix, owned in (("", self.heads), ("_shared", self.shared)):
+            if not owned:
+                continue
+            rows = len(owned) * (block[0] if block else 1)
+            weight = new_parameter(config, rows, *block[1:])
+            if len(block) == 2:
+                config.init_method(weight)
+            self.register_parameter("weight" + suffix, weight)
+            if bias:
+                self.register_parameter("bias" + suffix, new_parameter(config, rows))
+        for name, parameter in self.named_parameters():
+            if not name.endswith("_shared"):
+                set_tensor_model_parallel_attributes(parameter, True, 0, 1)
+
+    def shared_parameter(self, name: str) -> Tensor | None:
+        """The shared heads' "weight" or "bias", its gradient summed over the ranks."""
+        parameter = getattr(self, name + "_shared", None)
+        return None if parameter is None else replicated(parameter, self.tp_group)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, ShardedTensorFactory]:
-        replica = data_parallel_replica(metadata)
-        return {
-            prefix + name: head_shards(prefix + name, parameter, self.heads, self.total, replica)
-            for name, parameter in self.named_parameters()
-        }
+        shards = {}
+        for name, parameter in self.named_parameters():
+            is_shared = name.endswith("_shared")
+            replica = data_parallel_replica(metadata, self.tp_group.rank() if is_shared else 0)
+            ordinals = self.shared if is_shared else self.heads
+            shards[prefix + name] = head_shards(prefix + name.removesuffix("_shared"), parameter, ordinals, self.total, replica)
+        return shards
 
 
 class HeadLinear(PerHead):
     """Rows of a projection, ``rows`` for each head: x_sbm -> [s, b, h, rows]."""
 
-    def __init__(self, config: TransformerConfig, heads: Sequence[int], total: int, rows: int, bias: bool = False) -> None:
-        super().__init__(config, heads, total, (rows, config.hidden_size), bias)
+    def __init__(
+        self,
+        config: TransformerConfig,
+        heads: Sequence[int],
+        total: int,
+        rows: int,
+        pg_collection: ProcessGroupCollection,
+        bias: bool = False,
+        shared: Sequence[int] = (),
+    ) -> None:
+        super().__init__(config, heads, total, (rows, config.hidden_size), pg_collection, bias, shared)
         self.rows = rows
 
-    def forward(self, x_sbm: Tensor) -> Tensor:
-        if self.empty:
+    def forward(self, x_sbm: Tensor, shared: bool = False) -> Tensor:
+        """The rank's own heads, or the ones it shares."""
+        if shared:
+            out = F.linear(x_sbm, self.shared_parameter("weight"), self.shared_parameter("bias"))
+        elif self.empty:
             return x_sbm.new_zeros(*x_sbm.shape[:-1], 0, self.rows)
-        out = F.linear(x_sbm, self.weight, getattr(self, "bias", None))
-        return out.unflatten(-1, (len(self.heads), self.rows))
+        else:
+            out = F.linear(x_sbm, self.weight, getattr(self, "bias", None))
+        return out.unflatten(-1, (-1, self.rows))
 
 
 class GroupLinear(torch.nn.Module):
-    """K/V rows of the kv groups that live in a branch, read by query heads: x_sbm -> [s, b, h, rows].
+    """K/V rows of the kv groups that live in a branch: x_sbm -> [s, b, g, rows], the groups that this rank's heads read.
 
     A group lives while one of its heads is in the branch. A group whose heads stand on several ranks is
     held by all of them (``weight_split``), every other one by its rank alone (``weight``).
+    ``group_of_head`` is the index on axis g of each of ``heads``.
     """
 
     def __init__(
@@ -156,8 +200,7 @@ class GroupLinear(torch.nn.Module):
         if not weights:
             return x_sbm.new_zeros(*x_sbm.shape[:-1], 0, self.rows)
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-        out = F.linear(x_sbm, weight).unflatten(-1, (-1, self.rows)) if weight.shape[0] else _empty_heads(x_sbm, weight, self.rows)
-        return out.index_select(2, self.group_of_head)
+        return F.linear(x_sbm, weight).unflatten(-1, (-1, self.rows)) if weight.shape[0] else _empty_heads(x_sbm, weight, self.rows)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None

@@ -17,9 +17,13 @@ import functools
 import itertools
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from hydra_mcore.ops.context_parallel import Group, state_from_previous
+from hydra_mcore.ops.sequence import SequencePart
 
 __all__ = ["gated_delta_rule"]
 
@@ -34,8 +38,9 @@ def gated_delta_rule(
     scale: float | None = None,
     initial_state_bhdv: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    cp_group: Group | None = None,
     chunk_size: int = 64,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Apply the gated delta rule, with flash-linear-attention's kernel where there is one.
 
     The kernel serves GPU tensors up to 32 bits when the package is installed (float32 products then run in
@@ -50,29 +55,30 @@ def gated_delta_rule(
         initial_state_bhdv: state before the first token, zeros unless given; [n, h, d, v] with ``cu_seqlens``.
         cu_seqlens: [n + 1] integers 0 < ... < s, the boundaries of n documents packed into one row (b == 1).
             No document sees another. Read on the host: a CPU tensor avoids a GPU synchronisation.
+        cp_group: ranks that hold consecutive parts of the row, all of the same length. The tensors are then this
+            rank's part, ``cu_seqlens`` the boundaries of the whole row, and an initial state is not taken.
         chunk_size: rows per chunk of the torch reference; results do not depend on it.
 
     Returns:
         Outputs [b, s, h, v] in the dtype of ``q_bshd``, and the state after the last token, [b, h, d, v] or
-        [n, h, d, v], in float32 (float64 for float64 queries).
+        [n, h, d, v], in float32 (float64 for float64 queries); None in its place with a ``cp_group`` of several ranks.
 
     Raises:
         ValueError: ``cu_seqlens`` or the shape of the initial state is wrong.
     """
+    part = _part(q_bshd, cu_seqlens, cp_group)
+    if part.cp_size > 1 and initial_state_bhdv is not None:
+        raise ValueError("an initial state comes from the previous rank under context parallelism; pass none")
     # An empty grid is an error to the kernel; tensor-parallel ranks may own no GDN head of a layer.
     if q_bshd.is_cuda and q_bshd.dtype != torch.float64 and v_bshv.numel() > 0 and (kernel := _fla_kernel()):
-        return _fla_gated_delta_rule(kernel, q_bshd, k_bshd, v_bshv, log_decay_bsh, write_bsh, scale, initial_state_bhdv, cu_seqlens)
-    return torch_gated_delta_rule(
-        q_bshd,
-        k_bshd,
-        v_bshv,
-        log_decay_bsh,
-        write_bsh,
-        scale=scale,
-        initial_state_bhdv=initial_state_bhdv,
-        cu_seqlens=cu_seqlens,
-        chunk_size=chunk_size,
+        fla_inputs = (q_bshd, k_bshd, v_bshv, log_decay_bsh, write_bsh)
+        if part.cp_size > 1:
+            return _fla_on_parts(kernel, fla_inputs, scale, part, cp_group), None
+        return _fla_gated_delta_rule(kernel, *fla_inputs, scale, initial_state_bhdv, cu_seqlens)
+    out_bshv, state_bhdv = torch_gated_delta_rule(
+        q_bshd, k_bshd, v_bshv, log_decay_bsh, write_bsh, scale, initial_state_bhdv, part, cp_group, chunk_size
     )
+    return out_bshv, state_bhdv if part.cp_size == 1 else None
 
 
 def torch_gated_delta_rule(
@@ -81,11 +87,11 @@ def torch_gated_delta_rule(
     v_bshv: Tensor,
     log_decay_bsh: Tensor,
     write_bsh: Tensor,
-    *,
-    scale: float | None = None,
-    initial_state_bhdv: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    chunk_size: int = 64,
+    scale: float | None,
+    initial_state_bhdv: Tensor | None,
+    part: SequencePart,
+    cp_group: Group | None,
+    chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     """The reference in plain torch: ``gated_delta_rule`` on any device, linear in s forward and backward.
 
@@ -94,8 +100,8 @@ def torch_gated_delta_rule(
     carried. A chunk holds one document only, so up to ``chunk_size - 1`` rows of padding follow each: nothing
     beside documents of many chunks; for documents of few tokens, five times the states returned anyway.
     """
-    b, s, h, d = q_bshd.shape
-    bounds = _document_bounds(cu_seqlens, b, s)
+    b, _, h, d = q_bshd.shape
+    bounds = part.bounds
     num_documents = len(bounds) - 1
     state_shape = (b * num_documents, h, d, v_bshv.shape[-1])
     dtype = torch.promote_types(q_bshd.dtype, torch.float32)
@@ -120,8 +126,9 @@ def torch_gated_delta_rule(
         chunked(v_bshv),
         chunked(log_decay_bsh),
         chunked(write_bsh),
-        initial_state_bhdv.to(dtype).split(b),
+        list(initial_state_bhdv.to(dtype).split(b)),
         chunks_per_document,
+        functools.partial(_enter_part, part, cp_group) if part.cp_size > 1 else None,
     )
     out_bshv = out_bhcrv.flatten(2, 3).transpose(1, 2).index_select(1, slot_s)
     return out_bshv.to(q_bshd.dtype), final_state_bhdv
@@ -133,11 +140,13 @@ def _scan(
     v_bhcrv: Tensor,
     log_decay_bhcr: Tensor,
     write_bhcr: Tensor,
-    initial_states_bhdv: Sequence[Tensor],
+    states_bhdv: list[Tensor],
     chunks_per_document: Sequence[int],
+    enter: Callable[[list[tuple[Tensor, ...]], int], Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
     """Run documents, each made of consecutive chunks and starting from its own state.
 
+    ``enter`` gives the first document's state when another rank holds its beginning.
     Returns the outputs [b, h, c, r, v] and the last states of all documents, joined along b.
     """
     rows = q_bhcrd.shape[3]
@@ -169,10 +178,13 @@ def _scan(
         from_start_bhcr[..., -1:, None],
     )
     # Unbound once: indexing chunk by chunk would make backward quadratic in their number.
-    chunks = zip(*(x.unbind(2) for x in per_chunk), strict=True)
+    chunks = list(zip(*(x.unbind(2) for x in per_chunk), strict=True))
+    if enter is not None:
+        states_bhdv[0] = enter(chunks, chunks_per_document[-1])
     outputs, final_states = [], []
-    for state, num_chunks in zip(initial_states_bhdv, chunks_per_document, strict=True):
-        for new, erase, scores, query, key, forget in itertools.islice(chunks, num_chunks):
+    following = iter(chunks)
+    for state, num_chunks in zip(states_bhdv, chunks_per_document, strict=True):
+        for new, erase, scores, query, key, forget in itertools.islice(following, num_chunks):
             written = new - erase @ state
             outputs.append(query @ state + scores @ written)
             state = state * forget + key.mT @ written
@@ -180,24 +192,35 @@ def _scan(
     return torch.stack(outputs, dim=2), torch.cat(final_states)
 
 
-def _document_bounds(cu_seqlens: Tensor | None, b: int, s: int) -> list[int]:
-    """Return the boundaries [0, ..., s] of the documents in a row; without ``cu_seqlens`` the row is one document."""
-    if cu_seqlens is None:
-        return [0, s]
-    if b != 1:
+def _enter_part(part: SequencePart, cp_group: Group, chunks: list[tuple[Tensor, ...]], last_document: int) -> Tensor:
+    """The state with which this rank's part begins, in exchange for what this part does to a state.
+
+    A state passes a chunk as S -> forget S + key^T (new - erase S), which is linear: carried through the chunks of the
+    part's last document, [0 | 1] becomes [B | A] of S -> A S + B. A document that begins here ignores the state before.
+    """
+    new, erase, _, _, _, _ = chunks[0]
+    v, d = new.shape[-1], erase.shape[-1]
+    joined_bh11 = new[..., :0, :1].sum(dim=(-2, -1), keepdim=True)  # zero, joined to the graph: see context_parallel
+    state = joined_bh11 + torch.cat([new.new_zeros(d, v), torch.eye(d, dtype=new.dtype, device=new.device)], dim=-1)
+    if not part.continues or part.cp_rank == part.cp_size - 1:
+        state = state * 0.0
+    else:
+        for new, erase, _, _, key, forget in chunks[-last_document:]:
+            state = state * forget + key.mT @ (torch.nn.functional.pad(new, (0, d)) - erase @ state)
+    offset, transition = state.split([v, d], dim=-1)
+    return state_from_previous(transition * float(len(part.bounds) == 2), offset, cp_group)
+
+
+def _part(q_bshd: Tensor, cu_seqlens: Tensor | None, cp_group: Group | None) -> SequencePart:
+    """The rows that this rank holds, from boundaries of the whole row; without ``cu_seqlens`` it is one document."""
+    b, s = q_bshd.shape[:2]
+    if cu_seqlens is not None and b != 1:
         raise ValueError(f"cu_seqlens needs all documents packed into one row, got a batch of {b}")
-    bounds = cu_seqlens.tolist()
-    if len(bounds) < 2 or bounds[0] != 0:
-        raise ValueError(f"cu_seqlens must start at 0 and hold at least one document, got {bounds[:8]}")
-    if bounds[-1] != s:
-        raise ValueError(f"cu_seqlens must end at the sequence length {s}, got {bounds[-1]}")
-    for start, end in itertools.pairwise(bounds):
-        if end <= start:
-            raise ValueError(f"cu_seqlens must increase from document to document, got {end} after {start}")
-    return bounds
+    cp_size, cp_rank = (cp_group.size(), cp_group.rank()) if cp_group is not None else (1, 0)
+    return SequencePart(s * cp_size, cp_size, cp_rank, None if cu_seqlens is None else tuple(cu_seqlens.tolist()))
 
 
-def _slots(bounds: list[int], chunks_per_document: list[int], chunk_size: int, device: torch.device) -> Tensor:
+def _slots(bounds: Sequence[int], chunks_per_document: list[int], chunk_size: int, device: torch.device) -> Tensor:
     """Return, for every token, its place [s] once each document is padded to whole chunks."""
     bounds_n1 = torch.tensor(bounds)
     padded_starts_n = torch.tensor([0, *itertools.accumulate(chunks_per_document[:-1])]) * chunk_size
@@ -232,7 +255,6 @@ def _fla_gated_delta_rule(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Translate to the kernel's names (written for flash-linear-attention 0.6.0) and call it."""
-    _document_bounds(cu_seqlens, *q_bshd.shape[:2])
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.to(q_bshd.device, torch.long)
     if initial_state_bhdv is not None:
@@ -249,3 +271,31 @@ def _fla_gated_delta_rule(
         use_qk_l2norm_in_kernel=False,
         cu_seqlens=cu_seqlens,
     )
+
+
+def _fla_on_parts(
+    kernel: Callable[..., Any], inputs: tuple[Tensor, ...], scale: float | None, part: SequencePart, cp_group: Group
+) -> Tensor:
+    """flash-linear-attention's own context parallelism, which takes one row at a time and the whole row's boundaries.
+
+    Written for 0.6.0; not yet run on a GPU.
+    """
+    from fla.ops.cp import build_cp_context
+
+    cu_seqlens = torch.tensor(part.documents)
+    context = build_cp_context(cu_seqlens.to(inputs[0].device), group=cp_group, cu_seqlens_cpu=cu_seqlens)
+    q, k, v, log_decay, write = inputs
+    rows = [
+        kernel(
+            q=q[row : row + 1],
+            k=k[row : row + 1].to(q.dtype),
+            v=v[row : row + 1].to(q.dtype),
+            g=log_decay[row : row + 1].float(),
+            beta=write[row : row + 1].float(),
+            scale=scale,
+            use_qk_l2norm_in_kernel=False,
+            cp_context=context,
+        )[0]
+        for row in range(q.shape[0])
+    ]
+    return torch.cat(rows)
