@@ -226,6 +226,10 @@ class StageOptions:
     """Weight of the next-token cross-entropy in distill (paper Eq 16) [ours: 0.1]."""
     kl_temperature: float = 1.0
     """Temperature of both distributions in the KL [HALO: 1]."""
+    packed_documents: bool = False
+    """Documents packed into a row do not see each other: attention, recurrence, convolution and positions start anew at each."""
+    fa_balance: Literal["heads", "queries"] = "heads"
+    """FA heads on tensor-parallel ranks: whole heads, or left-over heads shared by all ranks, each for its part of the queries."""
     dry_run: bool = False
     """Print the resolved settings and stop before anything is built."""
 

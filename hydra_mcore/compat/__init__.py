@@ -8,7 +8,7 @@ Importing this package changes nothing.  ``install()`` does, and only what this 
 group           installed when                      mends
 ==============  ==================================  ============================================
 ``datasets``    the package has no Makefile (wheel) ``make`` is run for helpers that are there
-``optimizer``   neither TE nor Apex                 saving and resuming the distributed optimizer
+``optimizer``   always; more without TE and Apex    saving and resuming the distributed optimizer
 ``cpu``         torch sees no GPU                   CUDA calls, device names, generators
 ==============  ==================================  ============================================
 """
@@ -60,6 +60,7 @@ def install() -> tuple[Patch, ...]:
         patching.apply(cpu.PATCHES)
     if datasets.needed():
         patching.apply(datasets.PATCHES)
+    patching.apply(optimizer.BUCKET_PATCHES)
     if optimizer.needed():
         patching.apply(optimizer.PATCHES)
     return applied()

@@ -1,11 +1,13 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""DistributedOptimizer on torch's AdamW: without Transformer Engine and Apex it cannot be saved and resumed.
+"""What DistributedOptimizer gets wrong when it is saved and resumed.
 
-These defects do not depend on the device, so the patches are installed on GPUs too when both packages are absent.
+``PATCHES``: on torch's AdamW, that is without Transformer Engine and Apex, whatever the device.
+``BUCKET_PATCHES``: with any optimizer, as soon as gradients stand in more than one bucket.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -83,6 +85,43 @@ def _make_step(original: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
     return step_with_ready_grads
 
+
+def _unpadded_places(buffer: Any) -> dict[torch.Tensor, tuple[int, int, int]]:
+    """Where each parameter stands once the padding behind every bucket is taken out: (start, end, bucket)."""
+    filled = list(itertools.accumulate((bucket.numel_unpadded for bucket in buffer.buckets), initial=0))
+    places = {}
+    for parameter, (start, end, bucket) in buffer.param_index_map.items():
+        shift = filled[bucket] - buffer.bucket_indices[bucket][0]
+        places[parameter] = (start + shift, end + shift, bucket)
+    return places
+
+
+def _make_fully_reshardable(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def sharded_param_state_fully_reshardable(self: Any, *args: Any, **keywords: Any) -> Any:
+        """The original, looking for each parameter where the gathered state has it."""
+        padded = [buffer.param_index_map for buffer in self.buffers]
+        try:
+            for buffer in self.buffers:
+                buffer.param_index_map = _unpadded_places(buffer)
+            return original(self, *args, **keywords)
+        finally:
+            for buffer, places in zip(self.buffers, padded, strict=True):
+                buffer.param_index_map = places
+
+    return sharded_param_state_fully_reshardable
+
+
+BUCKET_PATCHES = (
+    Patch(
+        target=f"{_MODULE}:DistributedOptimizer.sharded_param_state_fully_reshardable",
+        caller=f"{_MODULE}:DistributedOptimizer.sharded_param_state_fully_reshardable",
+        marker="this is a bug in the param ranges",
+        reason="The gathered state has no padding between buckets, but is cut at padded places: from the second bucket on "
+        "(tied embeddings in a pipeline, overlapped gradient reduction), parameters are saved shifted and the last one is cut.",
+        make=_make_fully_reshardable,
+    ),
+)
 
 PATCHES = (
     Patch(

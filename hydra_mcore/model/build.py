@@ -161,7 +161,7 @@ def load_weights(models: list[MegatronModule], checkpoint_dir: str | Path) -> No
             f"{folder}: cannot be loaded into this model, so its files are from another head map or shape ({_first_line(error)})"
         ) from None
     for index, model in enumerate(models):
-        model.load_state_dict(state[f"model{index}"])
+        model.load_state_dict(state.get(f"model{index}", {}))  # a pipeline stage may hold no parameter at all
 
 
 def save_weights(models: list[MegatronModule], card: ModelCard, checkpoint_dir: str | Path) -> None:

@@ -26,6 +26,7 @@ install()
 
 import torch  # noqa: E402  the patches come before the engine
 from megatron.core.enums import ModelType  # noqa: E402
+from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.training import get_args, get_tokenizer, pretrain  # noqa: E402
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args  # noqa: E402
@@ -34,11 +35,12 @@ from megatron.training.global_vars import set_global_variables  # noqa: E402
 from megatron.training.models import GPTModelConfig  # noqa: E402
 
 from hydra_mcore.config import ConfigError, ModelCard  # noqa: E402
-from hydra_mcore.model.build import apply_card, load_weights, model_config  # noqa: E402
+from hydra_mcore.model.build import apply_card, contiguous_parts, load_weights, model_config  # noqa: E402
 from hydra_mcore.model.runtime import one_line_errors  # noqa: E402
 from hydra_mcore.train.arguments import Plan, add_stage_flags, resolve  # noqa: E402
 from hydra_mcore.train.data import build_datasets, check_data, fetch_batch  # noqa: E402
 from hydra_mcore.train.pair import TransferStep  # noqa: E402
+from hydra_mcore.train.pipeline import teacher_in_the_pipeline  # noqa: E402
 from hydra_mcore.train.stages import STAGES  # noqa: E402
 
 
@@ -54,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
         if plan.finished:
             print(f"stage {plan.options.stage} is finished: {plan.save}")
             return
-        args = _validated(plan)
+        args, config = _validated(plan)
         check_data(args)
         if plan.options.dry_run:
             print(f"start: {plan.start}\nsave:  {plan.save}\nflags: {' '.join(plan.flags)}")
@@ -62,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.rank == 0:
             _prepare_output(plan)
         set_global_variables(args)
-        _train(plan, args)
+        _train(plan, args, config)
 
 
 def _bare_parser() -> Any:
@@ -71,15 +73,19 @@ def _bare_parser() -> Any:
     return argparse.ArgumentParser(prog="python -m hydra_mcore.train", usage=argparse.SUPPRESS)
 
 
-def _validated(plan: Plan) -> Any:
+def _validated(plan: Plan) -> tuple[Any, GPTModelConfig]:
     """Megatron's own parse and validation, which write nothing yet; its refusals become one line."""
     sys.argv = [sys.argv[0], *plan.flags]
     try:
         args = parse_args(extra_args_provider=add_stage_flags)
         validate_args(args)
-        return args
-    except AssertionError as error:
+        config = gpt_config_from_args(args)
+    except (AssertionError, ValueError, RuntimeError) as error:
         raise ConfigError(f"Megatron refuses these settings: {(str(error) or 'see its arguments').splitlines()[0]}") from None
+    config.vocab_size, config.should_pad_vocab = plan.card.shape.vocab_size, False
+    config.rotary_base = plan.card.shape.rope_theta
+    apply_card(config, plan.card, plan.options.stage, plan.options.fa_balance)
+    return args, config
 
 
 def _prepare_output(plan: Plan) -> None:
@@ -91,43 +97,46 @@ def _prepare_output(plan: Plan) -> None:
         shutil.copytree(plan.start / "tokenizer", plan.save / "tokenizer", dirs_exist_ok=True)
 
 
-def _train(plan: Plan, args: Any) -> None:
-    config = gpt_config_from_args(args)
-    config.vocab_size, config.should_pad_vocab = plan.card.shape.vocab_size, False
-    config.rotary_base = plan.card.shape.rope_theta
-    apply_card(config, plan.card, plan.options.stage)
-    step = TransferStep(plan.options, partial(fetch_batch, args), None, lambda: args.curr_iteration + 1)
+def _train(plan: Plan, args: Any, config: GPTModelConfig) -> None:
+    step = TransferStep(plan.options, partial(fetch_batch, args), lambda: args.curr_iteration + 1)
     config.pre_wrap_hooks.append(partial(_prepare_models, plan, config, step))
     store = None if "RANK" in os.environ else torch.distributed.HashStore()
-    pretrain(pretrain_cfg_container_from_args(args, config), _datasets, ModelType.encoder_or_decoder, step, store=store)
+    with teacher_in_the_pipeline(step):
+        pretrain(pretrain_cfg_container_from_args(args, config), _datasets, ModelType.encoder_or_decoder, step, store=store)
 
 
-def _prepare_models(plan: Plan, config: GPTModelConfig, step: TransferStep, models: list) -> list:
+def _prepare_models(plan: Plan, config: GPTModelConfig, step: TransferStep, models: list[GPTModel]) -> list[GPTModel]:
     """Freeze what the stage leaves alone, fill in the starting weights, build the teacher."""
     trains = STAGES[plan.options.stage].trains
     for model in models:
+        contiguous_parts(model)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trains in name)
     if not plan.resume:
         load_weights(models, plan.start)
-    if STAGES[plan.options.stage].needs_teacher:
-        step.teacher = _build_teacher(plan, config)
+    step.prepare(models, _build_teachers(plan, config, models) if STAGES[plan.options.stage].needs_teacher else [])
     return models
 
 
-def _build_teacher(plan: Plan, config: GPTModelConfig) -> torch.nn.Module:
+def _build_teachers(plan: Plan, config: GPTModelConfig, students: list[GPTModel]) -> list[GPTModel]:
+    """The teacher's layers that stand beside each of this rank's model chunks, frozen."""
     card = ModelCard.load(plan.options.teacher)
     try:
         card.check_head_map(plan.card.head_map)
     except ConfigError as error:
         raise ConfigError(f"the student does not descend from teacher {plan.options.teacher}: {error}") from None
     teacher_config = model_config(card, plan.options.stage, copy.copy(config.transformer))
-    builder = teacher_config.get_builder_cls()(teacher_config)
-    # in align only attention is compared, so the output layer would be idle work
-    teacher = builder.build_model(ProcessGroupCollection.use_mpu_process_groups(), post_process=plan.options.stage != "align")
-    teacher.requires_grad_(False)
-    load_weights([teacher], plan.options.teacher)
-    return teacher.to(torch.cuda.current_device()).eval()
+    teacher_config.virtual_pipeline_model_parallel_size = config.virtual_pipeline_model_parallel_size
+    builder, groups = teacher_config.get_builder_cls()(teacher_config), ProcessGroupCollection.use_mpu_process_groups()
+    # In align only attention is compared: no output layer, and no copy of the embedding on the last stage to keep equal.
+    with_output = plan.options.stage != "align"
+    teacher_config.share_embeddings_and_output_weights &= with_output
+    teachers = [
+        builder.build_model(groups, student.pre_process, student.post_process and with_output, getattr(student, "vp_stage", None))
+        for student in students
+    ]
+    load_weights(teachers, plan.options.teacher)
+    return [contiguous_parts(teacher).requires_grad_(False).to(torch.cuda.current_device()).eval() for teacher in teachers]
 
 
 def _datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple:

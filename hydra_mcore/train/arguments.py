@@ -19,6 +19,7 @@ from megatron.training.arguments import add_megatron_arguments
 from hydra_mcore.config import CARD_NAME, ConfigError, ModelCard, Recipe, StageOptions, add_flags
 from hydra_mcore.heads import HeadLayout
 from hydra_mcore.model.build import TRACKER, latest_iteration
+from hydra_mcore.ops.sequence import SequencePart
 from hydra_mcore.train.stages import default_flags, start_dir
 
 # Our layer brings its own modules, so Megatron's local implementation serves around it; the optimizer format is
@@ -142,17 +143,39 @@ def _check_output(save: Path, card: ModelCard) -> bool:
 
 
 def _check_settings(known: argparse.Namespace, card: ModelCard) -> None:
-    tp_size, pp_size = known.tensor_model_parallel_size, known.pipeline_model_parallel_size
-    HeadLayout(card.head_map.layers[0], card.shape.num_kv_groups, tp_size)
-    if card.shape.num_layers % pp_size:
-        raise ConfigError(f"pipeline parallel size {pp_size} does not divide {card.shape.num_layers} layers")
-    if pp_size > 1 and known.stage != "extend":
-        raise ConfigError(f"stage {known.stage} runs without pipeline parallelism in this version; set pipeline-model-parallel-size 1")
+    """Raise ConfigError for what Megatron would not notice, or say less clearly."""
+    _check_layout(known, card)
+    if known.packed_documents and known.micro_batch_size != 1:
+        raise ConfigError(f"packed documents are rows of their own: set micro-batch-size 1 instead of {known.micro_batch_size}")
+    if known.reset_position_ids or known.reset_attention_mask:
+        raise ConfigError("reset-position-ids and reset-attention-mask do not reach GDN heads; use packed-documents, which does both")
+    if known.calculate_per_token_loss and known.stage == "align":
+        raise ConfigError("the align loss is a mean over rows, not over tokens; leave calculate-per-token-loss to the other stages")
     decay_iters = known.lr_decay_iters or known.train_iters
     if known.lr_warmup_iters >= decay_iters:
         raise ConfigError(f"lr-warmup-iters {known.lr_warmup_iters} must be fewer than the {decay_iters} steps of the schedule")
     if known.fp16:
         raise ConfigError("fp16 is not supported (the distillation losses carry no loss scale); use bf16")
+
+
+def _check_layout(known: argparse.Namespace, card: ModelCard) -> None:
+    tp_size, pp_size, cp_size = known.tensor_model_parallel_size, known.pipeline_model_parallel_size, known.context_parallel_size
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks % (tp_size * pp_size * cp_size):
+        raise ConfigError(f"tensor {tp_size} x pipeline {pp_size} x context parallel {cp_size} does not divide {ranks} ranks")
+    HeadLayout(card.head_map.layers[0], card.shape.num_kv_groups, tp_size)
+    uneven = known.pipeline_model_parallel_layout or known.decoder_first_pipeline_num_layers or known.decoder_last_pipeline_num_layers
+    if card.shape.num_layers % pp_size and not uneven:
+        raise ConfigError(f"pipeline parallel size {pp_size} does not divide {card.shape.num_layers} layers")
+    part = SequencePart(known.seq_length, cp_size).num_tokens
+    if cp_size > 1 and known.seq_length % (2 * cp_size):
+        raise ConfigError(f"seq-length {known.seq_length} must divide by twice the context parallel size {cp_size}")
+    if known.sequence_parallel and part % tp_size:
+        raise ConfigError(f"sequence parallelism: {part} tokens a rank do not divide by tensor parallel size {tp_size}; change seq-length")
+    if cp_size > 1 and part < card.options.gdn_conv_kernel - 1:
+        raise ConfigError(
+            f"{part} tokens a context-parallel rank are fewer than the short convolution of {card.options.gdn_conv_kernel} taps looks back"
+        )
 
 
 def _without_missing_wandb(known: argparse.Namespace, flags: list[str]) -> list[str]:

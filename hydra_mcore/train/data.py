@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,13 +15,25 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.models.gpt import GPTModel
-from megatron.core.utils import get_batch_on_this_tp_rank
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
 from hydra_mcore.config import ConfigError
+from hydra_mcore.ops.sequence import SequencePart
 
-KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+
+class Batch(NamedTuple):
+    """A micro-batch on one rank: its part of the tokens, [b, s] each, None inside the pipeline.
+
+    ``documents`` bounds the documents of whole rows, where they are packed.
+    """
+
+    tokens_bs: Tensor | None = None
+    labels_bs: Tensor | None = None
+    mask_bs: Tensor | None = None
+    position_ids_bs: Tensor | None = None
+    documents: PackedSeqParams | None = None
 
 
 def check_data(args: argparse.Namespace) -> None:
@@ -64,35 +76,52 @@ def build_datasets(args: argparse.Namespace, tokenizer: Any, num_samples: list[i
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=False,
         num_dataset_builder_threads=args.num_dataset_builder_threads,
+        inter_document_masking=args.packed_documents,
     )
 
     def on_this_rank() -> bool:
-        return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage)
+        return mpu.get_tensor_model_parallel_rank() == 0 and _reads_data(args, vp_stage)
 
     return BlendedMegatronDatasetBuilder(GPTDataset, num_samples, on_this_rank, config).build()
 
 
-def fetch_batch(args: argparse.Namespace, data_iterator: Any, model: GPTModel) -> dict[str, Tensor | None]:
-    """The next micro-batch on this rank: read by tensor-parallel rank 0, sent to the others; None inside the pipeline."""
-    if not is_first_or_last_pipeline_stage(model.vp_stage):
-        return dict.fromkeys(KEYS)
-    batch: dict[str, Tensor | None] = {}
+def fetch_batch(args: argparse.Namespace, data_iterator: Any, model: GPTModel) -> Batch:
+    """The next micro-batch of this rank: read by tensor-parallel rank 0, sent to the others, cut to the rank's part.
+
+    Inside the pipeline only document boundaries are needed: without packed documents nothing is read there.
+
+    Raises:
+        InputError: document boundaries that do not increase from 0 to the sequence length.
+    """
+    if not _reads_data(args, model.vp_stage):
+        return Batch()
+    tokens, labels, mask, position_ids = _broadcast_rows(args, data_iterator)
+    documents = None
+    bounds = (0, args.seq_length)
+    if args.packed_documents:
+        rows = position_ids[0].eq(0).nonzero().flatten().tolist()  # each document counts its positions from 0
+        bounds = (*rows, args.seq_length)
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32)  # on the host, where the layers read it
+        length = args.seq_length
+        documents = PackedSeqParams("thd", cu_seqlens, cu_seqlens, max_seqlen_q=length, max_seqlen_kv=length)
+    part = SequencePart(args.seq_length, mpu.get_context_parallel_world_size(), mpu.get_context_parallel_rank(), bounds)
+    mine = slice(part.start, part.start + part.num_tokens)
+    return Batch(tokens[:, mine], labels[:, mine], mask[:, mine].float(), position_ids[:, mine], documents)
+
+
+def _reads_data(args: argparse.Namespace, vp_stage: int | None) -> bool:
+    return args.packed_documents or is_first_or_last_pipeline_stage(vp_stage)
+
+
+def _broadcast_rows(args: argparse.Namespace, data_iterator: Any) -> Tensor:
+    """Tokens, labels, loss mask and positions of the next micro-batch, [4, b, s], from tensor-parallel rank 0 to all."""
+    shape = (4, args.micro_batch_size, args.seq_length)
     if mpu.get_tensor_model_parallel_rank() == 0:
         sample = next(data_iterator)
-        batch = {key: sample[key].to(torch.cuda.current_device(), non_blocking=True) if key in sample else None for key in KEYS}
-    return get_batch_on_this_tp_rank(
-        batch,
-        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
-        broadcast_group=mpu.get_tensor_model_parallel_group(),
-        create_attention_mask_in_dataloader=False,
-        cp_size=args.context_parallel_size,
-        tp_rank=mpu.get_tensor_model_parallel_rank(),
-        micro_batch_size=args.micro_batch_size,
-        seq_length=args.seq_length,
-        mtp_on_this_rank=False,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
-        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
-        has_cu_seqlens=False,
-        is_hybrid_cp=False,
-    )
+        rows = torch.stack([sample[key].long() for key in ("tokens", "labels", "loss_mask", "position_ids")])
+        rows = rows.to(torch.cuda.current_device(), non_blocking=True)
+    else:
+        rows = torch.empty(shape, dtype=torch.long, device=torch.cuda.current_device())
+    if mpu.get_tensor_model_parallel_world_size() > 1:
+        torch.distributed.broadcast(rows, mpu.get_tensor_model_parallel_src_rank(), mpu.get_tensor_model_parallel_group())
+    return rows

@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from hydra_mcore.heads import InputError
@@ -21,18 +22,20 @@ class TrainingStopped(InputError):
     """Training met a value it must not go on with; the last complete checkpoint stays as it is."""
 
 
-class BranchMonitor:
-    """Means over this pipeline stage's heads, gathered by hooks while the student runs.
+# Gathered while the student runs; the scales are read off its parameters.
+STATISTICS = ("fa gate", "gdn gate", "gdn log decay", "gdn write gate", "fa scale", "gdn scale")
 
-    Statistics: mean output gate of each branch, GDN half-life in tokens (from the mean log decay) and mean write
-    gate, mean fusion scale of each branch. ``take`` gives (sum, count) pairs, the form in which Megatron averages
-    over micro-batches and data-parallel ranks before console, TensorBoard and W&B.
+
+class BranchMonitor:
+    """Sums over the heads of one model chunk, gathered by hooks while the student runs.
+
+    Statistics: output gate of each branch, GDN log decay and write gate, fusion scale of each branch.
     """
 
-    def __init__(self, model: GPTModel, tp_group: torch.distributed.ProcessGroup) -> None:
-        self.tp_group = tp_group
+    def __init__(self, model: GPTModel) -> None:
+        self.model, self.tp_group = model, model.pg_collection.tp
         self.attentions = [layer.self_attention for layer in model.decoder.layers]
-        self.seen: dict[str, list[tuple[Tensor, int]]] = {"fa gate": [], "gdn gate": [], "gdn log decay": [], "gdn write gate": []}
+        self.seen: dict[str, list[tuple[Tensor, int]]] = {name: [] for name in STATISTICS}
         for attention in self.attentions:
             for branch in ("fa", "gdn"):
                 heads = getattr(attention, branch, None)
@@ -44,35 +47,58 @@ class BranchMonitor:
                 gdn.linear_write.register_forward_hook(partial(self._record, "gdn write gate", partial(_write_gate, gdn)))
 
     def _record(self, name: str, read: Callable[[Tensor], Tensor], module: torch.nn.Module, inputs: tuple, output: Tensor) -> None:
-        if torch.is_grad_enabled() and output.numel():
+        if self.model.training and output.numel():  # where a layer is recomputed, twice the same: means do not change
             with torch.no_grad():
                 self.seen[name].append((read(output.float()).sum(), output.numel()))
 
-    def take(self) -> dict[str, Tensor]:
-        """The (sum, count) of each statistic since the last call; a statistic no head has is left out."""
-        rows = {name: _total(values) for name, values in self.seen.items()}
-        rows["fa scale"], rows["gdn scale"] = self._scales()
+    def take(self) -> Tensor:
+        """(sum, count) of each of ``STATISTICS`` since the last call, over the tensor-parallel ranks: [statistics, 2]."""
+        self._read_scales()
+        table = torch.stack([_total(values) for values in self.seen.values()])
         for values in self.seen.values():
             values.clear()
-        names = list(rows)
-        table = torch.stack([rows[name] for name in names])
         if self.tp_group.size() > 1:
             torch.distributed.all_reduce(table, group=self.tp_group)
-        means = {name: table[index] for index, name in enumerate(names) if table[index, 1] > 0}
-        if "gdn log decay" in means:
-            decay, count = means.pop("gdn log decay")
-            means["gdn half-life"] = torch.stack([math.log(2.0) / -(decay / count), torch.ones_like(count)])
-        return means
+        return table
 
-    def _scales(self) -> list[Tensor]:
-        fa: list[tuple[Tensor, int]] = []
-        gdn: list[tuple[Tensor, int]] = []
+    def _read_scales(self) -> None:
         for attention in self.attentions:
-            if hasattr(attention.fusion, "scale"):
-                scale = attention.fusion.scale.weight.detach().float()
-                for values, part in ((fa, scale[: attention.num_fa]), (gdn, scale[attention.num_fa :])):
-                    values.append((part.sum(), part.numel()))
-        return [_total(fa), _total(gdn)]
+            for name, parameter in getattr(attention.fusion, "scale", torch.nn.Module()).named_parameters():
+                scale = parameter.detach().float()
+                shared = name.endswith("_shared")
+                if shared and self.tp_group.rank():
+                    continue  # every rank holds them; one counts
+                num_fa = len(scale) if shared else attention.num_fa
+                for statistic, part in (("fa scale", scale[:num_fa]), ("gdn scale", scale[num_fa:])):
+                    self.seen[statistic].append((part.sum(), part.numel()))
+
+
+def merged(
+    monitors: list[BranchMonitor], align_losses: dict[int, Tensor], num_align_layers: int, groups: ProcessGroupCollection
+) -> dict[str, Tensor]:
+    """(sum, count) of every statistic and align loss, over all stages of the pipeline and all data.
+
+    In the form that Megatron sums over micro-batches for console, TensorBoard and W&B. A statistic no head has is left
+    out; the mean log decay becomes a half-life in tokens (after the sum over ranks: a mean of half-lives is another number).
+
+    Args:
+        align_losses: layer_idx -> (sum, count) on this stage; ``num_align_layers`` is 0 in stages without them.
+    """
+    empty = torch.zeros(2, device=torch.cuda.current_device())
+    layers = [align_losses.get(layer_idx, empty) for layer_idx in range(num_align_layers)]
+    table = torch.cat([sum(monitor.take() for monitor in monitors), *(pair[None] for pair in layers)])
+    for group in (groups.pp, groups.dp_cp):
+        if group.size() > 1:
+            torch.distributed.all_reduce(table, group=group)
+    names = [*STATISTICS, *(f"align layer {layer_idx}" for layer_idx in range(num_align_layers))]
+    means = {name: pair for name, pair in zip(names, table, strict=True) if pair[1] > 0}
+    if "gdn log decay" in means:
+        decay, count = means.pop("gdn log decay")
+        means["gdn half-life"] = torch.stack([math.log(2.0) / -(decay / count), torch.ones_like(count)])
+    if num_align_layers:
+        losses = table[len(STATISTICS) :]
+        means["align loss"] = torch.stack([losses[:, 0].sum(), losses[0, 1]])
+    return means
 
 
 def _total(values: list[tuple[Tensor, int]]) -> Tensor:

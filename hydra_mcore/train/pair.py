@@ -1,121 +1,135 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Teacher and student as one forward unit: what a micro-batch computes in each stage."""
+"""Teacher and student as one forward unit: what a micro-batch computes on one pipeline stage."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from hydra_mcore.config import StageOptions
-from hydra_mcore.train.losses import align_loss, cross_entropy, kl_divergence
-from hydra_mcore.train.monitor import BranchMonitor, first_nonfinite_layer, nonfinite
-
-Batch = dict[str, Tensor | None]
+from hydra_mcore.train.align import JoinPipeline, align_forward
+from hydra_mcore.train.data import Batch
+from hydra_mcore.train.monitor import BranchMonitor, first_nonfinite_layer, merged, nonfinite
+from hydra_mcore.train.token_losses import TokenLoss, token_loss
 
 
 class TransferStep:
     """The forward step of a stage, in the form that Megatron's schedules call.
 
     Args:
-        fetch: (data_iterator, model chunk) -> tokens, labels, loss_mask, position_ids, each [b, s] or None.
-        teacher: the frozen all-FA model, or None where the stage has none.
+        fetch: (data_iterator, model chunk) -> this rank's micro-batch.
         step_number: the 1-based training step under way, for messages.
     """
 
-    def __init__(
-        self, options: StageOptions, fetch: Callable[[Any, GPTModel], Batch], teacher: GPTModel | None, step_number: Callable[[], int]
-    ) -> None:
-        self.options, self.fetch, self.teacher, self.step_number = options, fetch, teacher, step_number
-        self.monitors: dict[int, BranchMonitor] = {}
+    def __init__(self, options: StageOptions, fetch: Callable[[Any, GPTModel], Batch], step_number: Callable[[], int]) -> None:
+        self.options, self.fetch, self.step_number = options, fetch, step_number
+        self.teachers: dict[int, GPTModel] = {}
+        self.monitors: list[BranchMonitor] = []
+        self.align_losses: dict[int, Tensor] = {}
+
+    def prepare(self, students: list[GPTModel], teachers: list[GPTModel]) -> None:
+        """Pair each model chunk of this rank with the frozen teacher's same layers; no teachers in a stage without one."""
+        self.teachers = {id(student): teacher for student, teacher in zip(students, teachers, strict=False)}
+        self.monitors = [BranchMonitor(student) for student in students]
+
+    @property
+    def streams(self) -> int:
+        """How many hidden states travel through the pipeline together."""
+        return 2 if self.options.stage == "distill" else 1
 
     def __call__(self, data_iterator: Any, model: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], tuple]]:
-        """Run one micro-batch; returns the output tensor and the function that turns it into the loss."""
+        """Run one micro-batch; returns this stage's output and the function that turns the last one into the loss."""
         student = unwrap_model(model)
         batch = self.fetch(data_iterator, student)
-        if student.post_process and id(student) not in self.monitors:
-            self.monitors[id(student)] = BranchMonitor(student, student.pg_collection.tp)
         if self.options.stage == "align":
-            losses = align_forward(self.teacher, student, batch["tokens"], batch["position_ids"], self.options.align_loss)
-            return losses, partial(self._align_result, student)
-        forward = partial(model, batch["tokens"], batch["position_ids"], None)
-        if self.options.stage == "extend":
-            return forward(labels=batch["labels"]), partial(self._extend_result, student, forward, batch)
-        with torch.no_grad():
-            teacher_bsw = self.teacher(batch["tokens"], batch["position_ids"], None)
-        return forward(), partial(self._distill_result, student, forward, batch, teacher_bsw)
+            return self._align(student, batch)
+        forward = partial(self._tokens_forward, model, student, batch)
+        return forward(), partial(self._token_result, student, forward, batch)
 
-    def _align_result(self, student: GPTModel, losses: Tensor) -> tuple:
-        total = losses.sum()
-        if not bool(torch.isfinite(total.detach())):
-            worst = int(torch.isfinite(losses.detach()).int().argmin())
-            raise nonfinite(self.step_number(), f"the align loss of layer {worst}")
-        report = {"align loss": _mean_of(total)}
-        report.update({f"align layer {layer_idx}": _mean_of(loss) for layer_idx, loss in enumerate(losses)})
-        return total, {**report, **self.monitors[id(student)].take()}
+    def _align(self, student: GPTModel, batch: Batch) -> tuple[Tensor, Callable[[Tensor], tuple]]:
+        hidden_sbm, losses = align_forward(self.teachers[id(student)], student, batch, self.options.align_loss)
+        for layer, loss in zip(student.decoder.layers, losses, strict=True):
+            layer_idx = layer.layer_number - 1
+            if not bool(torch.isfinite(loss)):
+                raise nonfinite(self.step_number(), f"the align loss of layer {layer_idx}")
+            pair = torch.stack([loss.detach(), torch.ones_like(loss)])
+            self.align_losses[layer_idx] = self.align_losses.get(layer_idx, 0.0) + pair
+        total, entry = losses.sum(), student.decoder.input_tensor
+        output = total if student.post_process else hidden_sbm
+        scale = 0.0 if student.post_process else student.pg_collection.cp.size() / get_num_microbatches()
+        return JoinPipeline.apply(output, total, entry, scale), lambda loss: (loss, {})
 
-    def _extend_result(self, student: GPTModel, forward: Callable, batch: Batch, ce_bs: Tensor) -> tuple:
-        return self._token_result(student, forward, batch, ce_bs.float(), {})
+    def _tokens_forward(self, model: torch.nn.Module, student: GPTModel, batch: Batch) -> Tensor | TokenLoss:
+        """The hidden state for the next stage (teacher's and student's along the batch axis), or the losses on the last."""
+        teacher = self.teachers.get(id(student))
+        inputs = {"input_ids": batch.tokens_bs, "position_ids": batch.position_ids_bs, "attention_mask": None}
+        inputs |= {"packed_seq_params": batch.documents}
+        teacher_sbm = None
+        if teacher is not None:
+            if (entry := student.decoder.input_tensor) is not None:
+                teacher_in, student_in = entry.chunk(2, dim=1)
+                teacher.set_input_tensor(teacher_in.detach())
+                student.set_input_tensor(student_in)
+            with torch.no_grad():
+                teacher_sbm = teacher(**inputs, output_processor=_hidden_and_weight)
+        if student.post_process:
+            return TokenLoss(*model(**inputs, output_processor=self._losses, output_processor_context=(student, batch, teacher_sbm)))
+        student_sbm = model(**inputs)
+        return student_sbm if teacher_sbm is None else torch.cat([teacher_sbm, student_sbm], dim=1)
 
-    def _distill_result(self, student: GPTModel, forward: Callable, batch: Batch, teacher_bsw: Tensor, student_bsw: Tensor) -> tuple:
-        group, options = student.pg_collection.tp, self.options
-        kl_bs = kl_divergence(teacher_bsw, student_bsw, options.kl_temperature, group)
-        ce_bs = cross_entropy(student_bsw, batch["labels"], group)
-        loss_bs = options.kl_weight * kl_bs + options.ce_weight * ce_bs
-        return self._token_result(student, forward, batch, loss_bs, {"kl": kl_bs, "ce": ce_bs})
+    def _losses(self, context: tuple, **output: Any) -> TokenLoss:
+        student, batch, teacher = context
+        options, group = self.options, student.pg_collection.tp
+        whole = gather_from_sequence_parallel_region if student.config.sequence_parallel else copy_to_tensor_model_parallel_region
+        weights = {"ce_weight": 1.0}
+        if teacher is not None:
+            hidden_sbm, weight_wm = teacher
+            weights = {"ce_weight": options.ce_weight, "kl_weight": options.kl_weight, "temperature": options.kl_temperature}
+            weights["teacher"] = (whole(hidden_sbm, group=group), weight_wm)
+        hidden_sbm, weight_wm = _hidden_and_weight(**output)
+        return token_loss(whole(hidden_sbm, group=group), weight_wm, batch.labels_bs, batch.mask_bs, tp_group=group, **weights)
 
-    def _token_result(self, student: GPTModel, forward: Callable, batch: Batch, loss_bs: Tensor, parts: dict[str, Tensor]) -> tuple:
-        """Sum over the tokens that count, their number, and the report of the loss and its parts."""
-        mask_bs = batch["loss_mask"].float()
-        loss = (loss_bs * mask_bs).sum()
-        if not bool(torch.isfinite(loss.detach())):
+    def _token_result(self, student: GPTModel, forward: Callable, batch: Batch, losses: TokenLoss) -> tuple:
+        """Loss of the micro-batch, how many tokens count, and the report: the same on every layout.
+
+        Megatron averages over context-parallel ranks what it divides by a micro-batch's own count. Parts may count
+        different numbers of tokens, so each divides by the count of all parts, and the average becomes a sum.
+        """
+        if not bool(torch.isfinite(losses.loss.detach())):
             pipelined = student.pg_collection.pp.size() > 1
             where = "this pipeline stage" if pipelined else first_nonfinite_layer(student, forward)
             raise nonfinite(self.step_number(), f"the {self.options.stage} loss (first seen in {where})")
-        count = mask_bs.sum()
-        report = {f"{self.options.stage} loss": torch.stack([loss.detach(), count])}
-        report.update({name: torch.stack([(part.detach() * mask_bs).sum(), count]) for name, part in parts.items()})
-        return loss, count.to(torch.int), {**report, **self.monitors[id(student)].take()}
+        count = batch.mask_bs.sum()
+        report = {f"{self.options.stage} loss": torch.stack([losses.loss.detach(), count])}
+        if self.teachers:
+            report |= {"kl": torch.stack([losses.kl, count]), "ce": torch.stack([losses.ce, count])}
+        if student.config.calculate_per_token_loss:
+            return losses.loss, count.to(torch.int), report
+        count, group = count.clone(), student.pg_collection.cp
+        if group.size() > 1:
+            torch.distributed.all_reduce(count, group=group)
+        return losses.loss * group.size(), count.to(torch.int), report
+
+    def take_statistics(self) -> dict[str, Tensor]:
+        """(sum, count) of every statistic and align loss since the last call, over all layers of the pipeline."""
+        student = self.monitors[0].model
+        num_layers = student.config.num_layers if self.options.stage == "align" else 0
+        statistics = merged(self.monitors, self.align_losses, num_layers, student.pg_collection)
+        self.align_losses.clear()
+        return statistics
 
 
-def align_forward(teacher: GPTModel, student: GPTModel, tokens_bs: Tensor, position_ids_bs: Tensor, kind: str) -> Tensor:
-    """One align loss a layer [layers]; every student layer is fed the teacher's own input, so layers do not interact.
-
-    The trunk is the teacher, without gradients; a student layer's graph holds that layer's attention alone.
-    """
-    with torch.no_grad(), recorded_attention(teacher) as records:
-        teacher(tokens_bs, position_ids_bs, None)
-    group = student.pg_collection.tp if student.config.sequence_parallel else None
-    losses = []
-    for layer, (hidden_sbm, rotary, teacher_sbm) in zip(student.decoder.layers, records, strict=True):
-        student_sbm, _ = layer.self_attention(hidden_sbm, rotary_pos_emb=rotary)
-        losses.append(align_loss(student_sbm, teacher_sbm, kind, group))
-    return torch.stack(losses)
-
-
-@contextlib.contextmanager
-def recorded_attention(model: GPTModel) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
-    """Collect (input, rotary, output) of every layer's attention while the block is open."""
-    records: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def record(module: torch.nn.Module, inputs: tuple, keywords: dict[str, Any], output: tuple[Tensor, None]) -> None:
-        records.append((inputs[0], keywords["rotary_pos_emb"], output[0]))
-
-    hooks = [layer.self_attention.register_forward_hook(record, with_kwargs=True) for layer in model.decoder.layers]
-    try:
-        yield records
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _mean_of(value: Tensor) -> Tensor:
-    """(sum, count) of one micro-batch's value, so that Megatron averages it over micro-batches and ranks."""
-    return torch.stack([value.detach(), torch.ones_like(value)])
+def _hidden_and_weight(
+    hidden_states: Tensor, output_layer: torch.nn.Module, output_weight: Tensor | None, **_: Any
+) -> tuple[Tensor, Tensor]:
+    """The last hidden state and this rank's rows of the output layer, in place of logits."""
+    return hidden_states, output_layer.weight if output_weight is None else output_weight

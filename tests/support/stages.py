@@ -83,14 +83,14 @@ def randomise(model: torch.nn.Module) -> None:
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
-def write_data(prefix: Path, vocab_size: int, documents: int = 64) -> None:
-    """An IndexedDataset of random documents, 20 to 80 tokens each."""
+def write_data(prefix: Path, vocab_size: int, documents: int = 128) -> None:
+    """An IndexedDataset of random documents: of one token, ending on and around part borders, longer than a row."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     random = np.random.default_rng(0)
     for _ in range(documents):
-        tokens = random.integers(vocab_size - 1, size=random.integers(20, 80))
+        tokens = random.integers(vocab_size - 1, size=random.choice([1, 2, 7, 8, 9, 16, 30, 80]))
         builder.add_document(torch.from_numpy(tokens), [len(tokens)])
     builder.finalize(f"{prefix}.idx")
 
@@ -102,8 +102,19 @@ def run_stage(
     start = ["--start-from", str(start_from or folder / "student")]
     argv = ["--stage", stage, "--run-dir", str(folder / run), "--teacher", str(folder / "teacher"), *start]
     argv += ["--data-path", str(folder / "data"), "--data-cache-path", str(folder / "cache"), *FLAGS, *flags]
-    run_ranks(_train, world_size, argv, timeout=180)
+    run_ranks(_train, world_size, argv, timeout=60)
     return logged(folder / run / stage / "tensorboard")
+
+
+def gradients(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Adam's first moment of every parameter, whole, by its name in a checkpoint; after one step, 0.1 x the clipped gradient."""
+    import torch.distributed.checkpoint as dcp
+
+    prefix, reader = "optimizer.state.exp_avg.", dcp.FileSystemReader(checkpoint)
+    index = reader.read_metadata().state_dict_metadata
+    state = {key: torch.zeros(value.size) for key, value in index.items() if key.startswith(prefix)}
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return {key.removeprefix(prefix): value for key, value in state.items()}
 
 
 def _train(rank: int, argv: list[str]) -> None:

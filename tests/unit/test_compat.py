@@ -20,7 +20,7 @@ from hydra_mcore import compat
 from hydra_mcore.compat import cpu, datasets, optimizer, patching
 from tests.support.launch import model_parallel, run_ranks
 
-ALL = (*cpu.PATCHES, *datasets.PATCHES, *optimizer.PATCHES)
+ALL = (*cpu.PATCHES, *datasets.PATCHES, *optimizer.BUCKET_PATCHES, *optimizer.PATCHES)
 DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
 
 
@@ -115,7 +115,7 @@ def test_a_machine_with_a_gpu_is_left_alone() -> None:
         before = [patching.resolve(patch.target) for patch in cpu.PATCHES if patch.target.startswith("torch")]
         installed = compat.install()
         assert before == [patching.resolve(patch.target) for patch in cpu.PATCHES if patch.target.startswith("torch")]
-        assert installed == (*datasets.PATCHES, *optimizer.PATCHES), installed
+        assert installed == (*datasets.PATCHES, *optimizer.BUCKET_PATCHES, *optimizer.PATCHES), installed
 
         from megatron.core.optimizer import distrib_optimizer
         distrib_optimizer.HAVE_APEX_OR_TE = True
@@ -219,7 +219,7 @@ def test_a_synchronous_save_starts_no_process(tmp_path) -> None:
     assert run_ranks(worker, 1) == [(0, [7.0] * 3)]
 
 
-def _optimizer(width: int = 4) -> Any:
+def _optimizer(width: int = 4, bucket_size: int | None = None) -> Any:
     """Return one float32 linear layer, wrapped for data parallelism, and its optimizer (a chain of one)."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -228,7 +228,10 @@ def _optimizer(width: int = 4) -> Any:
     torch.manual_seed(0)
     model = torch.nn.Linear(width, width, bias=width > 1)
     config = TransformerConfig(num_layers=1, hidden_size=width, num_attention_heads=1)
-    chunk = DistributedDataParallel(config, DistributedDataParallelConfig(use_distributed_optimizer=True), model)
+    ddp = DistributedDataParallelConfig(
+        use_distributed_optimizer=True, bucket_size=bucket_size, overlap_grad_reduce=bucket_size is not None
+    )
+    chunk = DistributedDataParallel(config, ddp, model)
     settings = OptimizerConfig(optimizer="adam", lr=0.1, use_distributed_optimizer=True, params_dtype=torch.float32)
     return chunk, get_megatron_optimizer(settings, [chunk])
 
@@ -264,19 +267,19 @@ def _in_ranks(check: Callable[[], Any], unpatched: str | None, world_size: int =
     return run_ranks(worker, world_size, timeout=20)
 
 
-def _resume(folder: str, sharding: str) -> bool:
+def _resume(folder: str, sharding: str, bucket_size: int | None = None) -> bool:
     """Tell whether three steps, a save, a load into a new optimizer and three steps equal six steps."""
     from megatron.core import dist_checkpointing
 
     metadata = {"distrib_optim_sharding_type": sharding}
-    chunk, distributed = _optimizer()
+    chunk, distributed = _optimizer(bucket_size=bucket_size)
     _steps(chunk, distributed, 3)
     model = _shards(chunk)
     state = {"model": model, "optimizer": distributed.sharded_state_dict(model, metadata=metadata)}
     dist_checkpointing.save(state, folder)
     expected = _steps(chunk, distributed, 3)
 
-    chunk, distributed = _optimizer()
+    chunk, distributed = _optimizer(bucket_size=bucket_size)
     model = _shards(chunk)
     wanted = distributed.sharded_state_dict(model, is_loading=True, metadata=metadata)
     loaded = dist_checkpointing.load({"model": model, "optimizer": wanted}, folder)
@@ -303,6 +306,11 @@ def test_the_optimizer_does_not_resume_without_the_patch(method: str, sharding: 
             return False
 
     assert _in_ranks(check, method) == [False]
+
+
+@pytest.mark.parametrize(("method", "exact"), [(None, True), ("sharded_param_state_fully_reshardable", False)])
+def test_several_buckets_resume_only_with_the_patch(method: str | None, exact: bool, tmp_path) -> None:
+    assert _in_ranks(lambda: _resume(str(tmp_path), "fully_reshardable", bucket_size=1), method) == [exact]
 
 
 @pytest.mark.parametrize(("method", "counts"), [(None, [3.0, 3.0]), ("step_with_ready_grads", [3.0, 0.0])])

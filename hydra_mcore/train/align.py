@@ -1,0 +1,126 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Stage align on one pipeline stage: the teacher's layers run, and each student layer is fitted on the spot."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
+from torch import Tensor
+
+from hydra_mcore.train.data import Batch
+
+Group = torch.distributed.ProcessGroup
+
+
+def align_forward(teacher: GPTModel, student: GPTModel, batch: Batch, kind: str) -> tuple[Tensor, Tensor]:
+    """The teacher's output [s, b, m] of this pipeline stage, and one align loss for each of its layers [layers].
+
+    Every student layer is fed the teacher's own input, so layers do not interact: the trunk is the teacher, without
+    gradients. A layer's gradient is taken as soon as its loss is known, so that no layer's activations are kept while
+    another's are made. The pipeline hands the teacher's hidden state from stage to stage.
+    """
+    teacher.set_input_tensor(student.decoder.input_tensor)
+    with_gradient = torch.is_grad_enabled()
+    losses: list[Tensor] = []
+
+    def fit(layer: torch.nn.Module, hidden_sbm: Tensor, keywords: dict[str, Any], teacher_sbm: Tensor) -> None:
+        def loss() -> Tensor:
+            student_sbm, _ = layer.self_attention(
+                hidden_sbm, rotary_pos_emb=keywords["rotary_pos_emb"], packed_seq_params=keywords["packed_seq_params"]
+            )
+            return align_loss(student_sbm, teacher_sbm, kind, groups)
+
+        if with_gradient:
+            with torch.enable_grad():
+                losses.append(GradientAtOnce.apply(loss, *(p for p in layer.parameters() if p.requires_grad)))
+        else:
+            losses.append(loss())
+
+    groups = [student.pg_collection.cp] + ([student.pg_collection.tp] if student.config.sequence_parallel else [])
+    with torch.no_grad(), _after_attention(teacher, student, fit):
+        hidden_sbm = teacher(batch.tokens_bs, batch.position_ids_bs, None, packed_seq_params=batch.documents)
+    return hidden_sbm, torch.stack(losses) if losses else hidden_sbm.new_zeros(0, dtype=torch.float32)
+
+
+def align_loss(student_sbm: Tensor, teacher_sbm: Tensor, kind: str, groups: list[Group]) -> Tensor:
+    """Squared error of one layer's attention output (paper Eq 15), a float32 scalar.
+
+    "squared": summed over the width, averaged over tokens. "relative": each row's error over the square of
+    the teacher's own output there, averaged over rows; 1 means "no better than zero" in every layer, and the
+    value does not depend on how rows are dealt to micro-batches.
+
+    Args:
+        groups: the groups that the sequence is sharded over (context and sequence parallelism).
+    """
+    error_b = (student_sbm.float() - teacher_sbm.float()).square().sum(dim=(0, 2))
+    tokens = torch.full_like(error_b, student_sbm.shape[0])
+    scale_b = teacher_sbm.float().square().sum(dim=(0, 2)) if kind == "relative" else tokens
+    for group in groups:
+        error_b, scale_b = (reduce_from_tensor_model_parallel_region(t, group=group) for t in (error_b, scale_b))
+    return (error_b / scale_b).mean()
+
+
+@contextlib.contextmanager
+def _after_attention(teacher: GPTModel, student: GPTModel, fit: Callable[..., None]) -> Iterator[None]:
+    """Call ``fit(student layer, input, keywords, output)`` after the attention of each teacher layer."""
+
+    def hook(layer: torch.nn.Module, module: torch.nn.Module, inputs: tuple, keywords: dict[str, Any], output: tuple) -> None:
+        fit(layer, inputs[0], keywords, output[0])
+
+    pairs = zip(teacher.decoder.layers, student.decoder.layers, strict=True)
+    hooks = [mine.self_attention.register_forward_hook(partial(hook, layer), with_kwargs=True) for mine, layer in pairs]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+class GradientAtOnce(torch.autograd.Function):
+    """``loss()`` with its gradient in ``parameters`` computed in the forward pass, whose graph is then dropped.
+
+    Backward multiplies the kept gradients, so that whatever scale and hooks Megatron applies still hold. Kept is one
+    gradient a parameter and micro-batch in flight, instead of the activations of all layers.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Callable[[], Tensor], *parameters: Tensor) -> Tensor:
+        with torch.enable_grad():
+            value = loss()
+            gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+        ctx.save_for_backward(*gradients)
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(None if gradient is None else gradient * scale.to(gradient.dtype) for gradient in ctx.saved_tensors)
+
+
+class JoinPipeline(torch.autograd.Function):
+    """``output``, with the local loss of a pipeline stage tied to it: Megatron runs backward from a stage's output.
+
+    Megatron scales only the last stage's loss, so the others give theirs ``scale``. The gradient sent to the stage
+    before is zero (nothing flows through the teacher), but sent it must be: that stage waits for it.
+
+    Args:
+        output: hidden state for the next stage, or the loss of the last one.
+        loss: this stage's loss; an empty sum on the last stage, whose loss is ``output`` itself.
+        entry: the hidden state that came from the stage before; None on the first.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, loss: Tensor, entry: Tensor | None, scale: float) -> Tensor:
+        ctx.scale, ctx.loss, ctx.entry = scale, loss.detach(), None if entry is None else entry.detach()
+        return output.clone()  # Megatron frees a sent output in place, which a view would not survive
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        entry = None if ctx.entry is None else torch.zeros_like(ctx.entry)
+        return gradient, torch.full_like(ctx.loss, ctx.scale), entry, None

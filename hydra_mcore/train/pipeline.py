@@ -1,0 +1,47 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Megatron's pipeline schedules with a teacher beside the student."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from megatron.training import training
+from torch import Tensor
+
+from hydra_mcore.train.pair import TransferStep
+
+Report = dict[str, Tensor]
+
+
+@contextlib.contextmanager
+def teacher_in_the_pipeline(step: TransferStep) -> Iterator[None]:
+    """While open, Megatron's training loop gets schedules that
+
+    - carry the teacher's hidden state beside the student's (``step.streams`` of them along the batch axis), because
+      schedules know the shape of what stages send from the micro-batch size alone;
+    - end with the reports of all stages on the last one, because only that one's are logged.
+    """
+    stock = training.get_forward_backward_func
+
+    def choose(*args: Any, **keywords: Any) -> Callable[..., list[Report]]:
+        schedule = stock(*args, **keywords)
+
+        def run(*, micro_batch_size: int, **rest: Any) -> list[Report]:
+            reports = schedule(micro_batch_size=micro_batch_size * step.streams, **rest)
+            return _with_statistics(reports, step.take_statistics())
+
+        return run
+
+    with patch.object(training, "get_forward_backward_func", choose):
+        yield
+
+
+def _with_statistics(reports: list[Report], statistics: Report) -> list[Report]:
+    """The last stage's reports, one a micro-batch; (sum, count) pairs of the whole step stand in the first."""
+    nothing = {name: torch.zeros_like(pair) for name, pair in statistics.items()}
+    return [report | (nothing if index else statistics) for index, report in enumerate(reports)]
