@@ -160,13 +160,13 @@ def _check_settings(known: argparse.Namespace, card: ModelCard) -> None:
 
 def _check_layout(known: argparse.Namespace, card: ModelCard) -> None:
     tp_size, pp_size, cp_size = known.tensor_model_parallel_size, known.pipeline_model_parallel_size, known.context_parallel_size
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks % (tp_size * pp_size * cp_size):
-        raise ConfigError(f"tensor {tp_size} x pipeline {pp_size} x context parallel {cp_size} does not divide {ranks} ranks")
     HeadLayout(card.head_map.layers[0], card.shape.num_kv_groups, tp_size)
     uneven = known.pipeline_model_parallel_layout or known.decoder_first_pipeline_num_layers or known.decoder_last_pipeline_num_layers
     if card.shape.num_layers % pp_size and not uneven:
         raise ConfigError(f"pipeline parallel size {pp_size} does not divide {card.shape.num_layers} layers")
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks % (tp_size * pp_size * cp_size):
+        raise ConfigError(f"tensor {tp_size} x pipeline {pp_size} x context parallel {cp_size} does not divide {ranks} ranks")
     part = SequencePart(known.seq_length, cp_size).num_tokens
     if cp_size > 1 and known.seq_length % (2 * cp_size):
         raise ConfigError(f"seq-length {known.seq_length} must divide by twice the context parallel size {cp_size}")

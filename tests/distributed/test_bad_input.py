@@ -52,6 +52,11 @@ def _refused(rank: int, argv: list[str]) -> tuple[int, str]:
         (("--sequnce-parallel",), "unknown flag --sequnce-parallel; did you mean --sequence-parallel?"),
         (("--tensor-model-parallel-size", "3"), "tensor parallel size 3 does not divide 8 query heads"),
         (("--pipeline-model-parallel-size", "3"), "pipeline parallel size 3 does not divide 4 layers"),
+        (("--tensor-model-parallel-size", "2"), "tensor 2 x pipeline 1 x context parallel 1 does not divide 1 ranks"),
+        (("--context-parallel-size", "4"), "tensor 1 x pipeline 1 x context parallel 4 does not divide 1 ranks"),
+        (("--packed-documents",), "packed documents are rows of their own: set micro-batch-size 1 instead of 2"),
+        (("--reset-attention-mask",), "do not reach GDN heads; use packed-documents"),
+        (("--recompute-granularity", "full"), "Megatron refuses these settings: Using recompute_granularity: full so recompute_method"),
         (("--seq-length", "1000000"), "one sequence needs 1000001"),
         (("--data-path", "nowhere"), "no nowhere.idx and .bin"),
         (("--start-from", "nowhere"), "nowhere: no complete checkpoint"),
@@ -65,6 +70,36 @@ def _refused(rank: int, argv: list[str]) -> tuple[int, str]:
 def test_flags(folder: Path, flags: tuple[str, ...], said: str) -> None:
     assert said in refusal(folder, *flags)
     assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags", "said"),
+    [
+        (2, ("--context-parallel-size", "2", "--seq-length", "31"), "context parallel size 2 does not divide a sequence of 31 tokens"),
+        (2, ("--context-parallel-size", "2", "--seq-length", "30"), "seq-length 30 must divide by twice the context parallel size 2"),
+        (2, ("--context-parallel-size", "2", "--seq-length", "4"), "2 tokens a context-parallel rank are fewer than the short convolution"),
+        (4, ("--tensor-model-parallel-size", "4", "--sequence-parallel", "--seq-length", "30"), "30 tokens a rank do not divide by"),
+        (4, ("--pipeline-model-parallel-size", "4", "--num-layers-per-virtual-pipeline-stage", "3"), "Megatron refuses these settings"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_layouts_are_refused_before_data_is_read(folder: Path, ranks: int, flags: tuple[str, ...], said: str) -> None:
+    code, lines = run_ranks(_refused_among, 1, ranks, folder, ("--data-path", "nowhere", *flags))[0]
+    assert code == 2 and said in lines and "nowhere.idx" not in lines and "Traceback" not in lines, lines
+    assert not (folder / "run").exists()
+
+
+def _refused_among(rank: int, ranks: int, folder: Path, flags: tuple[str, ...]) -> tuple[int, str]:
+    """What the first of several ranks says; it must be refused before it waits for the others."""
+    import os
+
+    os.environ["WORLD_SIZE"] = str(ranks)
+    argv = ["--stage", "extend", "--run-dir", str(folder / "run"), "--start-from", str(folder / "student"), *FLAGS, *flags]
+    return _refused(rank, argv)
+
+
+def test_align_has_no_per_token_loss(folder: Path) -> None:
+    assert "the align loss is a mean over rows" in refusal(folder, "--calculate-per-token-loss", stage="align")
 
 
 def test_unknown_recipe_key(folder: Path) -> None:
