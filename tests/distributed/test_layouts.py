@@ -117,3 +117,15 @@ def test_every_option_is_the_same_on_four_ranks(tmp_path: Path, options: HydraOp
     for tag in ("extend loss", "grad-norm"):
         for step, value in one[tag].items():
             assert four[tag][step] == pytest.approx(value, rel=1e-5), f"{tag} at step {step}"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_validation_losses_equal_one_process(folder: Path, stage: str) -> None:
+    validation = ("--split", "50,50,0", "--eval-iters", "1", "--eval-interval", "1", "--packed-documents")
+    one = run_stage(folder, stage, 1, *STEPS, *validation, run="validation-1")
+    four = run_stage(folder, stage, 4, *STEPS, *validation, *layout(1, 2, 2, 1)[1], run="validation-4")
+    tags = [tag for tag in one if "validation" in tag and "vs samples" not in tag and "ppl" not in tag]
+    assert any(f"{stage} loss" in tag for tag in tags)
+    for tag in tags:
+        for step, value in one[tag].items():
+            assert four[tag][step] == pytest.approx(value, rel=1e-5), f"{tag} at step {step}"
