@@ -119,7 +119,7 @@ def test_every_option_is_the_same_on_four_ranks(tmp_path: Path, options: HydraOp
             assert four[tag][step] == pytest.approx(value, rel=1e-5), f"{tag} at step {step}"
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["distill", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("align", "extend"))])
 def test_validation_losses_equal_one_process(folder: Path, stage: str) -> None:
     validation = ("--split", "50,50,0", "--eval-iters", "1", "--eval-interval", "1", "--packed-documents")
     one = run_stage(folder, stage, 1, *STEPS, *validation, run="validation-1")

@@ -51,9 +51,16 @@ def _train_without_wandb(rank: int, argv: list[str]) -> None:
     main(argv)
 
 
+PIPELINED = ("--pipeline-model-parallel-size", "2", "--context-parallel-size", "2", "--micro-batch-size", "1")
+
+
 @pytest.mark.parametrize("stage", ["align", "distill", "extend"])
 def test_bf16_is_near_float32(folder: Path, stage: str) -> None:
-    exact = run_stage(folder, stage, 2, "--tensor-model-parallel-size", "2", "--sequence-parallel", run=f"{stage}-fp32")
-    found = run_stage(folder, stage, 2, "--tensor-model-parallel-size", "2", "--sequence-parallel", "--bf16", run=f"{stage}-bf16")
+    exact = run_stage(folder, stage, 1, "--micro-batch-size", "1", "--train-iters", "4", run=f"{stage}-fp32")
+    sharded = run_stage(
+        folder, stage, 2, "--tensor-model-parallel-size", "2", "--sequence-parallel", "--bf16", "--train-iters", "4", run=f"{stage}-bf16"
+    )
+    pipelined = run_stage(folder, stage, 4, *PIPELINED, "--bf16", "--train-iters", "4", run=f"{stage}-bf16-pipelined")
     for step, value in exact[f"{stage} loss"].items():
-        assert found[f"{stage} loss"][step] == pytest.approx(value, rel=0.02), step
+        for found in (sharded, pipelined):
+            assert found[f"{stage} loss"][step] == pytest.approx(value, rel=0.02), step

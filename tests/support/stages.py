@@ -102,7 +102,7 @@ def run_stage(
     start = ["--start-from", str(start_from or folder / "student")]
     argv = ["--stage", stage, "--run-dir", str(folder / run), "--teacher", str(folder / "teacher"), *start]
     argv += ["--data-path", str(folder / "data"), "--data-cache-path", str(folder / "cache"), *FLAGS, *flags]
-    run_ranks(_train, world_size, argv, timeout=60)
+    run_ranks(_train, world_size, argv, timeout=140)
     return logged(folder / run / stage / "tensorboard")
 
 
