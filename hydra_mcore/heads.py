@@ -189,7 +189,8 @@ class HeadLayout:
     "heads": H/tp whole heads each, FA counts that differ by at most one. Simple, and every projection is balanced; but
     with two FA heads on eight ranks, two ranks do all of the attention.
     "queries": every rank gets the same number of whole FA heads; those left over (``shared_fa``) are computed by all
-    ranks, each for its own part of the queries. All ranks do the same attention work, for any map.
+    ranks, each for its own part of the queries. All ranks do the same attention work, for any map (nearly the same
+    where documents are packed).
 
     Ranks that get one head more rotate with ``layer_idx``, so the surplus evens out over the layers.
     FA heads of one kv group stay on one rank where the balance allows it (the deal is greedy: of groups of four or

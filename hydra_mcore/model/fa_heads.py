@@ -129,15 +129,22 @@ def log_position_scale(position_s: Tensor, base: float) -> Tensor:
 def causal_attention(segments: list[Segment], q_sbhd: Tensor, k_sbhd: Tensor, v_sbhd: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v of each segment's queries over their document's earlier keys: [queries, b, h, d].
 
-    With no heads, an empty result that keeps the graph.
+    With no heads or no queries, an empty result that keeps the graph.
     """
-    if q_sbhd.shape[2] == 0:
+    if q_sbhd.numel() == 0:
         return q_sbhd + (k_sbhd.sum() + v_sbhd.sum())
     q, k, v = (t.permute(1, 2, 0, 3) for t in (q_sbhd, k_sbhd, v_sbhd))
     out = []
     for start, end, key_start, key_end in segments:
         square = end - start == key_end - key_start
-        mask = None if square else causal_lower_right(end - start, key_end - key_start)
+        mask = None if square else _later_queries(end - start, key_end - key_start, q.device)
         keys = slice(key_start, key_end)
         out.append(F.scaled_dot_product_attention(q[:, :, start:end], k[:, :, keys], v[:, :, keys], attn_mask=mask, is_causal=square))
     return torch.cat(out, dim=2).permute(2, 0, 1, 3)
+
+
+def _later_queries(queries: int, keys: int, device: torch.device) -> Tensor:
+    """The causal mask of the last ``queries`` of ``keys`` tokens; a GPU's attention kernels know it by name."""
+    if device.type == "cuda":
+        return causal_lower_right(queries, keys)
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)

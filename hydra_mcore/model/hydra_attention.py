@@ -68,6 +68,10 @@ class HydraAttention(MegatronModule):
         self.shared_kv = options.qkv == "shared"
         if self.shared_kv:
             self.linear_kv = GroupLinear(config, self.layout, owned.heads + shared, 2 * config.kv_channels, pg_collection)
+            fa, gdn, fa_shared = self.linear_kv.group_of_head.split([self.num_fa, len(owned.gdn), len(shared)])
+            fa_groups, group_of_fa_head = torch.cat([fa, fa_shared]).unique(return_inverse=True)
+            for name, index in {"gdn_groups": gdn, "fa_groups": fa_groups, "group_of_fa_head": group_of_fa_head}.items():
+                self.register_buffer(name, index, persistent=False)
         if heads.fa:
             self.fa = FullAttentionHeads(config, options, self.layout, pg_collection, log_scale, self.shared_kv)
         if heads.gdn:
@@ -96,10 +100,8 @@ class HydraAttention(MegatronModule):
 
     def _shared_keys_values(self, x_sbm: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """K/V that both branches read: by group for FA, with the group of its own and shared heads; by head for GDN."""
-        kv_sbgd, group_of_head = self.linear_kv(x_sbm), self.linear_kv.group_of_head
-        num_own = len(group_of_head) - len(self.layout.shared_fa)
-        fa, gdn, shared = group_of_head.split([self.num_fa, num_own - self.num_fa, len(self.layout.shared_fa)])
-        return (kv_sbgd, torch.cat([fa, shared])), kv_sbgd.index_select(2, gdn)
+        kv_sbgd = self.linear_kv(x_sbm)
+        return (kv_sbgd.index_select(2, self.fa_groups), self.group_of_fa_head), kv_sbgd.index_select(2, self.gdn_groups)
 
     def forward(
         self,

@@ -21,11 +21,12 @@ import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedTensor, ShardedTensorFactory
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import checkpoint, set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from hydra_mcore.heads import HeadLayout, HeadRole
 
@@ -36,9 +37,13 @@ def replicated(weight: Tensor, tp_group: torch.distributed.ProcessGroup) -> Tens
 
 
 def recomputed(config: TransformerConfig, core: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """``core(*inputs)``, computed again in backward instead of kept, under Megatron's selective "core_attn" recompute."""
+    """``core(*inputs)``, computed again in backward instead of kept, under Megatron's selective "core_attn" recompute.
+
+    By torch's checkpoint: Megatron's takes no gradient with ``autograd.grad``, which align uses. ``core`` draws no random
+    numbers; it is run again to its end, because ranks must communicate alike whatever each of them needs again.
+    """
     if config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules:
-        return checkpoint(core, False, *inputs)
+        return checkpoint(core, *inputs, use_reentrant=False, preserve_rng_state=False, early_stop=False)
     return core(*inputs)
 
 

@@ -92,6 +92,7 @@ def test_readme_commands_from_import_to_report(run_dir: Path) -> None:
         ("tools/convert.py", "hybridize"),
         ("tools/select_heads.py",),
         ("tools/evaluate.py",),
+        ("tools/benchmark.py",),
         ("-m", "hydra_mcore.train"),
         ("-m", "examples.tiny.demo"),
         ("-m", "examples.tiny.train_teacher"),
@@ -101,3 +102,10 @@ def test_readme_commands_from_import_to_report(run_dir: Path) -> None:
 def test_every_command_has_help_with_examples(command: tuple[str, ...]) -> None:
     said = run(*command, "--help")
     assert re.search("examples?:", said, re.IGNORECASE)
+
+
+def test_benchmarks_print_tables() -> None:
+    assert "| 2 | 32768 |" in run("tools/benchmark.py", "communication", "--fa-heads", "2", "--cp", "2", "4", "--lengths", "32768")
+    assert "| 3:1, random scores, global | 4 |" in run("tools/benchmark.py", "balance", "--tp", "4", "--length", "256")
+    assert "all by queries" in run("tools/benchmark.py", "balance", "--measure", "--length", "16", "--repeats", "1")
+    assert "| end-to-end backpropagation" in run("tools/benchmark.py", "memory", "--lengths", "512", "1024")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hydra_mcore.train.token_losses import peak_bytes, token_loss
 from tests.support.launch import model_parallel, run_ranks
-from tools.memory import tracked_peak
+from tools.tracked_memory import tracked_peak
 
 ONE_RANK = torch.distributed.ProcessGroup(0, 1)  # has no backend: any collective raises
 S, B, M, W = 7, 3, 6, 20

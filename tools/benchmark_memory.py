@@ -18,7 +18,7 @@ from hydra_mcore.model.build import build_model, teacher_card
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.train import align, pair
 from hydra_mcore.train.data import Batch
-from tools.memory import tracked_peak
+from tools.tracked_memory import tracked_peak
 
 SHAPE = ModelShape(
     num_layers=8, hidden_size=256, num_heads=8, num_kv_groups=4, head_dim=32, ffn_hidden_size=768, vocab_size=65_536, native_length=2048

@@ -1,0 +1,219 @@
+#!/usr/bin/env python3
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What HydraHead costs beside others: bytes sent, balance over ranks, memory. Markdown tables on stdout."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hydra_mcore.config import ModelShape
+    from hydra_mcore.heads import HeadMap
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+VALUE_BYTES = 2  # bf16
+RATIOS = ("3:1", "7:1", "15:1")
+RANDOM_MAPS = 1000
+
+EXAMPLES = """\
+The shape is that of Qwen3-1.7B: 28 layers, 16 heads of 128 channels in 8 kv groups, width 2048, bf16.
+
+examples:
+  bytes sent under context parallelism, beside Megatron's all-to-all
+      python tools/benchmark.py communication
+      python tools/benchmark.py communication --fa-heads 2 --cp 2 4 --lengths 32768
+  attention work of tensor-parallel ranks, for a head map of your own too
+      python tools/benchmark.py balance --head-map runs/heads/head_map.json
+  the seconds of every rank's layer on this machine (minutes, one process)
+      python tools/benchmark.py balance --measure
+  peak memory of align and distill beside end-to-end backpropagation (a minute, a small model)
+      python tools/benchmark.py memory
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    layout = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(prog="benchmark", description=__doc__, epilog=EXAMPLES, formatter_class=layout)
+    commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    c = commands.add_parser("communication", help="MiB that a rank sends for a layer, by context parallel size and length")
+    c.add_argument("--fa-heads", type=int, default=4, metavar="N", help="FA heads of the layer's 16 (default 4, that is 3:1)")
+    c.add_argument("--cp", nargs="+", type=positive, default=[2, 4, 8, 16], metavar="N", help="context parallel sizes (default 2 4 8 16)")
+    c.add_argument("--tp", type=positive, default=1, metavar="N", help="tensor parallel size (default 1)")
+    lengths = [2**power for power in range(14, 20)]
+    c.add_argument("--lengths", nargs="+", type=positive, default=lengths, metavar="N", help="tokens a row (default 16384 ... 524288)")
+    c.set_defaults(run=communication)
+
+    b = commands.add_parser("balance", help="the busiest tensor-parallel rank's attention against the mean, by fa_balance")
+    b.add_argument("--head-map", nargs="+", type=Path, default=[], metavar="FILE", help="head maps to show before the synthetic ones")
+    b.add_argument("--tp", nargs="+", type=positive, default=[2, 4, 8], metavar="N", help="tensor parallel sizes (default 2 4 8)")
+    b.add_argument("--length", type=positive, metavar="N", help="tokens of the one document (default 16384, with --measure 4096)")
+    b.add_argument("--measure", action="store_true", help="time one layer of every rank of TP 8 instead of counting; takes minutes")
+    b.add_argument("--repeats", type=positive, default=3, metavar="N", help="of --measure; the median counts (default 3)")
+    b.set_defaults(run=balance)
+
+    m = commands.add_parser("memory", help="peak memory a token of align and distill, beside end-to-end backpropagation")
+    m.add_argument("--lengths", nargs=2, type=positive, default=[1024, 2048], metavar="N", help="tokens (default 1024 2048)")
+    m.set_defaults(run=memory)
+    return p
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not above 0")
+    return value
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    from hydra_mcore.compat import install
+
+    install()
+    from hydra_mcore.model.runtime import one_line_errors
+
+    with one_line_errors("benchmark"):
+        args.run(args)
+
+
+def qwen3_shape() -> ModelShape:
+    """Qwen3-1.7B (its config.json)."""
+    from hydra_mcore.config import ModelShape
+
+    return ModelShape(
+        num_layers=28, hidden_size=2048, num_heads=16, num_kv_groups=8, head_dim=128, ffn_hidden_size=6144, vocab_size=151936,
+        native_length=40960,
+    )  # fmt: skip
+
+
+def spread_heads(count: int, shape: ModelShape) -> list[int]:
+    """So many heads, in as many kv groups as there are: the most keys and values for that number."""
+    from hydra_mcore.heads import InputError
+
+    if not 0 <= count <= shape.num_heads:
+        raise InputError(f"{count} FA heads: choose 0 to {shape.num_heads}")
+    size = shape.num_heads // shape.num_kv_groups
+    return sorted(range(shape.num_heads), key=lambda head: head % size)[:count]
+
+
+def print_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    print("| " + " | ".join(head) + " |")
+    print("|---|" + "---:|" * (len(head) - 1))
+    for row in rows:
+        print("| " + " | ".join(map(str, row)) + " |", flush=True)
+    print()
+
+
+def communication(args: argparse.Namespace) -> None:
+    """Bytes of one layer, formulas of hydra_mcore/model/costs.py."""
+    from hydra_mcore.model.costs import megatron_accepts
+
+    shape = qwen3_shape()
+    num_gdn = shape.num_heads - args.fa_heads
+    rows = [_sent(args, shape, cp_size, length) for cp_size in args.cp for length in args.lengths]
+    print(f"MiB sent for one layer, forward and backward, by the rank that sends most: {args.fa_heads} FA heads in different kv groups")
+    print(f"(the worst case), {num_gdn} GDN heads, head_dim {shape.head_dim}, batch 1, bf16, TP {args.tp}. Megatron: its all-to-alls for")
+    print(f"{num_gdn} GDN heads of this size; ratio: Megatron to ours, GDN heads alone.\n")
+    print_table(["CP", "tokens", "GDN heads", "FA heads", "both", "Megatron, GDN heads", "ratio"], rows)
+    refused = [size for size in args.cp if not megatron_accepts(num_gdn, args.tp, size)]
+    if refused:
+        sizes = ", ".join(map(str, refused))
+        print(f"In brackets: Megatron refuses CP {sizes}, since {num_gdn} heads do not divide by TP x CP; what it would send otherwise.")
+
+
+def _sent(args: argparse.Namespace, shape: ModelShape, cp_size: int, length: int) -> list[Any]:
+    """A row of the table, for the rank that sends most."""
+    from hydra_mcore.config import HydraOptions
+    from hydra_mcore.heads import HeadLayout, LayerHeads
+    from hydra_mcore.model.costs import cp_bytes, megatron_accepts, megatron_gdn_bytes
+    from hydra_mcore.ops.sequence import SequencePart
+
+    layout = HeadLayout(LayerHeads.from_fa(spread_heads(args.fa_heads, shape), shape.num_heads), shape.num_kv_groups, args.tp)
+    sizes = (shape.head_dim, VALUE_BYTES, 1)
+    parts = [SequencePart(length, cp_size, rank) for rank in range(cp_size)]
+    ranks = [cp_bytes(layout, tp_rank, part, *sizes, HydraOptions()) for tp_rank in range(args.tp) for part in parts]
+    ours = max(ranks, key=lambda sent: sent.total.total)
+    num_gdn = len(layout.layer.gdn)
+    theirs = megatron_gdn_bytes(num_gdn, parts[0], *sizes, args.tp).total
+    columns = [f"{sent / 2**20:.1f}" for sent in (ours.gdn.total, ours.fa.total, ours.total.total, theirs)]
+    if not megatron_accepts(num_gdn, args.tp, cp_size):
+        columns[-1] = f"({columns[-1]})"
+    return [cp_size, length, *columns, f"{theirs / ours.gdn.total:.1f}" if ours.gdn.total else "-"]
+
+
+def balance(args: argparse.Namespace) -> None:
+    """Attention work of tensor-parallel ranks, counted or timed."""
+    shape = qwen3_shape()
+    if args.measure:
+        from tools.benchmark_seconds import WAYS, measured
+
+        counts, tp_size, length = (2, 4, 6), 8, args.length or 4096
+        rows = measured({n: spread_heads(n, shape) for n in counts}, shape, tp_size, length, args.repeats)
+        print(
+            f"Seconds of one layer's attention block, forward and backward, {length} tokens, TP {tp_size}, each rank alone on this machine"
+        )
+        print(f"without communication; median of {args.repeats}. {WAYS}\n", flush=True)
+        head = ["FA heads", "way", "busiest rank, s", "mean of ranks, s", "busiest / mean", 'busiest / busiest of "heads"']
+        return print_table(head, rows)
+    length = args.length or 16384
+    rows = [row for name, maps in _head_maps(args.head_map, shape) for row in _imbalances(name, maps, args.tp, length)]
+    print(f"Causal query-key products of the busiest tensor-parallel rank over the mean of ranks, {length} tokens, one document;")
+    print("mean and worst of the layers that have FA heads.\n")
+    print_table(["head map", "TP", "heads: mean", "heads: worst", "queries: mean", "queries: worst"], rows)
+
+
+def memory(args: argparse.Namespace) -> None:
+    from tools.benchmark_memory import table
+
+    print(table(tuple(args.lengths)))
+
+
+def _head_maps(paths: Sequence[Path], shape: ModelShape) -> Iterator[tuple[str, list[HeadMap]]]:
+    """Named head maps: the given files, heads drawn from the whole model at several ratios, any number in any layer."""
+    from hydra_mcore.heads import HeadMap
+    from hydra_mcore.selection.choose import choose_heads, parse_ratio
+
+    for path in paths:
+        yield str(path), [HeadMap.load(path)]
+    total = shape.num_layers * shape.num_heads
+    for ratio in RATIOS:
+        yield f"{ratio}, random scores, global", [choose_heads("global_random", shape, parse_ratio(ratio, total), seed=0)]
+    yield f"{RANDOM_MAPS} random maps", [_random_map(shape, random.Random(seed)) for seed in range(RANDOM_MAPS)]
+
+
+def _random_map(shape: ModelShape, rng: random.Random) -> HeadMap:
+    from hydra_mcore.heads import HeadMap
+
+    heads = range(shape.num_heads)
+    chosen = [(layer, head) for layer in range(shape.num_layers) for head in rng.sample(heads, rng.randint(0, shape.num_heads))]
+    return HeadMap.from_fa(chosen, shape.num_layers, shape.num_heads, shape.num_kv_groups)
+
+
+def _imbalances(name: str, maps: Sequence[HeadMap], tp_sizes: Sequence[int], length: int) -> Iterator[list[Any]]:
+    from hydra_mcore.heads import HeadLayout
+    from hydra_mcore.model.costs import fa_imbalance
+    from hydra_mcore.ops.sequence import SequencePart
+
+    part = SequencePart(length)
+    for tp_size in tp_sizes:
+        row: list[Any] = [name, tp_size]
+        for way in ("heads", "queries"):
+            found = [
+                fa_imbalance(HeadLayout(layer, head_map.num_kv_groups, tp_size, layer_idx, way), part)
+                for head_map in maps
+                for layer_idx, layer in enumerate(head_map.layers)
+                if layer.fa
+            ]
+            row += [f"{sum(found) / len(found):.3f}", f"{max(found):.3f}"] if found else ["-", "-"]
+        yield row
+
+
+if __name__ == "__main__":
+    main()
