@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hydra_mcore.heads import HeadLayout, HeadRole
+from hydra_mcore.ops.context_parallel import gather_parts
 
 
 def replicated(weight: Tensor, tp_group: torch.distributed.ProcessGroup) -> Tensor:
@@ -165,7 +166,8 @@ class GroupLinear(torch.nn.Module):
     """K/V rows of the kv groups that live in a branch: x_sbm -> [s, b, g, rows], the groups that this rank's heads read.
 
     A group lives while one of its heads is in the branch. A group whose heads stand on several ranks is
-    held by all of them (``weight_split``), every other one by its rank alone (``weight``).
+    held by all of them (``weight_split``), every other one by its rank alone (``weight``). Groups of heads that all
+    ranks share are needed whole by each: every rank makes them for its share of the tokens, and all gather.
     ``group_of_head`` is the index on axis g of each of ``heads``.
     """
 
@@ -184,10 +186,12 @@ class GroupLinear(torch.nn.Module):
         self.living = sorted({layout.group_of(h) for h in members})
         self.split = list(layout.split_groups(role))
         head_groups = [layout.group_of(h) for h in heads]
+        shared = {layout.group_of(h) for h in layout.shared_fa} if role is not HeadRole.GDN else set()
         self.local = sorted(set(head_groups) - set(self.split))
-        used_split = sorted(set(head_groups) & set(self.split))
-        order = self.local + used_split
-        self.register_buffer("used_split", torch.tensor([self.split.index(g) for g in used_split], dtype=torch.long), persistent=False)
+        used_split, self.gathered = sorted(set(head_groups) & set(self.split) - shared), sorted(shared)
+        order = self.local + used_split + self.gathered
+        for name, groups in (("used_split", used_split), ("gathered_split", self.gathered)):
+            self.register_buffer(name, torch.tensor([self.split.index(g) for g in groups], dtype=torch.long), persistent=False)
         self.register_buffer("group_of_head", torch.tensor([order.index(g) for g in head_groups], dtype=torch.long), persistent=False)
         if self.local:
             self.weight = new_parameter(config, len(self.local) * rows, config.hidden_size)
@@ -198,14 +202,24 @@ class GroupLinear(torch.nn.Module):
             config.init_method(parameter)
 
     def forward(self, x_sbm: Tensor) -> Tensor:
-        weights = [self.weight] if self.local else []
+        weights, gathered = [self.weight] if self.local else [], []
         if self.split:
             held = replicated(self.weight_split, self.tp_group).unflatten(0, (len(self.split), self.rows))
             weights.append(held.index_select(0, self.used_split).flatten(0, 1))
+            if self.gathered:
+                gathered.append(self._gather(x_sbm, held.index_select(0, self.gathered_split).flatten(0, 1)))
         if not weights:
             return x_sbm.new_zeros(*x_sbm.shape[:-1], 0, self.rows)
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-        return F.linear(x_sbm, weight).unflatten(-1, (-1, self.rows)) if weight.shape[0] else _empty_heads(x_sbm, weight, self.rows)
+        own = F.linear(x_sbm, weight).unflatten(-1, (-1, self.rows)) if weight.shape[0] else _empty_heads(x_sbm, weight, self.rows)
+        return torch.cat([own, *gathered], dim=2) if gathered else own
+
+    def _gather(self, x_sbm: Tensor, weight: Tensor) -> Tensor:
+        """The projection of all tokens, each rank making that of its share: [s, b, g, rows]."""
+        length, ranks = x_sbm.shape[0], self.tp_group.size()
+        share = -(-length // ranks)
+        mine = F.pad(x_sbm, (0, 0, 0, 0, 0, share * ranks - length)).split(share)[self.tp_group.rank()]
+        return gather_parts(F.linear(mine, weight), self.tp_group)[:length].unflatten(-1, (-1, self.rows))
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
