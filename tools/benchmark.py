@@ -154,7 +154,7 @@ def balance(args: argparse.Namespace) -> None:
     if args.measure:
         from tools.benchmark_seconds import WAYS, measured
 
-        counts, tp_size, length = (2, 4, 6), 8, args.length or 4096
+        counts, tp_size, length = (2, 4, 10), 8, args.length or 4096
         rows = measured({n: spread_heads(n, shape) for n in counts}, shape, tp_size, length, args.repeats)
         print(
             f"Seconds of one layer's attention block, forward and backward, {length} tokens, TP {tp_size}, each rank alone on this machine"

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import json
 
@@ -255,3 +256,19 @@ def test_a_layout_worked_by_hand():
 def test_tensor_parallel_size_must_divide_the_heads(tp_size):
     with pytest.raises(HeadMapError, match=f"tensor parallel size {tp_size} does not divide 8 query heads"):
         HeadLayout(LayerHeads.from_fa([0], 8), 4, tp_size)
+
+
+@settings(max_examples=300)
+@given(layouts())
+def test_shared_heads_even_out_the_whole_ones(layout):
+    shared = dataclasses.replace(layout, fa_balance="queries")
+    whole = [rank.fa for rank in shared.ranks]
+    assert len({len(fa) for fa in whole}) == 1
+    assert len(shared.shared_fa) == len(layout.layer.fa) % layout.tp_size
+    assert sorted([*itertools.chain(*whole), *shared.shared_fa]) == list(layout.layer.fa)
+    gdn = [rank.gdn for rank in shared.ranks]
+    assert sorted(itertools.chain(*gdn)) == list(layout.layer.gdn)
+    assert max(map(len, gdn)) - min(map(len, gdn)) <= 1
+    if layout.tp_size > 1:
+        assert {shared.group_of(head) for head in shared.shared_fa} <= set(shared.split_groups(HeadRole.FA))
+    assert not set(shared.split_groups(HeadRole.GDN)) - {shared.group_of(head) for head in layout.layer.gdn}
