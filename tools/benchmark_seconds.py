@@ -23,7 +23,10 @@ from hydra_mcore.heads import HeadLayout, HeadMap
 from hydra_mcore.model.build import transformer_config
 from hydra_mcore.model.hydra_attention import HydraAttention
 
-WAYS = '"heads" and "queries": see --fa-balance.\n"all by queries", for comparison: every rank takes its part of every FA head;\nthe same thing with fewer FA heads than ranks.'
+WAYS = (
+    '"heads" and "queries": see --fa-balance.\n"all by queries", for comparison: every rank takes its part of every FA head;\n'
+    "the same thing with fewer FA heads than ranks."
+)
 
 
 def measured(heads: dict[int, list[int]], shape: ModelShape, tp_size: int, length: int, repeats: int) -> Iterator[list[Any]]:

@@ -57,12 +57,12 @@ class TransferStep:
 
     def _align(self, student: GPTModel, batch: Batch) -> tuple[Tensor, Callable[[Tensor], tuple]]:
         hidden_sbm, losses = align_forward(self.teachers[id(student)], student, batch, self.options.align_loss)
-        for layer, loss in zip(student.decoder.layers, losses, strict=True):
-            layer_idx = layer.layer_number - 1
-            if not bool(torch.isfinite(loss)):
-                raise nonfinite(self.step_number(), f"the align loss of layer {layer_idx}")
-            pair = torch.stack([loss.detach(), torch.ones_like(loss)])
-            self.align_losses[layer_idx] = self.align_losses.get(layer_idx, 0.0) + pair
+        layers = [layer.layer_number - 1 for layer in student.decoder.layers]
+        finite = torch.isfinite(losses.detach())
+        if not bool(finite.all()):
+            raise nonfinite(self.step_number(), f"the align loss of layer {layers[int(finite.int().argmin())]}")
+        for layer_idx, loss in zip(layers, losses.detach(), strict=True):
+            self.align_losses[layer_idx] = self.align_losses.get(layer_idx, 0.0) + torch.stack([loss, torch.ones_like(loss)])
         total, entry = losses.sum(), student.decoder.input_tensor
         output = total if student.post_process else hidden_sbm
         scale = 0.0 if student.post_process else student.pg_collection.cp.size() / get_num_microbatches()

@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from megatron.training import training
@@ -37,8 +36,11 @@ def teacher_in_the_pipeline(step: TransferStep) -> Iterator[None]:
 
         return run
 
-    with patch.object(training, "get_forward_backward_func", choose):
+    training.get_forward_backward_func = choose
+    try:
         yield
+    finally:
+        training.get_forward_backward_func = stock
 
 
 def _with_statistics(reports: list[Report], statistics: Report) -> list[Report]:
