@@ -130,8 +130,14 @@ def test_kept_heads_compute_what_they_computed(source, teacher):
     """With rotary positions, no gate and no fusion, an FA head's output is the teacher's, whatever its neighbours are."""
     student = student_of(source, teacher, **PLAIN)
     x_sbm, rotary = torch.randn(9, 2, ODD["hidden_size"]), teacher.rotary_pos_emb(9)
-    with torch.no_grad():
-        ours, theirs = (m.decoder.layers[0].self_attention.head_outputs(x_sbm, rotary) for m in (student, teacher))
+    seen: list[Tensor] = []
+    for model in (student, teacher):
+        attention = model.decoder.layers[0].self_attention
+        hook = attention.linear_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].unflatten(2, (6, -1))))
+        with torch.no_grad():
+            attention(x_sbm, rotary_pos_emb=rotary)
+        hook.remove()
+    ours, theirs = seen
     torch.testing.assert_close(ours[:, :, :3], theirs[:, :, [1, 4, 5]], rtol=0, atol=1e-6)
     assert (ours[:, :, 3:] - theirs[:, :, [0, 2, 3]]).abs().max() > 0.01, "GDN heads are not attention"
 
