@@ -42,6 +42,8 @@ LAYOUTS |= {
     "tp2-pp2-virtual": layout(2, 1, 2, 1, "--num-layers-per-virtual-pipeline-stage", "1"),
     # first and last stage hold no layer: nothing to train there in align
     "pp4-uneven": layout(1, 1, 4, 1, "--pipeline-model-parallel-layout", "E|tt|tt|L"),
+    # several gradient buckets
+    "cp2-dp2-overlap": layout(1, 2, 1, 2, "--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", "3000"),
     "cp2-per-token-loss": layout(1, 2, 1, 1, "--calculate-per-token-loss"),
     "cp2-full-recompute": layout(
         1, 2, 1, 1, "--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"
@@ -52,6 +54,7 @@ LAYOUTS |= {
 QUICK = {("tp2-cp2-pp2-dp1", stage, rows) for stage in STAGES for rows in ("dense", "packed")}
 QUICK |= {("tp2-cp1-pp1-dp2", "align", "dense"), ("tp4-cp2-pp1-dp1-shared", "extend", "packed"), ("cp2-pp2-virtual", "distill", "dense")}
 QUICK |= {("tp1-cp4-pp1-dp1", "extend", "dense"), ("pp4-uneven", "align", "dense"), ("cp2-full-recompute", "distill", "packed")}
+QUICK |= {("cp2-dp2-overlap", "distill", "dense")}
 CASES = [
     pytest.param(name, stage, rows, marks=() if (name, stage, rows) in QUICK else pytest.mark.slow)
     for name, stage, rows in itertools.product(LAYOUTS, STAGES, ("dense", "packed"))
