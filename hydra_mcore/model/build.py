@@ -66,7 +66,7 @@ def transformer_config(shape: ModelShape, dtype: torch.dtype) -> TransformerConf
     )
 
 
-def model_config(card: ModelCard, stage: str, transformer: TransformerConfig, fa_balance: str = "heads") -> GPTModelConfig:
+def model_config(card: ModelCard, stage: str, transformer: TransformerConfig) -> GPTModelConfig:
     """Megatron's model settings of a card, for a stage (align, distill, extend) or for "inference"."""
     shape = card.shape
     config = GPTModelConfig(
@@ -79,7 +79,7 @@ def model_config(card: ModelCard, stage: str, transformer: TransformerConfig, fa
         position_embedding_type="rope",
         rotary_base=shape.rope_theta,
     )
-    apply_card(config, card, stage, fa_balance)
+    apply_card(config, card, stage)
     return config
 
 
