@@ -122,6 +122,21 @@ def test_every_option_is_the_same_on_four_ranks(tmp_path: Path, options: HydraOp
             assert four[tag][step] == pytest.approx(value, rel=1e-5), f"{tag} at step {step}"
 
 
+@pytest.mark.parametrize("more", [(), ("--calculate-per-token-loss",)], ids=["per micro-batch", "per token"])
+def test_parts_that_count_different_numbers_of_tokens(folder: Path, more: tuple[str, ...]) -> None:
+    """With ends of documents masked out, the parts of a row weigh by their tokens, not alike."""
+    masked = ("--eod-mask-loss", *more)
+    losses, expected = single(folder, "distill", *masked)
+    unmasked, _ = single(folder, "distill", *more)
+    assert losses["distill loss"][1] != pytest.approx(unmasked["distill loss"][1], rel=1e-4), "nothing was masked"
+    run = f"masked-{len(more)}"
+    found = run_stage(folder, "distill", 4, *STEPS, *masked, *layout(1, 4, 1, 1)[1], run=run)
+    for tag in ("distill loss", "kl", "grad-norm"):
+        for step, value in losses[tag].items():
+            assert found[tag][step] == pytest.approx(value, rel=1e-5), f"{tag} at step {step}"
+    assert_same_gradients(gradients(folder / run / "distill" / "iter_0000001"), expected)
+
+
 @pytest.mark.parametrize("stage", ["distill", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("align", "extend"))])
 def test_validation_losses_equal_one_process(folder: Path, stage: str) -> None:
     validation = ("--split", "50,50,0", "--eval-iters", "1", "--eval-interval", "1", "--packed-documents")

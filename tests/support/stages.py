@@ -91,6 +91,7 @@ def write_data(prefix: Path, vocab_size: int, documents: int = 128) -> None:
     random = np.random.default_rng(0)
     for _ in range(documents):
         tokens = random.integers(vocab_size - 1, size=random.choice([1, 2, 7, 8, 9, 16, 30, 80]))
+        tokens[-1] = vocab_size - 1  # ends the document, as NullTokenizer counts
         builder.add_document(torch.from_numpy(tokens), [len(tokens)])
     builder.finalize(f"{prefix}.idx")
 
