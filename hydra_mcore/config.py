@@ -25,7 +25,7 @@ import yaml
 from hydra_mcore.heads import HeadMap, InputError, write_json
 
 CARD_NAME = "model.json"
-CARD_FORMAT = 1
+CARD_FORMAT = 2
 
 
 class ConfigError(InputError):
@@ -110,6 +110,9 @@ class ModelShape:
     norm_epsilon: float = 1e-6
     tied_embeddings: bool = True
     qk_norm: bool = True
+    qkv_bias: bool = False
+    # as in Hugging Face's config.json, without rope_theta: {"rope_type": "linear", "factor": 2.0}; hash=False as it is a dict
+    rope_scaling: dict[str, Any] | None = field(default=None, hash=False)
 
     def to_recipe(self) -> dict[str, Any]:
         """The same facts as Megatron flags, in recipe form."""
@@ -131,6 +134,7 @@ class ModelShape:
             "normalization": "RMSNorm",
             "swiglu": True,
             "disable-bias-linear": True,
+            "add-qkv-bias": self.qkv_bias,
             "attention-dropout": 0.0,
             "hidden-dropout": 0.0,
         }
@@ -141,7 +145,9 @@ class ModelCard:
     """What stands in ``model.json`` beside a checkpoint: all that is needed to build its model.
 
     ``fingerprint`` names the pretrained weights the model descends from (sha256 over names, shapes and
-    values in Hugging Face order), so a head map made for another teacher is noticed.
+    values in Hugging Face order), so a head map made for another teacher is noticed. ``source`` is what only the
+    Hugging Face directory knew and an export needs again: its config.json, the dtypes of its tensors. ``stages`` are the
+    trainings so far: stage, sequence_length, batch_size (sequences), iterations.
     """
 
     shape: ModelShape
@@ -149,6 +155,8 @@ class ModelCard:
     options: HydraOptions
     fingerprint: str
     stage: str = "teacher"
+    source: dict[str, Any] = field(default_factory=dict, compare=False)
+    stages: list[dict[str, Any]] = field(default_factory=list, compare=False)
 
     def save(self, checkpoint_dir: str | Path) -> None:
         write_json(
@@ -160,6 +168,8 @@ class ModelCard:
                 "shape": dataclasses.asdict(self.shape),
                 "options": dataclasses.asdict(self.options),
                 "head_map": self.head_map.to_dict(),
+                "source": self.source,
+                "stages": self.stages,
             },
         )
 
@@ -177,7 +187,7 @@ class ModelCard:
             raise ConfigError(f"{path}: not JSON ({error})") from None
         if not isinstance(raw, dict) or raw.get("format") != CARD_FORMAT:
             found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
-            raise ConfigError(f"{path}: format {found!r}, this version reads {CARD_FORMAT}")
+            raise ConfigError(f"{path}: format {found!r}, this version reads {CARD_FORMAT}; make the checkpoint again")
         try:
             return cls(
                 shape=ModelShape(**raw["shape"]),
@@ -185,6 +195,8 @@ class ModelCard:
                 options=HydraOptions(**raw["options"]),
                 fingerprint=raw["fingerprint"],
                 stage=raw["stage"],
+                source=raw["source"],
+                stages=raw["stages"],
             )
         except (KeyError, TypeError) as error:
             raise ConfigError(f"{path}: {error}; written by another version?") from None

@@ -9,6 +9,8 @@ decay and write gates, short convolutions, fusion norms) keeps the start that it
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,15 +19,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hydra_mcore.config import ConfigError, HydraOptions, ModelCard
-from hydra_mcore.convert.target import TOKENIZER_DIR, check_target, copy_tokenizer
+from hydra_mcore.convert.target import HEAD_MAP_NAME, TOKENIZER_DIR, check_target, copy_tokenizer, new_folder
 from hydra_mcore.heads import HeadMap, InputError
 from hydra_mcore.model.build import build_model, load_model, save_weights
 from hydra_mcore.model.fa_heads import FullAttentionHeads
 from hydra_mcore.model.gdn_heads import GatedDeltaHeads
 from hydra_mcore.model.hydra_attention import HydraAttention
-from hydra_mcore.model.parameters import GroupLinear
+from hydra_mcore.model.parameters import GroupLinear, HeadLinear
 
-HEAD_MAP_NAME = "head_map.json"
 SCALED_FUSIONS = ("scale", "competition")
 
 
@@ -53,13 +54,14 @@ def hybridize(
     if calibration_tokens_bs is not None:
         _check_tokens(calibration_tokens_bs, card)
     _, teacher = load_model(teacher_dir, dtype)
-    student_card = ModelCard(shape=card.shape, head_map=head_map, options=options, fingerprint=card.fingerprint, stage="student")
+    student_card = dataclasses.replace(card, head_map=head_map, options=options, stage="student")
     student = build_model(student_card, dtype=dtype)
     scaled = calibration_tokens_bs is not None and options.fusion in SCALED_FUSIONS
     inherit(teacher, student, head_output_rms(teacher, calibration_tokens_bs) if scaled else None)
-    copy_tokenizer(Path(teacher_dir) / TOKENIZER_DIR, student_dir)
-    head_map.save(Path(student_dir) / HEAD_MAP_NAME)
-    save_weights([student], student_card, student_dir)
+    with new_folder(student_dir, sum(parameter.nbytes for parameter in student.parameters())) as folder:
+        copy_tokenizer(Path(teacher_dir) / TOKENIZER_DIR, folder / TOKENIZER_DIR)
+        head_map.save(folder / HEAD_MAP_NAME)
+        save_weights([student], student_card, folder)
     return student_card
 
 
@@ -94,24 +96,24 @@ def inherit(teacher: GPTModel, student: GPTModel, head_scale: Tensor | None = No
 
 @torch.no_grad()
 def inherit_attention(teacher: HydraAttention, student: HydraAttention, scale_h: Tensor | None = None) -> None:
-    """One layer of ``inherit``: rows of q, k and v to their heads, columns of o_proj to the student's head order."""
+    """One layer of ``inherit``: rows (and biases) of q, k and v to their heads, columns of o_proj to the student's head order."""
     if max(teacher.layout.tp_size, student.layout.tp_size) > 1 or teacher.layout.layer.gdn:
         raise ValueError("inherit takes a whole all-FA teacher and a whole student: tensor parallel size 1")
     layout, heads = student.layout, student.layout.ranks[0].heads
-    kv_grm = teacher.fa.linear_kv.weight.unflatten(0, (layout.num_kv_groups, -1))
+    linear_kv, groups = teacher.fa.linear_kv, layout.num_kv_groups
     if student.shared_kv:
-        _inherit_groups(student.linear_kv, kv_grm)
+        _inherit_rows(linear_kv, student.linear_kv, groups, student.linear_kv.living)
     if layout.layer.fa:
         _inherit_queries(teacher.fa, student.fa, layout.ranks[0].fa)
         if not student.shared_kv:
-            _inherit_groups(student.fa.linear_kv, kv_grm)
+            _inherit_rows(linear_kv, student.fa.linear_kv, groups, student.fa.linear_kv.living)
     if layout.layer.gdn:
         gdn = layout.ranks[0].gdn
         _inherit_queries(teacher.fa, student.gdn, gdn)
         if student.gdn.options.gdn_kv == "per_head":
-            student.gdn.linear_kv.weight.copy_(kv_grm[[layout.group_of(h) for h in gdn]].flatten(0, 1))
+            _inherit_rows(linear_kv, student.gdn.linear_kv, groups, [layout.group_of(h) for h in gdn])
         elif not student.shared_kv:
-            _inherit_groups(student.gdn.linear_kv, kv_grm)
+            _inherit_rows(linear_kv, student.gdn.linear_kv, groups, student.gdn.linear_kv.living)
     columns_mhd = teacher.linear_proj.weight.unflatten(1, (layout.num_heads, -1))
     student.linear_proj.weight.copy_(columns_mhd[:, list(heads)].flatten(1))
     if scale_h is not None and student.fusion.options.fusion in SCALED_FUSIONS:
@@ -119,17 +121,17 @@ def inherit_attention(teacher: HydraAttention, student: HydraAttention, scale_h:
 
 
 def _inherit_queries(teacher: FullAttentionHeads, branch: FullAttentionHeads | GatedDeltaHeads, heads: tuple[int, ...]) -> None:
-    """Query rows of some heads, and the weights of the q/k norms where the branch has them."""
-    num_heads = teacher.linear_q.total
-    branch.linear_q.weight.copy_(teacher.linear_q.weight.unflatten(0, (num_heads, -1))[list(heads)].flatten(0, 1))
+    """Query rows and biases of some heads, and the weights of the q/k norms where the branch has them."""
+    _inherit_rows(teacher.linear_q, branch.linear_q, teacher.linear_q.total, heads)
     for norm in ("q_norm", "k_norm"):
         if hasattr(teacher, norm) and hasattr(branch, norm):
             getattr(branch, norm).weight.copy_(getattr(teacher, norm).weight)
 
 
-def _inherit_groups(linear_kv: GroupLinear, kv_grm: Tensor) -> None:
-    """K/V rows of the kv groups that live in a branch; at TP 1 none is split."""
-    linear_kv.weight.copy_(kv_grm[linear_kv.living].flatten(0, 1))
+def _inherit_rows(theirs: HeadLinear | GroupLinear, ours: HeadLinear | GroupLinear, total: int, blocks: Sequence[int]) -> None:
+    """Some of the ``total`` equal blocks of a projection's rows and biases; at TP 1 no group is split."""
+    for name, rows in theirs.named_parameters():
+        getattr(ours, name).copy_(rows.unflatten(0, (total, -1))[list(blocks)].flatten(0, 1))
 
 
 @torch.no_grad()

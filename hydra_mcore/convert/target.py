@@ -1,19 +1,23 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The folder that a conversion writes: checked before any work, filled with what belongs beside the weights."""
+"""The folder that a conversion writes: checked before any work, complete or not there at all."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from hydra_mcore.heads import InputError
 from hydra_mcore.model.build import TRACKER
 
 TOKENIZER_DIR = "tokenizer"
+HEAD_MAP_NAME = "head_map.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
+    "tokenizer.model",
     "tokenizer_config.json",
     "vocab.json",
     "merges.txt",
@@ -25,21 +29,45 @@ TOKENIZER_FILES = (
 )
 
 
-def check_target(checkpoint_dir: str | Path) -> None:
-    """Raise InputError when a checkpoint cannot or must not be written here, before anything has been done."""
-    root = Path(checkpoint_dir)
+def check_target(target_dir: str | Path, num_bytes: int = 0) -> None:
+    """Raise InputError when a folder cannot or must not be written here, before anything has been done."""
+    root = Path(target_dir)
     if (root / TRACKER).exists():
         raise InputError(f"{root}: already holds a checkpoint; choose another folder or remove it")
     above = next(path for path in (root, *root.absolute().parents) if path.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise InputError(f"{root}: cannot be written, {above} is not a writable folder")
+    if above == root and any(root.iterdir()):
+        raise InputError(f"{root}: is not empty; choose another folder or remove it")
+    if (free := shutil.disk_usage(above).free) < num_bytes:
+        raise InputError(f"{root}: needs {num_bytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; choose another disk")
 
 
-def copy_tokenizer(source_dir: str | Path, checkpoint_dir: str | Path) -> None:
-    """Copy the tokenizer's files that ``source_dir`` has into the checkpoint's own tokenizer folder."""
-    target = Path(checkpoint_dir) / TOKENIZER_DIR
+@contextlib.contextmanager
+def new_folder(target_dir: str | Path, num_bytes: int = 0) -> Iterator[Path]:
+    """A folder to fill beside the target, which takes the target's name once the block ends well; else nothing is left.
+
+    Raises:
+        InputError: the target cannot be written (``check_target``, for ``num_bytes``), or a write fails half-way.
+    """
+    check_target(target_dir, num_bytes)
+    target = Path(target_dir)
+    beside = target.with_name(target.name + ".partial")
+    shutil.rmtree(beside, ignore_errors=True)  # of an attempt that was killed
+    try:
+        beside.mkdir(parents=True)
+        yield beside
+        beside.replace(target)
+    except OSError as error:
+        raise InputError(f"{target}: cannot be written, {error.strerror or error}; nothing is left of it") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def copy_tokenizer(source_dir: str | Path, target_dir: str | Path) -> None:
+    """Copy the tokenizer's files that ``source_dir`` has."""
     present = [Path(source_dir) / name for name in TOKENIZER_FILES if (Path(source_dir) / name).is_file()]
     if present:
-        target.mkdir(parents=True, exist_ok=True)
+        Path(target_dir).mkdir(parents=True, exist_ok=True)
     for path in present:
-        shutil.copyfile(path, target / path.name)
+        shutil.copyfile(path, Path(target_dir) / path.name)

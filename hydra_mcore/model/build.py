@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
@@ -26,6 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from hydra_mcore.config import ConfigError, HydraOptions, ModelCard, ModelShape
 from hydra_mcore.heads import HeadLayout, HeadMap
 from hydra_mcore.model.layer_specs import hydra_block_spec
+from hydra_mcore.model.rotary import rotary_frequencies
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _MEND = f"remove it and name an earlier one in {TRACKER}"
@@ -61,6 +63,7 @@ def transformer_config(shape: ModelShape, dtype: torch.dtype, tp_size: int = 1, 
             gated_linear_unit=True,
             activation_func=torch.nn.functional.silu,
             add_bias_linear=False,
+            add_qkv_bias=shape.qkv_bias,
             bias_activation_fusion=False,
             bias_dropout_fusion=False,
             apply_rope_fusion=False,
@@ -103,20 +106,27 @@ def apply_card(config: GPTModelConfig, card: ModelCard, stage: str, fa_balance: 
             raise ConfigError(f"tensor parallel size {tp_size} does not divide the {what} of {size}; choose one that does")
     HeadLayout(card.head_map.layers[0], shape.num_kv_groups, tp_size)
     transformer.hetereogenous_dist_checkpoint = True
-    config.transformer_layer_spec = hydra_block_spec(card.head_map, card.options, card.options.log_scale_in(stage), fa_balance)
+    log_scale, (_, attention_factor) = card.options.log_scale_in(stage), rotary_frequencies(shape)
+    config.transformer_layer_spec = hydra_block_spec(card.head_map, card.options, log_scale, fa_balance, attention_factor)
 
 
-def contiguous_parts(model: GPTModel) -> GPTModel:
-    """Have a model hand its layers the rotary angles of whole rows: Megatron's own would be those of zigzag parts."""
+def contiguous_parts(model: GPTModel, shape: ModelShape) -> GPTModel:
+    """Have a model hand its layers its shape's rotary angles, of whole rows: Megatron's own would be those of zigzag parts."""
     model.rotary_pos_emb.cp_group = None
+    model.rotary_pos_emb.inv_freq, _ = rotary_frequencies(shape)
     return model
 
 
-def build_model(card: ModelCard, stage: str = "inference", dtype: torch.dtype = torch.float32) -> GPTModel:
-    """This rank's part of the model, weights not loaded; needs Megatron's process groups (``runtime.process_groups``)."""
+def build_model(card: ModelCard, stage: str = "inference", dtype: torch.dtype = torch.float32, initialize: bool = True) -> GPTModel:
+    """This rank's part of the model, weights not loaded; needs Megatron's process groups (``runtime.process_groups``).
+
+    Without ``initialize``, Megatron's own layers keep whatever memory they were given.
+    """
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    config = model_config(card, stage, transformer_config(card.shape, dtype, groups.tp.size(), groups.pp.size()))
-    return contiguous_parts(config.get_builder_cls()(config).build_model(groups))
+    transformer = transformer_config(card.shape, dtype, groups.tp.size(), groups.pp.size())
+    transformer.perform_initialization = initialize
+    config = model_config(card, stage, transformer)
+    return contiguous_parts(config.get_builder_cls()(config).build_model(groups), card.shape)
 
 
 def load_model(checkpoint_dir: str | Path, dtype: torch.dtype = torch.float32) -> tuple[ModelCard, GPTModel]:
@@ -134,11 +144,19 @@ def latest_iteration(checkpoint_dir: str | Path) -> Path:
         mark = (root / TRACKER).read_text().strip()
     except OSError:
         raise ConfigError(f"{root}: no complete checkpoint ({TRACKER} is missing)") from None
-    folder = root / ("release" if mark == "release" else f"iter_{int(mark):07d}")
+    if not mark.isdigit():
+        raise ConfigError(f"{root}: {TRACKER} names {mark!r}, which is no iteration; name one")
+    folder = root / f"iter_{int(mark):07d}"
     if not (folder / "metadata.json").is_file() or not (folder / ".metadata").is_file():
         raise ConfigError(f"{folder}: the checkpoint is cut short ({_MEND})")
     _check_lengths(folder)
     return folder
+
+
+def trainings(card: ModelCard, checkpoint_dir: str | Path) -> list[dict[str, Any]]:
+    """The trainings behind a checkpoint, the last one with the iterations that it has seen (those planned stand on its card)."""
+    seen = int(latest_iteration(checkpoint_dir).name.removeprefix("iter_"))  # 0 in what a conversion wrote: not trained here
+    return [*card.stages[:-1], *(stage | ({"iterations": seen} if seen else {}) for stage in card.stages[-1:])]
 
 
 def _check_lengths(folder: Path) -> None:
@@ -178,6 +196,21 @@ def load_weights(models: list[MegatronModule], checkpoint_dir: str | Path) -> No
 
 
 def save_weights(models: list[MegatronModule], card: ModelCard, checkpoint_dir: str | Path) -> None:
+    """Write a checkpoint folder of these model chunks.
+
+    Raises:
+        ConfigError: the folder already holds a checkpoint, or a write failed.
+    """
+    try:
+        write_checkpoint(_sharded_state(models), card, checkpoint_dir)
+    except CheckpointException as error:  # Megatron's writer keeps the cause to itself
+        reason = str(error).strip().splitlines()[-1][:200]
+        raise ConfigError(f"{checkpoint_dir}: the checkpoint cannot be written, is the disk full? ({reason})") from None
+
+
+def write_checkpoint(
+    state: dict[str, Any], card: ModelCard, checkpoint_dir: str | Path, sharded_strategy: TorchDistSaveShardedStrategy | None = None
+) -> None:
     """Write a checkpoint folder: tensors first, then the card, the tracker last (a folder without it is no checkpoint).
 
     Raises:
@@ -189,7 +222,7 @@ def save_weights(models: list[MegatronModule], card: ModelCard, checkpoint_dir: 
     folder = root / "iter_0000000"
     folder.mkdir(parents=True, exist_ok=True)
     common = {"iteration": 0, "checkpoint_version": 3.0}
-    dist_checkpointing.save({**common, **_sharded_state(models)}, str(folder), validate_access_integrity=True)
+    dist_checkpointing.save({**common, **state}, str(folder), sharded_strategy, validate_access_integrity=True)
     if torch.distributed.get_rank() == 0:
         card.save(root)
         beside = root / (TRACKER + ".partial")

@@ -42,16 +42,17 @@ class FullAttentionHeads(MegatronModule):
         layout: HeadLayout,
         pg_collection: ProcessGroupCollection,
         log_scale: bool,
+        attention_factor: float,
         shared_kv: bool,
     ) -> None:
         super().__init__(config)
-        self.options, self.log_scale = options, log_scale
+        self.options, self.log_scale, self.attention_factor = options, log_scale, attention_factor
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         heads, branch = layout.ranks[pg_collection.tp.rank()].fa, layout.layer.fa
         self.num_heads = len(heads)
         ordinals, shared = ([branch.index(h) for h in owned] for owned in (heads, layout.shared_fa))
         d = config.kv_channels
-        self.linear_q = HeadLinear(config, ordinals, len(branch), d, pg_collection, shared=shared)
+        self.linear_q = HeadLinear(config, ordinals, len(branch), d, pg_collection, bias=config.add_qkv_bias, shared=shared)
         if not shared_kv:
             self.linear_kv = GroupLinear(config, layout, heads + layout.shared_fa, 2 * d, pg_collection, HeadRole.FA)
         self.core_attention = CausalAttention()
@@ -77,7 +78,7 @@ class FullAttentionHeads(MegatronModule):
         if self.config.qk_layernorm:
             k_sbgd = self.k_norm(k_sbgd)
         if self.options.fa_position == "rope":
-            k_sbgd = apply_rotary_pos_emb(k_sbgd, rotary, self.config, cp_group=self.cp_group)
+            k_sbgd = apply_rotary_pos_emb(k_sbgd, rotary, self.config, mscale=self.attention_factor, cp_group=self.cp_group)
         k_sbgd, v_sbgd = gather_parts(torch.cat([k_sbgd, v_sbgd], dim=-1), self.cp_group).chunk(2, dim=-1)
         groups = group_of_head.split([self.num_heads, len(group_of_head) - self.num_heads])
         parts = [part.query_rows()]
@@ -97,7 +98,7 @@ class FullAttentionHeads(MegatronModule):
         if self.config.qk_layernorm:
             q_sbhd = self.q_norm(q_sbhd)
         if self.options.fa_position == "rope":
-            q_sbhd = apply_rotary_pos_emb(q_sbhd, rotary, self.config, cp_group=self.cp_group)
+            q_sbhd = apply_rotary_pos_emb(q_sbhd, rotary, self.config, mscale=self.attention_factor, cp_group=self.cp_group)
         if self.log_scale:
             position_s = take_rows(part.positions(q_sbhd.device), rows)
             q_sbhd = q_sbhd * log_position_scale(position_s, self.options.fa_log_scale_base).to(q_sbhd.dtype)[:, None, None, None]

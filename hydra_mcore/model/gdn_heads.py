@@ -46,9 +46,9 @@ class GatedDeltaHeads(MegatronModule):
         heads, branch = layout.ranks[pg_collection.tp.rank()].gdn, layout.layer.gdn
         per_head = (config, [branch.index(h) for h in heads], len(branch))
         d = config.kv_channels
-        self.linear_q = HeadLinear(*per_head, d, pg_collection)
+        self.linear_q = HeadLinear(*per_head, d, pg_collection, bias=config.add_qkv_bias)
         if options.gdn_kv == "per_head":
-            self.linear_kv = HeadLinear(*per_head, 2 * d, pg_collection)
+            self.linear_kv = HeadLinear(*per_head, 2 * d, pg_collection, bias=config.add_qkv_bias)
         elif not shared_kv:
             self.linear_kv = GroupLinear(config, layout, heads, 2 * d, pg_collection, HeadRole.GDN)
         if options.gdn_conv_kernel:
@@ -96,7 +96,7 @@ class GatedDeltaHeads(MegatronModule):
         q_sbhd, k_sbhd, v_sbhd = qkv_sbhd.chunk(3, dim=-1)
         if self.options.gdn_qk_norm == "rms":
             q_sbhd, k_sbhd = self.q_norm(q_sbhd), self.k_norm(k_sbhd)
-        if self.options.gdn_position == "rope":
+        if self.options.gdn_position == "rope":  # without the attention factor, which the L2 norm would take away
             q_sbhd, k_sbhd = (apply_rotary_pos_emb(t, rotary, self.config, cp_group=self.cp_group) for t in (q_sbhd, k_sbhd))
         q_sbhd, k_sbhd = (F.normalize(t.float(), dim=-1).to(t.dtype) for t in (q_sbhd, k_sbhd))
         delta_rule = partial(self._delta_rule, torch.tensor(part.documents) if part.packed else None)

@@ -44,6 +44,7 @@ class HydraAttention(MegatronModule):
         layer_number: Megatron's 1-based number over the whole model; turned into ``layer_idx`` here, once.
         log_scale: whether FA queries carry the log-position scale (``HydraOptions.log_scale_in`` a stage).
         fa_balance: how FA heads are dealt to tensor-parallel ranks (``HeadLayout``).
+        attention_factor: of the shape's rotary scaling (``rotary_frequencies``).
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class HydraAttention(MegatronModule):
         log_scale: bool,
         fa_balance: str,
         pg_collection: ProcessGroupCollection,
+        attention_factor: float = 1.0,
         name: str | None = None,
         cp_comm_type: str | None = None,
     ) -> None:
@@ -68,12 +70,14 @@ class HydraAttention(MegatronModule):
         self.shared_kv = options.qkv == "shared"
         if self.shared_kv:
             self.linear_kv = GroupLinear(config, self.layout, owned.heads + shared, 2 * config.kv_channels, pg_collection)
-            fa, gdn, fa_shared = self.linear_kv.group_of_head.split([self.num_fa, len(owned.gdn), len(shared)])
-            fa_groups, group_of_fa_head = torch.cat([fa, fa_shared]).unique(return_inverse=True)
-            for name, index in {"gdn_groups": gdn, "fa_groups": fa_groups, "group_of_fa_head": group_of_fa_head}.items():
-                self.register_buffer(name, index, persistent=False)
+            index, last = self.linear_kv.index_of_head, self.num_fa + len(owned.gdn)
+            fa, gdn = index[: self.num_fa] + index[last:], index[self.num_fa : last]
+            fa_groups = sorted(set(fa))
+            indices = {"gdn_groups": gdn, "fa_groups": fa_groups, "group_of_fa_head": [fa_groups.index(g) for g in fa]}
+            for name, index in indices.items():
+                self.register_buffer(name, torch.tensor(index, dtype=torch.long), persistent=False)
         if heads.fa:
-            self.fa = FullAttentionHeads(config, options, self.layout, pg_collection, log_scale, self.shared_kv)
+            self.fa = FullAttentionHeads(config, options, self.layout, pg_collection, log_scale, attention_factor, self.shared_kv)
         if heads.gdn:
             self.gdn = GatedDeltaHeads(config, options, self.layout, pg_collection, self.shared_kv)
         self.fusion = Fusion(config, options, self.layout, pg_collection)

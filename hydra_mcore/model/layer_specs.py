@@ -20,9 +20,15 @@ from hydra_mcore.model.hydra_attention import HydraAttention
 from hydra_mcore.model.parameters import RMSNorm
 
 
-def hydra_layer_spec(head_map: HeadMap, options: HydraOptions, log_scale: bool, fa_balance: str) -> ModuleSpec:
+def hydra_layer_spec(head_map: HeadMap, options: HydraOptions, log_scale: bool, fa_balance: str, attention_factor: float) -> ModuleSpec:
     """One transformer layer; each layer finds its own heads in the map by its number."""
-    attention = {"head_map": head_map, "options": options, "log_scale": log_scale, "fa_balance": fa_balance}
+    attention = {
+        "head_map": head_map,
+        "options": options,
+        "log_scale": log_scale,
+        "fa_balance": fa_balance,
+        "attention_factor": attention_factor,
+    }
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -37,12 +43,12 @@ def hydra_layer_spec(head_map: HeadMap, options: HydraOptions, log_scale: bool, 
 
 
 def hydra_block_spec(
-    head_map: HeadMap, options: HydraOptions, log_scale: bool, fa_balance: str
+    head_map: HeadMap, options: HydraOptions, log_scale: bool, fa_balance: str, attention_factor: float
 ) -> Callable[[GPTModelConfig, int | None], TransformerBlockSubmodules]:
     """The layers of one pipeline stage, in the form that Megatron's GPT builder asks for."""
 
     def spec(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-        layer = hydra_layer_spec(head_map, options, log_scale, fa_balance)
+        layer = hydra_layer_spec(head_map, options, log_scale, fa_balance, attention_factor)
         num_layers = get_num_layers_to_build(config.transformer, vp_stage=vp_stage)
         return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
 

@@ -166,9 +166,10 @@ class GroupLinear(torch.nn.Module):
     """K/V rows of the kv groups that live in a branch: x_sbm -> [s, b, g, rows], the groups that this rank's heads read.
 
     A group lives while one of its heads is in the branch. A group whose heads stand on several ranks is
-    held by all of them (``weight_split``), every other one by its rank alone (``weight``). Groups of heads that all
-    ranks share are needed whole by each: every rank makes them for its share of the tokens, and all gather.
-    ``group_of_head`` is the index on axis g of each of ``heads``.
+    held by all of them (``weight_split``), every other one by its rank alone (``weight``); so are the biases of a model
+    that has them (``bias_split``, ``bias``). Groups of heads that all ranks share are needed whole by each: every rank
+    makes them for its share of the tokens, and all gather.
+    ``group_of_head`` is the index on axis g of each of ``heads``, ``index_of_head`` the same as numbers.
     """
 
     def __init__(
@@ -192,50 +193,59 @@ class GroupLinear(torch.nn.Module):
         order = self.local + used_split + self.gathered
         for name, groups in (("used_split", used_split), ("gathered_split", self.gathered)):
             self.register_buffer(name, torch.tensor([self.split.index(g) for g in groups], dtype=torch.long), persistent=False)
-        self.register_buffer("group_of_head", torch.tensor([order.index(g) for g in head_groups], dtype=torch.long), persistent=False)
-        if self.local:
-            self.weight = new_parameter(config, len(self.local) * rows, config.hidden_size)
-            set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
-        if self.split:
-            self.weight_split = new_parameter(config, len(self.split) * rows, config.hidden_size)
-        for parameter in self.parameters():
-            config.init_method(parameter)
+        self.index_of_head = [order.index(g) for g in head_groups]
+        self.register_buffer("group_of_head", torch.tensor(self.index_of_head, dtype=torch.long), persistent=False)
+        for suffix, groups in (("", self.local), ("_split", self.split)):
+            if groups:
+                weight = new_parameter(config, len(groups) * rows, config.hidden_size)
+                config.init_method(weight)
+                self.register_parameter("weight" + suffix, weight)
+                if config.add_qkv_bias:
+                    self.register_parameter("bias" + suffix, new_parameter(config, len(groups) * rows))
+        for name, parameter in self.named_parameters():
+            if not name.endswith("_split"):
+                set_tensor_model_parallel_attributes(parameter, True, 0, 1)
 
     def forward(self, x_sbm: Tensor) -> Tensor:
-        weights, gathered = [self.weight] if self.local else [], []
-        if self.split:
-            held = replicated(self.weight_split, self.tp_group).unflatten(0, (len(self.split), self.rows))
-            weights.append(held.index_select(0, self.used_split).flatten(0, 1))
-            if self.gathered:
-                gathered.append(self._gather(x_sbm, held.index_select(0, self.gathered_split).flatten(0, 1)))
-        if not weights:
+        (weight, gathered_weight), (bias, gathered_bias) = self._used("weight"), self._used("bias")
+        if weight is None:
             return x_sbm.new_zeros(*x_sbm.shape[:-1], 0, self.rows)
-        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-        own = F.linear(x_sbm, weight).unflatten(-1, (-1, self.rows)) if weight.shape[0] else _empty_heads(x_sbm, weight, self.rows)
-        return torch.cat([own, *gathered], dim=2) if gathered else own
+        own = F.linear(x_sbm, weight, bias).reshape(*x_sbm.shape[:-1], -1 if len(weight) else 0, self.rows)
+        return own if gathered_weight is None else torch.cat([own, self._gather(x_sbm, gathered_weight, gathered_bias)], dim=2)
 
-    def _gather(self, x_sbm: Tensor, weight: Tensor) -> Tensor:
+    def _used(self, kind: str) -> tuple[Tensor | None, Tensor | None]:
+        """The "weight" or "bias" of the groups that this rank projects by itself, and of those that all gather; None where none is.
+
+        Those of split groups come even where this rank uses none of them, without rows: every rank must run the sum of
+        their gradient.
+        """
+        own, gathered = [getattr(self, kind)] if hasattr(self, kind) else [], None
+        if hasattr(self, kind + "_split"):
+            held = replicated(getattr(self, kind + "_split"), self.tp_group).unflatten(0, (len(self.split), self.rows))
+            own.append(held.index_select(0, self.used_split).flatten(0, 1))
+            if self.gathered:
+                gathered = held.index_select(0, self.gathered_split).flatten(0, 1)
+        if not own:
+            return None, None
+        return torch.cat(own) if len(own) > 1 else own[0], gathered
+
+    def _gather(self, x_sbm: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The projection of all tokens, each rank making that of its share: [s, b, g, rows]."""
         length, ranks = x_sbm.shape[0], self.tp_group.size()
         share = -(-length // ranks)
         mine = F.pad(x_sbm, (0, 0, 0, 0, 0, share * ranks - length)).split(share)[self.tp_group.rank()]
-        return gather_parts(F.linear(mine, weight), self.tp_group)[:length].unflatten(-1, (-1, self.rows))
+        return gather_parts(F.linear(mine, weight, bias), self.tp_group)[:length].unflatten(-1, (-1, self.rows))
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, ShardedTensorFactory]:
         shards = {}
-        for name, groups, tp_rank in (("weight", self.local, 0), ("weight_split", self.split, self.tp_group.rank())):
-            if groups:
-                ordinals = [self.living.index(g) for g in groups]
-                replica = data_parallel_replica(metadata, tp_rank)
-                shards[prefix + name] = head_shards(prefix + "weight", getattr(self, name), ordinals, len(self.living), replica)
+        for name, parameter in self.named_parameters():
+            is_split = name.endswith("_split")
+            replica = data_parallel_replica(metadata, self.tp_group.rank() if is_split else 0)
+            ordinals = [self.living.index(g) for g in (self.split if is_split else self.local)]
+            shards[prefix + name] = head_shards(prefix + name.removesuffix("_split"), parameter, ordinals, len(self.living), replica)
         return shards
-
-
-def _empty_heads(x_sbm: Tensor, weight: Tensor, rows: int) -> Tensor:
-    """No heads at all, yet joined to ``weight``'s graph: every rank must run the gradient sum of a shared weight."""
-    return F.linear(x_sbm, weight).reshape(*x_sbm.shape[:-1], 0, rows)
 
 
 class RMSNorm(torch.nn.Module):

@@ -111,7 +111,7 @@ def _prepare_models(plan: Plan, config: GPTModelConfig, step: TransferStep, mode
     """Freeze what the stage leaves alone, fill in the starting weights, build the teacher."""
     trains = STAGES[plan.options.stage].trains
     for model in models:
-        contiguous_parts(model)
+        contiguous_parts(model, plan.card.shape)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trains in name)
     if not plan.resume:
@@ -138,7 +138,7 @@ def _build_teachers(plan: Plan, config: GPTModelConfig, students: list[GPTModel]
         for student in students
     ]
     load_weights(teachers, plan.options.teacher)
-    return [contiguous_parts(teacher).requires_grad_(False).to(torch.cuda.current_device()).eval() for teacher in teachers]
+    return [contiguous_parts(teacher, card.shape).requires_grad_(False).to(torch.cuda.current_device()).eval() for teacher in teachers]
 
 
 def _datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple:

@@ -18,7 +18,7 @@ from megatron.training.arguments import add_megatron_arguments
 
 from hydra_mcore.config import CARD_NAME, ConfigError, ModelCard, Recipe, StageOptions, add_flags
 from hydra_mcore.heads import HeadLayout
-from hydra_mcore.model.build import TRACKER, latest_iteration
+from hydra_mcore.model.build import TRACKER, latest_iteration, trainings
 from hydra_mcore.ops.sequence import SequencePart
 from hydra_mcore.train.stages import default_flags, start_dir
 
@@ -111,9 +111,16 @@ def resolve(argv: list[str]) -> Plan:
     known = parser.parse_args(flags + argv)
     flags += ["--max-position-embeddings", str(max(known.seq_length, card.shape.native_length))]
     _check_settings(known, card)
+    card = dataclasses.replace(card, stages=[*trainings(card, start), _this_stage(known)])
     iterations = (save / TRACKER).read_text().strip() if resume else "0"
     finished = resume and int(iterations) >= known.train_iters
     return Plan(options, card, start, save, resume, finished, _without_missing_wandb(known, flags + argv))
+
+
+def _this_stage(known: argparse.Namespace) -> dict[str, Any]:
+    """This training as the model card lists it."""
+    planned = {"sequence_length": known.seq_length, "batch_size": known.global_batch_size, "iterations": known.train_iters}
+    return {"stage": known.stage, **planned}
 
 
 def _stage_options(known: argparse.Namespace) -> StageOptions:

@@ -21,6 +21,7 @@ SHAPE = ModelShape(
     num_layers=1, hidden_size=WIDTH, num_heads=HEADS, num_kv_groups=GROUPS, head_dim=4, ffn_hidden_size=16, vocab_size=8,
     native_length=64, norm_epsilon=1e-2,
 )  # fmt: skip
+SHAPES = [SHAPE, dataclasses.replace(SHAPE, qkv_bias=True, qk_norm=False)]  # Qwen3's attention, Qwen2's
 # The weights are float64, but gates and the L2 norm compute in float32: a scalar's gradient sums such values.
 TOLERANCE = {"output": 1e-6, "input": 1e-6, "parameters": 1e-5}
 OPTIONS = [
@@ -32,8 +33,9 @@ OPTIONS = [
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One layer and its input: the FA heads, the options, tokens for each of four parts, inner document boundaries."""
+    """One layer and its input: the shape, the FA heads, the options, tokens for each of four parts, inner document boundaries."""
 
+    shape: ModelShape
     fa: frozenset[int]
     options: HydraOptions
     part_length: int
@@ -54,6 +56,7 @@ def cases(draw: st.DrawFn) -> Case:
         bounds = draw(st.sets(st.sampled_from(near_borders) | st.integers(1, length - 1), max_size=8))
         documents = (0, *sorted(bound for bound in bounds if 0 < bound < length), length)
     return Case(
+        shape=draw(st.sampled_from(SHAPES)),
         fa=draw(st.frozensets(st.integers(0, HEADS - 1))),
         options=draw(st.sampled_from(OPTIONS)),
         part_length=part_length,
@@ -137,7 +140,7 @@ def _build(case: Case, groups: Any, sequence_parallel: bool, recompute: bool) ->
     from hydra_mcore.model.build import transformer_config
     from hydra_mcore.model.hydra_attention import HydraAttention
 
-    config = transformer_config(SHAPE, torch.float64)
+    config = transformer_config(case.shape, torch.float64)
     config.sequence_parallel = sequence_parallel
     if recompute:
         config.recompute_granularity, config.recompute_modules = "selective", ["core_attn"]

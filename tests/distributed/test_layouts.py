@@ -2,15 +2,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The law: the same weights and data give the same losses and gradients on every layout."""
 
+import dataclasses
 import itertools
+import shutil
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
-from hydra_mcore.config import HydraOptions
-from tests.support.stages import gradients, make_run, run_stage
+from hydra_mcore.config import HydraOptions, ModelCard
+from tests.support.launch import model_parallel, run_ranks
+from tests.support.stages import SHAPE, gradients, make_run, run_stage
 
 STAGES = ("align", "distill", "extend")
 STEPS = ("--train-iters", "2", "--save-interval", "1", "--lr-warmup-iters", "1", "--micro-batch-size", "1")
@@ -60,11 +63,20 @@ CASES = [
     for name, stage, rows in itertools.product(LAYOUTS, STAGES, ("dense", "packed"))
     if (name, stage) != ("cp2-per-token-loss", "align")
 ]
+BIASED = [("tp2-cp1-pp1-dp1-shared", "align"), ("tp2-cp2-pp2-dp1", "distill"), ("tp4-cp2-pp1-dp1-shared", "extend")]
+CASES += [pytest.param(name, stage, "biased") for name, stage in BIASED]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(tmp_path_factory.mktemp("layouts"))
+
+
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Teachers of other families: biases on q, k and v, no q/k norm, scaled rotary frequencies."""
+    shape = dataclasses.replace(SHAPE, qkv_bias=True, qk_norm=False, rope_scaling={"rope_type": "linear", "factor": 4.0})
+    return make_run(tmp_path_factory.mktemp("biased"), shape=shape)
 
 
 @cache
@@ -75,8 +87,9 @@ def single(folder: Path, stage: str, *flags: str) -> tuple[dict[str, dict[int, f
 
 
 @pytest.mark.parametrize(("name", "stage", "rows"), CASES)
-def test_losses_and_gradients_equal_one_process(folder: Path, name: str, stage: str, rows: str) -> None:
+def test_losses_and_gradients_equal_one_process(folder: Path, biased: Path, name: str, stage: str, rows: str) -> None:
     ranks, flags = LAYOUTS[name]
+    folder = biased if rows == "biased" else folder
     packed = PACKED if rows == "packed" else ()
     per_token = tuple(flag for flag in flags if flag == "--calculate-per-token-loss")
     losses, expected = single(folder, stage, *packed, *per_token)
@@ -147,3 +160,44 @@ def test_validation_losses_equal_one_process(folder: Path, stage: str) -> None:
     for tag in tags:
         for step, value in one[tag].items():
             assert four[tag][step] == pytest.approx(value, rel=1e-5), f"{tag} at step {step}"
+
+
+def test_biases_stored_by_two_ranks_load_on_one(biased: Path, tmp_path: Path) -> None:
+    run_ranks(_store_by_two, 2, biased / "student", tmp_path / "two")
+    (expected,), (found,) = (run_ranks(_parameters, 1, checkpoint) for checkpoint in (biased / "student", tmp_path / "two"))
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+    # Layer 2 keeps three FA heads, of both groups; each of its five GDN heads has keys and values of its own.
+    layer = "decoder.layers.2.self_attention."
+    rows = {"fa.linear_q": 3 * 8, "fa.linear_kv": 2 * 16, "gdn.linear_q": 5 * 8, "gdn.linear_kv": 5 * 16}
+    assert {name: found[f"{layer}{name}.bias"].shape for name in rows} == {name: (count,) for name, count in rows.items()}
+    assert all(value.count_nonzero() == value.numel() for name, value in found.items() if name.endswith(("_q.bias", "_kv.bias")))
+
+
+def _store_by_two(rank: int, source: Path, target: Path) -> None:
+    from hydra_mcore.model.build import build_model, load_weights, save_weights
+
+    with model_parallel(tp=2):
+        card = ModelCard.load(source)
+        model = build_model(card)
+        load_weights([model], source)
+        save_weights([model], card, target)
+
+
+def _parameters(rank: int, checkpoint: Path) -> dict[str, torch.Tensor]:
+    from hydra_mcore.model.build import load_model
+
+    with model_parallel():
+        return {name: parameter.detach() for name, parameter in load_model(checkpoint)[1].named_parameters()}
+
+
+@pytest.mark.parametrize(("whose", "stage"), [("student", "extend"), ("teacher", "distill")])
+def test_a_stage_turns_by_the_scaled_frequencies(biased: Path, tmp_path: Path, whose: str, stage: str) -> None:
+    """The same weights with a card that does not scale have another loss."""
+    run = shutil.copytree(biased, tmp_path / "run")
+    card = ModelCard.load(run / whose)
+    dataclasses.replace(card, shape=dataclasses.replace(card.shape, rope_scaling=None)).save(run / whose)
+    losses, _ = single(biased, stage)
+    found = run_stage(run, stage, 1, *STEPS, run="unscaled")
+    assert found[f"{stage} loss"][1] != pytest.approx(losses[f"{stage} loss"][1], rel=1e-4)

@@ -22,7 +22,8 @@ from hydra_mcore.convert.inherit import head_output_rms, hybridize, inherit
 from hydra_mcore.heads import HeadMap, InputError
 from hydra_mcore.model.build import TRACKER, build_model, load_model
 from hydra_mcore.model.runtime import process_groups
-from tests.support.tiny_qwen3 import ODD, random_tokens, tiny_qwen3
+from tests.support import teachers
+from tests.support.tiny_hf import ODD, random_tokens, tiny_qwen3
 
 DOOR = Path(__file__).parents[2] / "tools" / "convert.py"
 D, HEADS, GROUPS = ODD["head_dim"], ODD["num_attention_heads"], ODD["num_key_value_heads"]
@@ -104,6 +105,40 @@ def test_only_living_groups_keep_their_fa_rows(source, teacher):
         hf = source[0].model.layers[layer_idx].self_attn
         expected = torch.cat([rows(hf.k_proj.weight, group), rows(hf.v_proj.weight, group)])
         assert torch.equal(student.decoder.layers[layer_idx].self_attention.fa.linear_kv.weight, expected)
+
+
+def biased_pair(head_map: HeadMap, **options: object) -> tuple:
+    """A random teacher whose projections have biases, as Qwen2's, and its student."""
+    shape = dataclasses.replace(teachers.SHAPE, qkv_bias=True, qk_norm=False)
+    teacher = teachers.random_teacher(shape)
+    student = build_model(ModelCard(shape=shape, head_map=head_map, options=HydraOptions(**options), fingerprint="")).eval()
+    inherit(teacher, student)
+    return teacher, student
+
+
+@pytest.mark.parametrize("qkv", [{}, {"qkv": "shared", "gdn_kv": "per_group"}], ids=["separate", "shared"])
+def test_all_fa_student_of_a_teacher_with_biases_is_the_teacher(qkv):
+    teacher, student = biased_pair(HeadMap.all_fa(4, 6, 2), **PLAIN, **qkv)
+    tokens_bs = torch.arange(40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(logits(student, tokens_bs), logits(teacher, tokens_bs), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("gdn_kv", ["per_head", "per_group"])
+def test_biases_go_where_their_rows_go(gdn_kv):
+    """Layer 0 keeps heads of both groups, layer 1 of the second, layer 2 none; the teacher's own biases, block by block."""
+    head_map = HeadMap.from_fa([(0, 1), (0, 4), (0, 5), (1, 3), *((3, h) for h in range(6))], 4, 6, 2)
+    teacher, student = biased_pair(head_map, gdn_kv=gdn_kv)
+    for layer_idx, layer in enumerate(head_map.layers):
+        theirs, ours = teacher.decoder.layers[layer_idx].self_attention.fa, student.decoder.layers[layer_idx].self_attention
+        query_hd, kv_gd = theirs.linear_q.bias.view(6, 16), theirs.linear_kv.bias.view(2, 32)
+        groups = {"fa": sorted({h // 3 for h in layer.fa}), "gdn": sorted({h // 3 for h in layer.gdn})}
+        if gdn_kv == "per_head":
+            groups["gdn"] = [h // 3 for h in layer.gdn]
+        for branch in (name for name in ("fa", "gdn") if getattr(layer, name)):
+            found = getattr(ours, branch)
+            assert torch.equal(found.linear_q.bias.view(-1, 16), torch.stack([query_hd[h] for h in getattr(layer, branch)]))
+            assert torch.equal(found.linear_kv.bias.view(-1, 32), torch.stack([kv_gd[g] for g in groups[branch]]))
 
 
 def test_everything_but_attention_is_the_teachers(source, teacher):

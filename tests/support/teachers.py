@@ -24,9 +24,9 @@ def random_teacher(shape: ModelShape = SHAPE, dtype: torch.dtype = torch.float32
     model = build_model(teacher_card(shape, "0" * 64), dtype=dtype).eval()
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.3 * noise if parameter.dim() == 1 else 0.15 * noise)
+            parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.15 * noise)
     return model
 
 
