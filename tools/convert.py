@@ -3,8 +3,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints from other checkpoints.
 
-import     a Hugging Face Qwen3 directory -> the teacher's checkpoint
+import     a Hugging Face directory -> a checkpoint: Qwen3, Qwen2/2.5, Llama the teacher's; HydraHead a student's
 hybridize  a teacher's checkpoint and a head map -> the student's checkpoint
+export     a checkpoint -> a Hugging Face directory, of the teacher's own family or HydraHead with its own code
 """
 
 from __future__ import annotations
@@ -20,8 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from hydra_mcore.config import HydraOptions, add_flags  # light, so that --help is quick
 
 IMPORT_EXAMPLES = """examples:
-  python tools/convert.py import --hf Qwen3-1.7B --out runs/a/teacher --dtype bfloat16
+  python tools/convert.py import --hf Qwen3-1.7B --out runs/a/teacher
   python tools/convert.py import --hf examples/tiny/teacher --out runs/demo/teacher
+"""
+EXPORT_EXAMPLES = """examples:
+  python tools/convert.py export --checkpoint runs/a/extend --out runs/a/hf --dtype bfloat16
+  python tools/convert.py export --checkpoint runs/a/extend --out runs/a/hf --evaluation runs/a/evaluation/report.md
 """
 HYBRIDIZE_EXAMPLES = """examples:
   python tools/convert.py hybridize --teacher runs/a/teacher --heads runs/a/heads/head_map.json \\
@@ -36,7 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    importing = commands.add_parser("import", help="Hugging Face directory -> teacher", epilog=IMPORT_EXAMPLES, formatter_class=layout)
+    importing = commands.add_parser("import", help="Hugging Face directory -> checkpoint", epilog=IMPORT_EXAMPLES, formatter_class=layout)
     importing.add_argument("--hf", required=True, metavar="DIR", help="directory with config.json and *.safetensors")
 
     hybridizing = commands.add_parser(
@@ -58,11 +63,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     hybridizing.add_argument("--seed", type=int, default=1234, metavar="N", help="seed of the output gates' random start")
     add_flags(hybridizing.add_argument_group("the layer"), HydraOptions)
 
+    hybridizing.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the weights written")
+
+    exporting = commands.add_parser("export", help="checkpoint -> Hugging Face directory", epilog=EXPORT_EXAMPLES, formatter_class=layout)
+    exporting.add_argument("--checkpoint", required=True, metavar="DIR", help="checkpoint folder of a teacher or of any stage")
+    exporting.add_argument(
+        "--max-shard-size", type=float, default=5.0, metavar="GB", help="largest safetensors file (default: %(default)s)"
+    )
+    exporting.add_argument("--evaluation", metavar="FILE", help="report.md of tools/evaluate.py, for the model card")
+
+    for command, source, result in ((importing, "in the directory", "checkpoint"), (exporting, "at the source", "Hugging Face")):
+        exact = f"dtype of the weights written (default: as {source}, so nothing is rounded)"
+        command.add_argument("--dtype", choices=("float32", "bfloat16"), help=exact)
+        command.add_argument("--out", required=True, metavar="DIR", help=f"new {result} folder")
+    hybridizing.add_argument("--out", required=True, metavar="DIR", help="new checkpoint folder")
     importing.set_defaults(run=import_from, seed=0)
     hybridizing.set_defaults(run=hybridize_from)
-    for command in (importing, hybridizing):
-        command.add_argument("--out", required=True, metavar="DIR", help="new checkpoint folder")
-        command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the weights written")
+    exporting.set_defaults(run=export_from, seed=0)
     return parser.parse_args(argv)
 
 
@@ -93,8 +110,21 @@ def import_from(args: argparse.Namespace) -> None:
 
     from hydra_mcore.convert.hf_import import import_hf
 
-    card = import_hf(args.hf, args.out, getattr(torch, args.dtype))
-    print(f"teacher {card.fingerprint[:12]}, {card.shape.num_layers} layers x {card.shape.num_heads} heads: {args.out}")
+    card = import_hf(args.hf, args.out, args.dtype and getattr(torch, args.dtype))
+    print(f"{card.stage} {card.fingerprint[:12]}, {card.shape.num_layers} layers x {card.shape.num_heads} heads: {args.out}")
+
+
+def export_from(args: argparse.Namespace) -> None:
+    """The export command; raises InputError for a checkpoint that cannot be exported."""
+    import torch
+
+    from hydra_mcore.convert.hf_export import export_hf
+    from hydra_mcore.heads import InputError
+
+    if not args.max_shard_size > 0:
+        raise InputError(f"--max-shard-size is {args.max_shard_size}; it counts GB, so it must exceed 0")
+    card = export_hf(args.checkpoint, args.out, args.dtype and getattr(torch, args.dtype), args.max_shard_size * 1e9, args.evaluation)
+    print(f"{card.stage} with {card.head_map.num_fa} FA heads of {card.shape.num_layers * card.shape.num_heads}: {args.out}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,106 +1,106 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What is specific to a Hugging Face model family: names, shapes, and what this package does not do. Facts only."""
+"""What is specific to a Hugging Face model family: names, shapes, and what this package does not do. Facts only.
+
+Every supported teacher names its tensors as Llama does; the families differ in biases, norms, and what a missing key of
+config.json means.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hydra_mcore.config import ModelShape
-from hydra_mcore.convert.mapping import Copy, PerGroup, Stacked, WeightMapping
+from hydra_mcore.convert.mapping import Columns, InEachBlock, Stacked, WeightMapping, Whole
 
 LAYER = "{layer}"
-_WHOLE = Copy()
+HF_LAYER, OUR_LAYER = "model.layers.{layer}.", "decoder.layers.{layer}."
+HF_ATTENTION, OUR_ATTENTION = HF_LAYER + "self_attn.", OUR_LAYER + "self_attention."
 
 
 @dataclass(frozen=True)
 class WeightRule:
-    """One Hugging Face tensor and where it goes; names with ``{layer}`` hold for every layer, counted from 0.
+    """One Hugging Face tensor and where a checkpoint stores it; names with ``{layer}`` hold for every layer, from 0.
 
-    ``dims`` is the tensor's shape in Hugging Face, in the words of ``dimensions``.
+    ``dims`` is the tensor's shape in Hugging Face: numbers, or words of ``tensors.dimensions``.
     """
 
     hf: str
-    ours: str
-    dims: tuple[str, ...]
-    mapping: WeightMapping = _WHOLE
+    stored: str
+    dims: tuple[str | int, ...]
+    mapping: WeightMapping = field(default_factory=Whole)
 
 
 @dataclass(frozen=True)
 class Family:
-    """A model family as its ``config.json`` and its weight files describe it."""
+    """A model family as its ``config.json`` describes it."""
 
     model_type: str
-    shape_keys: Mapping[str, str]
-    """ModelShape field -> key of config.json that must be there."""
-    shape_defaults: Mapping[str, tuple[str, Any]]
-    """ModelShape field -> key of config.json that may be missing, and what the family takes it for then."""
+    qk_norm: bool
+    qkv_bias: bool
+    head_dim: int | None
+    """What a missing head_dim means; None for hidden_size / num_attention_heads."""
     required_values: Mapping[str, tuple[Any, ...]]
     """Key of config.json -> the values under which our layers compute the same; a missing key counts as one of them."""
-    weights: tuple[WeightRule, ...]
-    output_layer: WeightRule
-    """Its own tensor when embeddings are not tied; when they are, a copy of ``embedding`` that need not be stored."""
-    embedding: str
 
 
-def dimensions(shape: ModelShape) -> dict[str, int]:
-    """The sizes that ``WeightRule.dims`` refer to."""
-    return {
-        "vocab": shape.vocab_size,
-        "model": shape.hidden_size,
-        "ffn": shape.ffn_hidden_size,
-        "head": shape.head_dim,
-        "heads": shape.num_heads * shape.head_dim,
-        "groups": shape.num_kv_groups * shape.head_dim,
-    }
+SHAPE_KEYS = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_groups": "num_key_value_heads",
+    "ffn_hidden_size": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "native_length": "max_position_embeddings",
+}
+"""ModelShape field -> key of config.json, the same in every family."""
 
+UNSUPPORTED_UNLESS = {"hidden_act": ("silu",), "num_experts": (None, 0), "quantization_config": (None,)}
+_NO_BIAS = {**UNSUPPORTED_UNLESS, "attention_bias": (False,), "mlp_bias": (False,)}
+_NO_WINDOW = {"use_sliding_window": (False,)}
 
-_HF, _OURS = "model.layers.{layer}.", "decoder.layers.{layer}."
-_ATTENTION = _OURS + "self_attention."
+QWEN3 = Family("qwen3", qk_norm=True, qkv_bias=False, head_dim=128, required_values=_NO_BIAS | _NO_WINDOW)
+QWEN2 = Family("qwen2", qk_norm=False, qkv_bias=True, head_dim=None, required_values=UNSUPPORTED_UNLESS | _NO_WINDOW)  # and Qwen2.5
+LLAMA = Family("llama", qk_norm=False, qkv_bias=False, head_dim=None, required_values=_NO_BIAS)
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN3, QWEN2, LLAMA)}
 
-QWEN3 = Family(
-    model_type="qwen3",
-    shape_keys={
-        "num_layers": "num_hidden_layers",
-        "hidden_size": "hidden_size",
-        "num_heads": "num_attention_heads",
-        "num_kv_groups": "num_key_value_heads",
-        "ffn_hidden_size": "intermediate_size",
-        "vocab_size": "vocab_size",
-        "native_length": "max_position_embeddings",
-    },
-    shape_defaults={
-        "head_dim": ("head_dim", 128),
-        "norm_epsilon": ("rms_norm_eps", 1e-6),
-        "tied_embeddings": ("tie_word_embeddings", False),
-    },
-    required_values={
-        "attention_bias": (False,),
-        "hidden_act": ("silu",),
-        "use_sliding_window": (False,),
-        "rope_scaling": (None,),
-        "num_experts": (None, 0),
-        "quantization_config": (None,),
-    },
-    weights=(
-        WeightRule("model.embed_tokens.weight", "embedding.word_embeddings.weight", ("vocab", "model")),
-        WeightRule(_HF + "input_layernorm.weight", _OURS + "input_layernorm.weight", ("model",)),
-        WeightRule(_HF + "self_attn.q_proj.weight", _ATTENTION + "fa.linear_q.weight", ("heads", "model")),
-        WeightRule(_HF + "self_attn.k_proj.weight", _ATTENTION + "fa.linear_kv.weight", ("groups", "model"), PerGroup(0, 2)),
-        WeightRule(_HF + "self_attn.v_proj.weight", _ATTENTION + "fa.linear_kv.weight", ("groups", "model"), PerGroup(1, 2)),
-        WeightRule(_HF + "self_attn.q_norm.weight", _ATTENTION + "fa.q_norm.weight", ("head",)),
-        WeightRule(_HF + "self_attn.k_norm.weight", _ATTENTION + "fa.k_norm.weight", ("head",)),
-        WeightRule(_HF + "self_attn.o_proj.weight", _ATTENTION + "linear_proj.weight", ("model", "heads")),
-        WeightRule(_HF + "post_attention_layernorm.weight", _OURS + "pre_mlp_layernorm.weight", ("model",)),
-        WeightRule(_HF + "mlp.gate_proj.weight", _OURS + "mlp.linear_fc1.weight", ("ffn", "model"), Stacked(0, 2)),
-        WeightRule(_HF + "mlp.up_proj.weight", _OURS + "mlp.linear_fc1.weight", ("ffn", "model"), Stacked(1, 2)),
-        WeightRule(_HF + "mlp.down_proj.weight", _OURS + "mlp.linear_fc2.weight", ("model", "ffn")),
-        WeightRule("model.norm.weight", "decoder.final_layernorm.weight", ("model",)),
-    ),
-    output_layer=WeightRule("lm_head.weight", "output_layer.weight", ("vocab", "model")),
-    embedding="model.embed_tokens.weight",
+EMBEDDING = WeightRule("model.embed_tokens.weight", "embedding.word_embeddings.weight", ("vocab", "model"))
+# Its own tensor when embeddings are not tied; when they are, a copy of the embedding that need not be stored.
+OUTPUT_LAYER = WeightRule("lm_head.weight", "output_layer.weight", ("vocab", "model"))
+
+TRUNK = (
+    EMBEDDING,
+    WeightRule(HF_LAYER + "input_layernorm.weight", OUR_LAYER + "input_layernorm.weight", ("model",)),
+    WeightRule(HF_LAYER + "post_attention_layernorm.weight", OUR_LAYER + "pre_mlp_layernorm.weight", ("model",)),
+    WeightRule(HF_LAYER + "mlp.gate_proj.weight", OUR_LAYER + "mlp.linear_fc1.weight", ("ffn", "model"), Stacked(0, 2)),
+    WeightRule(HF_LAYER + "mlp.up_proj.weight", OUR_LAYER + "mlp.linear_fc1.weight", ("ffn", "model"), Stacked(1, 2)),
+    WeightRule(HF_LAYER + "mlp.down_proj.weight", OUR_LAYER + "mlp.linear_fc2.weight", ("model", "ffn")),
+    WeightRule("model.norm.weight", "decoder.final_layernorm.weight", ("model",)),
 )
+O_PROJ = WeightRule(HF_ATTENTION + "o_proj.weight", OUR_ATTENTION + "linear_proj.weight", ("model", "heads"), Columns())
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN3,)}
+
+def projections(hf_prefix: str, our_prefix: str, queries: str, keys: str, bias: bool, names: str = "qkv") -> tuple[WeightRule, ...]:
+    """Weights (and biases) of q, k and v, or some of them, of a set of heads; ``queries`` and ``keys`` are their widths."""
+    rules = []
+    for name in names:
+        ours, width, mapping = ("linear_q", queries, Whole()) if name == "q" else ("linear_kv", keys, InEachBlock("kv".index(name), 2))
+        hf, stored = f"{HF_ATTENTION}{hf_prefix}{name}_proj.", f"{OUR_ATTENTION}{our_prefix}{ours}."
+        rules.append(WeightRule(hf + "weight", stored + "weight", (width, "model"), mapping))
+        if bias:
+            rules.append(WeightRule(hf + "bias", stored + "bias", (width,), mapping))
+    return tuple(rules)
+
+
+def qk_norms(hf_prefix: str, our_prefix: str) -> tuple[WeightRule, ...]:
+    """The weights of the norms on queries and keys."""
+    names = ("q_norm.weight", "k_norm.weight")
+    return tuple(WeightRule(HF_ATTENTION + hf_prefix + name, OUR_ATTENTION + our_prefix + name, ("head",)) for name in names)
+
+
+def teacher_attention(shape: ModelShape) -> tuple[WeightRule, ...]:
+    """The tensors of a pretrained layer's attention, all of whose heads are FA."""
+    norms = qk_norms("", "fa.") if shape.qk_norm else ()
+    return (*projections("", "fa.", "fa", "fa_groups", shape.qkv_bias), *norms, O_PROJ)

@@ -1,105 +1,131 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A Hugging Face model directory becomes the teacher's checkpoint."""
+"""A Hugging Face model directory becomes a checkpoint: a pretrained model the teacher's, a HydraHead model a student's."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import math
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from tqdm import tqdm
 
-from hydra_mcore.config import ModelCard, ModelShape
-from hydra_mcore.convert.families import LAYER, Family, WeightRule, dimensions
+from hydra_mcore.config import ModelCard
+from hydra_mcore.convert.families import EMBEDDING, OUTPUT_LAYER
 from hydra_mcore.convert.hf_io import HfWeights, HuggingFaceError, read_config
-from hydra_mcore.convert.target import check_target, copy_tokenizer
-from hydra_mcore.model.build import build_model, save_weights, teacher_card
+from hydra_mcore.convert.target import HEAD_MAP_NAME, TOKENIZER_DIR, check_target, copy_tokenizer, new_folder
+from hydra_mcore.convert.tensors import TensorRule, is_teacher, output_layer_rule, tensor_rules
+from hydra_mcore.model.streaming import save_streamed
 
 
-def import_hf(hf_dir: str | Path, checkpoint_dir: str | Path, dtype: torch.dtype = torch.float32) -> ModelCard:
-    """Write the checkpoint of a pretrained model, its tokenizer beside it; needs process groups of TP 1 and PP 1.
+def import_hf(hf_dir: str | Path, checkpoint_dir: str | Path, dtype: torch.dtype | None = None) -> ModelCard:
+    """Write a model's checkpoint, its tokenizer beside it, tensor by tensor; needs process groups of one rank.
 
-    All of the input is checked before the first byte is written, names and shapes before the model is built.
+    Names, shapes and dtypes are checked before the first byte is written, values as they are read.
+
+    Args:
+        dtype: of the weights written; unless given bfloat16 if all tensors are, else float32: nothing is rounded.
 
     Raises:
         InputError: the directory cannot be used (``HuggingFaceError``, naming the key or tensor), or the target
-            already holds a checkpoint.
+            cannot be written. Nothing is left of the target then.
     """
     check_target(checkpoint_dir)
-    family, shape = read_config(hf_dir)
-    weights = HfWeights(hf_dir)
-    rules = expand_rules(family, shape)
-    check_tensors(weights, rules, family, shape)
-    model = build_model(teacher_card(shape, ""), dtype=dtype)
-    card = teacher_card(shape, fill(model, weights, rules, shape))
-    if shape.tied_embeddings:
-        _check_tied(weights, family)
-    copy_tokenizer(hf_dir, checkpoint_dir)
-    save_weights([model], card, checkpoint_dir)
+    card, weights = read_config(hf_dir), HfWeights(hf_dir)
+    rules = tensor_rules(card)
+    check_tensors(weights, rules, card)
+    if card.shape.tied_embeddings:
+        _check_tied(weights)
+    card = dataclasses.replace(card, source=card.source | _stored_as(weights))
+    if dtype is None:
+        dtype = torch.bfloat16 if {weights.dtype(name) for name in rules} == {"bfloat16"} else torch.float32
+    num_bytes = sum(math.prod(rule.shape) for rule in rules.values()) * dtype.itemsize
+    with new_folder(checkpoint_dir, num_bytes) as folder, tqdm(total=len(rules), desc="import", unit="tensor") as progress:
+        copy_tokenizer(hf_dir, folder / TOKENIZER_DIR)
+        if not is_teacher(card):
+            card.head_map.save(folder / HEAD_MAP_NAME)
+        source = _Source(weights, rules, dtype, progress)
+        save_streamed(card, dtype, source.read, folder)
+        if is_teacher(card):
+            card = dataclasses.replace(card, fingerprint=combined_fingerprint(source.digests))
+            card.save(folder)
     return card
 
 
-def expand_rules(family: Family, shape: ModelShape) -> dict[str, WeightRule]:
-    """The rule of every tensor that such a model must have, by its Hugging Face name; ``{layer}`` filled in."""
-    rules = family.weights if shape.tied_embeddings else (*family.weights, family.output_layer)
-    expanded = {}
-    for rule in rules:
-        for layer_idx in range(shape.num_layers if LAYER in rule.hf else 1):
-            name, ours = (text.replace(LAYER, str(layer_idx)) for text in (rule.hf, rule.ours))
-            expanded[name] = WeightRule(name, ours, rule.dims, rule.mapping)
-    return expanded
-
-
-def check_tensors(weights: HfWeights, rules: dict[str, WeightRule], family: Family, shape: ModelShape) -> None:
-    """Raise HuggingFaceError, naming the tensor, unless names and shapes are exactly those of the family."""
-    optional = {family.output_layer.hf: family.output_layer} if shape.tied_embeddings else {}
+def check_tensors(weights: HfWeights, rules: dict[str, TensorRule], card: ModelCard) -> None:
+    """Raise HuggingFaceError, naming the tensor, unless names, shapes and dtypes are those of the model."""
+    optional = {OUTPUT_LAYER.hf: output_layer_rule(card.shape)} if card.shape.tied_embeddings else {}
     present = weights.names()
     for what, names in (("missing", set(rules) - set(present)), ("not part of this model", set(present) - {*rules, *optional})):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             raise HuggingFaceError(f"{weights.root}: tensor {min(names)} is {what}{more}")
-    sizes = dimensions(shape)
     for name in present:
-        expected = tuple(sizes[dim] for dim in (rules | optional)[name].dims)
+        expected = (rules | optional)[name].shape
         if weights.shape(name) != expected:
             raise HuggingFaceError(f"{weights.root}: tensor {name} has shape {weights.shape(name)}, config.json asks for {expected}")
+        weights.dtype(name)
 
 
-def fill(model: GPTModel, weights: HfWeights, rules: dict[str, WeightRule], shape: ModelShape) -> str:
-    """Stream all tensors into the model, each once, and return the fingerprint of the weights.
+class _Source:
+    """The tensors of a checkpoint, put together from those of a directory; the fingerprint of each as it passes."""
 
-    The fingerprint is sha256 over name, shape and float32 values in the order of names, so it knows nothing of
-    files, of the stored dtype, or of a tied output layer that is stored as well.
+    def __init__(self, weights: HfWeights, rules: dict[str, TensorRule], dtype: torch.dtype, progress: tqdm) -> None:
+        self.weights, self.dtype, self.progress = weights, dtype, progress
+        self.parts: dict[str, list[TensorRule]] = {}
+        for rule in rules.values():
+            self.parts.setdefault(rule.stored, []).append(rule)
+        self.digests: dict[str, str] = {}
 
-    Raises:
-        HuggingFaceError: a tensor that is not finite floating point.
-        ValueError: the rules do not fill every parameter exactly once (a mistake in the family's table).
-    """
-    parameters = dict(model.named_parameters())
-    open_values = {name: parameter.numel() for name, parameter in parameters.items()}
-    digest = hashlib.sha256()
-    for name in tqdm(sorted(rules), desc="import", unit="tensor"):
-        tensor, rule = weights.read(name), rules[name]
-        open_values[rule.ours] -= rule.mapping.from_hf(tensor, parameters[rule.ours], shape)
-        _add_to_digest(digest, name, tensor)
-    wrong = sorted(name for name, count in open_values.items() if count)
-    if wrong:
-        raise ValueError(f"parameter {wrong[0]} is not filled exactly once by the family's table")
+    def read(self, stored: str, shape: tuple[int, ...]) -> Tensor:
+        """One tensor as a checkpoint stores it.
+
+        Raises:
+            HuggingFaceError: a tensor that cannot be read, or is not finite.
+            ValueError: the rules do not fill it exactly once (a mistake in a family's table).
+        """
+        tensor, count = torch.empty(shape, dtype=self.dtype), 0
+        for rule in self.parts.get(stored, ()):
+            hf = self.weights.read(rule.hf)
+            self.digests[rule.hf] = fingerprint_of(rule.hf, hf)
+            count += rule.mapping.from_hf(hf, tensor)
+            self.progress.update()
+        if count != tensor.numel():
+            raise ValueError(f"tensor {stored} is not filled exactly once by the family's table")
+        return tensor
+
+
+def fingerprint_of(name: str, tensor: Tensor) -> str:
+    """Sha256 of a tensor's name, shape and float32 values: the same for any stored dtype that holds these values."""
+    digest = hashlib.sha256(f"{name} {tuple(tensor.shape)}\n".encode())
+    for rows in tensor.split(4096):  # a copy of some rows, not of the whole tensor
+        digest.update(rows.float().contiguous().numpy())
     return digest.hexdigest()
 
 
-def _add_to_digest(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
-    digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-    digest.update(tensor.float().contiguous().numpy())
+def combined_fingerprint(digests: dict[str, str]) -> str:
+    """The fingerprint of a model's weights: sha256 over those of its tensors in the order of their names.
+
+    It knows nothing of files, of stored dtypes, or of a tied output layer that is stored as well.
+    """
+    return hashlib.sha256("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
 
 
-def _check_tied(weights: HfWeights, family: Family) -> None:
+def _stored_as(weights: HfWeights) -> dict[str, Any]:
+    """What an export must know to give back the same files' worth: dtypes, and whether a tied output layer was stored."""
+    dtypes = {name: weights.dtype(name) for name in weights.names()}
+    usual = Counter(dtypes.values()).most_common(1)[0][0]
+    others = {name: dtype for name, dtype in dtypes.items() if dtype != usual}
+    return {"dtype": usual, "other_dtypes": others, "output_layer_stored": OUTPUT_LAYER.hf in dtypes}
+
+
+def _check_tied(weights: HfWeights) -> None:
     """A stored output layer of a tied model must be the embedding itself."""
-    name = family.output_layer.hf
-    if name in weights.names() and not torch.equal(weights.read(name), weights.read(family.embedding)):
-        raise HuggingFaceError(
-            f"{weights.root}: tensor {name} differs from {family.embedding}, but config.json says tie_word_embeddings true"
-        )
+    name = OUTPUT_LAYER.hf
+    if name in weights.names() and not torch.equal(weights.read(name), weights.read(EMBEDDING.hf)):
+        raise HuggingFaceError(f"{weights.root}: tensor {name} differs from {EMBEDDING.hf}, but config.json says tie_word_embeddings true")

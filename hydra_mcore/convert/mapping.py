@@ -1,9 +1,10 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""How a Hugging Face tensor stands inside one of our parameters, in both directions.
+"""How a Hugging Face tensor stands inside one tensor of a checkpoint, in both directions.
 
-Every Hugging Face tensor is a set of whole row blocks of exactly one parameter. A mapping names these blocks once,
-as a view; reading and writing both go through that view, so the two directions cannot disagree.
+A checkpoint stores every head by itself, in Hugging Face order ([heads, d, m] for the rows of a projection), whatever
+layout wrote it. Every Hugging Face tensor is a part of exactly one stored tensor. A mapping names this part once, as a
+view; reading and writing both go through that view, so the two directions cannot disagree.
 """
 
 from __future__ import annotations
@@ -14,35 +15,33 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hydra_mcore.config import ModelShape
-
 
 class WeightMapping(ABC):
-    """One Hugging Face tensor <-> its part of one parameter of the all-FA model at TP 1."""
+    """One Hugging Face tensor <-> its part of one stored tensor."""
 
     @abstractmethod
-    def part_of(self, ours: Tensor, shape: ModelShape) -> Tensor:
-        """The tensor's rows as a view of the parameter: [blocks, rows of a block, ...]."""
+    def part_of(self, stored: Tensor) -> Tensor:
+        """The tensor's values as a view of the stored tensor, in the order of Hugging Face."""
 
     @torch.no_grad()
-    def from_hf(self, hf: Tensor, ours: Tensor, shape: ModelShape) -> int:
-        """Write the tensor's values into the parameter, in the parameter's dtype; returns how many."""
-        part = self.part_of(ours, shape)
+    def from_hf(self, hf: Tensor, stored: Tensor) -> int:
+        """Write the tensor's values into the stored tensor, in the latter's dtype; returns how many."""
+        part = self.part_of(stored)
         part.copy_(hf.reshape(part.shape))
         return part.numel()
 
     @torch.no_grad()
-    def to_hf(self, ours: Tensor, shape: ModelShape) -> Tensor:
-        """The tensor as Hugging Face stores it: a contiguous copy in the parameter's dtype."""
-        return self.part_of(ours, shape).flatten(0, 1).clone(memory_format=torch.contiguous_format)
+    def to_hf(self, stored: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The tensor as Hugging Face stores it: a contiguous copy of the given shape in the stored dtype."""
+        return self.part_of(stored).reshape(shape).clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)
-class Copy(WeightMapping):
-    """The whole parameter, row for row."""
+class Whole(WeightMapping):
+    """All of the stored tensor, row for row; heads that stand as blocks there are rows one after another here."""
 
-    def part_of(self, ours: Tensor, shape: ModelShape) -> Tensor:
-        return ours.unsqueeze(0)
+    def part_of(self, stored: Tensor) -> Tensor:
+        return stored
 
 
 @dataclass(frozen=True)
@@ -52,16 +51,24 @@ class Stacked(WeightMapping):
     part: int
     parts: int
 
-    def part_of(self, ours: Tensor, shape: ModelShape) -> Tensor:
-        return ours.unflatten(0, (self.parts, -1))[self.part].unsqueeze(0)
+    def part_of(self, stored: Tensor) -> Tensor:
+        return stored.unflatten(0, (self.parts, -1))[self.part]
 
 
 @dataclass(frozen=True)
-class PerGroup(WeightMapping):
-    """Part ``part`` of ``parts`` within the rows of every kv group: linear_kv is [k; v] of group 0, of group 1, ..."""
+class InEachBlock(WeightMapping):
+    """Part ``part`` of ``parts`` within every block: linear_kv stores [k; v] of the first head or group, of the second, ..."""
 
     part: int
     parts: int
 
-    def part_of(self, ours: Tensor, shape: ModelShape) -> Tensor:
-        return ours.unflatten(0, (shape.num_kv_groups, self.parts, -1))[:, self.part]
+    def part_of(self, stored: Tensor) -> Tensor:
+        return stored.unflatten(1, (self.parts, -1))[:, self.part]
+
+
+@dataclass(frozen=True)
+class Columns(WeightMapping):
+    """Blocks that are columns in Hugging Face: o_proj [m, h * d] is stored as [h, m, d]."""
+
+    def part_of(self, stored: Tensor) -> Tensor:
+        return stored.transpose(0, 1)

@@ -20,23 +20,24 @@ TIMEOUT = datetime.timedelta(minutes=30)  # nothing waits forever, but a rank ma
 
 
 @contextlib.contextmanager
-def process_groups(tp_size: int = 1, pp_size: int = 1, seed: int = 1234, alone: bool = True) -> Iterator[None]:
+def process_groups(tp_size: int = 1, pp_size: int = 1, seed: int = 1234, alone: bool = True, cp_size: int = 1) -> Iterator[None]:
     """Megatron's process groups, without a training loop.
 
     Args:
-        tp_size, pp_size: tensor- and pipeline-parallel ranks; what a launcher started beyond them is data parallel.
+        tp_size, pp_size, cp_size: tensor-, pipeline- and context-parallel ranks; what a launcher started beyond them is
+            data parallel.
         alone: the command runs on one process only.
 
     Raises:
-        InputError: a launcher started several ranks and the command runs alone, or not a multiple of tp_size * pp_size.
+        InputError: a launcher started several ranks and the command runs alone, or not a multiple of the three sizes.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if alone and world_size > 1:
         raise InputError("runs on one process; start it without torchrun")
-    if min(tp_size, pp_size) < 1 or world_size % (tp_size * pp_size):
+    if min(tp_size, pp_size, cp_size) < 1 or world_size % (tp_size * pp_size * cp_size):
+        sizes = f"{tp_size} tensor-parallel x {pp_size} pipeline-parallel" + (f" x {cp_size} context-parallel" if cp_size != 1 else "")
         raise InputError(
-            f"{world_size} processes are no multiple of {tp_size} tensor-parallel x {pp_size} pipeline-parallel ranks;"
-            f" start {tp_size * pp_size} with torchrun --nproc-per-node"
+            f"{world_size} processes are no multiple of {sizes} ranks; start {tp_size * pp_size * cp_size} with torchrun --nproc-per-node"
         )
     logging.getLogger("megatron").setLevel(logging.ERROR)  # its advice is about training; a command has its own output
     backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -47,7 +48,9 @@ def process_groups(tp_size: int = 1, pp_size: int = 1, seed: int = 1234, alone: 
     else:
         # a store in this process needs no port that could be taken
         torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp_size, pipeline_model_parallel_size=pp_size)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp_size, pipeline_model_parallel_size=pp_size, context_parallel_size=cp_size
+    )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     try:
         yield

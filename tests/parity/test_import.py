@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Imported checkpoints compute what transformers computes; directories that cannot be used are refused in one line."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -15,13 +16,15 @@ from safetensors.torch import load_file, save_file
 
 from hydra_mcore.config import ModelCard
 from hydra_mcore.convert import hf_import
-from hydra_mcore.convert.families import QWEN3
-from hydra_mcore.convert.hf_import import expand_rules, import_hf
+from hydra_mcore.convert.families import EMBEDDING, FAMILIES
+from hydra_mcore.convert.hf_import import import_hf
 from hydra_mcore.convert.hf_io import HuggingFaceError, read_config
+from hydra_mcore.convert.tensors import tensor_rules
 from hydra_mcore.heads import InputError
 from hydra_mcore.model.build import TRACKER, load_model
 from hydra_mcore.model.runtime import process_groups
-from tests.support.tiny_qwen3 import random_tokens, tiny_qwen3
+from hydra_mcore.model.streaming import StoredTensors
+from tests.support.tiny_hf import random_tokens, tiny_model, tiny_qwen3
 
 DOOR = Path(__file__).parents[2] / "tools" / "convert.py"
 
@@ -38,21 +41,31 @@ def logits_of(checkpoint_dir: Path, tokens_bs: torch.Tensor) -> torch.Tensor:
         return model(tokens_bs, torch.arange(tokens_bs.shape[1])[None], None)
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
 @pytest.mark.parametrize(
-    ("changes", "shard_size"),
+    ("family", "changes", "shard_size"),
     [
-        ({"tie_word_embeddings": True}, "1GB"),
-        ({"tie_word_embeddings": False}, "20KB"),
-        ({"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8, "rms_norm_eps": 1e-3}, "1GB"),
-        ({"num_key_value_heads": 1, "num_hidden_layers": 1, "tie_word_embeddings": True}, "20KB"),
+        ("qwen3", {"tie_word_embeddings": True}, "1GB"),
+        ("qwen3", {"tie_word_embeddings": False}, "20KB"),
+        ("qwen3", {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8, "rms_norm_eps": 1e-3}, "1GB"),
+        ("qwen3", {"num_key_value_heads": 1, "num_hidden_layers": 1, "tie_word_embeddings": True}, "20KB"),
+        ("qwen3", {"rope_parameters": {"rope_theta": 5000.0, **YARN}}, "1GB"),
+        ("qwen2", {"head_dim": None, "hidden_size": 48, "tie_word_embeddings": True}, "1GB"),
+        ("qwen2", {"num_key_value_heads": 6, "rope_parameters": {"rope_theta": 5000.0, **YARN, "attention_factor": 1.3}}, "20KB"),
+        ("llama", {"rope_parameters": {"rope_theta": 5000.0, **LLAMA3}}, "20KB"),
+        ("llama", {"head_dim": None, "hidden_size": 48, "tie_word_embeddings": True}, "1GB"),
+        ("llama", {"rope_parameters": {"rope_theta": 5000.0, "rope_type": "linear", "factor": 2.0}, "num_key_value_heads": 3}, "1GB"),
     ],
-    ids=["tied", "untied-sharded", "mha-eps", "mqa-sharded"],
+    ids=lambda value: str(value)[:60],
 )
-def test_logits_equal_transformers(tmp_path, changes, shard_size):
-    truth = tiny_qwen3(tmp_path / "hf", shard_size, **changes)
+def test_logits_equal_transformers(tmp_path, family, changes, shard_size):
+    truth = tiny_model(family, tmp_path / "hf", shard_size, **changes)
     assert (tmp_path / "hf" / "model.safetensors").exists() == (shard_size == "1GB")
     import_hf(tmp_path / "hf", tmp_path / "out")
-    tokens_bs = random_tokens()
+    tokens_bs = random_tokens(length=60)
     with torch.no_grad():
         expected, found = truth(tokens_bs).logits, logits_of(tmp_path / "out", tokens_bs)
     assert expected.std() > 0.5, "flat logits would prove nothing"
@@ -64,7 +77,7 @@ def test_fingerprint_names_the_values_not_their_layout(tmp_path):
     model = tiny_qwen3(tmp_path / "single", tie_word_embeddings=True)
     model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     model.save_pretrained(tmp_path / "with_lm_head")
-    edit_tensors(tmp_path / "with_lm_head", lambda t: t.update({"lm_head.weight": t[QWEN3.embedding].clone()}))
+    edit_tensors(tmp_path / "with_lm_head", lambda t: t.update({"lm_head.weight": t[EMBEDDING.hf].clone()}))
     with torch.no_grad():
         model.model.norm.weight[3] += 1e-3
     model.save_pretrained(tmp_path / "other")
@@ -84,27 +97,51 @@ def test_tokenizer_files_travel_and_others_do_not(tmp_path):
     assert (folder / "needles.json").read_text() == "needles.json"
 
 
+def stored_dtype(checkpoint_dir: Path) -> torch.dtype:
+    return StoredTensors(checkpoint_dir).dtype("decoder.layers.1.self_attention.fa.linear_q.weight")
+
+
 def test_bfloat16_checkpoint_holds_rounded_values(tmp_path):
     truth = tiny_qwen3(tmp_path / "hf")
     import_hf(tmp_path / "hf", tmp_path / "out", torch.bfloat16)
     _, model = load_model(tmp_path / "out")
     expected = truth.model.layers[1].self_attn.q_proj.weight.bfloat16().float()
     assert torch.equal(model.decoder.layers[1].self_attention.fa.linear_q.weight, expected)
+    assert stored_dtype(tmp_path / "out") == torch.bfloat16
+
+
+@pytest.mark.parametrize(("dtype", "kept"), [("bfloat16", "bfloat16"), ("float16", "float32"), ("float32", "float32")])
+def test_unless_told_otherwise_nothing_is_rounded(tmp_path, dtype, kept):
+    model = tiny_qwen3()
+    model.to(getattr(torch, dtype)).save_pretrained(tmp_path / "hf")
+    card = import_hf(tmp_path / "hf", tmp_path / "out")
+    assert stored_dtype(tmp_path / "out") == getattr(torch, kept)
+    assert (card.source["dtype"], card.source["other_dtypes"]) == (dtype, {})
 
 
 def test_old_style_config_gives_the_same_shape(tmp_path):
-    """Before transformers 5, rope_theta stood by itself and rope_scaling beside it."""
-    tiny_qwen3(tmp_path)
-    _, new = read_config(tmp_path)
+    """Before transformers 5, rope_theta stood by itself and rope_scaling beside it, whose type was once called so."""
+    tiny_qwen3(tmp_path, rope_parameters={"rope_theta": 5000.0, **YARN})
+    new = read_config(tmp_path).shape
+    assert new.rope_theta == 5000.0 and new.rope_scaling == YARN
 
     def age(raw: dict) -> None:
-        raw["rope_theta"] = raw.pop("rope_parameters")["rope_theta"]
-        raw["rope_scaling"] = None
+        rope = raw.pop("rope_parameters")
+        raw["rope_theta"] = rope.pop("rope_theta")
+        raw["rope_scaling"] = {"type": rope.pop("rope_type"), **rope}
         raw.pop("layer_types")
 
     edit_config(tmp_path, age)
-    assert read_config(tmp_path)[1] == new
-    assert new.rope_theta == 5000.0
+    assert read_config(tmp_path).shape == new
+
+
+def test_missing_keys_mean_what_the_family_says(tmp_path):
+    """Old Llama configs know neither head_dim nor kv groups."""
+    tiny_model("llama", tmp_path, num_key_value_heads=6, head_dim=None, hidden_size=48)
+    edit_config(tmp_path, lambda raw: [raw.pop(key) for key in ("head_dim", "num_key_value_heads", "rms_norm_eps")])
+    shape = read_config(tmp_path).shape
+    assert (shape.head_dim, shape.num_kv_groups, shape.norm_epsilon) == (8, 6, 1e-6)
+    assert not shape.qk_norm and not shape.qkv_bias and not shape.tied_embeddings
 
 
 def edit_config(hf_dir: Path, change: Callable[[dict], object]) -> None:
@@ -133,12 +170,20 @@ BAD_DIRECTORIES = {
     "no config": (lambda d: (d / "config.json").unlink(), ["config.json", "Hugging Face"]),
     "config not json": (lambda d: (d / "config.json").write_text("{"), ["config.json", "not JSON"]),
     "config not an object": (lambda d: (d / "config.json").write_text("[]"), ["config.json", "object"]),
-    "other family": (lambda d: edit_config(d, lambda c: c.update(model_type="llama")), ["model_type", "'llama'", "qwen3"]),
+    "other family": (lambda d: edit_config(d, lambda c: c.update(model_type="gpt2")), ["model_type", "'gpt2'", "qwen3", "hydra_head"]),
     "moe": (lambda d: edit_config(d, lambda c: c.update(model_type="qwen3_moe")), ["'qwen3_moe'"]),
     "sliding window": (lambda d: edit_config(d, lambda c: c.update(use_sliding_window=True)), ["use_sliding_window", "True"]),
     "sliding layer": (lambda d: edit_config(d, lambda c: c["layer_types"].__setitem__(1, "sliding_attention")), ["layer_types"]),
-    "rope scaling": (lambda d: edit_config(d, lambda c: c.update(rope_scaling={"rope_type": "yarn"})), ["rope_scaling", "yarn"]),
-    "rope type": (lambda d: edit_config(d, lambda c: c["rope_parameters"].update(rope_type="linear")), ["rope_type", "linear"]),
+    "rope scaling": (
+        lambda d: edit_config(d, lambda c: c.update(rope_scaling={"type": "dynamic"}, rope_parameters={"rope_theta": 1e4})),
+        ["dynamic"],
+    ),
+    "rope type": (lambda d: edit_config(d, lambda c: c["rope_parameters"].update(rope_type="longrope")), ["rope_type", "longrope", "yarn"]),
+    "rope factor": (lambda d: edit_config(d, lambda c: c["rope_parameters"].update(rope_type="linear")), ["linear", "factor"]),
+    "partial rotary": (
+        lambda d: edit_config(d, lambda c: c["rope_parameters"].update(partial_rotary_factor=0.5)),
+        ["partial_rotary_factor 0.5"],
+    ),
     "no theta": (lambda d: edit_config(d, lambda c: c.pop("rope_parameters")), ["rope_theta", "missing"]),
     "attention bias": (lambda d: edit_config(d, lambda c: c.update(attention_bias=True)), ["attention_bias"]),
     "activation": (lambda d: edit_config(d, lambda c: c.update(hidden_act="gelu")), ["hidden_act", "'gelu'"]),
@@ -157,7 +202,7 @@ BAD_DIRECTORIES = {
     "mis-shaped": (lambda d: edit_tensors(d, lambda t: t.update({O2: t[O2].T.contiguous()})), [O2, "(96, 40)", "(40, 96)"]),
     "nan": (lambda d: edit_tensors(d, lambda t: put(t, O2, float("nan"))), [O2, "NaN"]),
     "infinity": (lambda d: edit_tensors(d, lambda t: put(t, O2, float("-inf"))), [O2, "infinity"]),
-    "integers": (lambda d: edit_tensors(d, lambda t: t.update({O2: t[O2].to(torch.int8)})), [O2, "int8"]),
+    "integers": (lambda d: edit_tensors(d, lambda t: t.update({O2: t[O2].to(torch.int8)})), [O2, "I8", "unquantised"]),
     "tied but different": (lambda d: edit_config(d, lambda c: c.update(tie_word_embeddings=True)), [HEAD, "tie_word_embeddings"]),
 }
 
@@ -222,38 +267,40 @@ def test_target_that_holds_a_checkpoint_is_refused_before_any_work(tmp_path):
         import_hf(tmp_path / "nowhere", tmp_path / "file" / "out")
 
 
-def test_import_that_dies_while_saving_looks_incomplete_and_can_be_repeated(tmp_path, monkeypatch):
+def test_import_that_dies_while_saving_leaves_nothing_and_can_be_repeated(tmp_path, monkeypatch):
     tiny_qwen3(tmp_path / "hf")
 
     def full_disk(*_: object) -> None:
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(ModelCard, "save", full_disk)  # after the tensors, before the mark that makes them a checkpoint
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(InputError, match="out: cannot be written, No space left on device; nothing is left of it"):
             import_hf(tmp_path / "hf", tmp_path / "out")
-    with pytest.raises(InputError, match="not a hydra_mcore checkpoint"):
-        load_model(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "of a killed attempt").write_text("")
     import_hf(tmp_path / "hf", tmp_path / "out")
     load_model(tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
 
 
-def test_a_table_that_leaves_a_parameter_open_is_caught(tmp_path, monkeypatch):
+def test_a_table_that_leaves_a_tensor_open_is_caught(tmp_path, monkeypatch):
     tiny_qwen3(tmp_path / "hf")
-    family, shape = read_config(tmp_path / "hf")
-    rules = expand_rules(family, shape)
+    rules = tensor_rules(read_config(tmp_path / "hf"))
     del rules["model.layers.0.mlp.up_proj.weight"]
-    monkeypatch.setattr(hf_import, "expand_rules", lambda *_: rules)
+    monkeypatch.setattr(hf_import, "tensor_rules", lambda *_: rules)
     monkeypatch.setattr(hf_import, "check_tensors", lambda *_: None)
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.linear_fc1\.weight is not filled"):
         import_hf(tmp_path / "hf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
-def test_parts_are_exactly_the_tensors_that_transformers_saves(tmp_path):
-    tiny_qwen3(tmp_path, tie_word_embeddings=False)
-    family, shape = read_config(tmp_path)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parts_are_exactly_the_tensors_that_transformers_saves(tmp_path, family):
+    tiny_model(family, tmp_path, tie_word_embeddings=False)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        assert set(file.keys()) == set(expand_rules(family, shape))
+        assert set(file.keys()) == set(tensor_rules(read_config(tmp_path)))
 
 
 def run_door(*arguments: object) -> subprocess.CompletedProcess:

@@ -1,12 +1,12 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Random Qwen3 models of odd shapes, made and saved by transformers: the outside truth that imports are held to."""
+"""Random models of odd shapes, made and saved by transformers: the outside truth that imports are held to."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 # head_dim is not hidden_size / heads, three query heads share a kv group, no two sizes are equal.
 ODD: dict[str, Any] = {
@@ -22,13 +22,23 @@ ODD: dict[str, Any] = {
 }
 
 
-def tiny_qwen3(hf_dir: Path | None = None, max_shard_size: str = "1GB", **changes: Any) -> Qwen3ForCausalLM:
-    """A random float32 model, saved to ``hf_dir`` if given. No weight is left at a value that would hide a mix-up."""
+def tiny_qwen3(hf_dir: Path | None = None, max_shard_size: str = "1GB", **changes: Any) -> PreTrainedModel:
+    """``tiny_model`` of the family that most tests use."""
+    return tiny_model("qwen3", hf_dir, max_shard_size, **changes)
+
+
+def tiny_model(family: str, hf_dir: Path | None = None, max_shard_size: str = "1GB", **changes: Any) -> PreTrainedModel:
+    """A random float32 model, saved to ``hf_dir`` if given; a change to None takes a key out of its config.
+
+    No weight is left at a value that would hide a mix-up.
+    """
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(Qwen3Config(**{**ODD, **changes})).eval()
+    settings = {**ODD, **({"hidden_size": 48} if family == "llama" else {}), **changes}  # Llama's heads must divide the width
+    config = AutoConfig.for_model(family, **{key: value for key, value in settings.items() if value is not None})
+    model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.15 + (1.0 if parameter.dim() == 1 else 0.0))
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.15 + (1.0 if "norm" in name else 0.0))
     if hf_dir is not None:
         model.save_pretrained(hf_dir, max_shard_size=max_shard_size)
     return model

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from hydra_mcore.convert.hf_code import CODE_FILES
+
 ROOT = Path(__file__).parents[2]
 # From the ground up.  A room may import the floors below and, on its own floor, what stands before it.
 FLOORS = [
@@ -22,6 +24,7 @@ FLOORS = [
 STRANGERS = {("hydra_mcore.selection", "hydra_mcore.convert")}  # though one stands before the other
 ROOMS = [room for floor in FLOORS for room in floor]
 FILES = sorted(path for top in ("hydra_mcore", "tools", "examples") for path in (ROOT / top).rglob("*.py"))
+TRAVELLERS = [ROOT / "hydra_mcore" / name for name in CODE_FILES]  # copied side by side into every exported model
 OPTIONAL = ("apex", "fla", "transformer_engine", "wandb")
 
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -42,7 +45,9 @@ def imported(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}:{node.lineno}: write the import with its full name"
+            if node.level:
+                assert path in TRAVELLERS, f"{path}:{node.lineno}: write the import with its full name"
+                continue
             names.update((str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)))
     return names
 
@@ -73,6 +78,13 @@ def test_imports_never_go_up(path: Path) -> None:
         assert [target for target in targets if not allowed(importer, target)] == []
 
 
+@pytest.mark.parametrize("path", TRAVELLERS, ids=lambda path: path.name)
+def test_what_travels_with_a_model_needs_nothing_that_stays(path: Path) -> None:
+    assert not any(map(room_of, imported(path)))
+    relative = {node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and node.level}
+    assert relative <= {traveller.stem for traveller in TRAVELLERS}
+
+
 @each_file
 def test_files_and_functions_are_short(path: Path) -> None:
     text = path.read_text()
@@ -89,7 +101,8 @@ def test_files_say_whose_they_are(path: Path) -> None:
 
 
 def test_every_module_imports_without_the_optional_packages() -> None:
-    modules = [module_name(path) for path in FILES if path.name != "__main__.py"]
+    elsewhere = {path for path in TRAVELLERS if path.parent.name == "hf_model"}  # imported from an exported model only
+    modules = [module_name(path) for path in FILES if path.name != "__main__.py" and path not in elsewhere]
     code = f"""
 import importlib, sys, traceback
 sys.modules.update(dict.fromkeys({OPTIONAL!r}))

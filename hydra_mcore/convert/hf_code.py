@@ -1,0 +1,30 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The Python files that an exported model needs beside its weights, so that transformers can load it without hydra_mcore."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1]
+CODE_FILES = (
+    "convert/hf_model/configuration_hydra_head.py",
+    "convert/hf_model/cache_hydra_head.py",
+    "convert/hf_model/heads_hydra_head.py",
+    "convert/hf_model/modeling_hydra_head.py",
+    "ops/chunked_delta_rule.py",
+)
+# For config.json: where transformers' Auto classes find theirs.
+AUTO_MAP = {
+    "AutoConfig": "configuration_hydra_head.HydraHeadConfig",
+    "AutoModel": "modeling_hydra_head.HydraHeadModel",
+    "AutoModelForCausalLM": "modeling_hydra_head.HydraHeadForCausalLM",
+}
+
+
+def copy_model_code(target_dir: str | Path) -> None:
+    """Copy the files side by side into a model's folder, which is made if need be."""
+    Path(target_dir).mkdir(parents=True, exist_ok=True)
+    for name in CODE_FILES:
+        shutil.copyfile(PACKAGE / name, Path(target_dir) / Path(name).name)

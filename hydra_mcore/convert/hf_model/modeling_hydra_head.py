@@ -1,0 +1,308 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""HydraHead models (arXiv 2606.20097) for transformers: every layer mixes full attention (FA) and Gated DeltaNet (GDN) heads.
+
+                      +-- FA heads:  q k v, causal softmax over cached keys ---+
+    x (normed) -------|                                                        |--> norm and scale per head --> o_proj
+                      +-- GDN heads: q k v, delta rule on a constant state ----+
+
+Needs torch and transformers only (tested with transformers 5.23); flash-linear-attention is used on a GPU where it is
+installed. Shape suffixes: b batch, s tokens of this call, t all tokens so far, h heads, d head dimension, m model width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from .cache_hydra_head import HydraHeadCache
+from .configuration_hydra_head import HydraHeadConfig
+from .heads_hydra_head import (
+    Call,
+    FullAttentionHeads,
+    GatedDeltaHeads,
+    OutputGate,
+    ShortConv,
+    describe_call,
+    repeat_groups,
+    rotary_frequencies,
+)
+
+
+class HydraHeadAttention(nn.Module):
+    """The two branches of a layer and their fusion: gate, RMSNorm over each head, one learned factor a head, side by side."""
+
+    def __init__(self, config: HydraHeadConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        m, d, h = config.hidden_size, config.head_dim, config.num_attention_heads
+        fa, gdn = config.heads(layer_idx)
+        self.heads = {role: heads for role, heads in (("fa", fa), ("gdn", gdn)) if heads}
+        if config.qkv == "shared":
+            self.k_proj = nn.Linear(m, config.num_key_value_heads * d, bias=config.qkv_bias)
+            self.v_proj = nn.Linear(m, config.num_key_value_heads * d, bias=config.qkv_bias)
+        if fa:
+            self.fa = FullAttentionHeads(config, fa)
+        if gdn:
+            self.gdn = GatedDeltaHeads(config, gdn)
+        if config.fusion != "none" and config.fusion_norm_weight == "branch":
+            for role in self.heads:
+                self.add_module(f"{role}_norm", nn.RMSNorm(d, config.rms_norm_eps))
+        if config.fusion in ("scale", "competition"):
+            self.scale = nn.Parameter(torch.ones(h))
+        if config.fusion == "competition":
+            self.competition = nn.Linear(m, h, bias=False)
+        self.o_proj = nn.Linear(h * d, m, bias=False)
+
+    def forward(self, x_bsm: Tensor, call: Call, past_key_values: HydraHeadCache | None) -> Tensor:
+        """The layer's mixing of the tokens of this call with each other and with what the cache remembers: [b, s, m]."""
+        memory = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        kv = None
+        if self.config.qkv == "shared":
+            kv = [projection(x_bsm).unflatten(-1, (-1, self.config.head_dim)) for projection in (self.k_proj, self.v_proj)]
+        by_head: dict[int, Tensor] = {}
+        for role, heads in self.heads.items():
+            living = [min(count, 1) for count in self.config.heads_per_group(heads)]
+            own_kv = None if kv is None else tuple(repeat_groups(x, living, dim=2) for x in kv)
+            out_bshd, gate = getattr(self, role)(x_bsm, call, own_kv, memory)
+            by_head.update(zip(heads, self._normed(role, out_bshd, gate).unbind(2), strict=True))
+        out_bshd = torch.stack([by_head[head] for head in range(self.config.num_attention_heads)], dim=2)
+        if self.config.fusion in ("scale", "competition"):
+            out_bshd = out_bshd * self.scale[:, None]
+        if self.config.fusion == "competition":
+            share_bsh = self.competition(x_bsm).to(torch.promote_types(x_bsm.dtype, torch.float32)).softmax(dim=-1)
+            out_bshd = out_bshd * (self.config.num_attention_heads * share_bsh.to(x_bsm.dtype))[..., None]
+        if memory is not None:
+            memory.num_tokens += x_bsm.shape[1]
+        return self.o_proj(out_bshd.flatten(2))
+
+    def _normed(self, role: str, out_bshd: Tensor, gate: Tensor | None) -> Tensor:
+        if gate is not None and self.config.gate_order == "before_norm":
+            out_bshd = out_bshd * gate
+        if self.config.fusion != "none":
+            if self.config.fusion_norm_weight == "branch":
+                out_bshd = getattr(self, f"{role}_norm")(out_bshd)
+            else:
+                out_bshd = F.rms_norm(out_bshd, (self.config.head_dim,), None, self.config.rms_norm_eps)
+        if gate is not None and self.config.gate_order == "after_norm":
+            out_bshd = out_bshd * gate
+        return out_bshd
+
+
+class HydraHeadMLP(nn.Module):
+    """The gated MLP."""
+
+    def __init__(self, config: HydraHeadConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x_bsm: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x_bsm)) * self.up_proj(x_bsm))
+
+
+class HydraHeadDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: HydraHeadConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = HydraHeadAttention(config, layer_idx)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = HydraHeadMLP(config)
+
+    def forward(self, x_bsm: Tensor, call: Call, past_key_values: HydraHeadCache | None = None) -> Tensor:
+        x_bsm = x_bsm + self.self_attn(self.input_layernorm(x_bsm), call, past_key_values)
+        return x_bsm + self.mlp(self.post_attention_layernorm(x_bsm))
+
+
+class HydraHeadPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know to load, place, train and save the model."""
+
+    config_class = HydraHeadConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HydraHeadDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _is_stateful = True  # a cache that cannot be cut rules out assisted generation
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Random projections, identity convolutions, open gates, long memory; not called for modules whose parameters are loaded."""
+        init = nn.init
+        if isinstance(module, OutputGate):
+            init.normal_(module.weight, std=1e-3)
+            init.ones_(module.bias)
+        elif isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, nn.RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, ShortConv):
+            init.zeros_(module.weight)
+            init.ones_(module.weight[..., -1])
+        elif isinstance(module, GatedDeltaHeads):
+            for start_at_zero in (module.A_log, module.decay_proj.weight, module.write_proj.weight, module.write_proj.bias):
+                init.zeros_(start_at_zero)
+            init.constant_(module.decay_proj.bias, math.log(math.expm1(math.log(2.0) / self.config.gdn_half_life)))
+        elif isinstance(module, HydraHeadAttention):
+            if hasattr(module, "scale"):
+                init.ones_(module.scale)
+            if hasattr(module, "competition"):
+                init.zeros_(module.competition.weight)
+
+
+class HydraHeadModel(HydraHeadPreTrainedModel):
+    """Token ids to hidden states."""
+
+    def __init__(self, config: HydraHeadConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(HydraHeadDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: HydraHeadCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Read s tokens after those that the cache holds.
+
+        Args:
+            attention_mask: [b, t], 0 at padding, which may stand anywhere, over all tokens including the cached ones.
+            position_ids: [b, s] or [1, s]; by default tokens are counted from 0, padding left out.
+            past_key_values: a ``HydraHeadCache``, which is updated; made here when ``use_cache`` asks for one.
+            use_cache: by default ``config.use_cache``, but not while training.
+
+        Raises:
+            ValueError: arguments that do not fit together.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if kwargs.get("output_attentions"):
+            raise ValueError("output_attentions is not supported: FA heads keep no attention maps and GDN heads have none")
+        x_bsm = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.gradient_checkpointing and self.training:
+            use_cache = False
+        elif use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = HydraHeadCache(self.config)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        call = self._describe(x_bsm, attention_mask, position_ids, past_key_values)
+        hidden_states: tuple[Tensor, ...] = ()
+        for layer in self.layers:
+            if output_hidden_states:
+                hidden_states += (x_bsm,)
+            x_bsm = layer(x_bsm, call, past_key_values=past_key_values)
+        x_bsm = self.norm(x_bsm)
+        return BaseModelOutputWithPast(
+            last_hidden_state=x_bsm,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=(*hidden_states, x_bsm) if output_hidden_states else None,
+        )
+
+    def _describe(
+        self, x_bsm: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past_key_values: HydraHeadCache | None
+    ) -> Call:
+        """Check mask and cache, and find the positions."""
+        if past_key_values is not None and not isinstance(past_key_values, HydraHeadCache):
+            raise ValueError(f"past_key_values is a {type(past_key_values).__name__}; give a HydraHeadCache, or none and use_cache=True")
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        b, s, _ = x_bsm.shape
+        real_bt = None
+        if attention_mask is not None:
+            if attention_mask.shape != (b, past + s):
+                shape, needed = list(attention_mask.shape), [b, past + s]
+                raise ValueError(f"attention_mask has shape {shape}, needs {needed}: one entry for each token, cached ones included")
+            if not attention_mask.all():
+                real_bt = attention_mask.bool()
+        if position_ids is None:
+            position_ids = torch.arange(past, past + s, device=x_bsm.device)[None]
+            if real_bt is not None:
+                position_ids = (real_bt.cumsum(dim=1) - 1).clamp(min=0)[:, past:]
+        return describe_call(self.config, position_ids, past, real_bt, rotary_frequencies(self.config, x_bsm.device), x_bsm.dtype)
+
+
+class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):
+    """Token ids to next-token logits and loss."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: HydraHeadConfig) -> None:
+        super().__init__(config)
+        self.model = HydraHeadModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: HydraHeadCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As ``HydraHeadModel.forward``; ``labels`` [b, s] (-100: ignored) give a loss, ``logits_to_keep`` spares logits.
+
+        Args:
+            logits_to_keep: logits of so many last tokens, 0 for all, or the indices of tokens.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits_bsw = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits_bsw, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits_bsw, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Where ``generate`` would make its dynamic cache, make ours."""
+        wanted = generation_config.use_cache is not False and generation_config.cache_implementation in (None, "dynamic")
+        if wanted and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = HydraHeadCache(self.config)
+        else:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
