@@ -7,13 +7,16 @@ The tests run on the CPU, also on a machine with a GPU, so that they mean the sa
 """
 
 import os
+import tempfile
 
+REMOTE_CODE = tempfile.TemporaryDirectory(prefix="hf_modules_")  # transformers copies the code of exported models here, not home
 ON_GPU = os.environ.get("HYDRA_TEST_DEVICE", "cpu") == "gpu"
 os.environ.update(
     OMP_NUM_THREADS="1",  # several ranks share few cores, and OpenMP's threads do not survive a fork
     TOKENIZERS_PARALLELISM="false",
     WANDB_MODE="offline",
     HF_HUB_OFFLINE="1",
+    HF_MODULES_CACHE=REMOTE_CODE.name,
     HF_DATASETS_OFFLINE="1",
 )
 if not ON_GPU:

@@ -4,15 +4,12 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers.dynamic_module_utils
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -35,14 +32,6 @@ TINY: dict[str, Any] = {
 }
 
 
-@functools.cache
-def _keep_remote_code_apart() -> tempfile.TemporaryDirectory:
-    """transformers copies remote code into a cache, by default below the home folder: give this process one that goes with it."""
-    folder = tempfile.TemporaryDirectory(prefix="hf_modules_")
-    transformers.dynamic_module_utils.HF_MODULES_CACHE = folder.name
-    return folder
-
-
 def write_config(folder: Path, **changes: Any) -> Path:
     """A folder with the model's code and config.json, as an export writes it, without weights."""
     copy_model_code(folder)
@@ -53,13 +42,11 @@ def write_config(folder: Path, **changes: Any) -> Path:
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
     """The model of a folder, in evaluation mode."""
-    _keep_remote_code_apart()
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype, **options)
 
 
 def fresh(folder: Path, **changes: Any) -> PreTrainedModel:
     """A model with the weights of its own initialisation, written nowhere."""
-    _keep_remote_code_apart()
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(write_config(folder, **changes), trust_remote_code=True)
     return AutoModelForCausalLM.from_config(config, trust_remote_code=True).eval()

@@ -50,6 +50,17 @@ def left_padded(rows: list[Tensor], total: int) -> tuple[Tensor, Tensor]:
 # Generation
 
 
+def test_layers_may_lie_on_several_devices(tmp_path, model):
+    """A device map, here of memory and disk: what a layer needs to know of a call travels with it."""
+    model.save_pretrained(tmp_path / "hf")
+    where = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "lm_head"), "cpu")
+    spread = load(
+        tmp_path / "hf", torch.float64, device_map=where | {"model.layers.1": "disk", "model.layers.2": "disk"}, offload_folder=tmp_path
+    )
+    tokens_bs, mask_bs = left_padded([random_tokens(length) for length in PROMPTS], max(PROMPTS))
+    assert torch.equal(generate(spread, tokens_bs, mask_bs), generate(model, tokens_bs, mask_bs))
+
+
 def test_greedy_tokens_are_the_likeliest(model):
     tokens_bs = random_tokens(2, 9)
     new_bs = generate(model, tokens_bs, **WAYS["greedy"])
