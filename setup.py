@@ -37,6 +37,7 @@ setup(
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.10", "flash-linear-attention>=0.4"],
+        "eval": ["lm-eval>=0.4.10", "accelerate>=1.1"],  # not lm-eval[hf]: it adds peft, for adapters
         "test": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "jsonschema>=4.20", "ruff>=0.12"],
     },
     classifiers=[

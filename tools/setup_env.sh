@@ -2,7 +2,7 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
 #
-# Makes .venv ready: finds Python 3.12 or newer, installs the package and its tests with the versions of
+# Makes .venv ready: finds Python 3.12 or newer, installs the package, lm-eval and the tests with the versions of
 # constraints.txt.  Does nothing when that is done already; setup.py or constraints.txt changing makes it run again.
 # PYTHON=/path/to/python chooses the interpreter.
 set -euo pipefail
@@ -67,9 +67,10 @@ echo "installing (a few minutes and about 6 GB the first time, nothing the next)
 # Compiling all of torch and transformers would take as long as the rest.  Importing what we use compiles that much,
 # also where the environment forbids it, and shows that the installation works.
 used='from hydra_mcore import compat; compat.install()
-import datasets, hypothesis, matplotlib.pyplot, megatron.core.tokenizers.text, pytest, torch.utils.tensorboard, wandb
+import datasets, hypothesis, lm_eval.models.huggingface, matplotlib.pyplot, megatron.core.tokenizers.text, pytest
+import torch.utils.tensorboard, wandb
 from transformers import AutoTokenizer, Qwen3ForCausalLM'
-if ! "$venv/bin/python" -m pip install --quiet --no-compile --editable '.[test]' --constraint constraints.txt ||
+if ! "$venv/bin/python" -m pip install --quiet --no-compile --editable '.[eval,test]' --constraint constraints.txt ||
     ! env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" -W ignore -c "$used"; then
     echo "error: the installation failed; run this again to continue it" >&2
     exit 1

@@ -1,0 +1,60 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The documents of this folder's tasks: needle prompts for the tiny teacher, as lm-eval reads them.
+
+The haystack is noise, not text, so that every machine makes the same documents.
+
+example:
+  python -m examples.lm_eval.make_needles        writes examples/lm_eval/needles.jsonl
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer
+
+from hydra_mcore.selection.needles import NeedleFormat, build_prompt
+
+HERE = Path(__file__).resolve().parent
+TEACHER = HERE.parent / "tiny" / "teacher"
+DOCUMENTS = 32
+SHORTEST, LONGEST = 100, 500  # tokens of prompt and answer; the teacher was trained on 512
+SEED = 3_000_000  # an evaluation seed that nothing else uses
+
+
+def needle_documents() -> Iterator[dict[str, Any]]:
+    """Yield documents of mixed lengths, their needles at all depths in a mixed order.
+
+    A document has a ``prompt``, the ``answer`` that follows it after a space, ``choices`` (the answer and three values that
+    differ from it in one piece or both) and the answer's place among them, ``label``.
+
+    Raises:
+        ValueError: The text of a document would not be encoded to the tokens of its needle prompt.
+    """
+    tokenizer, fmt = AutoTokenizer.from_pretrained(TEACHER), NeedleFormat.load(TEACHER / "needles.json")
+    no_text = np.empty(0, dtype=np.int64)
+    rng = np.random.default_rng(SEED)
+    for place in rng.permutation(DOCUMENTS).tolist():
+        length, depth = int(rng.integers(SHORTEST, LONGEST + 1)), (place + 0.5) / DOCUMENTS
+        needle = build_prompt("niah_single_1", fmt, tokenizer, no_text, length, depth, rng)
+        prompt = tokenizer.decode(needle.ids[: needle.answer_start])
+        answer, *others = (tokenizer.decode(ids).strip() for ids in itertools.product(*zip(needle.answer, needle.distractor, strict=True)))
+        if tokenizer.encode(f"{prompt} {answer}") != needle.ids.tolist():
+            raise ValueError(f"{prompt[-20:]!r}: the text's tokens are not the needle prompt's")
+        choices = rng.permutation([answer, *others]).tolist()
+        yield {"prompt": prompt, "answer": answer, "choices": choices, "label": choices.index(answer)}
+
+
+def main() -> None:
+    lines = (json.dumps(document) + "\n" for document in needle_documents())
+    (HERE / "needles.jsonl").write_text("".join(lines))
+
+
+if __name__ == "__main__":
+    main()
