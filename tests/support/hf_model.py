@@ -14,22 +14,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hydra_mcore.convert.hf_code import AUTO_MAP, copy_model_code
+from tests.support.tiny_hf import ODD
 
-# Grouped queries of three heads a group, head_dim that is not hidden / heads; layers with some FA heads, of uneven groups,
-# without one, and without a GDN head.
-TINY: dict[str, Any] = {
-    "vocab_size": 61,
-    "hidden_size": 40,
-    "intermediate_size": 56,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": False,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
-    "fa_heads": [[1, 4, 5], [], [0, 1, 2, 3, 4, 5]],
-}
+# Layers with some FA heads, of uneven groups, without one, and without a GDN head.
+TINY: dict[str, Any] = {**ODD, "tie_word_embeddings": False, "fa_heads": [[1, 4, 5], [], [0, 1, 2, 3, 4, 5]]}
 
 
 def write_config(folder: Path, **changes: Any) -> Path:
