@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The whole pipeline on the tiny teacher: import, select, hybridize, align, distill, extend, evaluate, report.
+"""The whole pipeline on the tiny teacher: import, select, hybridize, align, distill, extend, evaluate, export, report.
 
 Runs the project's own commands, one after the other, and writes <out>/report.md. About a quarter of an hour on two cores.
 
@@ -80,11 +80,13 @@ def main(argv: list[str] | None = None) -> None:
         make_students(args, steps)
         train_students(args.out, steps)
         evaluate(args, steps)
+        hf_dir = export(args.out, steps)
     from examples.tiny.report import write_report
 
     write_report(args.out, STUDENTS, time.monotonic() - begin)
     print((args.out / "report.md").read_text().split("\n## ")[0])
     print(f"report: {args.out / 'report.md'}")
+    print(f"model for transformers: {hf_dir}")
 
 
 def door(out: Path, log: str, *command: str) -> None:
@@ -215,6 +217,16 @@ def evaluate(args: argparse.Namespace, steps: tqdm) -> None:
     text = ("--haystack", str(args.out / "held_out.txt"))
     door(args.out, "evaluate", "tools/evaluate.py", "--models", *models, *lengths, *text, "--out", str(args.out / "evaluation"))
     steps.update()
+
+
+def export(out: Path, steps: tqdm) -> Path:
+    """The student that went through all stages as a Hugging Face directory, with the evaluation in its model card."""
+    student = folder(out, STUDENTS[0])
+    report = ("--evaluation", str(out / "evaluation" / "report.md"))
+    checkpoint = ("--checkpoint", str(student / STUDENTS[0].stages[-1]))
+    door(out, "export", "tools/convert.py", "export", *checkpoint, *report, "--out", str(student / "hf"))
+    steps.update()
+    return student / "hf"
 
 
 if __name__ == "__main__":

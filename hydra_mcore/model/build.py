@@ -124,7 +124,7 @@ def build_model(card: ModelCard, stage: str = "inference", dtype: torch.dtype = 
     """
     groups = ProcessGroupCollection.use_mpu_process_groups()
     transformer = transformer_config(card.shape, dtype, groups.tp.size(), groups.pp.size())
-    transformer.perform_initialization = initialize
+    transformer.context_parallel_size, transformer.perform_initialization = groups.cp.size(), initialize
     config = model_config(card, stage, transformer)
     return contiguous_parts(config.get_builder_cls()(config).build_model(groups), card.shape)
 

@@ -21,9 +21,10 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, TorchDistSaveShardedStrategy, mcore_to_pyt_state_dict
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
 from hydra_mcore.config import ConfigError, ModelCard
 from hydra_mcore.model.build import build_model, latest_iteration, write_checkpoint
@@ -41,13 +42,25 @@ def save_streamed(card: ModelCard, dtype: torch.dtype, read: Read, checkpoint_di
         OSError: a write failed.
         ValueError: what ``read`` raised.
     """
-    with FakeTensorMode():  # parameters of the right shape and dtype, and no memory behind them
+    with WithoutMemory():
         model = build_model(card, dtype=dtype, initialize=False)
         state = model.sharded_state_dict()
     try:
         write_checkpoint(state, card, checkpoint_dir, sharded_strategy=_StreamedSave(read))
     except dcp.api.CheckpointException as error:
         raise _cause(error) from None
+
+
+class WithoutMemory(TorchFunctionMode):
+    """What is made within has a shape and a dtype but no values and no memory, also where a device is named.
+
+    ``torch.device("meta")`` would leave named devices alone, and FakeTensorMode starts threads of autograd, after which no
+    forked process can run backward.
+    """
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        on_meta = {"device": "meta"} if func in _device_constructors() else {}
+        return func(*args, **{**(kwargs or {}), **on_meta})
 
 
 def _cause(failure: dcp.api.CheckpointException) -> BaseException:

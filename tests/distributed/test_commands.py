@@ -83,6 +83,11 @@ def test_readme_commands_from_import_to_report(run_dir: Path) -> None:
         str(run_dir / "out"),
     )
     assert re.search(r"\| teacher \| 32 of 32 \|.*\n\| student \| 8 of 32 \|", table)
+    verify = ("tools/verify.py", str(run_dir / "extend"), "--teacher", str(teacher), "--hf", str(TEACHER), "--length", "64")
+    assert " 0 failed" in run(*verify)
+    export = ("tools/convert.py", "export", "--checkpoint", str(run_dir / "extend"), "--out", str(run_dir / "hf"))
+    run(*export, "--evaluation", str(run_dir / "out" / "report.md"))
+    assert "| align | 768 | 64 |" in (run_dir / "hf" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -90,6 +95,8 @@ def test_readme_commands_from_import_to_report(run_dir: Path) -> None:
     [
         ("tools/convert.py", "import"),
         ("tools/convert.py", "hybridize"),
+        ("tools/convert.py", "export"),
+        ("tools/verify.py",),
         ("tools/select_heads.py",),
         ("tools/evaluate.py",),
         ("tools/benchmark.py",),

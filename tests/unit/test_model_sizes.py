@@ -10,12 +10,12 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
-from torch._subclasses import FakeTensorMode
 
 from hydra_mcore.convert.hf_io import read_config
 from hydra_mcore.convert.tensors import tensor_rules
 from hydra_mcore.model.build import build_model
 from hydra_mcore.model.runtime import process_groups
+from hydra_mcore.model.streaming import WithoutMemory
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 # model_type, layers, width, heads, kv groups, MLP width, vocabulary, tied, more keys, parameters as published
@@ -43,7 +43,7 @@ def test_published_models_fit_the_tables(tmp_path: Path, name: str) -> None:
     card = read_config(tmp_path)
     rules = tensor_rules(card)
     assert sum(math.prod(rule.shape) for rule in rules.values()) == parameters
-    with process_groups(), FakeTensorMode():  # the model of the card, without memory behind it
+    with process_groups(), WithoutMemory():
         state = build_model(card, dtype=torch.bfloat16, initialize=False).sharded_state_dict()
         apply_factories(state)
     wanted = {item.key: math.prod(item.global_shape) for item in nested_values(state) if isinstance(item, ShardedTensor)}
