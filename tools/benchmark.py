@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What HydraHead costs beside others: bytes sent, balance over ranks, memory, head scores. Markdown tables on stdout."""
+"""What HydraHead costs beside others: bytes sent, balance over ranks, memory, head scores, decoding. Markdown tables on stdout."""
 
 from __future__ import annotations
 
 import argparse
 import random
+import resource
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,12 +16,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hydra_mcore.config import ModelShape
     from hydra_mcore.heads import HeadMap
+    from tools.benchmark_decode import Decoder
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 VALUE_BYTES = 2  # bf16
 RATIOS = ("3:1", "7:1", "15:1")
 RANDOM_MAPS = 1000
+DECODE_SHAPE = {"layers": 4, "heads": 16, "kv_groups": 8, "head_dim": 64, "hidden": 512, "ffn": 1536, "vocabulary": 1024}
+DECODE_FA_HEADS = [4, 2]
 
 EXAMPLES = """\
 The shape is that of Qwen3-1.7B: 28 layers, 16 heads of 128 channels in 8 kv groups, width 2048, bf16.
@@ -38,6 +42,9 @@ examples:
   seconds of the exact scores of all heads beside a forward pass for every head (minutes, random models)
       python tools/benchmark.py selection
       python tools/benchmark.py selection --models 28x16 --naive-heads 448
+  seconds and cache bytes of a decoded token, teacher beside HydraHead (minutes, random models or your own)
+      MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000 python tools/benchmark.py decode --figure decode.png
+      python tools/benchmark.py decode --teacher-hf Qwen3-1.7B --hf runs/a/hf --lengths 1024 4096
 """
 
 
@@ -67,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
     m.set_defaults(run=memory)
 
     selection_options(commands.add_parser("selection", help="seconds of the scores of all heads, beside one forward pass for each of them"))
+    decode_options(commands.add_parser("decode", help="seconds and cache bytes of a decoded token by context length, beside the teacher"))
     return p
 
 
@@ -83,6 +91,22 @@ def selection_options(s: argparse.ArgumentParser) -> None:
     s.add_argument("--naive-heads", type=positive, default=64, metavar="N", help="receivers scored by definition too (default 64)")
     s.add_argument("--naive-senders", type=positive, default=24, metavar="N", help="senders scored by definition too (default 24)")
     s.set_defaults(run=selection)
+
+
+def decode_options(d: argparse.ArgumentParser) -> None:
+    lengths = [2**power for power in range(10, 16)]
+    d.add_argument("--lengths", nargs="+", type=positive, default=lengths, metavar="N", help="tokens of context (default 1024 ... 32768)")
+    d.add_argument("--steps", type=positive, default=16, metavar="N", help="tokens timed at each length (default 16)")
+    d.add_argument("--figure", type=Path, metavar="FILE", help="PNG of both curves")
+    d.add_argument("--teacher-hf", type=Path, metavar="DIR", help="Hugging Face folder of the teacher")
+    d.add_argument("--hf", nargs="+", type=Path, default=[], metavar="DIR", help="exported HydraHead models; the code in them is run")
+    random_models = d.add_argument_group("random models, without --hf")
+    counts = "FA heads of each layer, in the fewest kv groups that hold them and spread over the most (default 4 2)"
+    random_models.add_argument("--fa-heads", nargs="+", type=positive, default=DECODE_FA_HEADS, metavar="N", help=counts)
+    for name, default in DECODE_SHAPE.items():
+        flag = "--" + name.replace("_", "-")
+        random_models.add_argument(flag, type=positive, default=default, metavar="N", help="default %(default)s")
+    d.set_defaults(run=decode)
 
 
 def positive(text: str) -> int:
@@ -220,6 +244,54 @@ def selection(args: argparse.Namespace) -> None:
     print("Predicted: by counting operations. By definition: one forward pass for every head (senders: two) and two more; the median")
     print("of the heads run stands for all. Difference: between both ways, the largest, over the largest score.\n", flush=True)
     print_table(COLUMNS, (row for shape in shapes for row in rows(shape, prompts, args.naive_heads, args.naive_senders)))
+
+
+def decode(args: argparse.Namespace) -> None:
+    """Single-token calls after a real prefill; exit status 1 where a cache is not of the size that the formula says."""
+    import torch
+
+    from hydra_mcore.heads import InputError
+    from tools.benchmark_decode import COLUMNS, MIB, figure, measured, rows
+
+    if args.figure and not args.figure.absolute().parent.is_dir():
+        raise InputError(f"--figure {args.figure}: no such folder; make it first")
+    decoders = _decoders(args)
+    weights = ", ".join(f"{decoder.weight_bytes / MIB:.1f} ({decoder.name})" for decoder in decoders)
+    print(f"One row, float32, threads: {torch.get_num_threads()}. After a real prefill, {args.steps} calls of one token each, models in")
+    print("turn: median (least..most). By bytes read: the ratio if time went with the bytes of weights and cache, each read once.")
+    print("Page faults, teacher / HydraHead: the allocator handed out fresh memory for a cache that grew by a copy, and the kernel cleared")
+    print("it; MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000 in the environment keep glibc from that.")
+    print(f"MiB of weights that a token reads: {weights}.\n", flush=True)
+    found = list(measured(decoders, args.lengths, args.steps))
+    print_table(COLUMNS, (row for points in found for row in rows(points)))
+    # Linux counts in KiB.
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"Resident memory of the process, prefills, all models and all caches together, at most: {resident:.0f} MiB.")
+    everything = [point for points in found for point in points]
+    if args.figure:
+        figure(args.figure, everything)
+    if wrong := [f"{point.name} at {point.length}" for point in everything if not point.exact]:
+        sys.exit(f"benchmark: the cache is not of the size that the formula says: {', '.join(wrong)}")
+
+
+def _decoders(args: argparse.Namespace) -> list[Decoder]:
+    """Teacher and students, stored or random."""
+    from hydra_mcore.config import ModelShape
+    from hydra_mcore.heads import InputError
+    from tools.benchmark_decode import random_decoders, stored_decoders
+
+    if bool(args.hf) != bool(args.teacher_hf):
+        raise InputError("--hf and --teacher-hf go together: a model is measured beside its teacher")
+    if args.hf:
+        random_only = DECODE_SHAPE | {"fa_heads": DECODE_FA_HEADS}
+        if given := [name for name, default in random_only.items() if getattr(args, name) != default]:
+            raise InputError(f"--{given[0].replace('_', '-')} has no use with --hf, whose folders say what the models are; leave it out")
+        return stored_decoders(args.teacher_hf, args.hf)
+    shape = ModelShape(
+        num_layers=args.layers, hidden_size=args.hidden, num_heads=args.heads, num_kv_groups=args.kv_groups, head_dim=args.head_dim,
+        ffn_hidden_size=args.ffn, vocab_size=args.vocabulary, native_length=max(args.lengths),
+    )  # fmt: skip
+    return random_decoders(shape, [heads for n in args.fa_heads for heads in (range(n), spread_heads(n, shape))])
 
 
 def _head_maps(paths: Sequence[Path], shape: ModelShape) -> Iterator[tuple[str, list[HeadMap]]]:

@@ -1,0 +1,100 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The decode benchmark: its table, its figure, and that it notices a cache of another size than the formula's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hydra_mcore.config import ModelShape
+from tests.support.hf_model import random_model
+from tests.support.tiny_hf import tiny_qwen3
+from tools.benchmark import main
+from tools.benchmark_decode import measured, random_decoders
+
+SHAPE = ModelShape(
+    num_layers=2, hidden_size=48, num_heads=6, num_kv_groups=2, head_dim=16, ffn_hidden_size=80, vocab_size=64, native_length=64
+)  # fmt: skip
+FLAGS = "--layers 2 --hidden 48 --heads 6 --kv-groups 2 --head-dim 16 --ffn 80 --vocabulary 64".split()
+SMALL = "--lengths 40 72 --steps 3".split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exported(tmp_path_factory) -> Path:
+    """An exported model with layers of uneven kv groups, without FA and without GDN heads; keeps transformers' copies of code apart."""
+    folder = tmp_path_factory.mktemp("hf")
+    random_model(folder)
+    return folder
+
+
+def table(text: str) -> list[list[str]]:
+    """The cells below the head."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_table_and_figure(tmp_path, capsys):
+    main(["decode", *FLAGS, *SMALL, "--fa-heads", "2", "3", "--figure", str(tmp_path / "decode.png")])
+    rows = table(capsys.readouterr().out)
+    maps = [f"{fa}% FA in {groups}% of kv groups" for fa in ("33.3", "50") for groups in (50, 100)]
+    assert [row[:2] for row in rows] == [[length, name] for length in ("40", "72") for name in maps]
+    assert all(row[-2] == "yes" for row in rows)
+    assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["decode.png"]
+
+
+def test_bytes_and_calls_by_hand():
+    """Float32, 2 layers: keys and values 128 bytes a token and group; 4 GDN heads: a 16 x 16 state, 3 inputs of 3 x 16 channels each."""
+    lengths = (9, 64)
+    found = list(measured(random_decoders(SHAPE, [[0, 1], [0, 3]]), lengths, steps=3))
+    constant = 2 * 4 * (16 * 16 * 4 + 3 * 3 * 16 * 4)
+    for length, points in zip(lengths, found, strict=True):
+        expected = {
+            "teacher": 2 * 2 * 128 * length,
+            "33.3% FA in 50% of kv groups": 2 * 1 * 128 * length + constant,
+            "33.3% FA in 100% of kv groups": 2 * 2 * 128 * length + constant,
+        }
+        assert {point.name: point.cache_bytes for point in points} == expected
+        assert {point.name: point.formula_bytes for point in points} == expected
+        assert [(len(point.seconds), len(point.faults)) for point in points] == [(3, 3)] * 3
+    # Tied embedding, final norm; a layer's norms, MLP, q and o, k and v, q_norm and k_norm.
+    teacher = 64 * 48 + 48 + 2 * (2 * 48 + 3 * 80 * 48 + 2 * 96 * 48 + 2 * 32 * 48 + 2 * 16)
+    assert found[0][0].read_bytes == 4 * teacher + 2 * 2 * 128 * 9
+
+
+def test_stored_models(exported, tmp_path, capsys):
+    tiny_qwen3(tmp_path)
+    main(["decode", "--teacher-hf", str(tmp_path), "--hf", str(exported), *SMALL])
+    name = f"{exported}: 50% FA in 66.7% of kv groups"
+    assert [(*row[:2], row[-2]) for row in table(capsys.readouterr().out)] == [("40", name, "yes"), ("72", name, "yes")]
+
+
+def test_another_size_fails(exported, tmp_path, capsys):
+    """A sliding window holds 8 bytes beside keys and values, and forgets."""
+    tiny_qwen3(tmp_path, use_sliding_window=True, sliding_window=50, max_window_layers=2)
+    with pytest.raises(SystemExit) as stop:
+        main(["decode", "--teacher-hf", str(tmp_path), "--hf", str(exported), *SMALL])
+    assert [row[-2] for row in table(capsys.readouterr().out)] == ["NO", "NO"]
+    assert str(stop.value).endswith(": teacher at 40, teacher at 72")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--lengths 40 44 --steps 3", "44 tokens after 40"),
+        ("--lengths 5 --steps 3", "5 tokens after 0"),
+        ("--hf nowhere", "--teacher-hf go together"),
+        ("--hf nowhere --teacher-hf elsewhere", "nowhere: no config.json"),
+        ("--hf nowhere --teacher-hf elsewhere --kv-groups 4", "--kv-groups has no use"),
+        ("--fa-heads 17", "17 FA heads"),
+        ("--layers 1 --head-dim 5", "head_dim is 5"),
+        ("--figure nowhere/decode.png", "no such folder"),
+    ],
+)
+def test_bad_input_is_one_line(flags, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["decode", *flags.split()])
+    error = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and message in error[-1] and error[-1].startswith("benchmark: ")

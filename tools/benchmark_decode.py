@@ -1,0 +1,260 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Seconds and cache bytes of decoding one token in transformers, teacher beside HydraHead (for ``tools/benchmark.py decode``)."""
+
+from __future__ import annotations
+
+import itertools
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator, StrMethodFormatter
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+from hydra_mcore.config import HydraOptions, ModelCard, ModelShape
+from hydra_mcore.convert.families import SHAPE_KEYS
+from hydra_mcore.convert.hf_code import copy_model_code
+from hydra_mcore.convert.hf_io import CONFIG_NAME
+from hydra_mcore.convert.hydra_family import to_config
+from hydra_mcore.evaluation.report import COLORS, MARKERS
+from hydra_mcore.heads import HeadMap, InputError, write_json
+from hydra_mcore.selection.figures import short
+
+CHUNK = 1024  # tokens that a prefill reads at once
+WARM_UP = 2  # steps before those that are timed
+STATE_BYTES = 4  # GDN states are float32 in a model of any narrower dtype
+MIB = 2**20
+COLUMNS = (
+    "tokens", "HydraHead", "teacher, ms a token", "HydraHead, ms a token", "times faster", "by bytes read", "teacher, cache MiB",
+    "HydraHead, cache MiB", "times smaller", "formula exact", "page faults a token",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one model showed at one context length."""
+
+    name: str
+    length: int
+    seconds: tuple[float, ...]  # of each step
+    faults: tuple[int, ...]  # minor page faults of each step: fresh memory that the kernel had to clear
+    cache_bytes: int
+    formula_bytes: int
+    weight_bytes: int  # read for a token
+
+    @property
+    def exact(self) -> bool:
+        return self.cache_bytes == self.formula_bytes
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def read_bytes(self) -> int:
+        """What a step must read at least: the weights and the cache, once."""
+        return self.weight_bytes + self.cache_bytes
+
+
+class Decoder:
+    """A model and its cache, which goes on from one context length to the next."""
+
+    def __init__(self, name: str, model: PreTrainedModel) -> None:
+        self.name, self.model, self.cache = name, model.eval().to(torch.cuda.current_device()), None
+
+    @torch.inference_mode()
+    def read(self, ids_bs: Tensor) -> tuple[float, int]:
+        """Read tokens after those of the cache; returns the seconds taken and the minor page faults."""
+        ids_bs = ids_bs.to(self.model.device)
+        torch.cuda.synchronize()
+        faults, start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
+        self.cache = self.model(ids_bs, past_key_values=self.cache, use_cache=True, logits_to_keep=1).past_key_values
+        torch.cuda.synchronize()
+        return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+
+    def point(self, length: int, steps: Sequence[tuple[float, int]]) -> Point:
+        formula = cache_bytes(self.model.config, length, self.model.dtype.itemsize)
+        return Point(self.name, length, *zip(*steps, strict=True), self._held_bytes(), formula, self.weight_bytes)
+
+    def _held_bytes(self) -> int:
+        """Of all storages behind the cache's tensors: a view that keeps more alive than it shows counts in full."""
+        tensors = (x for part in (self.cache, *self.cache.layers) for x in vars(part).values() if isinstance(x, Tensor))
+        return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+
+    @property
+    def weight_bytes(self) -> int:
+        """All weights but an embedding that is no output layer too: of that, a token reads one row."""
+        skipped = 0 if self.model.config.tie_word_embeddings else self.model.get_input_embeddings().weight.nbytes
+        return sum(parameter.nbytes for parameter in self.model.parameters()) - skipped
+
+
+def cache_bytes(config: PretrainedConfig, tokens: int, itemsize: int) -> int:
+    """Bytes of a cache, one row, from the configuration alone; a teacher is a model whose heads are all FA.
+
+    A layer holds keys and values of the kv groups that have an FA head for every token, and for every GDN head a d x d
+    state and the last taps - 1 inputs of the short convolution on q, k and v.
+    """
+    heads = config.num_attention_heads
+    d = getattr(config, "head_dim", None) or config.hidden_size // heads
+    per_token = per_row = 0
+    for fa in _fa_heads(config):
+        per_token += 2 * len(_living_groups(config, fa)) * d * itemsize
+        if gdn := heads - len(fa):
+            per_row += gdn * (d * d * STATE_BYTES + max(config.gdn_conv_kernel - 1, 0) * 3 * d * itemsize)
+    return per_token * tokens + per_row
+
+
+def _fa_heads(config: PretrainedConfig) -> list[Sequence[int]]:
+    return getattr(config, "fa_heads", [range(config.num_attention_heads)] * config.num_hidden_layers)
+
+
+def _living_groups(config: PretrainedConfig, fa: Sequence[int]) -> set[int]:
+    return {head * config.num_key_value_heads // config.num_attention_heads for head in fa}
+
+
+def label(config: PretrainedConfig) -> str:
+    """A map in words: the share of heads that are FA, and of kv groups that live."""
+    layers = _fa_heads(config)
+    kept = sum(map(len, layers)) / (len(layers) * config.num_attention_heads)
+    living = sum(len(_living_groups(config, fa)) for fa in layers) / (len(layers) * config.num_key_value_heads)
+    return f"{100 * kept:.3g}% FA in {100 * living:.3g}% of kv groups"
+
+
+def random_decoders(shape: ModelShape, maps: Sequence[Sequence[int]]) -> list[Decoder]:
+    """A teacher of random weights, and a HydraHead model for each choice of FA heads (the same in all layers).
+
+    Maps that have a label in common make one model.
+    """
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as parent:
+        # Always this name: transformers keeps a copy of the code in its cache, below the folder's name.
+        configs = [_student_config(Path(parent) / "hydra_head", shape, fa) for fa in maps]
+        students = {
+            label(config): AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=torch.float32) for config in configs
+        }
+    sizes = {key: getattr(shape, name) for name, key in SHAPE_KEYS.items()}
+    teacher = Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=shape.head_dim, tie_word_embeddings=shape.tied_embeddings))
+    return [Decoder("teacher", teacher), *(Decoder(name, model) for name, model in students.items())]
+
+
+def _student_config(folder: Path, shape: ModelShape, fa: Sequence[int]) -> PretrainedConfig:
+    """Of the code in ``folder``, as an export writes it."""
+    pairs = [(layer_idx, head_idx) for layer_idx in range(shape.num_layers) for head_idx in fa]
+    head_map = HeadMap.from_fa(pairs, shape.num_layers, shape.num_heads, shape.num_kv_groups)
+    copy_model_code(folder)
+    card = ModelCard(shape=shape, head_map=head_map, options=HydraOptions(), fingerprint="")
+    write_json(folder / CONFIG_NAME, to_config(card, "float32"))
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def stored_decoders(teacher_dir: Path, hf_dirs: Sequence[Path]) -> list[Decoder]:
+    """The models of Hugging Face folders, in float32, on the code that an exported one carries.
+
+    Raises:
+        InputError: a folder that holds no model.
+    """
+    students = {folder: _load(folder) for folder in hf_dirs}
+    named = (Decoder(f"{folder}: {label(model.config)}", model) for folder, model in students.items())
+    return [Decoder("teacher", _load(teacher_dir)), *named]
+
+
+def _load(folder: Path) -> PreTrainedModel:
+    if not (folder / CONFIG_NAME).is_file():
+        raise InputError(f"{folder}: no {CONFIG_NAME}, so no model; give a folder that tools/convert.py export wrote, or a teacher's")
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: {str(error).splitlines()[0]}") from None
+
+
+def measured(decoders: Sequence[Decoder], lengths: Sequence[int], steps: int) -> Iterator[list[Point]]:
+    """The points of every length, ascending; the last of the single tokens makes the context complete.
+
+    Models take turns, token by token, so that a slow moment of the machine does not fall on one of them.
+
+    Raises:
+        InputError: lengths with no room for the steps between them.
+    """
+    vocabulary = min(decoder.model.config.vocab_size for decoder in decoders)
+    ids_bs = torch.randint(vocabulary, (1, max(lengths)), generator=torch.Generator().manual_seed(1))
+    spans = list(itertools.pairwise(sorted({0, *lengths})))
+    for done, length in spans:
+        if length - done <= steps + WARM_UP:
+            raise InputError(f"{length} tokens after {done} leave no room for {steps} steps and {WARM_UP} before them; take fewer steps")
+    for done, length in spans:
+        first = length - steps - WARM_UP
+        for decoder in decoders:
+            for chunk_bs in ids_bs[:, done:first].split(CHUNK, dim=1):
+                decoder.read(chunk_bs)
+        print(f"decode: {length} tokens", file=sys.stderr)
+        turns = [[decoder.read(ids_bs[:, at : at + 1]) for decoder in decoders] for at in range(first, length)]
+        yield [decoder.point(length, own) for decoder, own in zip(decoders, zip(*turns[WARM_UP:], strict=True), strict=True)]
+
+
+def rows(points: Sequence[Point]) -> Iterator[list[Any]]:
+    """Rows of the table for one length: each model beside the teacher, which comes first."""
+    teacher, *students = points
+    for student in students:
+        yield [
+            student.length, student.name, _milliseconds(teacher), _milliseconds(student), f"{teacher.median / student.median:.2f}",
+            f"{teacher.read_bytes / student.read_bytes:.2f}", f"{teacher.cache_bytes / MIB:.2f}", f"{student.cache_bytes / MIB:.2f}",
+            f"{teacher.cache_bytes / student.cache_bytes:.2f}", "yes" if teacher.exact and student.exact else "NO",
+            " / ".join(f"{statistics.median(point.faults):.0f}" for point in (teacher, student)),
+        ]  # fmt: skip
+
+
+def _milliseconds(point: Point) -> str:
+    return f"{1e3 * point.median:.1f} ({1e3 * min(point.seconds):.1f}..{1e3 * max(point.seconds):.1f})"
+
+
+def figure(path: Path, points: Sequence[Point]) -> None:
+    """Write a PNG: time and cache against context length; points are measured, lines of the cache are the formula."""
+    names = dict.fromkeys(point.name for point in points)
+    canvas = Figure(figsize=(10, 4.4 + 0.26 * (len(names) // 3)), dpi=110, layout="constrained")
+    FigureCanvasAgg(canvas)
+    time_axes, cache_axes = canvas.subplots(1, 2)
+    for index, name in enumerate(names):
+        own = [point for point in points if point.name == name]
+        lengths, style = [point.length for point in own], {"color": COLORS[index % len(COLORS)], "marker": MARKERS[index % len(MARKERS)]}
+        median = [1e3 * point.median for point in own]
+        spread = [[1e3 * (p.median - min(p.seconds)) for p in own], [1e3 * (max(p.seconds) - p.median) for p in own]]
+        time_axes.errorbar(lengths, median, spread, label=name, markersize=5, lw=1.6, elinewidth=1.0, capsize=2.5, **style)
+        cache_axes.plot(lengths, [point.formula_bytes / MIB for point in own], color=style["color"], lw=1.2)
+        # Maps with as many living groups lie on each other: open markers, each smaller than the last.
+        size = max(4, 10 - 1.5 * index)
+        cache_axes.plot(lengths, [point.cache_bytes / MIB for point in own], ls="", mfc="none", markersize=size, mew=1.4, **style)
+    _axes(time_axes, lengths, "ms a token (median, range of the steps)")
+    _axes(cache_axes, lengths, "cache, MiB (points measured, lines computed)")
+    canvas.legend(*time_axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    canvas.suptitle("Decoding one token: time and memory against context length", fontsize=12, fontweight="bold", x=0.02, ha="left")
+    beside = path.with_name(path.name + ".partial")
+    canvas.savefig(beside, format="png")
+    beside.replace(path)
+
+
+def _axes(axes: Axes, lengths: Sequence[int], title: str) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xticks(lengths, [short(length) for length in lengths])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlabel("context length (tokens)")
