@@ -88,6 +88,10 @@ def test_readme_commands_from_import_to_report(run_dir: Path) -> None:
     export = ("tools/convert.py", "export", "--checkpoint", str(run_dir / "extend"), "--out", str(run_dir / "hf"))
     run(*export, "--evaluation", str(run_dir / "out" / "report.md"))
     assert "| align | 768 | 64 |" in (run_dir / "hf" / "README.md").read_text()
+    for document, path in ((run_dir / "hf" / "README.md", "PATH"), (ROOT / "docs" / "conversion.md", "runs/a/hf")):
+        snippet = re.search(r"```python\n(.*?)```", document.read_text(), re.DOTALL)[1].replace(path, str(run_dir / "hf"))
+        said = run("-c", snippet + "\nprint(type(model).__name__, len(tokenizer))")
+        assert said.endswith("HydraHeadForCausalLM 1024\n") and "Do you wish" not in said
 
 
 @pytest.mark.parametrize(
