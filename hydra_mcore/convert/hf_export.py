@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -49,7 +50,9 @@ def export_hf(
     check_target(hf_dir)
     card = ModelCard.load(checkpoint_dir)
     card = dataclasses.replace(card, stages=trainings(card, checkpoint_dir))
-    rules, stored = _stored_rules(card), StoredTensors(checkpoint_dir)
+    stored = StoredTensors(checkpoint_dir)
+    _check_fit(card, stored)
+    rules = _rules_to_write(card)
     dtypes = _dtypes(card, rules, stored, dtype)
     sizes = {name: math.prod(rule.shape) * dtypes[name].itemsize for name, rule in rules.items()}
     tokenizer = Path(checkpoint_dir) / TOKENIZER_DIR
@@ -57,7 +60,9 @@ def export_hf(
         _write_shards(folder, _shards(sizes, max_shard_bytes), rules, _Reader(stored, dtypes))
         usual = str(max(dtypes.values(), key=list(dtypes.values()).count)).removeprefix("torch.")
         if is_teacher(card):
-            write_json(folder / CONFIG_NAME, card.source["config"], indent=2)
+            config = card.source["config"]
+            rounded = {} if dtype is None else {"torch_dtype" if "torch_dtype" in config else "dtype": usual}
+            write_json(folder / CONFIG_NAME, config | rounded, indent=2)
         else:
             write_json(folder / CONFIG_NAME, hydra_family.to_config(card, usual), indent=2)
             card.head_map.save(folder / HEAD_MAP_NAME)
@@ -67,7 +72,17 @@ def export_hf(
     return card
 
 
-def _stored_rules(card: ModelCard) -> dict[str, TensorRule]:
+def _check_fit(card: ModelCard, stored: StoredTensors) -> None:
+    """Raise ConfigError, naming the tensor, unless the checkpoint holds exactly the numbers that its card's model has."""
+    filled: Counter[str] = Counter()
+    for rule in tensor_rules(card).values():
+        filled[rule.stored] += math.prod(rule.shape)
+    for name, count in filled.items():
+        if math.prod(shape := stored.shape(name)) != count:
+            raise ConfigError(f"{stored.folder}: tensor {name} has shape {list(shape)}, so it is not of the model that its card describes")
+
+
+def _rules_to_write(card: ModelCard) -> dict[str, TensorRule]:
     """The rule of every tensor to write, a tied output layer included where the teacher's directory stored one too."""
     rules = tensor_rules(card)
     if not is_teacher(card):
@@ -81,7 +96,7 @@ def _stored_rules(card: ModelCard) -> dict[str, TensorRule]:
 
 
 def _dtypes(card: ModelCard, rules: dict[str, TensorRule], stored: StoredTensors, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
-    """The dtype of every tensor to write; raises ConfigError, naming the tensor, if the checkpoint lacks one."""
+    """The dtype of every tensor to write."""
     kept = {name: stored.dtype(rule.stored) for name, rule in rules.items()}
     if dtype is not None:
         return dict.fromkeys(kept, dtype)

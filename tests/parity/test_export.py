@@ -99,6 +99,7 @@ def test_mixed_dtypes_and_a_stored_copy_of_a_tied_output_layer_come_back_too(tmp
     assert_same_tensors(load_file(path), tensors_of(tmp_path / "back"))
     export_hf(tmp_path / "checkpoint", tmp_path / "rounded", torch.bfloat16)
     assert {tensor.dtype for tensor in tensors_of(tmp_path / "rounded").values()} == {torch.bfloat16}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "rounded", dtype="auto").dtype == torch.bfloat16
 
 
 def student(tmp_path: Path, family: str, options: dict, **changes: object) -> Path:
@@ -173,10 +174,10 @@ def poison(checkpoint: Path) -> None:
     save_weights([model], card, checkpoint)
 
 
-def claim_more_heads(checkpoint: Path) -> None:
+def claim_more_heads(checkpoint: Path, layer_idx: int) -> None:
     raw = json.loads((checkpoint / "model.json").read_text())
-    layer = raw["head_map"]["layers"][1]
-    layer["fa"], layer["gdn"] = [0], layer["gdn"][1:]
+    layer = raw["head_map"]["layers"][layer_idx]
+    layer["fa"], layer["gdn"] = [*layer["fa"], layer["gdn"][0]], layer["gdn"][1:]
     raw["head_map"]["budget"] += 1
     (checkpoint / "model.json").write_text(json.dumps(raw))
 
@@ -191,7 +192,12 @@ BAD_CHECKPOINTS = {
     "incomplete": ("student", lambda d: (d / "latest_checkpointed_iteration.txt").unlink(), ["no complete checkpoint"]),
     "cut short": ("teacher", lambda d: next(d.glob("iter_*/__0_3_0.distcp")).write_bytes(b""), ["__0_3_0.distcp", "cut short"]),
     "nan": ("student", poison, ["layers.1.mlp.linear_fc2.weight", "NaN"]),
-    "card of another map": ("student", claim_more_heads, ["layers.1.self_attention.fa.linear_q.weight", "card"]),
+    "card of another map": (
+        "student",
+        lambda d: claim_more_heads(d, 0),
+        ["layers.0.self_attention.fa.linear_q.weight", "[2, 16, 40]", "card"],
+    ),
+    "card with another branch": ("student", lambda d: claim_more_heads(d, 1), ["layers.1.self_attention.fa.linear_q.weight", "card"]),
     "teacher without source": ("teacher", forget_the_source, ["config.json", "import the teacher again"]),
 }
 
