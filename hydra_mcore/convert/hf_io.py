@@ -82,14 +82,15 @@ def _shape(path: Path, raw: dict[str, Any], family: Family) -> ModelShape:
         values["head_dim"] = values["hidden_size"] // values["num_heads"]
     _check_positive(path, "head_dim", values["head_dim"])
     theta, scaling = _rope(path, raw)
+    own = raw if family is hydra_family.FAMILY else {}  # keys of ours: in another family's config.json they would mean nothing
     shape = ModelShape(
         **values,
         rope_theta=theta,
         rope_scaling=scaling,
         norm_epsilon=raw.get("rms_norm_eps", 1e-6),
         tied_embeddings=raw.get("tie_word_embeddings", False),
-        qk_norm=raw.get("qk_norm", family.qk_norm),
-        qkv_bias=raw.get("qkv_bias", family.qkv_bias),
+        qk_norm=own.get("qk_norm", family.qk_norm),
+        qkv_bias=own.get("qkv_bias", family.qkv_bias),
     )
     if shape.num_heads % shape.num_kv_groups:
         raise HuggingFaceError(f"{path}: num_key_value_heads {shape.num_kv_groups} does not divide num_attention_heads {shape.num_heads}")

@@ -139,6 +139,7 @@ def test_missing_keys_mean_what_the_family_says(tmp_path):
     """Old Llama configs know neither head_dim nor kv groups."""
     tiny_model("llama", tmp_path, num_key_value_heads=6, head_dim=None, hidden_size=48)
     edit_config(tmp_path, lambda raw: [raw.pop(key) for key in ("head_dim", "num_key_value_heads", "rms_norm_eps")])
+    edit_config(tmp_path, lambda raw: raw.update(qk_norm=True, qkv_bias=True))  # HydraHead's keys, which say nothing in a Llama's
     shape = read_config(tmp_path).shape
     assert (shape.head_dim, shape.num_kv_groups, shape.norm_epsilon) == (8, 6, 1e-6)
     assert not shape.qk_norm and not shape.qkv_bias and not shape.tied_embeddings
