@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Typed settings: the layer's options, a model's shape, the card beside a checkpoint, recipe files.
+"""Typed settings: the layer's options, a model's shape, the card beside a checkpoint, the options of a stage.
 
 The dataclasses whose fields carry a docstring become Megatron argument groups (``hydra_mcore.train``).
 Source marks: [paper] arXiv 2606.20097, [HALO] arXiv 2601.22156, [ours] where neither says.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
-import difflib
 import inspect
 import itertools
 import json
@@ -19,8 +18,6 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-
-import yaml
 
 from hydra_mcore.heads import HeadMap, InputError, write_json
 
@@ -279,66 +276,3 @@ def _literal_choices(cls: type) -> dict[str, tuple[Any, ...]]:
     """The allowed values of each Literal field of a dataclass."""
     hints = typing.get_type_hints(cls)
     return {name: typing.get_args(hint) for name, hint in hints.items() if typing.get_origin(hint) is Literal}
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A YAML file of flags: top-level keys hold for all stages, those under a stage's name for that stage."""
-
-    path: Path
-    values: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def load(cls, path: str | Path, stage: str) -> Recipe:
-        """Read a recipe and lay the stage's own section over it; raises ConfigError for a broken file."""
-        try:
-            raw = yaml.safe_load(Path(path).read_text()) or {}
-        except OSError as error:
-            raise ConfigError(f"recipe {path}: {error.strerror}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"recipe {path}: not YAML ({str(error).splitlines()[0]})") from None
-        if not isinstance(raw, dict):
-            raise ConfigError(f"recipe {path}: expected 'key: value' lines")
-        sections = {name: raw.pop(name, None) or {} for name in ("align", "distill", "extend")}
-        for name, section in sections.items():
-            if not isinstance(section, dict):
-                raise ConfigError(f"recipe {path}: {name!r} is a stage, expected 'key: value' lines under it")
-        return cls(path=Path(path), values={**raw, **sections[stage]})
-
-    def over(self, defaults: dict[str, Any]) -> Recipe:
-        """This recipe laid over ``defaults``, so that its false switches off what they switch on."""
-        own = {str(key).replace("_", "-") for key in self.values}
-        kept = {key: value for key, value in defaults.items() if key.replace("_", "-") not in own}
-        return Recipe(path=self.path, values={**kept, **self.values})
-
-    def to_flags(self, parser: argparse.ArgumentParser) -> list[str]:
-        """Flatten into command-line flags that ``parser`` knows; raises ConfigError for an unknown key."""
-        flags: list[str] = []
-        for key, value in self.values.items():
-            flags += self._flag(parser, str(key), value)
-        return flags
-
-    def _flag(self, parser: argparse.ArgumentParser, key: str, value: Any) -> list[str]:
-        known = parser._option_string_actions  # argparse offers no public list of its options
-        by_flag = known.get("--" + key.replace("_", "-"))
-        by_dest = [action for action in known.values() if action.dest == key.replace("-", "_")]
-        actions = [by_flag] if by_flag is not None else by_dest
-        if isinstance(value, dict):
-            raise ConfigError(f"recipe {self.path}: {key!r} is no stage, so it takes a value, not lines under it")
-        if not actions:
-            near = difflib.get_close_matches(key.replace("_", "-"), [name[2:] for name in known], n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"recipe {self.path}: unknown key {key!r}{hint}")
-        if isinstance(value, bool):
-            switches = [action for action in actions if action.nargs == 0]
-            if not switches:
-                raise ConfigError(f"recipe {self.path}: {key!r} takes a value, not {str(value).lower()}")
-            if by_flag is not None:
-                return [switches[0].option_strings[0]] if value else []
-            return next(([action.option_strings[0]] for action in switches if action.const == value), [])
-        if value is None:
-            return []
-        if all(action.nargs == 0 for action in actions):
-            raise ConfigError(f"recipe {self.path}: {key!r} takes true or false, not {value!r}")
-        items = value if isinstance(value, list) else [value]
-        return [actions[0].option_strings[0], *(str(item) for item in items)]

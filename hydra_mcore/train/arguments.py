@@ -16,10 +16,11 @@ from typing import Any, NoReturn
 import torch
 from megatron.training.arguments import add_megatron_arguments
 
-from hydra_mcore.config import CARD_NAME, ConfigError, ModelCard, Recipe, StageOptions, add_flags
+from hydra_mcore.config import CARD_NAME, ConfigError, ModelCard, StageOptions, add_flags
 from hydra_mcore.heads import HeadLayout
 from hydra_mcore.model.build import TRACKER, latest_iteration, trainings
 from hydra_mcore.ops.sequence import SequencePart
+from hydra_mcore.recipe import Recipe
 from hydra_mcore.train.stages import default_flags, start_dir
 
 # Our layer brings its own modules, so Megatron's local implementation serves around it; the optimizer format is
@@ -78,7 +79,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 def add_stage_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Our flags beside Megatron's."""
-    parser.add_argument("--config", help="Recipe: a YAML file of flags, with a section for each stage.")
+    parser.add_argument("--config", nargs="+", help="Recipe: YAML files of flags with a section for each stage; a later file wins.")
     add_flags(parser.add_argument_group("hydra_mcore: stages of the transfer"), StageOptions)
     return parser
 
@@ -93,7 +94,7 @@ def resolve(argv: list[str]) -> Plan:
     parser = add_stage_flags(add_megatron_arguments(OneLineParser(prog="python -m hydra_mcore.train", allow_abbrev=False)))
     first = OneLineParser(allow_abbrev=False, add_help=False)
     first.add_argument("--stage", choices=("align", "distill", "extend"), required=True)
-    first.add_argument("--config")
+    first.add_argument("--config", nargs="+")
     chosen, _ = first.parse_known_args(argv)
     recipe = Recipe.load(chosen.config, chosen.stage) if chosen.config else Recipe(Path("command line"))
     engine = ENGINE | ({} if torch.cuda.is_available() else ENGINE_CPU)

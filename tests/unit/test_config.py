@@ -8,8 +8,7 @@ import argparse
 import dataclasses
 import json
 import typing
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 
@@ -19,7 +18,6 @@ from hydra_mcore.config import (
     HydraOptions,
     ModelCard,
     ModelShape,
-    Recipe,
     StageOptions,
     add_flags,
     field_docs,
@@ -227,116 +225,6 @@ def test_every_fact_of_a_shape_tells_models_apart(name):
     theirs = not mine if isinstance(mine, bool) else None if name == "rope_scaling" else mine * 2
     assert card().difference(FACTS | {name: theirs}, FINGERPRINT) == f"{name} is {theirs} there, {FACTS[name]} in the teacher"
     assert card().difference({name: FACTS[name]}, FINGERPRINT) == ""
-
-
-def flag_parser() -> argparse.ArgumentParser:
-    """The kinds of flags that Megatron has."""
-    parser = argparse.ArgumentParser(prog="p", exit_on_error=False)
-    parser.add_argument("--num-layers", type=int)
-    parser.add_argument("--lr", type=float)
-    parser.add_argument("--swiglu", action="store_true")
-    parser.add_argument("--disable-bias-linear", action="store_false", dest="add_bias_linear")
-    parser.add_argument("--no-rope-fusion", action="store_false", dest="apply_rope_fusion")
-    parser.add_argument("--data-path", nargs="*")
-    parser.add_argument("--lr-decay-style", type=str)
-    parser.add_argument("--min-lr", type=float, dest="least_lr")
-    return parser
-
-
-@pytest.mark.parametrize(
-    ("values", "flags"),
-    [
-        ({"num-layers": 4}, ["--num-layers", "4"]),
-        ({"num_layers": 4}, ["--num-layers", "4"]),
-        ({"lr": 1e-3}, ["--lr", "0.001"]),
-        ({"lr": "1e-3"}, ["--lr", "1e-3"]),  # YAML reads 1e-3 as a text
-        ({"swiglu": True}, ["--swiglu"]),
-        ({"swiglu": False}, []),
-        ({"disable-bias-linear": True}, ["--disable-bias-linear"]),
-        ({"disable-bias-linear": False}, []),
-        ({"add-bias-linear": False}, ["--disable-bias-linear"]),  # by the name that Megatron's settings have
-        ({"add_bias_linear": True}, []),
-        ({"apply-rope-fusion": False}, ["--no-rope-fusion"]),
-        ({"least-lr": 1.0}, ["--min-lr", "1.0"]),
-        ({"data-path": ["0.7", "a", "0.3", "b"]}, ["--data-path", "0.7", "a", "0.3", "b"]),
-        ({"data-path": [1, 2.5]}, ["--data-path", "1", "2.5"]),
-        ({"data-path": []}, ["--data-path"]),
-        ({"lr": None}, []),
-        ({}, []),
-        ({"swiglu": True, "num-layers": 2}, ["--swiglu", "--num-layers", "2"]),
-    ],
-)
-def test_recipes_become_flags(values: dict[str, Any], flags: list[str]):
-    found = Recipe(Path("r.yaml"), values).to_flags(flag_parser())
-    assert found == flags
-    flag_parser().parse_args(found)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"num-layer": 4}, "unknown key 'num-layer'; did you mean 'num-layers'"),
-        ({"wholly-unlike": 4}, "unknown key 'wholly-unlike'$"),
-        ({7: 4}, "unknown key '7'"),
-        ({"num-layers": True}, "'num-layers' takes a value, not true"),
-        ({"lr": False}, "'lr' takes a value, not false"),
-        ({"swiglu": 3}, "'swiglu' takes true or false, not 3"),
-        ({"swiglu": "yes"}, "'swiglu' takes true or false, not 'yes'"),
-        ({"add-bias-linear": [True]}, "'add-bias-linear' takes true or false"),
-        ({"lr": {"max": 1}}, "'lr' is no stage"),
-        ({"aline": {"lr": 1}}, "'aline' is no stage"),
-    ],
-)
-def test_recipe_keys_that_are_refused(values: dict, message: str):
-    with pytest.raises(ConfigError, match=r"^recipe r\.yaml: " + message):
-        Recipe(Path("r.yaml"), values).to_flags(flag_parser())
-
-
-def recipe(tmp_path: Path, content: str | bytes, stage: str = "align") -> dict[str, Any]:
-    path = tmp_path / "r.yaml"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return Recipe.load(path, stage).values
-
-
-def test_a_stage_lays_its_section_over_the_rest(tmp_path):
-    content = """
-    lr: 1.0
-    num-layers: 4
-    align:
-      lr: 2.0
-      swiglu: true
-    extend:
-      lr: 3.0
-    """
-    assert recipe(tmp_path, content, "align") == {"lr": 2.0, "num-layers": 4, "swiglu": True}
-    assert recipe(tmp_path, content, "distill") == {"lr": 1.0, "num-layers": 4}
-    assert recipe(tmp_path, content, "extend") == {"lr": 3.0, "num-layers": 4}
-
-
-def test_empty_recipes(tmp_path):
-    assert recipe(tmp_path, "") == recipe(tmp_path, "# nothing\n") == recipe(tmp_path, "align:\n") == {}
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("- lr\n- 3\n", "expected 'key: value' lines"),
-        ("just words", "expected 'key: value' lines"),
-        ("lr: [1, 2", "not YAML"),
-        (b"lr: \xff\xfe", "not YAML"),
-        ("align: 3\n", "'align' is a stage, expected 'key: value' lines under it"),
-        ("distill: [lr]\n", "'distill' is a stage"),
-    ],
-)
-def test_files_that_are_no_recipe(tmp_path, content, message):
-    with pytest.raises(ConfigError, match=message) as refused:
-        recipe(tmp_path, content)
-    assert "r.yaml" in str(refused.value) and "\n" not in str(refused.value)
-
-
-def test_a_recipe_that_is_missing(tmp_path):
-    with pytest.raises(ConfigError, match=r"none.yaml: No such file"):
-        Recipe.load(tmp_path / "none.yaml", "align")
 
 
 def test_a_shape_as_megatron_flags():
