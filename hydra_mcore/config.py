@@ -238,6 +238,20 @@ class StageOptions:
     """Documents packed into a row do not see each other: attention, recurrence, convolution and positions start anew at each."""
     fa_balance: Literal["heads", "queries"] = "heads"
     """FA heads on tensor-parallel ranks: whole heads, or left-over heads shared by all ranks, each for its part of the queries."""
+    keep_last: int = 2
+    """How many of the newest checkpoints are kept."""
+    keep_every: int = 0
+    """Keep the checkpoints whose step is a multiple of this as well; 0 for none."""
+    head_statistics_interval: int = 100
+    """Steps between two looks at every head: gate, scale, output size, half-life, write gate; 0 for none."""
+    needle_interval: int = 0
+    """Steps between two measurements of needle accuracy on the training layout; 0 for none."""
+    needle_length: int = 0
+    """Tokens of those prompts, the answer included; 0 for the training sequence length."""
+    needle_prompts: int = 32
+    """Prompts of each needle task."""
+    data_timeout: float = 600.0
+    """Seconds after which a rank that waits for training data stops, with a warning after half of them."""
     dry_run: bool = False
     """Print the resolved settings and stop before anything is built."""
 
@@ -247,6 +261,13 @@ class StageOptions:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
         if not (self.kl_temperature > 0 and self.kl_weight >= 0 and self.ce_weight >= 0):
             raise ConfigError("kl_temperature must be positive and the loss weights not negative")
+        if self.keep_last < 1 or self.keep_every < 0:
+            raise ConfigError(f"keep_last is {self.keep_last} and keep_every {self.keep_every}; keep at least the last checkpoint")
+        for name in ("head_statistics_interval", "needle_interval", "needle_length"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it counts steps or tokens, 0 for none")
+        if self.needle_prompts < 1 or not self.data_timeout > 0:
+            raise ConfigError(f"needle_prompts is {self.needle_prompts} and data_timeout {self.data_timeout}; both must be positive")
 
 
 def field_docs(cls: type) -> dict[str, str]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ class Recipe:
     Several files are laid over each other, a later one winning key by key: a schedule, then a layout.
     """
 
-    path: Path
+    name: str
     values: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -45,13 +46,13 @@ class Recipe:
                     top[key] = value
                 elif key == section:
                     sections |= value
-        return cls(path=Path(paths[-1]), values=sections if section in COMMAND_SECTIONS else {**top, **sections})
+        return cls(" + ".join(map(str, paths)), sections if section in COMMAND_SECTIONS else {**top, **sections})
 
     def over(self, defaults: dict[str, Any]) -> Recipe:
         """This recipe laid over ``defaults``, so that its false switches off what they switch on."""
         own = {str(key).replace("_", "-") for key in self.values}
         kept = {key: value for key, value in defaults.items() if key.replace("_", "-") not in own}
-        return Recipe(path=self.path, values={**kept, **self.values})
+        return Recipe(self.name, {**kept, **self.values})
 
     def to_flags(self, parser: argparse.ArgumentParser) -> list[str]:
         """Flatten into command-line flags that ``parser`` knows; raises ConfigError for an unknown key."""
@@ -66,22 +67,22 @@ class Recipe:
         by_dest = [action for action in known.values() if action.dest == key.replace("-", "_")]
         actions = [by_flag] if by_flag is not None else by_dest
         if isinstance(value, dict):
-            raise ConfigError(f"recipe {self.path}: {key!r} is no stage, so it takes a value, not lines under it")
+            raise ConfigError(f"recipe {self.name}: {key!r} is no stage, so it takes a value, not lines under it")
         if not actions:
             near = difflib.get_close_matches(key.replace("_", "-"), [name[2:] for name in known], n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"recipe {self.path}: unknown key {key!r}{hint}")
+            raise ConfigError(f"recipe {self.name}: unknown key {key!r}{hint}")
         if isinstance(value, bool):
             switches = [action for action in actions if action.nargs == 0]
             if not switches:
-                raise ConfigError(f"recipe {self.path}: {key!r} takes a value, not {str(value).lower()}")
+                raise ConfigError(f"recipe {self.name}: {key!r} takes a value, not {str(value).lower()}")
             if by_flag is not None:
                 return [switches[0].option_strings[0]] if value else []
             return next(([action.option_strings[0]] for action in switches if action.const == value), [])
         if value is None:
             return []
         if all(action.nargs == 0 for action in actions):
-            raise ConfigError(f"recipe {self.path}: {key!r} takes true or false, not {value!r}")
+            raise ConfigError(f"recipe {self.name}: {key!r} takes true or false, not {value!r}")
         items = value if isinstance(value, list) else [value]
         return [actions[0].option_strings[0], *(str(item) for item in items)]
 
@@ -119,3 +120,11 @@ def with_recipe(argv: list[str], command: str, parser: argparse.ArgumentParser) 
     if not recipe.values:
         raise ConfigError(f"recipe {' '.join(chosen.config)}: no section {command!r}; write one, or give the flags themselves")
     return recipe.to_flags(parser) + rest
+
+
+def parse_with_recipe(parser: argparse.ArgumentParser, command: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse a command's flags, its recipe's under its own; a recipe that cannot be used is one line and exit status 2."""
+    try:
+        return parser.parse_args(with_recipe(sys.argv[1:] if argv is None else argv, command, parser))
+    except ConfigError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What HydraHead costs beside others: bytes sent, balance over ranks, memory, head scores, decoding. Markdown tables on stdout."""
+"""What HydraHead costs beside others: bytes sent, balance over ranks, memory, head scores, decoding, data. Markdown tables on stdout."""
 
 from __future__ import annotations
 
@@ -45,6 +45,8 @@ examples:
   seconds and cache bytes of a decoded token, teacher beside HydraHead (minutes, random models or your own)
       MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000 python tools/benchmark.py decode --figure decode.png
       python tools/benchmark.py decode --teacher-hf Qwen3-1.7B --hf runs/a/hf --lengths 1024 4096
+  tokens/s and memory of prepare_data beside the tokenizers library alone (minutes)
+      python tools/benchmark.py data --tokenizers examples/tiny/teacher
 """
 
 
@@ -75,7 +77,19 @@ def parser() -> argparse.ArgumentParser:
 
     selection_options(commands.add_parser("selection", help="seconds of the scores of all heads, beside one forward pass for each of them"))
     decode_options(commands.add_parser("decode", help="seconds and cache bytes of a decoded token by context length, beside the teacher"))
+    data_options(commands.add_parser("data", help="tokens/s and memory of prepare_data, beside the tokenizers library alone"))
     return p
+
+
+def data_options(d: argparse.ArgumentParser) -> None:
+    whose = "folders with a tokenizer.json (default: one of 32768 words, trained on the text)"
+    d.add_argument("--tokenizers", nargs="+", type=Path, default=[], metavar="DIR", help=whose)
+    d.add_argument(
+        "--megabytes", type=positive, default=8, metavar="N", help="of text (Python's library) in the smaller corpus (default 8)"
+    )
+    d.add_argument("--repeats", type=positive, default=3, metavar="N", help="the median counts (default 3)")
+    d.add_argument("--workers", type=positive, default=2, metavar="N", help="processes that tokenize (default 2)")
+    d.set_defaults(run=data)
 
 
 def selection_options(s: argparse.ArgumentParser) -> None:
@@ -272,6 +286,19 @@ def decode(args: argparse.Namespace) -> None:
         figure(args.figure, everything)
     if wrong := [f"{point.name} at {point.length}" for point in everything if not point.exact]:
         sys.exit(f"benchmark: the cache is not of the size that the formula says: {', '.join(wrong)}")
+
+
+def data(args: argparse.Namespace) -> None:
+    """The command itself, on real text, at two sizes."""
+    import tempfile
+
+    from tools.benchmark_data import COLUMNS, TIMES, rows
+
+    print(f"Python's library as JSON Lines, {args.megabytes} MB and {TIMES}x as much; {args.workers} workers; speeds are tokens for each")
+    print("second of a core, those of reader and writer counted, without the start. Peak: resident memory of the largest process.")
+    print(f"Median of {args.repeats}.\n", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        print_table(COLUMNS, rows(args.tokenizers, args.megabytes, args.repeats, args.workers, Path(folder)))
 
 
 def _decoders(args: argparse.Namespace) -> list[Decoder]:

@@ -83,7 +83,7 @@ def _transfer(stage: str, teacher: GPTModel, student: GPTModel, batch: Batch) ->
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(stage != "align" or "self_attention." in name)
     teacher.post_process = stage != "align"  # training builds no output layer for the align teacher
-    step = pair.TransferStep(StageOptions(stage=stage), lambda *_: batch, lambda: 1)
+    step = pair.TransferStep(StageOptions(stage=stage, head_statistics_interval=0), lambda *_: batch, lambda: 1)
     step.prepare([student], [teacher])
     output, to_loss = step(None, student)
     to_loss(output)[0].backward()

@@ -18,11 +18,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hydra_mcore.config import HydraOptions, add_flags  # light, so that --help is quick
+from hydra_mcore.config import CARD_NAME, HydraOptions, add_flags  # light, so that --help is quick
+from hydra_mcore.recipe import parse_with_recipe
 
 IMPORT_EXAMPLES = """examples:
   python tools/convert.py import --hf Qwen3-1.7B --out runs/a/teacher
   python tools/convert.py import --hf examples/tiny/teacher --out runs/demo/teacher
+  python tools/convert.py import --config examples/qwen3-1.7b/recipe.yaml --skip-existing
 """
 EXPORT_EXAMPLES = """examples:
   python tools/convert.py export --checkpoint runs/a/extend --out runs/a/hf --dtype bfloat16
@@ -77,9 +79,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         command.add_argument("--dtype", choices=("float32", "bfloat16"), help=exact)
         command.add_argument("--out", required=True, metavar="DIR", help=f"new {result} folder")
     hybridizing.add_argument("--out", required=True, metavar="DIR", help="new checkpoint folder")
-    importing.set_defaults(run=import_from, seed=0)
-    hybridizing.set_defaults(run=hybridize_from)
-    exporting.set_defaults(run=export_from, seed=0)
+    for name, command in commands.choices.items():
+        command.add_argument("--config", nargs="+", metavar="FILE", help=f"recipe: YAML files whose section {name} holds these flags")
+        command.add_argument("--skip-existing", action="store_true", help="do nothing where --out is complete already")
+    importing.set_defaults(run=import_from, seed=0, mark=CARD_NAME)
+    hybridizing.set_defaults(run=hybridize_from, mark=CARD_NAME)
+    exporting.set_defaults(run=export_from, seed=0, mark="config.json")
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in commands.choices:
+        return parse_with_recipe(commands.choices[argv[0]], argv[0], argv[1:])
     return parser.parse_args(argv)
 
 
@@ -129,6 +137,9 @@ def export_from(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)  # before the heavy imports, so that --help is quick
+    if args.skip_existing and (Path(args.out) / args.mark).exists():  # a folder gets its name when it is complete
+        print(f"{args.out}: is there already")
+        return
     from hydra_mcore.compat import install
 
     install()

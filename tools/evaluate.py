@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from hydra_mcore.recipe import parse_with_recipe  # light, so that --help is quick
+
 EXAMPLES = """\
 How it works: prompts hide values in a long text and ask for one of them (three single-key and two multi-key tasks in
 the manner of RULER); an answer counts when greedy decoding would give it exactly. Perplexity is taken on the text
@@ -27,6 +29,8 @@ examples:
   a teacher and its student, at the teacher's native length and beyond
       python tools/evaluate.py --models teacher=runs/teacher student=runs/a/distill --lengths 512 1024 \\
           --haystack book.txt --out runs/evaluation
+  the flags from a recipe's section evaluate, as jobs give them
+      python tools/evaluate.py --config examples/qwen3-1.7b/recipe.yaml --skip-existing
   a quick look
       python tools/evaluate.py --models runs/a/align --lengths 512 --prompts 20 --haystack book.txt --out /tmp/look
 """
@@ -35,6 +39,8 @@ examples:
 def parser() -> argparse.ArgumentParser:
     layout = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(prog="evaluate", description=__doc__, epilog=EXAMPLES, formatter_class=layout)
+    p.add_argument("--config", nargs="+", metavar="FILE", help="recipe: YAML files whose section evaluate holds these flags")
+    p.add_argument("--skip-existing", action="store_true", help="do nothing where --out holds a report already")
     p.add_argument("--models", nargs="+", required=True, metavar="[NAME=]DIR", help="checkpoints, in the order of rows")
     p.add_argument("--lengths", nargs="+", type=int, required=True, metavar="N", help="tokens of a prompt or text window")
     p.add_argument("--prompts", type=int, default=200, metavar="N", help="for each task and length (default 200)")
@@ -57,7 +63,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parser().parse_args(argv)
+    args = parse_with_recipe(parser(), "evaluate", argv)
+    if args.skip_existing and (args.out / "results.json").exists():
+        print(f"{args.out}: holds a report already")
+        return
     from hydra_mcore.compat import install
 
     install()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from hydra_mcore.selection.score import HeadScores
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from hydra_mcore.recipe import parse_with_recipe  # light, so that --help is quick
 
 EXAMPLES = """\
 How it works: pairs of prompts differ in one thing, such as a value hidden in a long text, and ask for it. Both are run. Then
@@ -40,6 +43,8 @@ examples:
   a large teacher on eight GPUs, in bf16
       torchrun --nproc-per-node 8 tools/select_heads.py --teacher runs/teacher --out runs/heads --bf16 \\
           --tensor-model-parallel-size 4
+  the flags from a recipe's section select, as jobs give them
+      python tools/select_heads.py --config examples/qwen3-1.7b/recipe.yaml --skip-existing
   a capability of your own: lines of {"clean": ..., "corrupt": ..., "answer": ..., "distractor": ...}
       python tools/select_heads.py --teacher runs/teacher --out runs/heads --probe law=my_pairs.jsonl
   a random map to compare with; no scores needed
@@ -54,6 +59,8 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="select_heads", description=__doc__, epilog=EXAMPLES, formatter_class=layout)
     p.add_argument("--teacher", type=Path, required=True, metavar="DIR", help="checkpoint of the pretrained model, from tools/convert.py")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results; must not hold a head map yet")
+    p.add_argument("--config", nargs="+", metavar="FILE", help="recipe: YAML files whose section select holds these flags")
+    p.add_argument("--skip-existing", action="store_true", help="do nothing where --out holds a head map already")
     p.add_argument("--seed", type=int, default=0, help="of the prompts and of random strategies, 0 to 999999 (default 0)")
     p.add_argument("--dry-run", action="store_true", help="say what would be run and how long it may take, and stop")
     choice = p.add_argument_group("choice")
@@ -111,7 +118,11 @@ def add_scoring_flags(p: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parser().parse_args(argv)
+    args = parse_with_recipe(parser(), "select", argv)
+    if args.skip_existing and (args.out / "head_map.json").exists():
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{args.out}: holds a head map already")
+        return
     from hydra_mcore.compat import install
 
     install()

@@ -9,7 +9,6 @@ step, as every operation passes through it.  ``tensor.to("cuda")`` is not mapped
 
 import contextlib
 import functools
-import queue
 from collections import defaultdict
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -105,21 +104,6 @@ def _private_generator(original: Callable[..., Any]) -> Callable[..., Any]:
         return loader
 
     return build_pretraining_data_loader
-
-
-def _queue_in_process(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def save(self: Any, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
-        """The original, a synchronous save: this process both fills and empties the queue of write results."""
-        shared, filesystem_async._results_queue = filesystem_async._results_queue, queue.Queue()
-        try:
-            original(self, sharded_state_dict, checkpoint_dir)
-        finally:
-            filesystem_async._results_queue = shared
-
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    return save
 
 
 def _set_rng_state(state: torch.Tensor, *_args: Any, **_kwargs: Any) -> None:
@@ -223,14 +207,6 @@ PATCHES: tuple[Patch, ...] = (
         marker='/cuda"',
         reason="Checkpoint shards are declared to lie on the GPU; torch compares that with the tensor's device.",
         make=_cpu_placement,
-    ),
-    Patch(
-        target=f"{_CORE}.dist_checkpointing.strategies.torch:TorchDistSaveShardedStrategy.save",
-        caller=f"{_CORE}.dist_checkpointing.strategies.filesystem_async:get_write_results_queue",
-        marker="ctx.Manager().Queue()",
-        reason="Not a fault but a cost: the first save of every rank spawns a process that imports torch and the main "
-        "script again, seconds and half a gigabyte each on a shared CPU.",
-        make=_queue_in_process,
     ),
     Patch(
         target=f"{_TRAINING}.initialize:initialize_megatron",

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -147,10 +149,28 @@ def latest_iteration(checkpoint_dir: str | Path) -> Path:
     if not mark.isdigit():
         raise ConfigError(f"{root}: {TRACKER} names {mark!r}, which is no iteration; name one")
     folder = root / f"iter_{int(mark):07d}"
+    check_complete(folder)
+    return folder
+
+
+def iterations(checkpoint_dir: str | Path) -> dict[int, Path]:
+    """The checkpoints in a folder, complete or not, oldest first: steps trained -> folder."""
+    folders = {path.name.removeprefix("iter_"): path for path in Path(checkpoint_dir).glob("iter_*")}
+    return {int(step): folders[step] for step in sorted(filter(str.isdigit, folders), key=int)}
+
+
+def check_complete(folder: Path) -> None:
+    """Raise ConfigError when a checkpoint (an ``iter_*`` folder) is not complete, as far as names and lengths of files tell."""
     if not (folder / "metadata.json").is_file() or not (folder / ".metadata").is_file():
         raise ConfigError(f"{folder}: the checkpoint is cut short ({_MEND})")
     _check_lengths(folder)
-    return folder
+
+
+def write_tracker(checkpoint_dir: str | Path, iteration: int) -> None:
+    """Name the checkpoint of ``iteration`` as the one that counts: beside, then rename."""
+    beside = Path(checkpoint_dir) / (TRACKER + ".partial")
+    beside.write_text(str(iteration))
+    beside.replace(Path(checkpoint_dir) / TRACKER)
 
 
 def trainings(card: ModelCard, checkpoint_dir: str | Path) -> list[dict[str, Any]]:
@@ -188,11 +208,24 @@ def load_weights(models: list[MegatronModule], checkpoint_dir: str | Path) -> No
     try:
         state = dist_checkpointing.load(_sharded_state(models), str(folder))
     except (CheckpointingException, CheckpointException, OSError, RuntimeError, EOFError) as error:
-        raise ConfigError(
-            f"{folder}: cannot be loaded into this model, so its files are from another head map or shape ({_first_line(error)})"
-        ) from None
+        misfit = _misfit(models, folder) or _first_line(error)
+        problem = f"cannot be loaded into this model, so its files are from another head map or shape ({misfit})"
+        raise ConfigError(f"{folder}: {problem}") from None
     for index, model in enumerate(models):
         model.load_state_dict(state.get(f"model{index}", {}))  # a pipeline stage may hold no parameter at all
+
+
+def _misfit(models: list[MegatronModule], folder: Path) -> str:
+    """The first of the models' tensors that a checkpoint lacks, or has with another shape; heads are blocks: [heads, ...]."""
+    stored, state = FileSystemReader(folder).read_metadata().state_dict_metadata, _sharded_state(models)
+    apply_factories(state)
+    for tensor in nested_values(state):
+        if isinstance(tensor, ShardedTensor):
+            if tensor.key not in stored:
+                return f"no tensor {tensor.key} there"
+            if (there := list(stored[tensor.key].size)) != (here := list(tensor.global_shape)):
+                return f"{tensor.key} is {there} there, {here} here"
+    return ""
 
 
 def save_weights(models: list[MegatronModule], card: ModelCard, checkpoint_dir: str | Path) -> None:
@@ -225,9 +258,7 @@ def write_checkpoint(
     dist_checkpointing.save({**common, **state}, str(folder), sharded_strategy, validate_access_integrity=True)
     if torch.distributed.get_rank() == 0:
         card.save(root)
-        beside = root / (TRACKER + ".partial")
-        beside.write_text("0")
-        beside.replace(root / TRACKER)
+        write_tracker(root, 0)
     torch.distributed.barrier()
 
 

@@ -50,6 +50,24 @@ def heat_map(path: str | Path, head_map: HeadMap, scores: HeadScores | None, mod
     _save(figure, path)
 
 
+def statistic_maps(path: str | Path, title: str, values: Mapping[str, np.ndarray], head_map: HeadMap) -> None:
+    """A panel for each statistic of the heads, [layers, heads] with NaN where a head has none; FA heads carry a dot."""
+    layers, heads = head_map.num_layers, head_map.num_heads
+    panel = max(2.6, 1.2 + min(0.13 * heads, 6)), max(1.9, 0.7 + min(0.1 * layers, 6))
+    figure = _figure(panel[0] * len(values), panel[1], title, "dot = full attention; grey = a head without such a value")
+    fa = np.array([(layer_idx, head_idx) for layer_idx, layer in enumerate(head_map.layers) for head_idx in layer.fa]).reshape(-1, 2)
+    for axes, (name, values_lh) in zip(figure.subplots(1, len(values), squeeze=False)[0], values.items(), strict=True):
+        image = _cells(axes, np.ma.masked_invalid(values_lh), grid=False)
+        axes.set_facecolor(LIGHT)
+        axes.scatter(fa[:, 1], fa[:, 0], s=6, color=FRAME, lw=0)
+        axes.set_title(name, fontsize=9, loc="left", parse_math=False)
+        axes.set_xlabel("head", fontsize=8)
+        axes.set_ylabel("layer", fontsize=8)
+        axes.tick_params(labelsize=7)
+        _bar(figure, image, axes, pad=0.03)
+    _save(figure, path)
+
+
 def role_maps(path: str | Path, scores: HeadScores, critical_lh: np.ndarray) -> None:
     """The size of the effect as receiver and as sender, a panel for each role and capability, each with its own scale."""
     roles = role_effects(scores)

@@ -37,11 +37,17 @@ from megatron.training.models import GPTModelConfig  # noqa: E402
 from hydra_mcore.config import ConfigError, ModelCard  # noqa: E402
 from hydra_mcore.model.build import apply_card, contiguous_parts, load_weights, model_config  # noqa: E402
 from hydra_mcore.model.runtime import one_line_errors  # noqa: E402
+from hydra_mcore.selection.needles import NeedlePrompt  # noqa: E402
+from hydra_mcore.train.alerts import DataWatch  # noqa: E402
 from hydra_mcore.train.arguments import Plan, add_stage_flags, resolve  # noqa: E402
+from hydra_mcore.train.checkpoints import checkpoint_care, note_versions, tidy  # noqa: E402
 from hydra_mcore.train.data import build_datasets, check_data, fetch_batch  # noqa: E402
+from hydra_mcore.train.needles import make_prompts  # noqa: E402
 from hydra_mcore.train.pair import TransferStep  # noqa: E402
 from hydra_mcore.train.pipeline import teacher_in_the_pipeline  # noqa: E402
 from hydra_mcore.train.stages import STAGES  # noqa: E402
+from hydra_mcore.train.tracking import tracked  # noqa: E402
+from hydra_mcore.train.watch import Watch, alert, watched  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -58,13 +64,15 @@ def main(argv: list[str] | None = None) -> None:
             return
         args, config = _validated(plan)
         check_data(args)
+        prompts = make_prompts(args, plan.start, plan.card.shape.vocab_size)
         if plan.options.dry_run:
             print(f"start: {plan.start}\nsave:  {plan.save}\nflags: {' '.join(plan.flags)}")
             return
         if args.rank == 0:
             _prepare_output(plan)
-        set_global_variables(args)
-        _train(plan, args, config)
+        with tracked(plan):
+            set_global_variables(args)
+            _train(plan, args, config, prompts)
 
 
 def _bare_parser() -> Any:
@@ -92,16 +100,20 @@ def _prepare_output(plan: Plan) -> None:
     """Put card, head map and tokenizer into the stage's folder; checkpoints follow as training saves them."""
     plan.save.mkdir(parents=True, exist_ok=True)
     plan.card.save(plan.save)
+    tidy(plan.save)
+    note_versions(plan.save)
     plan.card.head_map.save(plan.save / "head_map.json")
     if (plan.start / "tokenizer").is_dir():
         shutil.copytree(plan.start / "tokenizer", plan.save / "tokenizer", dirs_exist_ok=True)
 
 
-def _train(plan: Plan, args: Any, config: GPTModelConfig) -> None:
-    step = TransferStep(plan.options, partial(fetch_batch, args), lambda: args.curr_iteration + 1)
+def _train(plan: Plan, args: Any, config: GPTModelConfig, prompts: dict[str, list[NeedlePrompt]]) -> None:
+    data = DataWatch(plan.options.data_timeout, lambda: f"rank {args.rank} reads {' '.join(args.data_path or [])}", alert)
+    step = TransferStep(plan.options, partial(fetch_batch, args, data), lambda: args.curr_iteration + 1)
     config.pre_wrap_hooks.append(partial(_prepare_models, plan, config, step))
     store = None if "RANK" in os.environ else torch.distributed.HashStore()
-    with teacher_in_the_pipeline(step):
+    watch = Watch(plan.card, args, step, data, prompts)
+    with teacher_in_the_pipeline(step), checkpoint_care(plan.save, plan.options, args, config), watched(watch):
         pretrain(pretrain_cfg_container_from_args(args, config), _datasets, ModelType.encoder_or_decoder, step, store=store)
     if (writer := get_tensorboard_writer()) is not None:
         writer.close()  # its thread would die with the process, and the last values with it

@@ -17,11 +17,13 @@ import torch
 from megatron.training.arguments import add_megatron_arguments
 
 from hydra_mcore.config import CARD_NAME, ConfigError, ModelCard, StageOptions, add_flags
+from hydra_mcore.corpus.manifest import expand_blend
 from hydra_mcore.heads import HeadLayout
-from hydra_mcore.model.build import TRACKER, latest_iteration, trainings
+from hydra_mcore.model.build import latest_iteration, trainings
 from hydra_mcore.ops.sequence import SequencePart
 from hydra_mcore.recipe import Recipe
-from hydra_mcore.train.stages import default_flags, start_dir
+from hydra_mcore.train.checkpoints import difference, resumable
+from hydra_mcore.train.stages import STAGES, default_flags, start_dir
 
 # Our layer brings its own modules, so Megatron's local implementation serves around it; the optimizer format is
 # the only one that reshards when ranks hold different numbers of heads.
@@ -30,10 +32,13 @@ ENGINE: dict[str, Any] = {
     "use-distributed-optimizer": True,
     "dist-ckpt-optim-fully-reshardable": True,
     "exit-signal-handler": True,
+    "async-strategy": "mcore",
+    "use-persistent-ckpt-worker": True,  # without it, Megatron switches async-save off
     "no-persist-layer-norm": True,
     "no-rope-fusion": True,
     "no-masked-softmax-fusion": True,
     "no-gradient-accumulation-fusion": True,
+    "no-check-for-nan-in-loss-and-grad": True,  # ours lets all ranks stop together, with one line (train.alerts)
     "micro-batch-size": 1,
     "eval-iters": 0,
     "eval-interval": 1000,
@@ -42,6 +47,9 @@ ENGINE: dict[str, Any] = {
     "tensorboard-log-interval": 1,
     "distributed-timeout-minutes": 30,
 }
+# The writer is a process of its own that copies tensors off the GPU while training waits, then writes them while it goes
+# on. On a CPU it shares the cores and doubles a rank's memory, so saves are synchronous unless asked for.
+ENGINE_GPU: dict[str, Any] = {"async-save": True}
 ENGINE_CPU: dict[str, Any] = {
     "distributed-backend": "gloo",
     "num-workers": 0,
@@ -50,7 +58,7 @@ ENGINE_CPU: dict[str, Any] = {
     "disable-jit-fuser": True,
 }
 
-LOGS = {"tensorboard", "wandb"}  # what a run that was stopped at its very start may leave
+EARLY = {"tensorboard", "wandb", CARD_NAME + ".partial"}  # what a run that was stopped at its very start may leave
 
 
 @dataclass(frozen=True)
@@ -91,31 +99,52 @@ def resolve(argv: list[str]) -> Plan:
         ConfigError: an unknown key or flag, a layout that does not fit the model, a missing or broken checkpoint,
             an output folder that holds another run.
     """
-    parser = add_stage_flags(add_megatron_arguments(OneLineParser(prog="python -m hydra_mcore.train", allow_abbrev=False)))
-    first = OneLineParser(allow_abbrev=False, add_help=False)
-    first.add_argument("--stage", choices=("align", "distill", "extend"), required=True)
-    first.add_argument("--config", nargs="+")
-    chosen, _ = first.parse_known_args(argv)
-    recipe = Recipe.load(chosen.config, chosen.stage) if chosen.config else Recipe(Path("command line"))
-    engine = ENGINE | ({} if torch.cuda.is_available() else ENGINE_CPU)
-    flags = recipe.over(engine | default_flags(chosen.stage)).to_flags(parser)
-    options = _stage_options(parser.parse_args(flags + argv))
+    parser, flags, options = recipe_flags(argv, with_gpu=torch.cuda.is_available())
+    _check_folders(options)
     start = start_dir(options)
     latest_iteration(start)
     card = dataclasses.replace(ModelCard.load(start), stage=options.stage)
-    flags += Recipe(start / CARD_NAME, card.shape.to_recipe()).to_flags(parser)
     if (start / "tokenizer").is_dir():
         flags += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(start / "tokenizer")]
     save = Path(options.run_dir) / options.stage
     resume = _check_output(save, card)
     flags += ["--save", str(save), "--tensorboard-dir", str(save / "tensorboard")] + (["--load", str(save)] if resume else [])
-    known = parser.parse_args(flags + argv)
-    flags += ["--max-position-embeddings", str(max(known.seq_length, card.shape.native_length))]
-    _check_settings(known, card)
+    known, flags = model_flags(parser, flags, argv, card, ranks=int(os.environ.get("WORLD_SIZE", "1")))
     card = dataclasses.replace(card, stages=[*trainings(card, start), _this_stage(known)])
-    iterations = (save / TRACKER).read_text().strip() if resume else "0"
-    finished = resume and int(iterations) >= known.train_iters
-    return Plan(options, card, start, save, resume, finished, _without_missing_wandb(known, flags + argv))
+    finished = resume is not None and int(resume.name.removeprefix("iter_")) >= known.train_iters
+    return Plan(options, card, start, save, resume is not None, finished, _without_missing_wandb(known, flags + _shard_flags(known)))
+
+
+def recipe_flags(argv: list[str], with_gpu: bool) -> tuple[argparse.ArgumentParser, list[str], StageOptions]:
+    """What recipe and command line ask for, before the model is known: the parser, the flags under ``argv``, the stage's options.
+
+    Raises:
+        ConfigError: an unknown key or flag, or no stage.
+    """
+    parser = add_stage_flags(add_megatron_arguments(OneLineParser(prog="python -m hydra_mcore.train", allow_abbrev=False)))
+    first = OneLineParser(allow_abbrev=False, add_help=False)
+    first.add_argument("--stage", choices=tuple(STAGES), required=True)
+    first.add_argument("--config", nargs="+")
+    chosen, _ = first.parse_known_args(argv)
+    recipe = Recipe.load(chosen.config, chosen.stage) if chosen.config else Recipe("command line")
+    engine = ENGINE | (ENGINE_GPU if with_gpu else ENGINE_CPU)
+    flags = recipe.over(engine | default_flags(chosen.stage)).to_flags(parser)
+    known = parser.parse_args(flags + argv)
+    return parser, flags, StageOptions(**{field.name: getattr(known, field.name) for field in dataclasses.fields(StageOptions)})
+
+
+def model_flags(
+    parser: argparse.ArgumentParser, flags: list[str], argv: list[str], card: ModelCard, ranks: int
+) -> tuple[argparse.Namespace, list[str]]:
+    """All flags of a stage on so many ranks, the model's own among them: parsed, and as they are.
+
+    Raises:
+        ConfigError: settings that do not fit the model or the ranks.
+    """
+    flags = flags + Recipe(CARD_NAME, card.shape.to_recipe()).to_flags(parser)
+    known = parser.parse_args(flags + argv)
+    check_settings(known, card, ranks)
+    return known, [*flags, "--max-position-embeddings", str(max(known.seq_length, card.shape.native_length)), *argv]
 
 
 def _this_stage(known: argparse.Namespace) -> dict[str, Any]:
@@ -124,35 +153,30 @@ def _this_stage(known: argparse.Namespace) -> dict[str, Any]:
     return {"stage": known.stage, **planned}
 
 
-def _stage_options(known: argparse.Namespace) -> StageOptions:
-    options = StageOptions(**{field.name: getattr(known, field.name) for field in dataclasses.fields(StageOptions)})
+def _check_folders(options: StageOptions) -> None:
     if not options.run_dir:
         raise ConfigError("no run folder: set run-dir in the recipe or on the command line")
     if options.stage != "extend" and not options.teacher:
         raise ConfigError(f"stage {options.stage} needs the teacher: set teacher to the folder that tools/convert.py import wrote")
-    return options
 
 
-def _check_output(save: Path, card: ModelCard) -> bool:
-    """Whether the output folder holds this very run to go on with; raises ConfigError when it holds another.
+def _check_output(save: Path, card: ModelCard) -> Path | None:
+    """The checkpoint of this very run in the output folder to go on from; raises ConfigError when it holds another run.
 
     Rank 0 alone judges the folder: others may look while it, or the logger of the last rank, already writes there.
     """
     if os.environ.get("RANK", "0") == "0":
         if (save / CARD_NAME).is_file():
-            if ModelCard.load(save) != card:
-                raise ConfigError(f"{save} already holds another run (its head map, options or teacher differ); choose another run-dir")
-        elif save.exists() and any(path.name not in LOGS for path in save.iterdir()):
+            if found := difference(ModelCard.load(save), card):
+                raise ConfigError(f"{save} already holds another run ({found}); choose another run-dir")
+        elif save.exists() and any(path.name not in EARLY for path in save.iterdir()):
             raise ConfigError(f"{save} is not empty and no run of ours; choose another run-dir or empty it")
-    if not (save / TRACKER).is_file():
-        return False
-    latest_iteration(save)
-    return True
+    return resumable(save)
 
 
-def _check_settings(known: argparse.Namespace, card: ModelCard) -> None:
+def check_settings(known: argparse.Namespace, card: ModelCard, ranks: int) -> None:
     """Raise ConfigError for what Megatron would not notice, or say less clearly."""
-    _check_layout(known, card)
+    _check_layout(known, card, ranks)
     if known.packed_documents and known.micro_batch_size != 1:
         raise ConfigError(f"packed documents are rows of their own: set micro-batch-size 1 instead of {known.micro_batch_size}")
     if known.reset_position_ids or known.reset_attention_mask:
@@ -162,17 +186,18 @@ def _check_settings(known: argparse.Namespace, card: ModelCard) -> None:
     decay_iters = known.lr_decay_iters or known.train_iters
     if known.lr_warmup_iters >= decay_iters:
         raise ConfigError(f"lr-warmup-iters {known.lr_warmup_iters} must be fewer than the {decay_iters} steps of the schedule")
+    if known.save_retain_interval:
+        raise ConfigError("save-retain-interval deletes checkpoints unsafely; use keep-last and keep-every")
     if known.fp16:
         raise ConfigError("fp16 is not supported (the distillation losses carry no loss scale); use bf16")
 
 
-def _check_layout(known: argparse.Namespace, card: ModelCard) -> None:
+def _check_layout(known: argparse.Namespace, card: ModelCard, ranks: int) -> None:
     tp_size, pp_size, cp_size = known.tensor_model_parallel_size, known.pipeline_model_parallel_size, known.context_parallel_size
     HeadLayout(card.head_map.layers[0], card.shape.num_kv_groups, tp_size)
     uneven = known.pipeline_model_parallel_layout or known.decoder_first_pipeline_num_layers or known.decoder_last_pipeline_num_layers
     if card.shape.num_layers % pp_size and not uneven:
         raise ConfigError(f"pipeline parallel size {pp_size} does not divide {card.shape.num_layers} layers")
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks % (tp_size * pp_size * cp_size):
         raise ConfigError(f"tensor {tp_size} x pipeline {pp_size} x context parallel {cp_size} does not divide {ranks} ranks")
     part = SequencePart(known.seq_length, cp_size).num_tokens
@@ -184,6 +209,15 @@ def _check_layout(known: argparse.Namespace, card: ModelCard) -> None:
         raise ConfigError(
             f"{part} tokens a context-parallel rank are fewer than the short convolution of {card.options.gdn_conv_kernel} taps looks back"
         )
+
+
+def _shard_flags(known: argparse.Namespace) -> list[str]:
+    """The data paths again, prepared data replaced by all of its shards."""
+    flags = []
+    for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
+        if given := getattr(known, name):
+            flags += ["--" + name.replace("_", "-"), *expand_blend(given)]
+    return flags
 
 
 def _without_missing_wandb(known: argparse.Namespace, flags: list[str]) -> list[str]:

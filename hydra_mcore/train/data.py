@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +14,7 @@ import numpy as np
 import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.blended_megatron_dataset_config import convert_split_vector_to_split_matrix, parse_and_normalize_split
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.models.gpt import GPTModel
@@ -20,6 +23,8 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 from torch import Tensor
 
 from hydra_mcore.config import ConfigError
+from hydra_mcore.corpus.manifest import Manifest, finished_path, prefix_of_shard
+from hydra_mcore.corpus.tokenize import fingerprint, load_fast_tokenizer
 from hydra_mcore.ops.sequence import SequencePart
 
 
@@ -37,10 +42,11 @@ class Batch(NamedTuple):
 
 
 def check_data(args: argparse.Namespace) -> None:
-    """Refuse data that is missing or shorter than one sequence, before anything is built.
+    """Refuse data that is missing, too short or made for another model, before anything is built.
 
     Raises:
-        ConfigError: no data path, a missing file, or fewer tokens than seq-length + 1.
+        ConfigError: no data path, a missing file, fewer tokens than seq-length + 1, fewer documents than the split needs,
+            prepared data that is not what its manifest says, or is from another tokenizer than the student's.
     """
     if args.mock_data:
         return
@@ -57,6 +63,40 @@ def check_data(args: argparse.Namespace) -> None:
             raise ConfigError(
                 f"training data {prefix} holds {tokens} tokens, one sequence needs {args.seq_length + 1}; shorten seq-length or add data"
             )
+        if blend:
+            _check_split(prefix, len(dataset.document_indices) - 1, args.split)
+    for prepared in sorted({owner for prefix in prefixes if (owner := prefix_of_shard(prefix))}):
+        _check_prepared(prepared, args)
+
+
+def _check_split(prefix: str, documents: int, split: str) -> None:
+    """Raise ConfigError where rounding leaves a part of the split without documents: Megatron would loop on it forever."""
+    for part in filter(None, convert_split_vector_to_split_matrix(parse_and_normalize_split(split))):
+        first, end = (round(bound * documents) for bound in part)
+        if first == end:
+            raise ConfigError(
+                f"training data {prefix}: split {split} leaves a part of its {documents} documents empty; set split 100,0,0 or add data"
+            )
+
+
+def _check_prepared(prefix: str, args: argparse.Namespace) -> None:
+    """Raise ConfigError for shards of tools/prepare_data.py that changed since, or that are not for this model."""
+    path = finished_path(prefix)
+    manifest = Manifest.load(path)
+    manifest.check_files(path.parent)
+    if manifest.max_id >= args.vocab_size:
+        raise ConfigError(
+            f"{path}: holds token {manifest.max_id}, the model has {args.vocab_size} words; prepare the data with the model's tokenizer"
+        )
+    if args.tokenizer_type != "HuggingFaceTokenizer":
+        return
+    tokenizer = load_fast_tokenizer(args.tokenizer_model)
+    theirs, ours = manifest.run["tokenizer"]["fingerprint"], fingerprint(tokenizer.backend_tokenizer.to_str())
+    if theirs != ours:
+        raise ConfigError(
+            f"{path}: was made with another tokenizer (fingerprint {theirs[:12]}) than {args.tokenizer_model} ({ours[:12]});"
+            " prepare the data with the model's tokenizer"
+        )
 
 
 def build_datasets(args: argparse.Namespace, tokenizer: Any, num_samples: list[int], vp_stage: int | None) -> tuple:
@@ -85,17 +125,18 @@ def build_datasets(args: argparse.Namespace, tokenizer: Any, num_samples: list[i
     return BlendedMegatronDatasetBuilder(GPTDataset, num_samples, on_this_rank, config).build()
 
 
-def fetch_batch(args: argparse.Namespace, data_iterator: Any, model: GPTModel) -> Batch:
+def fetch_batch(args: argparse.Namespace, waiting: Callable[[], AbstractContextManager], data_iterator: Any, model: GPTModel) -> Batch:
     """The next micro-batch of this rank: read by tensor-parallel rank 0, sent to the others, cut to the rank's part.
 
-    Inside the pipeline only document boundaries are needed: without packed documents nothing is read there.
+    The reading stands inside ``waiting()``, which may bound how long it takes. Inside the pipeline only document boundaries
+    are needed: without packed documents nothing is read there.
 
     Raises:
         InputError: document boundaries that do not increase from 0 to the sequence length.
     """
     if not _reads_data(args, model.vp_stage):
         return Batch()
-    tokens, labels, mask, position_ids = _broadcast_rows(args, data_iterator)
+    tokens, labels, mask, position_ids = _broadcast_rows(args, waiting, data_iterator)
     documents = None
     bounds = (0, args.seq_length)
     if args.packed_documents:
@@ -113,11 +154,12 @@ def _reads_data(args: argparse.Namespace, vp_stage: int | None) -> bool:
     return args.packed_documents or is_first_or_last_pipeline_stage(vp_stage)
 
 
-def _broadcast_rows(args: argparse.Namespace, data_iterator: Any) -> Tensor:
+def _broadcast_rows(args: argparse.Namespace, waiting: Callable[[], AbstractContextManager], data_iterator: Any) -> Tensor:
     """Tokens, labels, loss mask and positions of the next micro-batch, [4, b, s], from tensor-parallel rank 0 to all."""
     shape = (4, args.micro_batch_size, args.seq_length)
     if mpu.get_tensor_model_parallel_rank() == 0:
-        sample = next(data_iterator)
+        with waiting():
+            sample = next(data_iterator)
         rows = torch.stack([sample[key].long() for key in ("tokens", "labels", "loss_mask", "position_ids")])
         rows = rows.to(torch.cuda.current_device(), non_blocking=True)
     else:

@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a hybrid run should be watched by: the state of gates, decay and fusion, for each branch."""
+"""What a hybrid run should be watched by: gate, scale, output size, memory and writing of every single head."""
 
 from __future__ import annotations
 
@@ -8,138 +8,148 @@ import math
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from hydra_mcore.heads import InputError
-from hydra_mcore.model.gates import OutputGate
+from hydra_mcore.heads import HeadMap, HeadRole
+from hydra_mcore.model.fusion import Fusion
 from hydra_mcore.model.gdn_heads import GatedDeltaHeads
+from hydra_mcore.model.hydra_attention import HydraAttention
+
+# Of each head: its output gate's mean; the learned factor of the fusion; the root mean square of its output as the
+# fusion's norm meets it; and of GDN heads the half-life of their state in tokens and their write gate's mean.
+STATISTICS = ("gate", "scale", "rms", "half-life", "write gate")
 
 
-class TrainingStopped(InputError):
-    """Training met a value it must not go on with; the last complete checkpoint stays as it is."""
+class HeadMonitor:
+    """Sums over the tokens of every head of one model chunk, gathered by hooks while the student trains.
 
-
-# Gathered while the student runs; the scales are read off its parameters.
-STATISTICS = ("fa gate", "gdn gate", "gdn log decay", "gdn write gate", "fa scale", "gdn scale")
-
-
-class BranchMonitor:
-    """Sums over the heads of one model chunk, gathered by hooks while the student runs.
-
-    Statistics: output gate of each branch, GDN log decay and write gate, fusion scale of each branch.
-    """
-
-    def __init__(self, model: GPTModel) -> None:
-        self.model, self.tp_group = model, model.pg_collection.tp
-        self.attentions = [layer.self_attention for layer in model.decoder.layers]
-        self.seen: dict[str, list[tuple[Tensor, int]]] = {name: [] for name in STATISTICS}
-        for attention in self.attentions:
-            for branch in ("fa", "gdn"):
-                heads = getattr(attention, branch, None)
-                if isinstance(getattr(heads, "gate", None), OutputGate):
-                    heads.gate.register_forward_hook(partial(self._record, f"{branch} gate", lambda out: out))
-            if hasattr(attention, "gdn"):
-                gdn = attention.gdn
-                gdn.linear_decay.register_forward_hook(partial(self._record, "gdn log decay", partial(_log_decay, gdn)))
-                gdn.linear_write.register_forward_hook(partial(self._record, "gdn write gate", partial(_write_gate, gdn)))
-
-    def _record(self, name: str, read: Callable[[Tensor], Tensor], module: torch.nn.Module, inputs: tuple, output: Tensor) -> None:
-        if self.model.training and output.numel():  # where a layer is recomputed, twice the same: means do not change
-            with torch.no_grad():
-                self.seen[name].append((read(output.float()).sum(), output.numel()))
-
-    def take(self) -> Tensor:
-        """(sum, count) of each of ``STATISTICS`` since the last call, over the tensor-parallel ranks: [statistics, 2]."""
-        self._read_scales()
-        table = torch.stack([_total(values) for values in self.seen.values()])
-        for values in self.seen.values():
-            values.clear()
-        if self.tp_group.size() > 1:
-            torch.distributed.all_reduce(table, group=self.tp_group)
-        return table
-
-    def _read_scales(self) -> None:
-        for attention in self.attentions:
-            for name, parameter in getattr(attention.fusion, "scale", torch.nn.Module()).named_parameters():
-                scale = parameter.detach().float()
-                shared = name.endswith("_shared")
-                if shared and self.tp_group.rank():
-                    continue  # every rank holds them; one counts
-                num_fa = len(scale) if shared else attention.num_fa
-                for statistic, part in (("fa scale", scale[:num_fa]), ("gdn scale", scale[num_fa:])):
-                    self.seen[statistic].append((part.sum(), part.numel()))
-
-
-def merged(
-    monitors: list[BranchMonitor], align_losses: dict[int, Tensor], num_align_layers: int, groups: ProcessGroupCollection
-) -> dict[str, Tensor]:
-    """(sum, count) of every statistic and align loss, over all stages of the pipeline and all data.
-
-    In the form that Megatron sums over micro-batches for console, TensorBoard and W&B. A statistic no head has is left
-    out; the mean log decay becomes a half-life in tokens (after the sum over ranks: a mean of half-lives is another number).
+    ``table`` holds (sum, count) by statistic, layer and head: [statistics, layers, heads, 2], of this rank's share of heads
+    and tokens, so that the sum over all ranks is the whole model's whatever the layout. Where a layer is recomputed its
+    tokens count twice, and means stay the same. A learned factor counts once a micro-batch.
 
     Args:
-        align_losses: layer_idx -> (sum, count) on this stage; ``num_align_layers`` is 0 in stages without them.
+        due: whether the step under way is to be gathered.
     """
-    empty = torch.zeros(2, device=torch.cuda.current_device())
-    layers = [align_losses.get(layer_idx, empty) for layer_idx in range(num_align_layers)]
-    table = torch.cat([sum(monitor.take() for monitor in monitors), *(pair[None] for pair in layers)])
-    for group in (groups.pp, groups.dp_cp):
-        if group.size() > 1:
-            torch.distributed.all_reduce(table, group=group)
-    names = [*STATISTICS, *(f"align layer {layer_idx}" for layer_idx in range(num_align_layers))]
-    means = {name: pair for name, pair in zip(names, table, strict=True) if pair[1] > 0}
-    if "gdn log decay" in means:
-        decay, count = means.pop("gdn log decay")
-        means["gdn half-life"] = torch.stack([math.log(2.0) / -(decay / count), torch.ones_like(count)])
-    if num_align_layers:
-        losses = table[len(STATISTICS) :]
-        means["align loss"] = torch.stack([losses[:, 0].sum(), losses[0, 1]])
-    return means
+
+    def __init__(self, model: GPTModel, due: Callable[[], bool]) -> None:
+        self.model, self.due = model, due
+        self.attentions: list[HydraAttention] = [layer.self_attention for layer in model.decoder.layers]
+        shape = (len(STATISTICS), model.config.num_layers, model.config.num_attention_heads, 2)
+        self.table = torch.zeros(shape, dtype=torch.float64, device=torch.cuda.current_device())
+        for attention in self.attentions:
+            attention.fusion.register_forward_hook(partial(self._fused, attention), with_kwargs=True)
+            if hasattr(attention, "gdn"):
+                gdn = attention.gdn
+                gdn.linear_decay.register_forward_hook(partial(self._gdn_gate, attention, "half-life", partial(_log_decay, gdn)))
+                gdn.linear_write.register_forward_hook(partial(self._gdn_gate, attention, "write gate", partial(_write_gate, gdn)))
+
+    def _fused(self, attention: HydraAttention, module: Fusion, inputs: tuple, keywords: dict, output: Tensor) -> None:
+        if not (self.model.training and self.due()):
+            return
+        shared, owned = keywords.get("shared", False), attention.layout.ranks[attention.tp_group.rank()]
+        # here, not after the step: then other ranks may hold the new factor already and this one not (overlap-param-gather)
+        scale_h = getattr(getattr(module, "scale", None), "weight_shared" if shared else "weight", None)
+        if scale_h is not None and not (shared and attention.tp_group.rank()):  # all ranks hold shared ones: the first counts
+            self._add("scale", attention, attention.layout.shared_fa if shared else owned.heads, scale_h[None, None, :, None])
+        for role, (out_sbhd, gate) in inputs[0].items():
+            heads = attention.layout.shared_fa if shared else getattr(owned, role.value)
+            if gate is not None:
+                self._add("gate", attention, heads, gate)
+                if module.options.gate_order == "before_norm":
+                    out_sbhd = out_sbhd * gate
+            size_sbh1 = torch.linalg.vector_norm(out_sbhd, dim=-1, keepdim=True, dtype=torch.float32)
+            self._add("rms", attention, heads, size_sbh1.square() / out_sbhd.shape[-1])
+
+    def _gdn_gate(
+        self,
+        attention: HydraAttention,
+        statistic: str,
+        read: Callable[[Tensor], Tensor],
+        module: torch.nn.Module,
+        inputs: tuple,
+        output: Tensor,
+    ) -> None:
+        if output.numel() and self.model.training and self.due():
+            self._add(statistic, attention, attention.layout.ranks[attention.tp_group.rank()].gdn, read(output.float()))
+
+    def _add(self, statistic: str, attention: HydraAttention, heads: tuple[int, ...], value_sbhd: Tensor) -> None:
+        if value_sbhd.numel():
+            sums = value_sbhd.detach().sum(dim=(0, 1, 3), dtype=torch.float32).double()
+            pairs = torch.stack([sums, torch.full_like(sums, value_sbhd.numel() / len(heads))], dim=-1)
+            self.table[STATISTICS.index(statistic), attention.layer_idx].index_add_(0, torch.tensor(heads, device=sums.device), pairs)
+
+    def take(self) -> Tensor:
+        """``table`` so far; gathering starts anew."""
+        table, self.table = self.table, torch.zeros_like(self.table)
+        return table
 
 
-def _total(values: list[tuple[Tensor, int]]) -> Tensor:
-    if not values:
-        return torch.zeros(2, device=torch.cuda.current_device())
-    total = torch.stack([value for value, _ in values]).sum()
-    return torch.stack([total, total.new_tensor(float(sum(count for _, count in values)))])
+class HeadStatistics:
+    """The statistics of all heads of a model after one step; the same on every rank.
+
+    Args:
+        table: (sum, count) by statistic, layer and head, over all ranks: [statistics, layers, heads, 2].
+    """
+
+    def __init__(self, table: np.ndarray, head_map: HeadMap) -> None:
+        self.table, self.head_map = table, head_map
+
+    @classmethod
+    def gather(cls, monitors: list[HeadMonitor], head_map: HeadMap) -> HeadStatistics:
+        """Sum the tables of this rank's model chunks, then of all ranks; called by all of them."""
+        table = torch.stack([monitor.take() for monitor in monitors]).sum(0)
+        torch.distributed.all_reduce(table)
+        return cls(table.cpu().numpy(), head_map)
+
+    def by_head(self) -> dict[str, np.ndarray]:
+        """Statistic -> its value of every head, [layers, heads]; NaN where a head has no such thing."""
+        return {name: _value(name, pairs_lh) for name, pairs_lh in zip(STATISTICS, self.table, strict=True)}
+
+    def by_layer(self) -> dict[str, float]:
+        """Means over the heads of one role, of each layer and of the whole model: "gdn half-life/layer 03", "fa gate/all".
+
+        The mean half-life is that of the mean decay, the mean size that of the mean square. "gdn to fa rms" is their
+        ratio (paper Fig 5), in layers that have both.
+        """
+        found: dict[str, float] = {}
+        for role in HeadRole:
+            mine_lh = np.zeros(self.table.shape[1:3], dtype=bool)
+            for layer_idx, layer in enumerate(self.head_map.layers):
+                mine_lh[layer_idx, list(getattr(layer, role.value))] = True
+            for name, pairs_lh in zip(STATISTICS, self.table, strict=True):
+                pairs_l = np.where(mine_lh[..., None], pairs_lh, 0.0).sum(axis=1)
+                if pairs_l[:, 1].any():
+                    found[f"{role} {name}/all"] = float(_value(name, pairs_l.sum(axis=0)))
+                for layer_idx, value in enumerate(_value(name, pairs_l)):
+                    if not np.isnan(value):
+                        found[f"{role} {name}/{layer_name(layer_idx)}"] = float(value)
+        for layer_idx in range(len(self.head_map.layers)):
+            gdn, fa = (found.get(f"{role} rms/{layer_name(layer_idx)}") for role in ("gdn", "fa"))
+            if gdn and fa:
+                found[f"gdn to fa rms/{layer_name(layer_idx)}"] = gdn / fa
+        return found
 
 
-def _log_decay(gdn: GatedDeltaHeads, logits: Tensor) -> Tensor:
-    return -torch.nn.functional.softplus(logits.squeeze(-1)) * gdn.A_log.weight.float().exp()
+def layer_name(layer_idx: int) -> str:
+    """ "layer 03": W&B and TensorBoard sort by name."""
+    return f"layer {layer_idx:02d}"
 
 
-def _write_gate(gdn: GatedDeltaHeads, logits: Tensor) -> Tensor:
-    return gdn.options.gdn_write_max * torch.sigmoid(logits)
+def _value(statistic: str, pairs: np.ndarray) -> np.ndarray:
+    """What (sum, count) pairs along the last axis mean; NaN where nothing was counted."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = pairs[..., 0] / pairs[..., 1]
+        if statistic == "half-life":
+            return math.log(2.0) / -mean
+        return np.sqrt(mean) if statistic == "rms" else mean
 
 
-def nonfinite(step: int, where: str) -> TrainingStopped:
-    """The error for a loss that is NaN or infinite, naming the step (1-based) and where it was seen."""
-    return TrainingStopped(
-        f"step {step}: {where} is not finite; the last complete checkpoint is kept, lower the learning rate or look at the data"
-    )
+def _log_decay(gdn: GatedDeltaHeads, logits_sbh1: Tensor) -> Tensor:
+    return -torch.nn.functional.softplus(logits_sbh1) * gdn.A_log.weight.float().exp()[:, None]
 
 
-def first_nonfinite_layer(model: GPTModel, forward: Callable[[], object]) -> str:
-    """Run ``forward`` once more and name the first layer whose output is not finite."""
-    found: list[str] = []
-
-    def look(name: str, module: torch.nn.Module, inputs: tuple, output: object) -> None:
-        tensors = output if isinstance(output, tuple) else (output,)
-        if not found and any(isinstance(t, Tensor) and not bool(torch.isfinite(t).all()) for t in tensors):
-            found.append(name)
-
-    modules = [(f"layer {layer.layer_number - 1}", layer) for layer in model.decoder.layers]
-    if model.pre_process:
-        modules.insert(0, ("the embedding", model.embedding))
-    hooks = [module.register_forward_hook(partial(look, name)) for name, module in modules]
-    try:
-        with torch.no_grad():
-            forward()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found[0] if found else "the output layer"
+def _write_gate(gdn: GatedDeltaHeads, logits_sbh1: Tensor) -> Tensor:
+    return gdn.options.gdn_write_max * torch.sigmoid(logits_sbh1)

@@ -16,9 +16,11 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from hydra_mcore.config import StageOptions
+from hydra_mcore.model.parameters import gathered
+from hydra_mcore.train.alerts import first_nonfinite_layer, nonfinite, stop_together
 from hydra_mcore.train.align import JoinPipeline, align_forward
 from hydra_mcore.train.data import Batch
-from hydra_mcore.train.monitor import BranchMonitor, first_nonfinite_layer, merged, nonfinite
+from hydra_mcore.train.monitor import HeadMonitor, layer_name
 from hydra_mcore.train.token_losses import TokenLoss, token_loss
 
 
@@ -27,19 +29,27 @@ class TransferStep:
 
     Args:
         fetch: (data_iterator, model chunk) -> this rank's micro-batch.
-        step_number: the 1-based training step under way, for messages.
+        step_number: the 1-based training step under way.
     """
 
     def __init__(self, options: StageOptions, fetch: Callable[[Any, GPTModel], Batch], step_number: Callable[[], int]) -> None:
         self.options, self.fetch, self.step_number = options, fetch, step_number
+        self.students: list[GPTModel] = []
         self.teachers: dict[int, GPTModel] = {}
-        self.monitors: list[BranchMonitor] = []
+        self.monitors: list[HeadMonitor] = []
         self.align_losses: dict[int, Tensor] = {}
+        self.stop_reason: str | None = None
 
     def prepare(self, students: list[GPTModel], teachers: list[GPTModel]) -> None:
         """Pair each model chunk of this rank with the frozen teacher's same layers; no teachers in a stage without one."""
         self.teachers = {id(student): teacher for student, teacher in zip(students, teachers, strict=False)}
-        self.monitors = [BranchMonitor(student) for student in students]
+        self.students = students
+        self.monitors = [HeadMonitor(student, self.heads_due) for student in students]
+
+    def heads_due(self) -> bool:
+        """Whether the step under way gathers the statistics of heads: the first one, and every so many."""
+        step, interval = self.step_number(), self.options.head_statistics_interval
+        return interval > 0 and (step == 1 or step % interval == 0)
 
     @property
     def streams(self) -> int:
@@ -60,7 +70,7 @@ class TransferStep:
         layers = [layer.layer_number - 1 for layer in student.decoder.layers]
         finite = torch.isfinite(losses.detach())
         if not bool(finite.all()):
-            raise nonfinite(self.step_number(), f"the align loss of layer {layers[int(finite.int().argmin())]}")
+            self._must_stop(f"the align loss of layer {layers[int(finite.int().argmin())]}")
         for layer_idx, loss in zip(layers, losses.detach(), strict=True):
             self.align_losses[layer_idx] = self.align_losses.get(layer_idx, 0.0) + torch.stack([loss, torch.ones_like(loss)])
         total, entry = losses.sum(), student.decoder.input_tensor
@@ -80,7 +90,7 @@ class TransferStep:
                 teacher.set_input_tensor(teacher_in.detach())
                 student.set_input_tensor(student_in)
             with torch.no_grad():
-                teacher_sbm = teacher(**inputs, output_processor=_hidden_and_weight)
+                teacher_sbm = teacher(**inputs, output_processor=hidden_and_weight)
         if student.post_process:
             return TokenLoss(*model(**inputs, output_processor=self._losses, output_processor_context=(student, batch, teacher_sbm)))
         student_sbm = model(**inputs)
@@ -95,7 +105,7 @@ class TransferStep:
             hidden_sbm, weight_wm = teacher
             weights = {"ce_weight": options.ce_weight, "kl_weight": options.kl_weight, "temperature": options.kl_temperature}
             weights["teacher"] = (whole(hidden_sbm, group=group), weight_wm)
-        hidden_sbm, weight_wm = _hidden_and_weight(**output)
+        hidden_sbm, weight_wm = hidden_and_weight(**output)
         return token_loss(whole(hidden_sbm, group=group), weight_wm, batch.labels_bs, batch.mask_bs, tp_group=group, **weights)
 
     def _token_result(self, student: GPTModel, forward: Callable, batch: Batch, losses: TokenLoss) -> tuple:
@@ -105,9 +115,10 @@ class TransferStep:
         different numbers of tokens, so each divides by the count of all parts, and the average becomes a sum.
         """
         if not bool(torch.isfinite(losses.loss.detach())):
-            pipelined = student.pg_collection.pp.size() > 1
-            where = "this pipeline stage" if pipelined else first_nonfinite_layer(student, forward)
-            raise nonfinite(self.step_number(), f"the {self.options.stage} loss (first seen in {where})")
+            # the forward pass is run again by this rank (and its tensor-parallel peers, whose loss is the same) alone
+            whole = student.pg_collection.pp.size() == student.pg_collection.cp.size() == 1
+            where = f" (first seen in {first_nonfinite_layer(student, forward)})" if whole else ""
+            self._must_stop(f"the {self.options.stage} loss{where}")
         count = batch.mask_bs.sum()
         report = {f"{self.options.stage} loss": torch.stack([losses.loss.detach(), count])}
         if self.teachers:
@@ -119,17 +130,32 @@ class TransferStep:
             torch.distributed.all_reduce(count, group=group)
         return losses.loss * group.size(), count.to(torch.int), report
 
-    def take_statistics(self) -> dict[str, Tensor]:
-        """(sum, count) of every statistic and align loss since the last call, over all layers of the pipeline."""
-        student = self.monitors[0].model
-        num_layers = student.config.num_layers if self.options.stage == "align" else 0
-        statistics = merged(self.monitors, self.align_losses, num_layers, student.pg_collection)
+    def _must_stop(self, where: str) -> None:
+        self.stop_reason = self.stop_reason or nonfinite(self.step_number(), where)
+
+    def finish(self) -> dict[str, Tensor]:
+        """(sum, count) of the align losses of a whole step, over all layers of the pipeline; nothing in other stages.
+
+        In the form that Megatron sums over micro-batches and data for console, TensorBoard and W&B. Called by all ranks.
+
+        Raises:
+            TrainingStopped: a rank met a loss that is not finite, before any parameter has moved.
+        """
+        stop_together(self.stop_reason)
+        if self.options.stage != "align":
+            return {}
+        student = self.students[0]
+        empty = torch.zeros(2, device=torch.cuda.current_device())
+        losses = torch.stack([self.align_losses.get(layer_idx, empty) for layer_idx in range(student.config.num_layers)])
         self.align_losses.clear()
-        return statistics
+        if student.pg_collection.pp.size() > 1:
+            torch.distributed.all_reduce(losses, group=student.pg_collection.pp)
+        total = torch.stack([losses[:, 0].sum(), losses[0, 1]])
+        return {"align loss": total} | {f"align loss/{layer_name(layer_idx)}": pair for layer_idx, pair in enumerate(losses)}
 
 
-def _hidden_and_weight(
+def hidden_and_weight(
     hidden_states: Tensor, output_layer: torch.nn.Module, output_weight: Tensor | None, **_: Any
 ) -> tuple[Tensor, Tensor]:
     """The last hidden state and this rank's rows of the output layer, in place of logits."""
-    return hidden_states, output_layer.weight if output_weight is None else output_weight
+    return hidden_states, gathered(output_layer).weight if output_weight is None else output_weight

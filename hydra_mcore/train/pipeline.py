@@ -32,7 +32,7 @@ def teacher_in_the_pipeline(step: TransferStep) -> Iterator[None]:
 
         def run(*, micro_batch_size: int, **rest: Any) -> list[Report]:
             reports = schedule(micro_batch_size=micro_batch_size * step.streams, **rest)
-            return _with_statistics(reports, step.take_statistics())
+            return _with_whole_step(reports, step.finish())
 
         return run
 
@@ -43,7 +43,7 @@ def teacher_in_the_pipeline(step: TransferStep) -> Iterator[None]:
         training.get_forward_backward_func = stock
 
 
-def _with_statistics(reports: list[Report], statistics: Report) -> list[Report]:
+def _with_whole_step(reports: list[Report], whole: Report) -> list[Report]:
     """The last stage's reports, one a micro-batch; (sum, count) pairs of the whole step stand in the first."""
-    nothing = {name: torch.zeros_like(pair) for name, pair in statistics.items()}
-    return [report | (nothing if index else statistics) for index, report in enumerate(reports)]
+    nothing = {name: torch.zeros_like(pair) for name, pair in whole.items()}
+    return [report | (nothing if index else whole) for index, report in enumerate(reports)]

@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from hydra_mcore import compat
-from hydra_mcore.compat import cpu, datasets, optimizer, patching
+from hydra_mcore.compat import cpu, datasets, optimizer, patching, saving
 from tests.support.launch import model_parallel, run_ranks
 
-ALL = (*cpu.PATCHES, *datasets.PATCHES, *optimizer.BUCKET_PATCHES, *optimizer.PATCHES)
+ALL = (*cpu.PATCHES, *datasets.PATCHES, *optimizer.BUCKET_PATCHES, *optimizer.PATCHES, *saving.PATCHES)
 DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
 
 
@@ -111,11 +111,11 @@ def test_a_machine_with_a_gpu_is_left_alone() -> None:
         import torch
         torch.cuda.is_available = lambda: True
         from hydra_mcore import compat
-        from hydra_mcore.compat import cpu, datasets, optimizer, patching
+        from hydra_mcore.compat import cpu, datasets, optimizer, patching, saving
         before = [patching.resolve(patch.target) for patch in cpu.PATCHES if patch.target.startswith("torch")]
         installed = compat.install()
         assert before == [patching.resolve(patch.target) for patch in cpu.PATCHES if patch.target.startswith("torch")]
-        assert installed == (*datasets.PATCHES, *optimizer.BUCKET_PATCHES, *optimizer.PATCHES), installed
+        assert installed == (*datasets.PATCHES, *optimizer.BUCKET_PATCHES, *optimizer.PATCHES, *saving.PATCHES), installed
 
         from megatron.core.optimizer import distrib_optimizer
         distrib_optimizer.HAVE_APEX_OR_TE = True
@@ -217,6 +217,21 @@ def test_a_synchronous_save_starts_no_process(tmp_path) -> None:
             return len(multiprocessing.active_children()), loaded["w"].tolist()
 
     assert run_ranks(worker, 1) == [(0, [7.0] * 3)]
+
+
+def test_a_write_that_is_cut_off_leaves_the_file_as_it_was(tmp_path) -> None:
+    from megatron.core.msc_utils import maybe_msc
+
+    tracker = tmp_path / "tracker"
+    with maybe_msc.open(tracker, "w") as file:
+        file.write("2")
+    with pytest.raises(KeyboardInterrupt), maybe_msc.open(tracker, "w") as file:
+        assert file.write("4") and tracker.read_text() == "2"
+        raise KeyboardInterrupt
+    with maybe_msc.open(tracker) as file:
+        assert file.read() == "2"
+    with maybe_msc.open(tracker, "rb") as file:
+        assert file.read() == b"2"
 
 
 def _optimizer(width: int = 4, bucket_size: int | None = None) -> Any:

@@ -52,7 +52,7 @@ def flag_parser() -> argparse.ArgumentParser:
     ],
 )
 def test_recipes_become_flags(values: dict[str, Any], flags: list[str]):
-    found = Recipe(Path("r.yaml"), values).to_flags(flag_parser())
+    found = Recipe("r.yaml", values).to_flags(flag_parser())
     assert found == flags
     flag_parser().parse_args(found)
 
@@ -74,7 +74,7 @@ def test_recipes_become_flags(values: dict[str, Any], flags: list[str]):
 )
 def test_recipe_keys_that_are_refused(values: dict, message: str):
     with pytest.raises(ConfigError, match=r"^recipe r\.yaml: " + message):
-        Recipe(Path("r.yaml"), values).to_flags(flag_parser())
+        Recipe("r.yaml", values).to_flags(flag_parser())
 
 
 def recipe(tmp_path: Path, content: str | bytes, stage: str = "align") -> dict[str, Any]:

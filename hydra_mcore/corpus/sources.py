@@ -1,0 +1,250 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Documents out of text, JSON Lines and Parquet files, or out of a streamed Hugging Face dataset.
+
+A source gives its documents in a fixed order, each with the position after it: a JSON value from which the source goes on
+with the next document, in another process too. What cannot be read as text is a document too, with its fault: whether
+that is an error is not for the source to say.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import io
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from hydra_mcore.heads import InputError
+
+TEXT, PARQUET = (".txt",), (".parquet",)
+LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.bz2")
+SUFFIXES = TEXT + LINES + PARQUET
+ENDS = 2**16  # bytes at each end of a file that tell it from another one of the same size
+BATCH_CHARACTERS = 2**18  # the work that one call of a worker gets
+
+Position = Any  # a JSON value; None is the start
+
+
+class Document(NamedTuple):
+    """A text and where it stands; ``fault`` says why there is no text."""
+
+    text: str
+    where: str
+    fault: str = ""
+
+
+class Batch(NamedTuple):
+    """Some documents in a row, and the position after the last one."""
+
+    documents: list[Document]
+    after: Position
+
+
+class Source(Protocol):
+    """Where documents come from."""
+
+    def facts(self) -> dict[str, Any]:
+        """JSON facts that tell this source from another one."""
+
+    def documents(self, position: Position) -> Iterator[tuple[Document, Position]]:
+        """The documents after a position, each with the position after it."""
+
+
+def batches(source: Source, position: Position) -> Iterator[Batch]:
+    """Cut a source's documents into batches; where they are cut depends on nothing but the position and the documents."""
+    documents, characters = [], 0
+    for document, after in source.documents(position):
+        documents.append(document)
+        characters += len(document.text) + 1  # so that documents without text, too, fill a batch
+        if characters >= BATCH_CHARACTERS:
+            yield Batch(documents, after)
+            documents, characters = [], 0
+    if documents:
+        yield Batch(documents, after)
+
+
+class FileSource:
+    """Files on this machine: a ``.txt`` is one document, a line of ``.jsonl`` and a row of ``.parquet`` one each.
+
+    Its positions are [file, documents (lines, rows) of it that are done].
+
+    Args:
+        inputs: files, globs, or folders that are searched at any depth. Their order is kept, what they stand for is sorted.
+        text_key: key of a JSON object, name of a Parquet column.
+
+    Raises:
+        InputError: nothing found, a file that is named twice, a kind of file that is not known.
+    """
+
+    def __init__(self, inputs: Sequence[str], text_key: str) -> None:
+        self.paths = [path for given in inputs for path in _found(given)]
+        self.text_key = text_key
+        if twice := next((path for path, other in itertools.pairwise(sorted(self.paths)) if path == other), None):
+            raise InputError(f"--input names {twice} twice; its documents would be doubled")
+
+    def facts(self) -> dict[str, Any]:
+        return {"files": [file_facts(path) for path in self.paths], "text_key": self.text_key}
+
+    def documents(self, position: Position) -> Iterator[tuple[Document, Position]]:
+        """Raises InputError for a file that cannot be opened or read on."""
+        first, done = position or (0, 0)
+        for index in range(first, len(self.paths)):
+            for document, count in self._read(self.paths[index], done if index == first else 0):
+                yield document, [index, count]
+
+    def _read(self, path: Path, done: int) -> Iterator[tuple[Document, int]]:
+        """A file's documents beyond the first ``done``, each with its number, counted from 1."""
+        import pyarrow
+
+        reader = _read_text if path.name.endswith(TEXT) else _read_lines if path.name.endswith(LINES) else _read_parquet
+        try:
+            yield from reader(path, done, self.text_key)
+        except (OSError, EOFError, pyarrow.ArrowException) as error:
+            raise InputError(f"{path}: cannot be read ({_first_line(error)})") from None
+
+
+class DatasetSource:
+    """A dataset of the Hugging Face hub, or a local folder of one, streamed by ``datasets``.
+
+    On the hub it is held at one commit, so that a run that goes on next week reads the same documents. Its positions are
+    [documents done, what ``datasets`` calls the state of the stream].
+
+    Raises:
+        InputError: a dataset, configuration or split that cannot be opened.
+    """
+
+    def __init__(self, name: str, config: str | None, split: str, revision: str | None, text_key: str) -> None:
+        from datasets import load_dataset
+        from huggingface_hub import HfApi
+
+        self.name, self.config, self.split, self.text_key = name, config, split, text_key
+        self.revision = revision
+        self.local = Path(name).is_dir()
+        try:
+            if not self.local:
+                self.revision = HfApi().dataset_info(name, revision=revision).sha
+            self.stream = load_dataset(name, config, split=split, streaming=True, revision=self.revision)
+        except _dataset_errors() as error:
+            raise InputError(f"dataset {name}: cannot be opened ({_first_line(error)}); check name, configuration and split") from None
+
+    def facts(self) -> dict[str, Any]:
+        facts = {"dataset": self.name, "config": self.config, "split": self.split, "revision": self.revision, "text_key": self.text_key}
+        if self.local:
+            facts["files"] = [file_facts(path) for path in sorted(Path(self.name).rglob("*")) if path.is_file()]
+        return facts
+
+    def documents(self, position: Position) -> Iterator[tuple[Document, Position]]:
+        """Raises InputError where the stream breaks off."""
+        done, state = position or (0, None)
+        if state is not None:
+            self.stream.load_state_dict(state)
+        try:
+            for number, row in enumerate(self.stream, start=done + 1):
+                where = f"dataset {self.name}, split {self.split}, document {number}"
+                yield _document(row.get(self.text_key), where, self.text_key), [number, self.stream.state_dict()]
+        except _dataset_errors() as error:
+            raise InputError(f"dataset {self.name}: the stream broke off ({_first_line(error)}); the same command goes on there") from None
+
+
+def file_facts(path: Path) -> dict[str, Any]:
+    """A file's name, its size in bytes, and a sha256 of its size and both ends, which is quick whatever the size."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(ENDS))
+        file.seek(max(0, size - ENDS))
+        digest.update(file.read(ENDS))
+    return {"path": str(path), "bytes": size, "ends_sha256": digest.hexdigest()}
+
+
+def _found(given: str) -> list[Path]:
+    """The files that a path, a folder or a glob stands for."""
+    if Path(given).is_dir():
+        paths = [path for path in sorted(Path(given).rglob("*")) if path.name.endswith(SUFFIXES) and path.is_file()]
+    else:
+        paths = [Path(given)] if Path(given).exists() else [Path(path) for path in sorted(glob.glob(given, recursive=True))]
+        if unknown := next((path for path in paths if not path.name.endswith(SUFFIXES)), None):
+            raise InputError(f"{unknown}: not a kind of file that is read; give {', '.join(SUFFIXES)}, or a folder with such files")
+    if not paths:
+        raise InputError(f"{given}: no data files; give {', '.join(SUFFIXES)} files, globs or folders")
+    return paths
+
+
+def _read_text(path: Path, done: int, text_key: str) -> Iterator[tuple[Document, int]]:
+    if not done:
+        yield _decoded(path.read_bytes(), str(path)), 1
+
+
+def _read_lines(path: Path, done: int, text_key: str) -> Iterator[tuple[Document, int]]:
+    import pyarrow
+
+    with io.BufferedReader(pyarrow.input_stream(str(path), compression="detect")) as file:
+        for number, line in enumerate(itertools.islice(file, done, None), start=done + 1):
+            if not line.strip():
+                continue
+            document = _decoded(line, f"{path}, line {number}")
+            if not document.fault:
+                try:
+                    row = json.loads(document.text)
+                except (ValueError, RecursionError):
+                    document = Document("", document.where, "not JSON")
+                else:
+                    document = _document(row.get(text_key) if isinstance(row, dict) else None, document.where, text_key)
+            yield document, number
+
+
+def _read_parquet(path: Path, done: int, text_key: str) -> Iterator[tuple[Document, int]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        if text_key not in file.schema_arrow.names:
+            raise InputError(f"{path}: no column {text_key!r}; choose with --text-key among {', '.join(file.schema_arrow.names)}")
+        row = 0
+        for group in range(file.num_row_groups):
+            if row + file.metadata.row_group(group).num_rows <= done:
+                row += file.metadata.row_group(group).num_rows
+                continue
+            for some in file.iter_batches(256, row_groups=[group], columns=[text_key]):
+                # as bytes, since pyarrow gives up a whole batch for one row that is not UTF-8
+                for value in some.column(0).cast(pyarrow.large_binary()).to_pylist():
+                    row += 1
+                    if row > done:
+                        where = f"{path}, row {row}"
+                        yield _document(None, where, text_key) if value is None else _decoded(value, where), row
+
+
+def _decoded(raw: bytes, where: str) -> Document:
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return Document("", where, "not UTF-8")
+    return Document(text, where, "" if text.strip() else "empty")
+
+
+def _document(text: Any, where: str, text_key: str) -> Document:
+    """A document out of a parsed row."""
+    if not isinstance(text, str):
+        return Document("", where, f"no text under {text_key!r}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return Document("", where, "half of a surrogate pair")  # JSON can write it, no tokenizer can read it
+    return Document(text, where, "" if text.strip() else "empty")
+
+
+def _dataset_errors() -> tuple[type[Exception], ...]:
+    """What goes wrong between here and the files of a dataset."""
+    from datasets.exceptions import DatasetsError
+    from httpx import HTTPError
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return OSError, ValueError, DatasetsError, HfHubHTTPError, HTTPError  # a ValueError may be pyarrow's or of the JSON
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,182 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What is logged after each step beside Megatron's own values, and what is looked at so that nothing goes wrong unseen."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.num_microbatches_calculator import get_current_global_batch_size
+from megatron.training import training
+from megatron.training.global_vars import get_tensorboard_writer, get_timers, get_wandb_writer
+from megatron.training.utils import is_last_rank
+from PIL import Image
+from torch import Tensor
+
+from hydra_mcore.config import ModelCard
+from hydra_mcore.heads import write_json
+from hydra_mcore.model.flops import step_flops
+from hydra_mcore.selection.figures import statistic_maps
+from hydra_mcore.selection.needles import NeedlePrompt
+from hydra_mcore.train.alerts import DataWatch, LossSpikes, TrainingStopped, nonfinite
+from hydra_mcore.train.monitor import HeadStatistics
+from hydra_mcore.train.needles import needle_accuracy
+from hydra_mcore.train.pair import TransferStep
+
+GIB = 2.0**30
+HEADS_FOLDER = "heads"
+
+
+def alert(title: str, text: str) -> None:
+    """Send a message through W&B where this rank logs to it."""
+    if (tracker := get_wandb_writer()) is not None:
+        tracker.alert(title, text)
+
+
+class Watch:
+    """Called after every step, by every rank; the last one logs.
+
+    Args:
+        data: tells how long this rank has waited for data.
+        prompts: of the needle panels; empty for none.
+    """
+
+    def __init__(
+        self, card: ModelCard, args: argparse.Namespace, step: TransferStep, data: DataWatch, prompts: dict[str, list[NeedlePrompt]]
+    ) -> None:
+        self.card, self.args, self.step, self.data, self.prompts = card, args, step, data, prompts
+        self.spikes, self.waited, self.started = LossSpikes(), 0.0, False
+
+    def log(self, values: dict[str, float], iteration: int) -> None:
+        """To TensorBoard and W&B, where this rank has them."""
+        if (writer := get_tensorboard_writer()) is not None:
+            for name, value in values.items():
+                writer.add_scalar(name, value, iteration)
+        if (tracker := get_wandb_writer()) is not None:
+            tracker.log(values, iteration)
+
+    def begin(self, iteration: int) -> None:
+        """At the first step: values of the same or later steps are from before a kill, and TensorBoard is to forget them."""
+        self.started = True
+        if (writer := get_tensorboard_writer()) is not None:
+            writer.close()  # it opens its next file by itself, starting with this mark
+            writer.purge_step = iteration
+
+    def speed(self, steps: int) -> dict[str, float]:
+        """Means of the ``steps`` since the last time, as Megatron's console counts them (without evaluation and saving)."""
+        seconds = get_timers()("interval-time").elapsed(reset=False) / steps
+        sequences, length = get_current_global_batch_size(), self.args.seq_length
+        flops = step_flops(self.card, self.step.options.stage, length, sequences)
+        waited, self.waited = self.data.waited - self.waited, self.data.waited
+        return {
+            "speed/tokens per second": sequences * length / seconds,
+            "speed/TFLOPs per second and GPU": flops / seconds / self.args.world_size / 1e12,
+            "speed/seconds per step": seconds,
+            "speed/seconds per step waiting for data": waited / steps,
+        }
+
+    def memory(self) -> dict[str, float]:
+        """GiB of the rank that uses most: of its GPU now and at most so far, and of its host at most so far."""
+        on_gpu = (torch.cuda.memory_allocated(), torch.cuda.memory_reserved(), torch.cuda.max_memory_allocated())
+        used = {"host peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        if torch.cuda.is_available():
+            used |= dict(zip(("GPU allocated", "GPU reserved", "GPU peak"), on_gpu, strict=True))
+        most = torch.tensor([amount / GIB for amount in used.values()], device=torch.cuda.current_device())
+        torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+        return {f"memory/{name} GiB": value for name, value in zip(used, most.tolist(), strict=True)}
+
+    def heads(self, iteration: int) -> None:
+        """Log the statistics of all heads: means as scalars, every single one as a picture, a table and a file."""
+        statistics = HeadStatistics.gather(self.step.monitors, self.card.head_map)
+        if not is_last_rank():
+            return
+        self.log(statistics.by_layer(), iteration)
+        by_head = statistics.by_head()
+        file = Path(self.args.save) / HEADS_FOLDER / f"step_{iteration:07d}.json"
+        write_json(file, {name: _plain(values_lh) for name, values_lh in by_head.items()}, indent=None)
+        picture = file.with_suffix(".png")
+        shown = by_head | {"half-life": np.log10(by_head["half-life"])}  # from a few tokens to a whole context
+        shown = {f"{name} (log10)" if name == "half-life" else name: values_lh for name, values_lh in shown.items()}
+        statistic_maps(picture, f"Heads at step {iteration}", shown, self.card.head_map)
+        if (writer := get_tensorboard_writer()) is not None:
+            writer.add_image("heads", np.asarray(Image.open(picture).convert("RGB")), iteration, dataformats="HWC")
+        if (tracker := get_wandb_writer()) is not None:
+            rows = [
+                (layer_idx, head_idx, role, *(float(values_lh[layer_idx, head_idx]) for values_lh in by_head.values()))
+                for layer_idx, layer in enumerate(self.card.head_map.layers)
+                for role in ("fa", "gdn")
+                for head_idx in getattr(layer, role)
+            ]
+            tracker.log_figure("heads", picture, iteration, ("layer", "head", "role", *by_head), rows)
+
+    def needles(self, model: list[torch.nn.Module], optimizer: Any, iteration: int) -> None:
+        """Ask the student for needles, as Megatron evaluates: its clock stopped, all weights gathered."""
+        get_timers()("interval-time").stop()
+        if overlapped := training.should_disable_forward_pre_hook(self.args):
+            training.disable_forward_pre_hook(model, optimizer=optimizer)
+        scores = needle_accuracy(self.step.students, self.prompts)
+        if overlapped:
+            training.enable_forward_pre_hook(model)
+        self.log({f"needles/{panel}": score.accuracy for panel, score in scores.items()}, iteration)
+        if is_last_rank():
+            found = ", ".join(f"{panel} {score.correct} of {score.total}" for panel, score in scores.items())
+            print(f" needles after {iteration} steps: {found}", flush=True)
+        get_timers()("interval-time").start(barrier=True)
+
+    def losses(self, losses: dict[str, Tensor], iteration: int) -> None:
+        """Say so when the loss jumps; Megatron hands the step's losses to the last pipeline stage."""
+        name = f"{self.step.options.stage} loss"
+        if is_last_rank() and name in losses and (bound := self.spikes(loss := float(losses[name]))) is not None:
+            line = f"step {iteration}: {name} {loss:.4g} is a spike (the last steps make {bound:.4g} the bound)"
+            print(f" {line}", flush=True)
+            alert("loss spike", line)
+
+
+@contextlib.contextmanager
+def watched(watch: Watch) -> Iterator[None]:
+    """While open, Megatron's training loop calls ``watch``: as it logs a step, and as it has done so."""
+    stock_log, stock_after = training.training_log, training.post_training_step_callbacks
+
+    def log(losses: dict[str, Tensor], totals: dict[str, Any], rate: Any, iteration: int, *rest: Any, **keywords: Any) -> Any:
+        if not watch.started:
+            watch.begin(iteration)
+        layers = {name: float(losses.pop(name)) for name in list(losses) if "/" in name}  # not for the console: one a layer
+        watch.log(layers, iteration)
+        if iteration % watch.args.log_interval == 0:
+            steps = 1 + sum(int(totals.get(f"{kind} iterations", 0)) for kind in ("advanced", "skipped"))
+            watch.log(watch.speed(steps) | watch.memory(), iteration)
+        if watch.step.heads_due():
+            watch.heads(iteration)
+        watch.losses(losses, iteration)
+        outcome = stock_log(losses, totals, rate, iteration, *rest, **keywords)
+        grad_norm = rest[3]
+        if grad_norm is not None and not math.isfinite(grad_norm):
+            raise TrainingStopped(nonfinite(iteration, "the gradient"))
+        return outcome
+
+    def after(model: list[torch.nn.Module], optimizer: Any, scheduler: Any, iteration: int, *rest: Any) -> Any:
+        if watch.prompts and iteration % watch.args.needle_interval == 0:
+            watch.needles(model, optimizer, iteration)
+        return stock_after(model, optimizer, scheduler, iteration, *rest)
+
+    training.training_log, training.post_training_step_callbacks = log, after
+    try:
+        yield
+    except TrainingStopped as error:
+        alert("training stopped", str(error))
+        raise
+    finally:
+        training.training_log, training.post_training_step_callbacks = stock_log, stock_after
+
+
+def _plain(values_lh: np.ndarray) -> list[list[float | None]]:
+    """For JSON, which has no NaN."""
+    return [[None if math.isnan(value) else value for value in row] for row in values_lh.tolist()]

@@ -1,0 +1,114 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Every recipe of examples/ is read by the commands it is for: stages dry-run at their real size, sections parsed."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+from hydra_mcore.config import HydraOptions
+from hydra_mcore.convert.hf_io import read_config
+from hydra_mcore.heads import HeadMap
+from hydra_mcore.recipe import COMMAND_SECTIONS, STAGE_SECTIONS, Recipe
+from tests.support.launch import model_parallel, run_ranks
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SCHEDULES = {"qwen3-1.7b": [(), ("paper-2.3b",), ("optimised-5.8b",)], "qwen3-8b": [()]}
+LAYOUTS = {(): 8, ("64gpu",): 64, ("extend-64k",): 8, ("64gpu", "extend-64k"): 64}
+CASES = [
+    (model, schedule + layout, ranks)
+    for model, schedules in SCHEDULES.items()
+    for schedule, (layout, ranks) in itertools.product(schedules, LAYOUTS.items())
+    if all((EXAMPLES / model / f"{name}.yaml").exists() for name in layout)
+]
+TOKENS = {  # in billions: align, distill, extend
+    "": (0.8, 4.2, 10.0),
+    "paper-2.3b": (0.3, 1.0, 1.0),
+    "optimised-5.8b": (0.8, 4.0, 1.0),
+}
+
+
+def files(model: str, overlays: tuple[str, ...]) -> list[str]:
+    return [str(EXAMPLES / model / f"{name}.yaml") for name in ("recipe", *overlays)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student without tensors of each model (its card is all that a dry run reads), and enough tokens for one sequence."""
+    folder = tmp_path_factory.mktemp("examples")
+    run_ranks(_write_students, 1, folder)
+    builder = IndexedDatasetBuilder(str(folder / "data.bin"), dtype=np.int32)
+    builder.add_document(torch.zeros(70_000, dtype=torch.int32), [70_000])
+    builder.finalize(str(folder / "data.idx"))
+    return folder
+
+
+def _write_students(rank: int, folder: Path) -> None:
+    from hydra_mcore.model.build import write_checkpoint
+
+    for model in SCHEDULES:
+        teacher = read_config(EXAMPLES / model)
+        shape = teacher.shape
+        pairs = [(layer, head) for layer in range(shape.num_layers) for head in range(layer % 4, shape.num_heads, 4)]
+        head_map = HeadMap.from_fa(pairs, shape.num_layers, shape.num_heads, shape.num_kv_groups)
+        student = dataclasses.replace(teacher, head_map=head_map, options=HydraOptions(), stage="student")
+        with model_parallel():
+            write_checkpoint({}, student, folder / model)
+
+
+@pytest.mark.parametrize("stage", STAGE_SECTIONS)
+@pytest.mark.parametrize(
+    ("model", "overlays", "ranks"), CASES, ids=lambda value: "+".join(value) if isinstance(value, tuple) else str(value)
+)
+def test_stages_dry_run(folder: Path, model: str, overlays: tuple[str, ...], ranks: int, stage: str) -> None:
+    argv = ["--stage", stage, "--config", *files(model, overlays), "--dry-run", "--run-dir", str(folder / "run")]
+    argv += ["--start-from", str(folder / model), "--data-path", str(folder / "data")]
+    (args,) = run_ranks(_dry_run, 1, argv, ranks)
+    assert args["world_size"] == ranks
+    assert args["bf16"] and args["data_parallel_size"] * args["context_parallel_size"] * args["tensor_model_parallel_size"] == ranks
+    tokens = args["train_iters"] * args["global_batch_size"] * args["seq_length"] / 1e9
+    schedule = next((name for name in overlays if name in TOKENS), "")
+    planned = TOKENS[schedule][STAGE_SECTIONS.index(stage)]
+    assert tokens == pytest.approx(planned, rel=0.1 if schedule == "paper-2.3b" else 0.05)
+    assert args["seq_length"] == (65_536 if "extend-64k" in overlays and stage == "extend" else args["seq_length"])
+
+
+def _dry_run(rank: int, argv: list[str], ranks: int) -> dict[str, object]:
+    from hydra_mcore.train import __main__ as door
+
+    os.environ.update(WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE="8")
+    seen: dict[str, object] = {}
+    door.check_data = lambda args: seen.update(vars(args))
+    door.main(argv)
+    keep = "world_size bf16 data_parallel_size context_parallel_size tensor_model_parallel_size train_iters global_batch_size seq_length"
+    return {name: seen[name] for name in keep.split()}
+
+
+def test_every_recipe_file_is_tried() -> None:
+    tried = {path for model, overlays, _ in CASES for path in files(model, overlays)}
+    present = {str(path) for path in EXAMPLES.glob("*/*.yaml") if path.parent.name != "lm_eval"}
+    assert present - tried == {str(EXAMPLES / "tiny" / "recipe.yaml")}  # the demo and the pipeline's test run that one
+    for path in present:
+        assert set(yaml.safe_load(Path(path).read_text())) & {*STAGE_SECTIONS}, path
+
+
+@pytest.mark.parametrize("model", SCHEDULES)
+def test_commands_know_the_keys_of_their_section(model: str) -> None:
+    from tools import convert, evaluate, prepare_data, select_heads
+
+    parsers = {"prepare": prepare_data, "select": select_heads, "evaluate": evaluate}
+    for section in COMMAND_SECTIONS:
+        recipe = Recipe.load(files(model, ()), section)
+        assert recipe.values, section
+        door = parsers.get(section, convert)
+        argv = [section] if door is convert else []
+        door.parse_args([*argv, "--config", *files(model, ())])

@@ -1,0 +1,106 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The planner's command line: recipes of the examples, what mends a layout that does not fit, bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hydra_mcore.heads import HeadMap
+from tools.plan import main
+
+ROOT = Path(__file__).parents[2]
+SMALL, LARGE = (str(ROOT / "examples" / name / "recipe.yaml") for name in ("qwen3-1.7b", "qwen3-8b"))
+
+
+def plan(tmp_path: Path, *flags: str) -> dict:
+    main([*flags, "--json", str(tmp_path / "plan.json")])
+    return json.loads((tmp_path / "plan.json").read_text())["stages"]
+
+
+@pytest.mark.parametrize("recipe", [SMALL, LARGE], ids=["1.7b", "8b"])
+def test_the_examples_fit_one_node(tmp_path: Path, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    stages = plan(tmp_path, "--config", recipe, "--price", "2.5")
+    assert list(stages) == ["align", "distill", "extend"]
+    assert all(stage["fits"] for stage in stages.values())
+    assert sum(stage["tokens"] for stage in stages.values()) == pytest.approx(15e9, rel=1e-3)
+    text = capsys.readouterr().out
+    assert "heads not selected yet: assumed 3:1" in text and "at 2.5 a GPU-hour" in text
+
+
+def test_numbers_by_hand(tmp_path: Path) -> None:
+    """Qwen3-1.7B, extend on 8 GPUs: memory that stands, and the time of its FLOPs."""
+    stage = plan(tmp_path, "--config", SMALL, "--stage", "extend", "--efficiency", "0.5")["extend"]
+    parameters, memory = 1_869_298_096, stage["memory"]
+    assert memory["weights"] == 2 * parameters and memory["gradients"] == 4 * parameters and memory["teacher"] == 0
+    assert memory["optimizer"] == 12 * parameters / 8
+    assert memory["total"] == sum(value for part, value in memory.items() if part != "total")
+    assert stage["seconds"]["computing"] == pytest.approx(stage["flops"] / (8 * 989e12 * 0.5))
+    assert stage["gpu_hours"] == pytest.approx(8 * stage["step_seconds"] * 4768 / 3600)
+
+
+def test_what_does_not_fit_is_mended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layout = ["--tensor-model-parallel-size", "1", "--context-parallel-size", "1"]
+    assert not plan(tmp_path, "--config", LARGE, "--stage", "extend", *layout)["extend"]["fits"]
+    text = capsys.readouterr().out
+    flags = text.split("smallest change that fits: ")[1].split(" (")[0].split()
+    assert plan(tmp_path, "--config", LARGE, "--stage", "extend", *layout, *flags)["extend"]["fits"]
+
+
+def test_the_fastest_layouts_all_fit(tmp_path: Path) -> None:
+    found = plan(tmp_path, "--config", SMALL, "--stage", "extend", "--gpus", "4", "--layouts", "3")["extend"]
+    assert len(found) == 3 and all(at["fits"] for at in found)
+    assert [at["step_seconds"] for at in found] == sorted(at["step_seconds"] for at in found)
+    first = plan(tmp_path, "--config", SMALL, "--stage", "extend", "--gpus", "4", *found[0]["flags"].split())["extend"]
+    assert first["memory"] == found[0]["memory"]
+
+
+def test_a_head_map_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All FA heads in few layers: more attention work on one rank than on the others."""
+    HeadMap.from_fa([(layer_idx, head_idx) for layer_idx in range(28) for head_idx in range(3)], 28, 16, 8).save(tmp_path / "map.json")
+    flags = ["--config", SMALL, "--stage", "extend", "--head-map", str(tmp_path / "map.json")]
+    flags += ["--tensor-model-parallel-size", "4", "--context-parallel-size", "1"]
+    uneven = plan(tmp_path, *flags)["extend"]
+    assert "84 FA heads" in capsys.readouterr().out
+    assert uneven["seconds"]["imbalance"] > 0 == plan(tmp_path, *flags, "--fa-balance", "queries")["extend"]["seconds"]["imbalance"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--gpu", "h100"], "unknown GPU 'h100'; choose one of a100-40gb"),
+        (["--gpus", "0"], "--gpus and --layouts must be at least 1"),
+        (["--efficiency", "35"], "--efficiency above 0 and at most 1"),
+        (["--ratio", "3-1"], "ratio '3-1'"),
+        (["--head-map", "nowhere.json"], "head map nowhere.json: No such file"),
+        (["--hf", "nowhere"], "nowhere"),
+        (["--tensor-model-parallel", "2"], "unknown flag --tensor-model-parallel"),
+        (["--tensor-model-parallel-size", "3"], "tensor parallel size 3 does not divide 16 query heads"),
+        (["--gpus", "6"], "does not divide 6 ranks"),
+        (["--micro-batch-size", "3", "--context-parallel-size", "1"], "does not divide by micro-batch-size 3"),
+        (["--num-layers-per-virtual-pipeline-stage", "2"], "is not planned for"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--config", SMALL, "--stage", "extend", *flags])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_recipe_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "recipe.yaml").write_text("global-batch-size: 8\n")
+    with pytest.raises(SystemExit):
+        main(["--config", str(tmp_path / "recipe.yaml"), "--stage", "extend"])
+    assert "put config.json beside the recipe" in capsys.readouterr().err
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys; sys.argv = ['plan', '--help']\nimport tools.plan\ntry:\n    tools.plan.main()\nexcept SystemExit:\n    pass\n"
+    done = subprocess.run([sys.executable, "-c", code + "print('torch' in sys.modules)"], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.endswith("False\n") and "examples:" in done.stdout

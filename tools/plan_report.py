@@ -1,0 +1,133 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A plan as text; its tables are markdown."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+from hydra_mcore.config import ModelCard
+from hydra_mcore.model.build import teacher_card
+from hydra_mcore.model.flops import causal_attention, delta_rule, fa_head, gdn_head
+from hydra_mcore.model.sizes import PARTS, rank_parameters
+from hydra_mcore.train.activations import Run
+from hydra_mcore.train.memory import stage_parameters
+from tools.plan_estimate import MEMORY_SHARE, Changes, Estimate, Machine, as_flags, balance, layer_cp_bytes
+
+LENGTHS = (2048, 16_384, 65_536, 262_144)
+GIB = 2**30
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A markdown table, its first column to the left."""
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def model_section(card: ModelCard, source: str, config: Sequence[str]) -> str:
+    """Parameters of student and teacher, and what a token costs in a head of either kind."""
+    layers = range(card.shape.num_layers)
+    student, teacher = rank_parameters(card, layers), rank_parameters(teacher_card(card.shape, ""), layers)
+    rows = [[part, f"{student[part]:,}", f"{teacher[part]:,}"] for part in PARTS if student[part] or teacher[part]]
+    rows.append(["all", f"{student.total():,}", f"{teacher.total():,}"])
+    shape, options, d = card.shape, card.options, card.shape.head_dim
+    heads = []
+    for length in LENGTHS:
+        attention, rule = causal_attention(d, length).forward, delta_rule(d, length).forward
+        whole = [fa_head(shape, options, length).forward, gdn_head(shape, options, length).forward]
+        heads.append([f"{length:,}", *(f"{value / 1e6:.2f}" for value in (attention, rule, *whole)), f"{attention / rule:.1f}"])
+    columns = ["tokens a row", "attention", "delta rule", "FA head", "GDN head", "attention / delta rule"]
+    return "\n\n".join([
+        f"# Plan of {' + '.join(config)}\n{source}\n{card.head_map.num_fa} FA heads of {shape.num_layers} x {shape.num_heads}",
+        table(["parameters", "student", "teacher"], rows),
+        "Forward MFLOPs a token of one head: its core alone, and with its projections (an FA head without the keys and values of "
+        "its kv group).",
+        table(columns, heads),
+    ])  # fmt: skip
+
+
+def layout_name(run: Run) -> str:
+    """TP 2 x PP 1 x CP 4 x DP 8, micro-batch 1, what is recomputed."""
+    sizes = f"TP {run.tp_size}{' SP' if run.sequence_parallel else ''} x PP {run.pp_size} x CP {run.cp_size} x DP {run.dp_size}"
+    again = "all layers" if run.recompute_layers else " and ".join(run.recompute)
+    return f"{sizes}, micro-batch {run.rows}" + (f", recomputes {again}" if again else "")
+
+
+def stage_section(card: ModelCard, at: Estimate, machine: Machine, change: tuple[Changes, Estimate] | None) -> str:
+    """One stage in its layout: memory, communication, balance, time, and what mends it when it does not fit."""
+    run = at.run
+    held = [stage_parameters(card, run, pp, tp).total() for pp in range(run.pp_size) for tp in range(run.tp_size)]
+    memory = [[part, f"{value / GIB:.2f}"] for part, value in dataclasses.asdict(at.memory).items()]
+    memory.append(["all", f"{at.memory.total / GIB:.2f}"])
+    seconds = [[cause, f"{value:.2f}"] for cause, value in at.seconds.items()] + [["a step", f"{at.step_seconds:.2f}"]]
+    usable = f"{machine.usable_bytes / GIB:.1f} GiB usable ({MEMORY_SHARE:.0%} of {machine.gpu.memory_gib:g})"
+    lines = [
+        f"\n## {run.stage}: {run.steps:,} steps of {run.global_rows} x {run.length:,} tokens = {at.tokens / 1e9:.2f}B",
+        f"{machine.gpus} GPUs as {layout_name(run)}; {run.micro_batches} micro-batches a step; "
+        f"{min(held):,} to {max(held):,} parameters a rank; {at.flops:.3g} FLOPs a step",
+        table(["memory of the fullest rank", "GiB"], memory),
+        ("Fits: " if at.fits else "DOES NOT FIT: ") + usable + ("" if at.fits else _mending(change)),
+        table(["time", "s"], seconds),
+        _communication(card, at),
+        f"{at.hours:.1f} h, {at.gpu_hours:,.0f} GPU-hours",
+    ]
+    return "\n\n".join(lines)
+
+
+def _mending(change: tuple[Changes, Estimate] | None) -> str:
+    if change is None:
+        return "; no change of up to three settings mends it: more GPUs, or larger ones"
+    changes, at = change
+    return f"; smallest change that fits: {as_flags(changes)} ({at.memory.total / GIB:.1f} GiB, {at.step_seconds:.2f} s a step)"
+
+
+def _communication(card: ModelCard, at: Estimate) -> str:
+    run = at.run
+    sent = ", ".join(f"{name} {value / GIB:.2f} GiB" for name, value in at.communication.items() if value)
+    lines = [f"Sent by a rank in a step: {sent or 'nothing'}"]
+    if run.cp_size > 1:
+        lines.append(f"context parallelism, a layer and micro-batch: {layer_cp_bytes(card, run) / 2**20:.1f} MiB")
+    if run.tp_size > 1:
+        factors = balance(card, run)
+        other = "queries" if run.fa_balance == "heads" else "heads"
+        even = balance(card, dataclasses.replace(run, fa_balance=other))
+        lines.append(
+            f"FA work of the busiest tensor-parallel rank over the mean: {sum(factors) / len(factors):.3f}, worst layer {max(factors):.3f} "
+            f"(with --fa-balance {other}: {sum(even) / len(even):.3f}, {max(even):.3f})"
+        )
+    return "\n".join(lines)
+
+
+SUMMARY = ["stage", "layout", "B tokens", "GiB of the fullest rank", "s a step", "hours", "GPU-hours"]
+
+
+def summary_row(stage: str, at: Estimate) -> list[str]:
+    memory = f"{at.memory.total / GIB:.1f}" + ("" if at.fits else " (too much)")
+    return [
+        stage,
+        layout_name(at.run),
+        f"{at.tokens / 1e9:.2f}",
+        memory,
+        f"{at.step_seconds:.2f}",
+        f"{at.hours:.1f}",
+        f"{at.gpu_hours:,.0f}",
+    ]
+
+
+def summary(planned: dict[str, Estimate], machine: Machine, price: float | None) -> str:
+    """All stages, and their sum."""
+    rows = [summary_row(stage, at) for stage, at in planned.items()]
+    hours, gpu_hours = (sum(getattr(at, name) for at in planned.values()) for name in ("hours", "gpu_hours"))
+    tokens = sum(at.tokens for at in planned.values())
+    rows.append(["all", "", f"{tokens / 1e9:.2f}", "", "", f"{hours:.1f}", f"{gpu_hours:,.0f}"])
+    cost = f"\n\n{gpu_hours * price:,.0f} at {price:g} a GPU-hour" if price else ""
+    return f"\n## All stages, computing at {machine.efficiency:.0%} of the peak\n\n{table(SUMMARY, rows)}{cost}"
+
+
+def layout_table(stage: str, machine: Machine, found: list[tuple[Changes, Estimate]]) -> str:
+    """The fastest layouts of a stage, and their flags."""
+    if not found:
+        return f"\n## {stage}: no layout of {machine.gpus} GPUs fits"
+    rows = [[*summary_row(stage, at)[1:], f"`{as_flags(change)}`"] for change, at in found]
+    return f"\n## {stage}: the fastest layouts that fit on {machine.gpus} GPUs\n\n{table([*SUMMARY[1:], 'flags'], rows)}"
