@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hydra_mcore.config import HydraOptions
 from hydra_mcore.heads import HeadLayout, HeadRole
-from hydra_mcore.model.parameters import PerHead, RMSNorm, new_parameter, replicated
+from hydra_mcore.model.parameters import PerHead, RMSNorm, gathered, new_parameter, replicated
 
 
 class Fusion(MegatronModule):
@@ -49,7 +49,8 @@ class Fusion(MegatronModule):
         """
         out_sbhd = torch.cat([self._normed(role, *branch) for role, branch in branches.items()], dim=2)
         if self.options.fusion in ("scale", "competition") and out_sbhd.shape[2]:
-            scale_h = self.scale.shared_parameter("weight") if shared else self.scale.weight
+            scale = gathered(self.scale)
+            scale_h = scale.shared_parameter("weight") if shared else scale.weight
             out_sbhd = out_sbhd * scale_h[:, None]
         if self.options.fusion == "competition":
             own = len(self.heads) - len(self.scale.shared)

@@ -18,7 +18,7 @@ from torch import Tensor
 from hydra_mcore.config import HydraOptions
 from hydra_mcore.heads import HeadLayout, HeadRole
 from hydra_mcore.model.gates import OutputGate
-from hydra_mcore.model.parameters import GroupLinear, HeadLinear, PerHead, RMSNorm, recomputed
+from hydra_mcore.model.parameters import GroupLinear, HeadLinear, PerHead, RMSNorm, gathered, recomputed
 from hydra_mcore.ops.context_parallel import from_previous
 from hydra_mcore.ops.gated_delta import gated_delta_rule
 from hydra_mcore.ops.sequence import SequencePart
@@ -79,7 +79,7 @@ class GatedDeltaHeads(MegatronModule):
         """Log decay (<= 0, float32) and write strength of each token and head, both [s, b, h]."""
         decay_sbh = F.softplus(self.linear_decay(x_sbm).squeeze(-1).float())
         if not self.A_log.empty:
-            decay_sbh = decay_sbh * self.A_log.weight.float().exp()
+            decay_sbh = decay_sbh * gathered(self.A_log).weight.float().exp()
         write_sbh = torch.sigmoid(self.linear_write(x_sbm).squeeze(-1).float())
         return -decay_sbh, self.options.gdn_write_max * write_sbh
 

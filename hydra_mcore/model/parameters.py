@@ -37,6 +37,17 @@ def replicated(weight: Tensor, tp_group: torch.distributed.ProcessGroup) -> Tens
     return copy_to_tensor_model_parallel_region(weight, group=tp_group) if tp_group.size() > 1 else weight
 
 
+def gathered[M: torch.nn.Module](module: M) -> M:
+    """A module whose parameters are read without calling it, once they are up to date.
+
+    Under ``--overlap-param-gather`` the optimizer's new values arrive while the step already runs, and Megatron waits for a
+    module's own in its forward pre-hooks.
+    """
+    for hook in module._forward_pre_hooks.values():
+        hook(module, ())
+    return module
+
+
 def recomputed(config: TransformerConfig, core: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """``core(*inputs)``, computed again in backward instead of kept, under Megatron's selective "core_attn" recompute.
 
