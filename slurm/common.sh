@@ -1,0 +1,93 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+# shellcheck shell=bash
+# What the job scripts share: their arguments, how a command runs on the job's nodes, and how a job stops and goes on.
+#
+#   sbatch slurm/stage3.sh [RECIPE.yaml ...] [-- FLAG ...]     FLAGs go to the command, over the recipe
+#   bash slurm/stage3.sh --dry-run [...]                       show the commands, run nothing
+#
+# Sourced in the repository's root with the script's arguments.
+set -euo pipefail
+source slurm/env.sh
+
+say() { echo "[$(date '+%F %T')] $*"; }
+fail() {
+    echo "${SLURM_JOB_NAME:-${0##*/}}: $*" >&2
+    exit 2
+}
+
+recipes=() flags=() dry_run=
+while (($#)); do
+    case $1 in
+    --dry-run) dry_run=yes ;;
+    --)
+        # shellcheck disable=SC2034  # the scripts read it
+        flags=("${@:2}")
+        break
+        ;;
+    -*) fail "unknown option $1; flags of the command itself go behind --" ;;
+    *) recipes+=("$1") ;;
+    esac
+    shift
+done
+((${#recipes[@]})) || read -ra recipes <<<"$HYDRA_RECIPE"
+for recipe in "${recipes[@]}"; do
+    [[ -f $recipe ]] || fail "no recipe $recipe in $PWD"
+done
+
+# has SECTION: whether the recipe has a section for a command
+has() { grep -q "^$1:" "${recipes[@]}"; }
+
+container=()
+[[ -z $HYDRA_CONTAINER ]] || container=(
+    --container-image="$HYDRA_CONTAINER" --container-mounts="$PWD:$PWD${HYDRA_MOUNTS:+,$HYDRA_MOUNTS}" --container-workdir="$PWD"
+)
+
+# alone ARGUMENT...: one Python process on the first node
+alone() { launch srun --nodes=1 --ntasks=1 "${container[@]}" "$HYDRA_PYTHON" "$@"; }
+
+# ranks ARGUMENT...: torchrun on every node; the ranks meet on the first one
+ranks() {
+    local address=FIRST_NODE port=FREE_PORT
+    if [[ ${SLURM_JOB_ID:-} ]]; then
+        address=$(scontrol show node "$(scontrol show hostnames | head -n 1)" -o | sed 's/.* NodeAddr=\([^ ]*\).*/\1/')
+        # one of the job's own, so that jobs on the same nodes do not meet; below those that systems deal out
+        port=$((20000 + SLURM_JOB_ID % 10000))
+        while timeout 5 bash -c ": </dev/tcp/$address/$port" 2>/dev/null; do port=$((port + 101)); done
+    fi
+    launch srun --ntasks-per-node=1 --kill-on-bad-exit=1 "${container[@]}" bash slurm/node.sh \
+        "$HYDRA_PYTHON" -m torch.distributed.run --nnodes="${SLURM_NNODES:-NODES}" \
+        --nproc-per-node="${HYDRA_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}" --master-addr="$address" --master-port="$port" \
+        --rdzv-id="${SLURM_JOB_ID:-JOB}.${SLURM_RESTART_COUNT:-0}" --rdzv-conf=timeout=900 --max-restarts=0 "$@"
+}
+
+# launch COMMAND...: run a step of the job; a job that must stop does not come back from here
+#   USR1 (the time limit is near, or scancel --batch --signal=USR1): save, requeue
+#   TERM (scancel; preemption, scontrol requeue, a lost node: SLURM starts the job again by itself): save, end
+launch() {
+    local status=0 stop=
+    if [[ $dry_run ]]; then
+        echo "$*"
+        return
+    fi
+    [[ ${SLURM_JOB_ID:-} ]] || fail "this is no SLURM job: submit it with sbatch, or see its commands with --dry-run"
+    say "$*"
+    "$@" &
+    local step=$!
+    trap 'stop=USR1; say "asked to stop and go on later: saving"; kill -USR1 "$step" || true' USR1
+    trap 'stop=TERM; say "asked to end: saving"; kill -USR1 "$step" || true' TERM
+    while kill -0 "$step" 2>/dev/null; do wait "$step" || true; done
+    wait "$step" || status=$?
+    trap - USR1 TERM
+    [[ $stop != TERM ]] || exit 143
+    [[ $stop != USR1 ]] || requeue
+    ((status == 0)) || exit "$status"
+}
+
+# requeue: put the job back into the queue, from where it goes on with its last complete checkpoint
+requeue() {
+    ((${SLURM_RESTART_COUNT:-0} < HYDRA_MAX_RESTARTS)) || fail "not requeued again after $SLURM_RESTART_COUNT times"
+    say "requeueing job $SLURM_JOB_ID"
+    scontrol requeue "$SLURM_JOB_ID" || say "SLURM refuses; submit the job again to go on"
+    exit 1
+}

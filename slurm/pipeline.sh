@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+# Submit everything from the text to the evaluation, each job after the success of the one before it.
+#
+#   bash slurm/pipeline.sh [--dry-run] [RECIPE.yaml ...]
+#
+# The same command again goes on where a failed pipeline stopped, and ends at once where all is done.
+[[ -f slurm/common.sh ]] || { echo "pipeline: start it in the repository's root" >&2 && exit 2; }
+source slurm/common.sh
+((${#flags[@]} == 0)) || fail "flags belong in a recipe file here, laid over the others: pipeline.sh RECIPE.yaml MINE.yaml"
+[[ $dry_run ]] || command -v sbatch >/dev/null || fail "no sbatch here: start it on a machine of the cluster, or with --dry-run"
+[[ $dry_run ]] || mkdir -p "$HYDRA_LOGS"
+
+# A pipeline that is submitted twice runs once at a time (singleton goes by the name).
+name=$(basename "$(dirname "${recipes[0]}")")-$(cksum <<<"${recipes[*]}" | cut -c 1-4)
+one_gpu=$((HYDRA_GPUS_PER_NODE > 0))
+signal=B:USR1@$HYDRA_SAVE_SECONDS
+jobs=()
+
+# submit SCRIPT OPTION...: after the job before it
+submit() {
+    local script=$1 job
+    local command=(
+        sbatch --parsable --job-name="$script-$name" --output="$HYDRA_LOGS/%x-%j.out" --kill-on-invalid-dep=yes
+        --dependency="singleton${jobs[*]:+,afterok:${jobs[-1]}}" "${@:2}" "slurm/$script.sh" "${recipes[@]}"
+    )
+    if [[ $dry_run ]]; then
+        echo "${command[*]}"
+        bash "slurm/$script.sh" --dry-run "${recipes[@]}" | sed 's/^/    /'
+        job=ID_OF_${script^^}
+    else
+        job=$("${command[@]}")
+        echo "$script: job ${job%%;*}, output $HYDRA_LOGS/$script-$name-${job%%;*}.out"
+    fi
+    jobs+=("${job%%;*}")
+}
+
+! has prepare || submit prepare --signal="$signal"
+submit select --signal="$signal" --gpus-per-node="$HYDRA_GPUS_PER_NODE"
+for stage in 1 2 3; do
+    submit "stage$stage" --signal="$signal" --nodes="$HYDRA_NODES" --gpus-per-node="$HYDRA_GPUS_PER_NODE"
+done
+submit evaluate --gpus-per-node="$one_gpu"
+[[ $dry_run ]] || cat <<END
+watch: squeue --jobs=$(IFS=, && echo "${jobs[*]}") --format='%.10i %.30j %.10T %.12M %R'
+       tail -F $HYDRA_LOGS/*-$name-*.out
+stop:  scancel ${jobs[*]}
+END

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+# Text to token shards: the section prepare of the recipe. Goes on where it was stopped.
+#SBATCH --job-name=prepare
+#SBATCH --nodes=1
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --ntasks-per-node=1
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+[[ -f slurm/common.sh ]] || { echo "prepare: start it in the repository's root, or with sbatch --chdir" >&2 && exit 2; }
+source slurm/common.sh
+alone tools/prepare_data.py --config "${recipes[@]}" "${flags[@]}"

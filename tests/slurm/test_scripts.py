@@ -1,0 +1,175 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The job scripts without a cluster: what they would run, what they refuse, and how a stop reaches the ranks."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import wait_for
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
+JOBS = {
+    "prepare": ["tools/prepare_data.py --config"],
+    "select": ["tools/convert.py import --config", "tools/select_heads.py --config", "tools/convert.py hybridize --config"],
+    "stage1": ["-m hydra_mcore.train --stage align --config"],
+    "stage2": ["-m hydra_mcore.train --stage distill --config"],
+    "stage3": ["-m hydra_mcore.train --stage extend --config"],
+    "evaluate": ["tools/evaluate.py --config", "tools/convert.py export --config"],
+}
+SECTIONS = "run-dir: runs/a\nprepare: {a: 1}\nimport: {a: 1}\nselect: {a: 1}\nhybridize: {a: 1}\nevaluate: {a: 1}\nexport: {a: 1}\n"
+BASH = shutil.which("bash")
+OUTSIDE = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "HYDRA"))}
+
+
+def bash(*command: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess:
+    return subprocess.run([BASH, *command], cwd=cwd, env={**OUTSIDE, **variables}, capture_output=True, text=True, timeout=30)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    (tmp_path / "recipe.yaml").write_text(SECTIONS)
+    return str(tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_sound(path: Path) -> None:
+    done = bash("-n", str(path))
+    assert done.returncode == 0, done.stderr
+    assert path.read_text().removeprefix("#!/usr/bin/env bash\n").startswith("# Copyright 2026 the hydra_mcore authors.\n")
+    if checker := shutil.which("shellcheck"):
+        found = subprocess.run([checker, "-x", str(path)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert found.returncode == 0, found.stdout
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_dry_run_shows_the_commands(job: str, recipe: str) -> None:
+    done = bash(f"slurm/{job}.sh", "--dry-run", recipe, "--", "--seed", "3")
+    assert done.returncode == 0 and not done.stderr
+    lines = done.stdout.splitlines()
+    assert [expected in line for expected, line in zip(JOBS[job], lines, strict=True)] == [True] * len(lines)
+    assert all(line.startswith("srun ") and recipe in line for line in lines)
+    assert sum(line.endswith(" --seed 3") for line in lines) == 1
+    assert "torch.distributed.run --nnodes=" in done.stdout or job in ("prepare", "evaluate")
+
+
+def test_a_dry_run_of_the_pipeline_shows_all_jobs_in_their_order(recipe: str) -> None:
+    done = bash("slurm/pipeline.sh", "--dry-run", recipe, HYDRA_NODES="4", HYDRA_GPUS_PER_NODE="2")
+    jobs = [line for line in done.stdout.splitlines() if line.startswith("sbatch ")]
+    assert [f" slurm/{job}.sh {recipe}" in line for job, line in zip(JOBS, jobs, strict=True)] == [True] * 6
+    assert ["afterok:ID_OF_" in line for line in jobs] == [False] + [True] * 5
+    assert ["--nodes=4 --gpus-per-node=2" in line for line in jobs] == [False, False, True, True, True, False]
+    assert "--gpus-per-node=1 " in jobs[-1]
+    assert all(expected in done.stdout for commands in JOBS.values() for expected in commands)
+
+
+def test_only_the_sections_that_a_recipe_has_are_run(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("run-dir: runs/a\nhybridize: {a: 1}\n")
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("evaluate:\n  a: 1\n")
+    files = (str(tmp_path / "recipe.yaml"), str(overlay))
+    assert len(bash("slurm/select.sh", "--dry-run", *files).stdout.splitlines()) == 1
+    assert bash("slurm/pipeline.sh", "--dry-run", *files).stdout.count("sbatch ") == 5
+    assert f"--config {files[0]} {files[1]}" in bash("slurm/evaluate.sh", "--dry-run", HYDRA_RECIPE=" ".join(files)).stdout
+
+
+def test_without_a_recipe_it_is_the_example() -> None:
+    assert " --stage extend --config examples/qwen3-1.7b/recipe.yaml\n" in bash("slurm/stage3.sh", "--dry-run").stdout
+
+
+def test_a_container_is_srun_s_business(recipe: str) -> None:
+    said = bash(
+        "slurm/stage3.sh", "--dry-run", recipe, HYDRA_CONTAINER="image.sqsh", HYDRA_MOUNTS="/data:/data", HYDRA_PYTHON="python3"
+    ).stdout
+    mounts = f"--container-mounts={ROOT}:{ROOT},/data:/data"
+    assert f"--container-image=image.sqsh {mounts} --container-workdir={ROOT} bash slurm/node.sh python3 -m" in said
+    assert "--container" not in bash("slurm/stage3.sh", "--dry-run", recipe).stdout
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_outside_slurm_a_job_is_refused_in_one_line(job: str, recipe: str) -> None:
+    done = bash(f"slurm/{job}.sh", recipe)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr == f"{job}.sh: this is no SLURM job: submit it with sbatch, or see its commands with --dry-run\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("nowhere.yaml",), "no recipe nowhere.yaml in "),
+        (("--seed", "3"), "unknown option --seed; flags of the command itself go behind --"),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_line(arguments: tuple[str, ...], said: str) -> None:
+    done = bash("slurm/stage1.sh", *arguments)
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_scripts_say_where_they_must_be_started(recipe: str, tmp_path: Path) -> None:
+    for script in ("stage2.sh", "pipeline.sh"):
+        done = bash(str(ROOT / "slurm" / script), recipe, cwd=tmp_path)
+        assert done.returncode == 2 and "repository's root" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_pipeline_refuses_what_it_cannot_submit(recipe: str, tmp_path: Path) -> None:
+    done = bash("slurm/pipeline.sh", recipe, "--", "--lr", "3")
+    assert done.returncode == 2 and "flags belong in a recipe file here" in done.stderr
+    done = bash("slurm/pipeline.sh", recipe, PATH=str(tmp_path))
+    assert done.returncode == 2 and done.stderr == "pipeline.sh: no sbatch here: start it on a machine of the cluster, or with --dry-run\n"
+
+
+TORCHRUN = """
+import subprocess, sys, time
+time.sleep(1)
+sys.exit(subprocess.run([sys.executable, *sys.argv[1:]]).returncode)
+"""
+RANK = """
+import os, pathlib, signal, subprocess, sys, time
+folder, loader, stop = pathlib.Path(sys.argv[1]), subprocess.Popen(["sleep", "60"]), []
+signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+(folder / "pids").write_text(f"{os.getppid()} {os.getpid()} {loader.pid}")
+while not stop:
+    time.sleep(0.05)
+time.sleep(0.5)
+(folder / "saved").write_text("" if loader.poll() is None else "without its data loader")
+loader.kill()
+sys.exit(7)
+"""
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[subprocess.Popen]:
+    """slurm/node.sh with a launcher that takes a second to start its rank, which has a data loader."""
+    (tmp_path / "torchrun.py").write_text(TORCHRUN)
+    (tmp_path / "rank.py").write_text(RANK)
+    command = ["bash", "slurm/node.sh", sys.executable, *(str(tmp_path / name) for name in ("torchrun.py", "rank.py", ""))]
+    process = subprocess.Popen(command, cwd=ROOT, env={**OUTSIDE, "SLURM_NODEID": "0"}, start_new_session=True)
+    yield process
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.parametrize("everywhere", [False, True], ids=["the shell", "all processes"])
+def test_a_stop_reaches_the_ranks_and_nobody_else(node: subprocess.Popen, tmp_path: Path, everywhere: bool) -> None:
+    wait_for(lambda: (tmp_path / "pids").exists() and (tmp_path / "pids").read_text(), 10, "the rank runs")
+    pids = map(int, (tmp_path / "pids").read_text().split()) if everywhere else ()
+    for pid in (*pids, node.pid):
+        os.kill(pid, signal.SIGUSR1)
+    assert node.wait(timeout=10) == 7
+    assert (tmp_path / "saved").read_text() == ""
+
+
+def test_a_stop_before_the_ranks_run_is_not_lost(node: subprocess.Popen) -> None:
+    time.sleep(0.4)
+    os.kill(node.pid, signal.SIGUSR1)
+    assert node.wait(timeout=10) != 0
