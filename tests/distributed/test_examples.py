@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +19,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from hydra_mcore.config import HydraOptions
 from hydra_mcore.convert.hf_io import read_config
 from hydra_mcore.heads import HeadMap
-from hydra_mcore.recipe import COMMAND_SECTIONS, STAGE_SECTIONS, Recipe
+from hydra_mcore.recipe import COMMAND_SECTIONS, STAGE_SECTIONS, Recipe, parse_with_recipe
 from tests.support.launch import model_parallel, run_ranks
+from tools import convert, evaluate, prepare_data, select_heads
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCHEDULES = {"qwen3-1.7b": [(), ("paper-2.3b",), ("optimised-5.8b",)], "qwen3-8b": [()]}
@@ -41,15 +43,20 @@ def files(model: str, overlays: tuple[str, ...]) -> list[str]:
     return [str(EXAMPLES / model / f"{name}.yaml") for name in ("recipe", *overlays)]
 
 
+Case = tuple[str, tuple[str, ...], int, str]  # model, overlays, ranks, stage
+KEPT = ("world_size", "bf16", "data_parallel_size", "context_parallel_size", "tensor_model_parallel_size")
+KEPT += ("train_iters", "global_batch_size", "seq_length")
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A student without tensors of each model (its card is all that a dry run reads), and enough tokens for one sequence."""
+def resolved(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, dict[str, Any]]:
+    """What every stage of every combination of files would train with, in one process: it builds nothing."""
     folder = tmp_path_factory.mktemp("examples")
     run_ranks(_write_students, 1, folder)
-    builder = IndexedDatasetBuilder(str(folder / "data.bin"), dtype=np.int32)
+    builder = IndexedDatasetBuilder(str(folder / "data.bin"), dtype=np.int32)  # enough tokens for one sequence
     builder.add_document(torch.zeros(70_000, dtype=torch.int32), [70_000])
     builder.finalize(str(folder / "data.idx"))
-    return folder
+    return run_ranks(_dry_runs, 1, folder, timeout=300)[0]
 
 
 def _write_students(rank: int, folder: Path) -> None:
@@ -65,32 +72,34 @@ def _write_students(rank: int, folder: Path) -> None:
             write_checkpoint({}, student, folder / model)
 
 
-@pytest.mark.parametrize("stage", STAGE_SECTIONS)
-@pytest.mark.parametrize(
-    ("model", "overlays", "ranks"), CASES, ids=lambda value: "+".join(value) if isinstance(value, tuple) else str(value)
-)
-def test_stages_dry_run(folder: Path, model: str, overlays: tuple[str, ...], ranks: int, stage: str) -> None:
-    argv = ["--stage", stage, "--config", *files(model, overlays), "--dry-run", "--run-dir", str(folder / "run")]
-    argv += ["--start-from", str(folder / model), "--data-path", str(folder / "data")]
-    (args,) = run_ranks(_dry_run, 1, argv, ranks)
-    assert args["world_size"] == ranks
-    assert args["bf16"] and args["data_parallel_size"] * args["context_parallel_size"] * args["tensor_model_parallel_size"] == ranks
-    tokens = args["train_iters"] * args["global_batch_size"] * args["seq_length"] / 1e9
-    schedule = next((name for name in overlays if name in TOKENS), "")
-    planned = TOKENS[schedule][STAGE_SECTIONS.index(stage)]
-    assert tokens == pytest.approx(planned, rel=0.1 if schedule == "paper-2.3b" else 0.05)
-    assert args["seq_length"] == (65_536 if "extend-64k" in overlays and stage == "extend" else args["seq_length"])
-
-
-def _dry_run(rank: int, argv: list[str], ranks: int) -> dict[str, object]:
+def _dry_runs(rank: int, folder: Path) -> dict[Case, dict[str, Any]]:
     from hydra_mcore.train import __main__ as door
 
-    os.environ.update(WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE="8")
-    seen: dict[str, object] = {}
-    door.check_data = lambda args: seen.update(vars(args))
-    door.main(argv)
-    keep = "world_size bf16 data_parallel_size context_parallel_size tensor_model_parallel_size train_iters global_batch_size seq_length"
-    return {name: seen[name] for name in keep.split()}
+    found: dict[Case, dict[str, Any]] = {}
+    for (model, overlays, ranks), stage in itertools.product(CASES, STAGE_SECTIONS):
+        os.environ.update(WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE="8")
+        argv = ["--stage", stage, "--config", *files(model, overlays), "--dry-run", "--run-dir", str(folder / "run")]
+        argv += ["--start-from", str(folder / model), "--data-path", str(folder / "data"), "--teacher", str(folder / model)]
+        seen: dict[str, Any] = {}
+        door.check_data = lambda args, seen=seen: seen.update(vars(args))
+        door.main(argv)
+        found[model, overlays, ranks, stage] = {name: seen[name] for name in KEPT}
+    return found
+
+
+@pytest.mark.parametrize("stage", STAGE_SECTIONS)
+@pytest.mark.parametrize(("model", "overlays", "ranks"), CASES)
+def test_stages_dry_run(resolved: dict, model: str, overlays: tuple[str, ...], ranks: int, stage: str) -> None:
+    args = resolved[model, overlays, ranks, stage]
+    assert args["world_size"] == ranks and args["bf16"]
+    assert args["data_parallel_size"] * args["context_parallel_size"] * args["tensor_model_parallel_size"] == ranks
+    schedule = next((name for name in overlays if name in TOKENS), "")
+    tokens = args["train_iters"] * args["global_batch_size"] * args["seq_length"] / 1e9
+    # the paper's numbers of steps are round
+    assert tokens == pytest.approx(TOKENS[schedule][STAGE_SECTIONS.index(stage)], rel=0.1 if schedule == "paper-2.3b" else 0.05)
+    if stage == "extend":
+        assert args["seq_length"] == (65_536 if "extend-64k" in overlays else 16_384)
+        assert args["context_parallel_size"] > 1
 
 
 def test_every_recipe_file_is_tried() -> None:
@@ -101,14 +110,16 @@ def test_every_recipe_file_is_tried() -> None:
         assert set(yaml.safe_load(Path(path).read_text())) & {*STAGE_SECTIONS}, path
 
 
-@pytest.mark.parametrize("model", SCHEDULES)
-def test_commands_know_the_keys_of_their_section(model: str) -> None:
-    from tools import convert, evaluate, prepare_data, select_heads
+DOORS = {"prepare": prepare_data, "select": select_heads, "evaluate": evaluate}
 
-    parsers = {"prepare": prepare_data, "select": select_heads, "evaluate": evaluate}
-    for section in COMMAND_SECTIONS:
-        recipe = Recipe.load(files(model, ()), section)
-        assert recipe.values, section
-        door = parsers.get(section, convert)
-        argv = [section] if door is convert else []
-        door.parse_args([*argv, "--config", *files(model, ())])
+
+@pytest.mark.parametrize("section", COMMAND_SECTIONS)
+@pytest.mark.parametrize("model", SCHEDULES)
+def test_commands_know_the_keys_of_their_section(model: str, section: str) -> None:
+    config = ["--config", *files(model, ())]
+    if section in DOORS:
+        found = vars(parse_with_recipe(DOORS[section].parser(), section, config))
+    else:
+        found = vars(convert.parse_args([section, *config]))
+    given = Recipe.load(files(model, ()), section).values
+    assert given and all(found[name.replace("-", "_")] not in (None, "") for name in given)
