@@ -118,6 +118,7 @@ def test_every_command_has_help_with_examples(command: tuple[str, ...]) -> None:
     assert re.search("examples?:", said, re.IGNORECASE)
 
 
+@pytest.mark.slow
 def test_benchmarks_print_tables() -> None:
     assert "| 2 | 32768 |" in run("tools/benchmark.py", "communication", "--fa-heads", "2", "--cp", "2", "4", "--lengths", "32768")
     assert "| 3:1, random scores, global | 4 |" in run("tools/benchmark.py", "balance", "--tp", "4", "--length", "256")

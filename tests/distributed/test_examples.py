@@ -7,6 +7,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,8 @@ from hydra_mcore.recipe import COMMAND_SECTIONS, STAGE_SECTIONS, Recipe, parse_w
 from tests.support.launch import model_parallel, run_ranks
 from tools import convert, evaluate, prepare_data, select_heads
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
 SCHEDULES = {"qwen3-1.7b": [(), ("paper-2.3b",), ("optimised-5.8b",)], "qwen3-8b": [()]}
 LAYOUTS = {(): 8, ("64gpu",): 64, ("extend-64k",): 8, ("64gpu", "extend-64k"): 64}
 CASES = [
@@ -80,6 +84,7 @@ def _dry_runs(rank: int, folder: Path) -> dict[Case, dict[str, Any]]:
         os.environ.update(WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE="8")
         argv = ["--stage", stage, "--config", *files(model, overlays), "--dry-run", "--run-dir", str(folder / "run")]
         argv += ["--start-from", str(folder / model), "--data-path", str(folder / "data"), "--teacher", str(folder / model)]
+        argv += ["--needle-interval", "0"]  # its prompts need the tokenizer
         seen: dict[str, Any] = {}
         door.check_data = lambda args, seen=seen: seen.update(vars(args))
         door.main(argv)
@@ -123,3 +128,13 @@ def test_commands_know_the_keys_of_their_section(model: str, section: str) -> No
         found = vars(convert.parse_args([section, *config]))
     given = Recipe.load(files(model, ()), section).values
     assert given and all(found[name.replace("-", "_")] not in (None, "") for name in given)
+
+
+def test_the_walk_through_shows_cost_and_jobs() -> None:
+    text = (EXAMPLES / "qwen3-1.7b" / "README.md").read_text()
+    (plan,) = re.findall(r"^python (tools/plan.py .*)$", text, re.MULTILINE)
+    (jobs,) = re.findall(r"^bash (slurm/pipeline.sh --dry-run .*)$", text, re.MULTILINE)
+    said = subprocess.run([sys.executable, *plan.split()], cwd=ROOT, check=True, capture_output=True, text=True, timeout=120).stdout
+    assert said.count("Fits: ") == 3 and "| all |  | 15.00 |" in said
+    said = subprocess.run(["bash", *jobs.split()], cwd=ROOT, check=True, capture_output=True, text=True, timeout=60).stdout
+    assert said.count("sbatch ") == 6

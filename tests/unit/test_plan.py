@@ -81,7 +81,7 @@ def test_a_head_map_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         (["--hf", "nowhere"], "nowhere"),
         (["--tensor-model-parallel", "2"], "unknown flag --tensor-model-parallel"),
         (["--tensor-model-parallel-size", "3"], "tensor parallel size 3 does not divide 16 query heads"),
-        (["--gpus", "6"], "does not divide 6 ranks"),
+        (["--gpus", "7"], "does not divide 7 ranks"),
         (["--micro-batch-size", "3", "--context-parallel-size", "1"], "does not divide by micro-batch-size 3"),
         (["--num-layers-per-virtual-pipeline-stage", "2"], "is not planned for"),
     ],
