@@ -4,13 +4,14 @@
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
@@ -84,6 +85,12 @@ class Cluster:
             self.start_node(node)
         wait_for(lambda: self("sinfo", "-h", "-N", "-o", "%T", check=False).split() == ["idle"] * 2, 30, "both nodes are idle")
 
+    def last_errors(self) -> str:
+        """The last error of each daemon."""
+        logs = [log.read_text(errors="replace").splitlines() for log in sorted(self.root.glob("*.log")) + sorted(self.root.glob("*.out"))]
+        errors = [[line for line in lines if re.search("error|fatal", line, re.IGNORECASE)] for lines in logs]
+        return "; ".join(lines[-1] for lines in errors if lines)
+
     def start_node(self, node: str) -> None:
         self._run(node, "slurmd", "-D", "-N", node)
 
@@ -156,14 +163,3 @@ def _free_ports(count: int) -> list[int]:
         for each in sockets:
             each.bind(("127.0.0.1", 0))
         return [each.getsockname()[1] for each in sockets]
-
-
-@contextlib.contextmanager
-def running(root: Path) -> Iterator[Cluster]:
-    """A cluster while the block runs."""
-    cluster = Cluster(root)
-    try:
-        cluster.start()
-        yield cluster
-    finally:
-        cluster.stop()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.slurm.cluster import Cluster, running, why_not
+from tests.slurm.cluster import Cluster, why_not
 
 
 @pytest.fixture(scope="session")
@@ -14,5 +14,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Two nodes that take jobs; the tests are skipped, saying why, where SLURM cannot start."""
     if reason := why_not():
         pytest.skip(reason)
-    with running(tmp_path_factory.mktemp("slurm")) as cluster:
+    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
+    try:
+        try:
+            cluster.start()
+        except AssertionError as error:
+            pytest.skip(f"SLURM does not start here: {error}; {cluster.last_errors()}")
         yield cluster
+    finally:
+        cluster.stop()
