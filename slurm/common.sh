@@ -55,7 +55,8 @@ ranks() {
         port=$((20000 + SLURM_JOB_ID % 10000))
         while timeout 5 bash -c ": </dev/tcp/$address/$port" 2>/dev/null; do port=$((port + 101)); done
     fi
-    launch srun --ntasks-per-node=1 --kill-on-bad-exit=1 "${container[@]}" bash slurm/node.sh \
+    # a node's ranks are children of its one task, which must not be bound to a core of its own
+    launch srun --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 "${container[@]}" bash slurm/node.sh \
         "$HYDRA_PYTHON" -m torch.distributed.run --nnodes="${SLURM_NNODES:-NODES}" \
         --nproc-per-node="${HYDRA_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}" --master-addr="$address" --master-port="$port" \
         --rdzv-id="${SLURM_JOB_ID:-JOB}.${SLURM_RESTART_COUNT:-0}" --rdzv-conf=timeout=900 --max-restarts=0 "$@"
