@@ -64,9 +64,9 @@ class Watch:
             tracker.log(values, iteration)
 
     def begin(self, iteration: int) -> None:
-        """At the first step: values of the same or later steps are from before a kill, and TensorBoard is to forget them."""
+        """At the first step: values of it and later ones in earlier files are from before a kill, and TensorBoard is to forget them."""
         self.started = True
-        if (writer := get_tensorboard_writer()) is not None:
+        if (writer := get_tensorboard_writer()) is not None and len(list(Path(writer.log_dir).iterdir())) > 1:
             writer.close()  # it opens its next file by itself, starting with this mark
             writer.purge_step = iteration
 
