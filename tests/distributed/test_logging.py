@@ -227,7 +227,7 @@ def _train_without_wandb(rank: int, argv: list[str]) -> None:
 PIPELINED = ("--pipeline-model-parallel-size", "2", "--context-parallel-size", "2", "--micro-batch-size", "1")
 
 
-@pytest.mark.parametrize("stage", ["align", "distill", "extend"])
+@pytest.mark.parametrize("stage", ["distill", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("align", "extend"))])
 def test_bf16_is_near_float32(folder: Path, stage: str) -> None:
     exact = run_stage(folder, stage, 1, "--micro-batch-size", "1", "--train-iters", "4", run=f"{stage}-fp32")
     sharded = run_stage(
