@@ -17,6 +17,7 @@ from hydra_mcore.heads import HeadMap, HeadRole
 from hydra_mcore.model.fusion import Fusion
 from hydra_mcore.model.gdn_heads import GatedDeltaHeads
 from hydra_mcore.model.hydra_attention import HydraAttention
+from hydra_mcore.model.parameters import gathered
 
 # Of each head: its output gate's mean; the learned factor of the fusion; the root mean square of its output as the
 # fusion's norm meets it; and of GDN heads the half-life of their state in tokens and their write gate's mean.
@@ -148,7 +149,7 @@ def _value(statistic: str, pairs: np.ndarray) -> np.ndarray:
 
 
 def _log_decay(gdn: GatedDeltaHeads, logits_sbh1: Tensor) -> Tensor:
-    return -torch.nn.functional.softplus(logits_sbh1) * gdn.A_log.weight.float().exp()[:, None]
+    return -torch.nn.functional.softplus(logits_sbh1) * gathered(gdn.A_log).weight.float().exp()[:, None]
 
 
 def _write_gate(gdn: GatedDeltaHeads, logits_sbh1: Tensor) -> Tensor:
