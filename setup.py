@@ -36,6 +36,7 @@ setup(
         "wandb>=0.20",
         "pyyaml>=6.0",
         "tqdm>=4.66",
+        "wonderwords>=2.2",  # the word lists that RULER draws from
         "psutil>=5.9",  # megatron.core's checkpoint writer imports it and does not ask for it
     ],
     extras_require={

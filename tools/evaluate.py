@@ -80,7 +80,7 @@ def evaluate(args: argparse.Namespace) -> None:
     """Check all input, make the exam, let the models take it one after the other, write the report."""
     from hydra_mcore.evaluation.evaluate import Exam
     from hydra_mcore.evaluation.report import check_out_dir, markdown, write_report
-    from hydra_mcore.evaluation.ruler import check_seed
+    from hydra_mcore.evaluation.scoring import check_seed
     from hydra_mcore.selection.probes import load_format, load_tokenizer, read_haystack
 
     check_seed(args.seed)

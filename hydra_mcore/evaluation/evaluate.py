@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from hydra_mcore.config import ModelCard
 from hydra_mcore.evaluation.perplexity import TextLoss, text_loss, text_windows
-from hydra_mcore.evaluation.ruler import TASK_GROUPS, Score, answers_right, needle_prompts
+from hydra_mcore.evaluation.scoring import TASK_GROUPS, Score, answers_right, needle_prompts
 from hydra_mcore.heads import InputError
 from hydra_mcore.selection.needles import TASKS, NeedleFormat, NeedlePrompt
 

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from hydra_mcore.evaluation.evaluate import Results
-from hydra_mcore.evaluation.ruler import TASK_GROUPS, Score
+from hydra_mcore.evaluation.scoring import TASK_GROUPS, Score
 from hydra_mcore.heads import InputError, write_json
 from hydra_mcore.selection.needles import TASKS
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hydra_mcore.config import ConfigError
 from hydra_mcore.evaluation.forward import rows_a_forward
-from hydra_mcore.evaluation.ruler import Score
+from hydra_mcore.evaluation.scoring import Score
 from hydra_mcore.ops.sequence import SequencePart
 from hydra_mcore.selection.needles import NeedlePrompt, build_prompts
 from hydra_mcore.selection.probes import check_seed, load_format, load_tokenizer
@@ -59,7 +59,7 @@ def make_prompts(args: argparse.Namespace, checkpoint_dir: Path, vocab_size: int
 
 
 def needle_accuracy(students: list[GPTModel], prompts: dict[str, list[NeedlePrompt]]) -> dict[str, Score]:
-    """Exact match of greedy decoding on each panel, as in ``evaluation.ruler``; called by all ranks, each gets all scores.
+    """Exact match of greedy decoding on each panel, as in ``evaluation.scoring``; called by all ranks, each gets all scores.
 
     Data-parallel ranks share the prompts out. The students are in training mode before and after, and neither weights nor
     random numbers are touched.

@@ -117,10 +117,10 @@ def test_needle_accuracy_is_that_of_evaluation(needle_run: Path, name: str) -> N
 
 
 def _evaluated(rank: int, checkpoint: Path) -> dict[str, float]:
-    """The same prompts by ``evaluation.ruler``, on a whole model."""
+    """The same prompts by ``evaluation.scoring``, on a whole model."""
     from argparse import Namespace
 
-    from hydra_mcore.evaluation.ruler import answers_right
+    from hydra_mcore.evaluation.scoring import answers_right
     from hydra_mcore.model.build import build_model, load_weights
     from hydra_mcore.train.needles import make_prompts
 

@@ -20,7 +20,7 @@ from hydra_mcore.evaluation import report
 from hydra_mcore.evaluation.evaluate import Exam, Results, take_exam
 from hydra_mcore.evaluation.forward import TOKENS_A_FORWARD, logits_at
 from hydra_mcore.evaluation.perplexity import TEXT_TOKENS, TextLoss, text_loss, text_windows
-from hydra_mcore.evaluation.ruler import TASK_GROUPS, Score, answers_right, needle_prompts
+from hydra_mcore.evaluation.scoring import TASK_GROUPS, Score, answers_right, needle_prompts
 from hydra_mcore.heads import HeadMap, InputError
 from hydra_mcore.model.build import build_model, save_weights, teacher_card
 from hydra_mcore.model.runtime import process_groups

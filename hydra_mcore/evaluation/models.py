@@ -1,0 +1,60 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What evaluation asks of a model, be it a checkpoint on many ranks or a Hugging Face directory on one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """What is known of a model before its weights are read."""
+
+    folder: Path
+    fingerprint: str
+    """sha256 of what the folder holds (and of the YaRN factor): other weights, another fingerprint."""
+    lineage: str
+    """Fingerprint of the pretrained weights it descends from; empty if unknown."""
+    stage: str
+    """Last stage of its training, "teacher", or a Hugging Face model type."""
+    strategy: str
+    """How its FA heads were chosen; empty if unknown."""
+    num_fa: int | None
+    num_heads: int
+    """Of the whole model, as ``num_fa``."""
+    native_length: int
+    """Tokens it was pretrained for, before YaRN."""
+    vocab_size: int
+    tokenizer_dir: Path
+    yarn: float | None = None
+    """Factor by which YaRN (arXiv:2309.00071) stretches its positions."""
+
+
+class EvaluatedModel(Protocol):
+    """A model in evaluation mode. All ranks call alike and all get the same result, on the CPU.
+
+    Token ids are int64 [b, s] of any length; whatever a layout needs, it pads for itself.
+    """
+
+    replica: int
+    """This process's number among those that could answer for the whole model: they share prompts out."""
+    replicas: int
+
+    def predicted(self, ids_bs: Tensor, start: int) -> Tensor:
+        """int64 [b, s - start]: the likeliest token at each position from ``start`` (at least 1) on, given all before it."""
+
+    def token_losses(self, ids_bs: Tensor) -> tuple[Tensor, Tensor]:
+        """Negative log likelihood (nats, float32) of every token but the first, and the likeliest token there: both [b, s - 1]."""
+
+    def generated(self, ids_bs: Tensor, room: int, stop: frozenset[int]) -> Tensor:
+        """int64 [b, room]: greedy decoding; behind the first token of ``stop`` that token is repeated."""
+
+    def collect(self, mine: list[T]) -> list[list[T]]:
+        """The lists of all replicas, by replica."""
