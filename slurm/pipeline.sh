@@ -14,7 +14,6 @@ source slurm/common.sh
 
 # A pipeline that is submitted twice runs once at a time (singleton goes by the name).
 name=$(basename "$(dirname "${recipes[0]}")")-$(cksum <<<"${recipes[*]}" | cut -c 1-4)
-one_gpu=$((HYDRA_GPUS_PER_NODE > 0))
 signal=B:USR1@$HYDRA_SAVE_SECONDS
 jobs=()
 
@@ -41,7 +40,7 @@ submit select --signal="$signal" --gpus-per-node="$HYDRA_GPUS_PER_NODE"
 for stage in 1 2 3; do
     submit "stage$stage" --signal="$signal" --nodes="$HYDRA_NODES" --gpus-per-node="$HYDRA_GPUS_PER_NODE"
 done
-submit evaluate --gpus-per-node="$one_gpu"
+submit evaluate --signal="$signal" --gpus-per-node="$HYDRA_GPUS_PER_NODE"
 [[ $dry_run ]] || cat <<END
 watch: squeue --jobs=$(IFS=, && echo "${jobs[*]}") --format='%.10i %.30j %.10T %.12M %R'
        tail -F $HYDRA_LOGS/*-$name-*.out

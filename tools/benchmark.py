@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What HydraHead costs beside others: bytes sent, balance over ranks, memory, head scores, decoding, data. Markdown tables on stdout."""
+"""What HydraHead costs beside others: bytes sent, balance, memory, head scores, decoding, data, prompts. Markdown tables on stdout."""
 
 from __future__ import annotations
 
@@ -47,6 +47,8 @@ examples:
       python tools/benchmark.py decode --teacher-hf Qwen3-1.7B --hf runs/a/hf --lengths 1024 4096
   tokens/s and memory of prepare_data beside the tokenizers library alone (minutes)
       python tools/benchmark.py data --tokenizers examples/tiny/teacher
+  prompts a second that evaluation's generators make (minutes)
+      python tools/benchmark.py prompts --lengths 4096 131072 1048576
 """
 
 
@@ -78,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     selection_options(commands.add_parser("selection", help="seconds of the scores of all heads, beside one forward pass for each of them"))
     decode_options(commands.add_parser("decode", help="seconds and cache bytes of a decoded token by context length, beside the teacher"))
     data_options(commands.add_parser("data", help="tokens/s and memory of prepare_data, beside the tokenizers library alone"))
+    prompts_options(commands.add_parser("prompts", help="prompts/s of evaluation's generators, by task and length"))
     return p
 
 
@@ -90,6 +93,15 @@ def data_options(d: argparse.ArgumentParser) -> None:
     d.add_argument("--repeats", type=positive, default=3, metavar="N", help="the median counts (default 3)")
     d.add_argument("--workers", type=positive, default=2, metavar="N", help="processes that tokenize (default 2)")
     d.set_defaults(run=data)
+
+
+def prompts_options(p: argparse.ArgumentParser) -> None:
+    whose = "folder with a tokenizer (default: one of 32768 words, trained on the text)"
+    p.add_argument("--tokenizer", type=Path, metavar="DIR", help=whose)
+    lengths = [4096, 32_768, 131_072]
+    p.add_argument("--lengths", nargs="+", type=positive, default=lengths, metavar="N", help="tokens (default 4096 32768 131072)")
+    p.add_argument("--prompts", type=positive, default=10, metavar="N", help="of each task and length (default 10)")
+    p.set_defaults(run=prompts)
 
 
 def selection_options(s: argparse.ArgumentParser) -> None:
@@ -299,6 +311,19 @@ def data(args: argparse.Namespace) -> None:
     print(f"Median of {args.repeats}.\n", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         print_table(COLUMNS, rows(args.tokenizers, args.megabytes, args.repeats, args.workers, Path(folder)))
+
+
+def prompts(args: argparse.Namespace) -> None:
+    """Sets as evaluation makes them, without a cache."""
+    import os
+    import tempfile
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    from tools.benchmark_prompts import rows
+
+    print(f"Prompts a second of one core, {args.prompts} of each task and length.\n", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        print_table(["task", *map(str, args.lengths)], rows(args.tokenizer, args.lengths, args.prompts, Path(folder)))
 
 
 def _decoders(args: argparse.Namespace) -> list[Decoder]:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from hydra_mcore.corpus.manifest import Manifest, finished_path
@@ -70,7 +70,7 @@ def write_corpus(path: Path, megabytes: float) -> Path:
 def train_tokenizer(corpus: Path, folder: Path, words: int = 32_768) -> Path:
     """A byte-level BPE tokenizer of the corpus."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     end = "<|endoftext|>"
     trainer = trainers.BpeTrainer(
         vocab_size=words, special_tokens=[end], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False

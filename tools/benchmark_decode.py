@@ -28,7 +28,7 @@ from hydra_mcore.convert.families import SHAPE_KEYS
 from hydra_mcore.convert.hf_code import copy_model_code
 from hydra_mcore.convert.hf_io import CONFIG_NAME
 from hydra_mcore.convert.hydra_family import to_config
-from hydra_mcore.evaluation.report import COLORS, MARKERS
+from hydra_mcore.evaluation.figures import COLORS, MARKERS
 from hydra_mcore.heads import HeadMap, InputError, write_json
 from hydra_mcore.selection.figures import short
 

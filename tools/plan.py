@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.plan_gpus import GPUS  # facts only, so that --help is quick
 
 STAGES = ("align", "distill", "extend")
+EVALUATE = "evaluate"
 EXAMPLES = """\
 Any flag of Megatron or of hydra_mcore.train may follow; it wins over the recipe, as it does in training. The formulas and
 what they leave out: docs/planning.md.
@@ -35,6 +36,8 @@ examples:
       python tools/plan.py --config recipe.yaml --stage extend --tensor-model-parallel-size 2 --sequence-parallel
   the fastest layouts that fit
       python tools/plan.py --config recipe.yaml --gpus 64 --layouts 5
+  the evaluation at each of its lengths; flags are then those of tools/evaluate.py
+      python tools/plan.py --config recipe.yaml --stage evaluate --lengths 131072 524288 --context-parallel-size 8
 """
 
 
@@ -42,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     layout = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(prog="plan", description=__doc__, epilog=EXAMPLES, formatter_class=layout, allow_abbrev=False)
     p.add_argument("--config", nargs="+", required=True, metavar="YAML", help="recipe files; a later one wins")
-    p.add_argument("--stage", choices=(*STAGES, "all"), default="all", help="default: all")
+    p.add_argument("--stage", choices=(*STAGES, "all", EVALUATE), default="all", help="default: all three of training")
     p.add_argument("--gpus", type=int, default=8, metavar="N", help="how many (default 8)")
     p.add_argument("--gpu", default="h100-80gb", metavar="NAME", help=f"one of {', '.join(GPUS)} (default h100-80gb)")
     share = "share of the GPU's bf16 peak that computing reaches; communication and bubbles come on top (default 0.35)"
@@ -64,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     from hydra_mcore.model.runtime import one_line_errors
 
     with one_line_errors("plan"):
-        run(args, ["--config", *args.config, *flags])
+        (run_evaluation if args.stage == EVALUATE else run)(args, ["--config", *args.config, *flags])
 
 
 def run(args: argparse.Namespace, flags: list[str]) -> None:
@@ -98,6 +101,25 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
         planned = {stage: as_json(at) for stage, at in planned.items()}
     if args.json:
         write_json(args.json, {"gpu": args.gpu, "gpus": args.gpus, "efficiency": args.efficiency, "stages": planned})
+
+
+def run_evaluation(args: argparse.Namespace, flags: list[str]) -> None:
+    """Plan the recipe's evaluation and print; raises InputError for bad input."""
+    from hydra_mcore.heads import write_json
+    from hydra_mcore.train.arguments import recipe_flags
+    from tools.plan_evaluation import as_json, evaluation_section, examinations
+    from tools.plan_model import model_card
+    from tools.plan_report import model_section
+
+    machine = machine_of(args)
+    _, _, options = recipe_flags(["--stage", "extend", "--config", *args.config], with_gpu=True)
+    card, source = model_card(args, options)
+    found = examinations(card, flags, machine)
+    print(model_section(card, source, args.config))
+    print(evaluation_section(found, machine))
+    if args.json:
+        settings = {"gpu": args.gpu, "gpus": args.gpus, "efficiency": args.efficiency}
+        write_json(args.json, settings | {EVALUATE: [as_json(at) for at in found]})
 
 
 def machine_of(args: argparse.Namespace) -> Machine:

@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +48,8 @@ class Student:
     stages: tuple[str, ...] = ("align", "distill")
 
     @property
-    def random(self) -> bool:
-        return self.strategy.endswith("random")
+    def scored(self) -> bool:
+        return self.strategy in ("global", "global_c")
 
 
 STUDENTS = (
@@ -77,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     begin = time.monotonic()
     with tqdm(total=6 + len(STUDENTS), desc="demo", unit="step", position=0) as steps:
         write_data(args.out, args.seed, steps)
-        make_students(args, steps)
+        make_students(args.out, STUDENTS, args.seed, steps)
         train_students(args.out, steps)
         evaluate(args, steps)
         hf_dir = export(args.out, steps)
@@ -139,27 +140,27 @@ def write_data(out: Path, seed: int, steps: tqdm) -> None:
     steps.update()
 
 
-def make_students(args: argparse.Namespace, steps: tqdm) -> None:
-    """Import the teacher, score its heads once, and make a student for each choice of heads."""
-    out = args.out
+def make_students(out: Path, students: Sequence[Student], seed: int, steps: tqdm) -> None:
+    """Import the teacher, score its heads once, for the first student, and make a student for each choice of heads."""
     door(out, "import", "tools/convert.py", "import", "--hf", str(HERE / "teacher"), "--out", str(out / "teacher"))
     steps.update()
-    select = ("tools/select_heads.py", "--teacher", str(out / "teacher"), "--seed", str(args.seed), *SCORED_FOR)
-    scores = str(folder(out, STUDENTS[0]) / "heads" / "scores.json")
+    select = ("tools/select_heads.py", "--teacher", str(out / "teacher"), "--seed", str(seed), *SCORED_FOR)
+    scores = str(folder(out, students[0]) / "heads" / "scores.json")
 
     def make(student: Student) -> None:
         heads = folder(out, student) / "heads"
         choice = ("--ratio", student.ratio, "--strategy", student.strategy, "--out", str(heads))
-        known = () if student.random else ("--haystack", str(out / "train.txt")) if student is STUDENTS[0] else ("--scores", scores)
+        first = ("--haystack", str(out / "train.txt")) if student is students[0] else ("--scores", scores)
+        known = first if student.scored else ()
         door(out, slug(student), *select, *choice, *known)
         hybridize = ("tools/convert.py", "hybridize", "--teacher", str(out / "teacher"), "--heads", str(heads / "head_map.json"))
-        calibration = ("--calibration-text", str(out / "train.txt"), "--seed", str(args.seed))
+        calibration = ("--calibration-text", str(out / "train.txt"), "--seed", str(seed))
         door(out, slug(student), *hybridize, *calibration, *LAYER, "--out", str(folder(out, student) / "student"))
 
-    make(STUDENTS[0])  # its scores serve the others
+    make(students[0])  # its scores serve the others
     steps.update()
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(make, STUDENTS[1:]))
+        list(pool.map(make, students[1:]))
     steps.update()
 
 

@@ -100,7 +100,7 @@ def seeds_table(runs: Sequence[Path]) -> str:
         heads = f"{entries[0]['num_fa']} of {entries[0]['num_heads']}"
         for entry in entries:
             cells = (f"{100 * g['accuracy']:.1f} ({100 * g['interval'][0]:.0f}-{100 * g['interval'][1]:.0f})" for g in entry["groups"])
-            lines.append([model, heads, str(entry["seed"] - EVALUATION_SEED), *cells])
+            lines.append([model, heads, str(entry["tasks"][0]["seed"] - EVALUATION_SEED), *cells])
         means = (sum(entry["groups"][index]["accuracy"] for entry in entries) / len(entries) for index in range(len(columns)))
         lines.append([f"**{model}**", heads, "mean", *(f"**{100 * mean:.1f}**" for mean in means)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -8,6 +8,7 @@ step, as every operation passes through it.  ``tensor.to("cuda")`` is not mapped
 """
 
 import contextlib
+import ctypes
 import functools
 from collections import defaultdict
 from collections.abc import Callable
@@ -24,6 +25,7 @@ _CORE = "megatron.core"
 _TRAINING = "megatron.training"
 _RANDOM = f"{_CORE}.tensor_parallel.random"
 _COMMON = f"{_TRAINING}.utils.common_utils"
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 class _Stream:
@@ -231,3 +233,16 @@ PATCHES: tuple[Patch, ...] = (
 def prepare() -> None:
     """Fill torch's cached set of factories before they are wrapped, or ``with torch.device(...)`` misses them."""
     _device_constructors()
+    _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep blocks of over 32 MiB when they are freed, as torch does on a GPU.
+
+    By default each goes back to the system, and the next operation pays for every page of its result again: GDN heads read
+    a prompt of 64K tokens 2.4 times slower.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

@@ -4,8 +4,14 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
+import sys
 from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from hydra_mcore.ops import chunked_delta_rule
 
 PACKAGE = Path(__file__).parents[1]
 CODE_FILES = (
@@ -28,3 +34,10 @@ def copy_model_code(target_dir: str | Path) -> None:
     Path(target_dir).mkdir(parents=True, exist_ok=True)
     for name in CODE_FILES:
         shutil.copyfile(PACKAGE / name, Path(target_dir) / Path(name).name)
+
+
+def model_class() -> type[PreTrainedModel]:
+    """The class of exported models, from the files of this package: no code of an exported folder is run."""
+    package = "hydra_mcore.convert.hf_model"
+    sys.modules[f"{package}.chunked_delta_rule"] = chunked_delta_rule  # which stands beside the others in an exported folder only
+    return importlib.import_module(f"{package}.modeling_hydra_head").HydraHeadForCausalLM

@@ -1,12 +1,14 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""One exam for all models: the same prompts and the same text, made once, then each model's results."""
+"""One exam for all models: the same prompts and text for every model of a tokenizer, each piece kept as soon as it is done."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,117 +16,186 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from hydra_mcore.config import ModelCard
-from hydra_mcore.evaluation.perplexity import TextLoss, text_loss, text_windows
-from hydra_mcore.evaluation.scoring import TASK_GROUPS, Score, answers_right, needle_prompts
+from hydra_mcore.evaluation.loading import open_model
+from hydra_mcore.evaluation.models import EvaluatedModel, ModelFacts
+from hydra_mcore.evaluation.perplexity import TextLoss, text_windows, window_losses
+from hydra_mcore.evaluation.records import TEXT, Contestant, Piece, Records
+from hydra_mcore.evaluation.ruler.haystack import read_haystack
+from hydra_mcore.evaluation.ruler.prompts import TASK_GROUPS, TASKS, PromptSet
+from hydra_mcore.evaluation.ruler.sets import prompt_set
+from hydra_mcore.evaluation.ruler.source import Source, tokenizer_fingerprint
+from hydra_mcore.evaluation.ruler.wording import load_wording
+from hydra_mcore.evaluation.scoring import check_seed, score_prompts
 from hydra_mcore.heads import InputError
-from hydra_mcore.selection.needles import TASKS, NeedleFormat, NeedlePrompt
+from hydra_mcore.model.runtime import from_first_rank
+from hydra_mcore.selection.probes import tokenizer_in
 
-
-@dataclass(frozen=True, eq=False)
-class Exam:
-    """What every compared model is asked."""
-
-    lengths: tuple[int, ...]
-    seed: int
-    needles: dict[tuple[str, int], list[NeedlePrompt]]  # by task and length
-    text_bs: dict[int, Tensor]  # by length
-    digest: str  # sha256 over all token ids: equal digests, equal exams
-    max_id: int
-
-    @classmethod
-    def build(
-        cls,
-        tokenizer: Tokenizer,
-        fmt: NeedleFormat,
-        haystack_ids: np.ndarray,
-        lengths: Sequence[int],
-        prompts: int,
-        seed: int,
-    ) -> Exam:
-        """Make the exam; the same arguments give the same one.
-
-        Args:
-            haystack_ids: [n] held-out text, for the needles to hide in and for perplexity.
-            lengths: tokens of a prompt, and of a window of text.
-            prompts: for each task and length.
-
-        Raises:
-            InputError: no lengths, one named twice, or as ``needle_prompts`` and ``text_windows``.
-        """
-        if not lengths or len(set(lengths)) < len(lengths):
-            raise InputError(f"lengths {list(lengths)}: name at least one, each once")
-        text_bs = {length: text_windows(haystack_ids, length) for length in lengths}
-        pairs = [(task, length) for length in lengths for task in TASKS]
-        needles = {
-            (task, length): needle_prompts(task, fmt, tokenizer, haystack_ids, length, prompts, seed)
-            for task, length in tqdm(pairs, desc="prompts", unit="set", disable=None)
-        }
-        digest, max_id = hashlib.sha256(), 0
-        for ids in [*(p.ids for drawn in needles.values() for p in drawn), *(t.numpy() for t in text_bs.values())]:
-            digest.update(np.ascontiguousarray(ids, dtype="<i8").tobytes())
-            max_id = max(max_id, int(ids.max()))
-        return cls(tuple(lengths), seed, needles, text_bs, digest.hexdigest(), max_id)
-
-    def check_vocabulary(self, card: ModelCard, name: str) -> None:
-        """Raise InputError when the exam has tokens that a model does not know."""
-        if self.max_id >= card.shape.vocab_size:
-            raise InputError(
-                f"{name}: its vocabulary has {card.shape.vocab_size} words, the tokenizer gives token {self.max_id}; "
-                "they are not of one model"
-            )
+DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Results:
-    """What a model is, and what it did in an exam."""
+class Exam:
+    """What every model is asked.
 
-    fingerprint: str
-    stage: str
-    strategy: str
-    num_fa: int
-    num_heads: int  # of the whole model
-    native_length: int
-    exam: str  # the exam's digest
+    Raises:
+        InputError: no lengths, one named twice, no prompts, an unknown task, a task that cannot be scored as asked, a seed
+            of training.
+    """
+
+    tasks: tuple[str, ...]
+    """Of ``TASKS``."""
+    lengths: tuple[int, ...]
+    """Tokens of a prompt, and of a window of text."""
+    prompts: int
+    """For each task and length."""
     seed: int
-    needles: dict[tuple[str, int], Score]  # by task and length
-    text: dict[int, TextLoss]  # by window length
+    cache: Path
+    """Folder for finished sets of prompts."""
+    scoring: str | None = None
+    """For all tasks: "teacher-forced" or "generation"; None: teacher forcing wherever it is exact."""
+    haystack: Path | None = None
+    """UTF-8 text to hide needles in, and to predict."""
+    repeat_haystack: bool = False
+    template: str | None = None
+    """Wording of the prompts, as in ``load_wording``."""
+    text: bool = True
+    """Whether the haystack is to be predicted, too."""
 
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        return tuple(self.text)
+    def __post_init__(self) -> None:
+        if not self.lengths or len(set(self.lengths)) < len(self.lengths) or min(self.lengths) < 1:
+            raise InputError(f"lengths {list(self.lengths)}: name at least one, each once")
+        if self.prompts < 1:
+            raise InputError(f"{self.prompts} prompts a task: at least 1 is needed")
+        check_seed(self.seed)
+        if self.text and self.haystack is None:
+            raise InputError("perplexity needs --haystack FILE with held-out text; or leave it out with --no-text")
+        for task in self.tasks:
+            if self.scoring == "teacher-forced" and not TASKS[task].one_answer:
+                raise InputError(f"{task} has more than one right text, so teacher forcing cannot score it; leave --scoring out")
 
-    def group(self, name: str, length: int) -> Score:
-        """The tasks of one of ``TASK_GROUPS`` together: with equal prompts a task, their average."""
-        return sum((self.needles[task, length] for task in TASK_GROUPS[name]), Score(0, 0))
+    def scoring_of(self, task: str) -> str:
+        return self.scoring or ("teacher-forced" if TASKS[task].one_answer else "generation")
 
 
-def take_exam(model: torch.nn.Module, card: ModelCard, exam: Exam, name: str) -> Results:
-    """A model's results, ``name`` being the progress bar's label. InputError if it lacks the exam's tokens."""
-    exam.check_vocabulary(card, name)
-    shape, head_map = card.shape, card.head_map
-    needles, text = {}, {}
-    tokens = sum(len(p.ids) for drawn in exam.needles.values() for p in drawn)
-    tokens += sum(windows_bs.numel() for windows_bs in exam.text_bs.values())
-    with tqdm(total=tokens, desc=name, unit="tok", unit_scale=True, disable=None) as bar:
-        for (task, length), prompts in exam.needles.items():
-            correct = 0
-            for right in answers_right(model, prompts):
-                correct += sum(right)
-                bar.update(len(right) * length)
-            needles[task, length] = Score(correct, len(prompts))
-        for length, windows_bs in exam.text_bs.items():
-            text[length] = text_loss(model, windows_bs)
-            bar.update(windows_bs.numel())
-    return Results(
-        fingerprint=card.fingerprint,
-        stage=card.stage,
-        strategy=head_map.strategy,
-        num_fa=head_map.num_fa,
-        num_heads=shape.num_layers * shape.num_heads,
-        native_length=shape.native_length,
-        exam=exam.digest,
-        seed=exam.seed,
-        needles=needles,
-        text=text,
-    )
+def named_tasks(names: Sequence[str]) -> tuple[str, ...]:
+    """The tasks of some names of tasks or groups, or of "all", in the order of ``TASKS``; InputError for an unknown name."""
+    known = {"all": tuple(TASKS)} | TASK_GROUPS | {task: (task,) for task in TASKS}
+    for name in names:
+        if name not in known:
+            raise InputError(f"--tasks {name}: unknown; choose from {', '.join(known)}")
+    chosen = {task for name in names for task in known[name]}
+    return tuple(task for task in TASKS if task in chosen)
+
+
+class Papers:
+    """An exam in the words of each model's tokenizer. Texts and prompts are made by the first rank, which alone holds texts."""
+
+    def __init__(self, exam: Exam) -> None:
+        self.exam = exam
+        self._sources: dict[str, Source] = {}  # by the tokenizer's fingerprint
+        self._pieces: dict[str, list[Piece]] = {}
+
+    def enter(self, name: str, facts: ModelFacts, dtype: str) -> tuple[Contestant, list[Piece]]:
+        """A model as a contestant, and the pieces it is asked; called alike on all ranks.
+
+        Raises:
+            InputError: prompts or windows that cannot be made, or that have tokens which the model does not know.
+        """
+        tokenizer = from_first_rank(partial(self._read, facts))
+        if tokenizer not in self._pieces:
+            tasks = (*self.exam.tasks, *((TEXT,) if self.exam.text else ()))
+            asked = [(task, length) for length in self.exam.lengths for task in tasks]
+            # one by one, since ranks that wait for very long are taken for dead
+            bar = tqdm(asked, desc="prompts", unit="set", disable=_hidden())
+            self._pieces[tokenizer] = [from_first_rank(partial(self._piece, tokenizer, task, length)) for task, length in bar]
+        pieces = self._pieces[tokenizer]
+        if (largest := max((piece.max_id for piece in pieces), default=0)) >= facts.vocab_size:
+            vocabulary = f"its vocabulary has {facts.vocab_size} words, the tokenizer gives token {largest}"
+            raise InputError(f"{name}: {vocabulary}; they are not of one model")
+        return Contestant(name=name, facts=facts, dtype=dtype, tokenizer=tokenizer), pieces
+
+    def prompts(self, tokenizer: str, task: str, length: int) -> PromptSet:
+        """From the cache, or made; on the first rank."""
+        return prompt_set(task, length, self.exam.prompts, self.exam.seed, self._sources[tokenizer], self.exam.cache)
+
+    def windows(self, tokenizer: str, length: int) -> Tensor:
+        """The text to predict, int64 [b, s]; on the first rank."""
+        return text_windows(self._sources[tokenizer].haystack.ids, length)
+
+    def _read(self, facts: ModelFacts) -> str:
+        """The fingerprint of a model's tokenizer, and what prompts are made of with it."""
+        tokenizer = tokenizer_in(facts.tokenizer_dir)
+        fingerprint = tokenizer_fingerprint(tokenizer)
+        if fingerprint not in self._sources:
+            haystack = read_haystack(tokenizer, self.exam.haystack, self.exam.repeat_haystack)
+            wording = load_wording(self.exam.template, tokenizer, facts.tokenizer_dir)
+            self._sources[fingerprint] = Source(tokenizer, wording, haystack)
+        return fingerprint
+
+    def _piece(self, tokenizer: str, task: str, length: int) -> Piece:
+        where = {"task": task, "length": length, "tokenizer": tokenizer}
+        if task == TEXT:
+            windows_bs = self.windows(tokenizer, length)
+            digest, largest = hashlib.sha256(windows_bs.numpy().astype("<i8").tobytes()).hexdigest(), int(windows_bs.max())
+            return Piece(**where, count=len(windows_bs), scoring="loss", wording="", seed=0, digest=digest, max_id=largest)
+        made, wording = self.prompts(tokenizer, task, length), self._sources[tokenizer].wording
+        return Piece(
+            **where,
+            count=len(made.prompts),
+            scoring=self.exam.scoring_of(task),
+            wording=f"{wording.name} ({wording.digest[:8]})",
+            seed=self.exam.seed,
+            digest=made.digest,
+            max_id=made.max_id,
+        )
+
+
+def take_exam(papers: Papers, todo: Mapping[Contestant, Sequence[Piece]], records: Records) -> None:
+    """Let models answer what they are asked, one model in memory at a time; called alike on all ranks.
+
+    The first rank keeps each piece as soon as it is done, and shows the progress.
+
+    Raises:
+        InputError: a layout that cannot hold a model, or weights that do not fit it.
+    """
+    tokens = sum(piece.count * piece.length for pieces in todo.values() for piece in pieces)
+    with tqdm(total=tokens, unit="tok", unit_scale=True, disable=_hidden()) as bar:
+        for contestant, pieces in todo.items():
+            if not pieces:
+                continue
+            bar.set_description(contestant.name)
+            tokenizer = tokenizer_in(contestant.facts.tokenizer_dir)
+            model = open_model(contestant.facts, DTYPES[contestant.dtype])
+            for piece in pieces:
+                take = _predict if piece.task == TEXT else _answer
+                found, likeliest_bs = take(model, papers, piece, tokenizer, bar)
+                if torch.distributed.get_rank() == 0:
+                    at_home = piece.length <= contestant.facts.native_length
+                    records.keep(contestant, piece, found, likeliest_bs if at_home else None)
+            del model  # before the next one needs its memory
+
+
+def _hidden() -> bool | None:
+    """For tqdm: hidden but on the first rank, and there where nobody watches."""
+    return None if torch.distributed.get_rank() == 0 else True
+
+
+def _answer(model: EvaluatedModel, papers: Papers, piece: Piece, tokenizer: Tokenizer, bar: tqdm) -> tuple[list[float], None]:
+    """Each prompt's score."""
+    asked = from_first_rank(partial(papers.prompts, piece.tokenizer, piece.task, piece.length))
+    found: list[float] = []
+    for scores in score_prompts(model, asked.prompts, tokenizer, piece.scoring == "generation"):
+        found += scores
+        bar.update(len(scores) * piece.length)
+    return found, None
+
+
+def _predict(model: EvaluatedModel, papers: Papers, piece: Piece, tokenizer: Tokenizer, bar: tqdm) -> tuple[TextLoss, np.ndarray]:
+    """The loss on text, and the likeliest tokens, int32 [b, s - 1]."""
+    windows_bs = from_first_rank(partial(papers.windows, piece.tokenizer, piece.length))
+    found: list[tuple[tuple[float, ...], np.ndarray]] = []
+    for windows in window_losses(model, windows_bs):
+        found += windows
+        bar.update(len(windows) * piece.length)
+    text_bytes = sum(len(tokenizer.decode(ids_s[1:], clean_up_tokenization_spaces=False).encode()) for ids_s in windows_bs)
+    return TextLoss(piece.length, tuple(means for means, _ in found), text_bytes), np.stack([likeliest_s for _, likeliest_s in found])

@@ -17,10 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from safetensors.torch import save_file
 from torch import Tensor
@@ -30,6 +28,7 @@ from hydra_mcore.config import ModelCard
 from hydra_mcore.evaluation.forward import rows_a_forward
 from hydra_mcore.heads import InputError, write_json
 from hydra_mcore.model.build import load_model, model_config, transformer_config
+from hydra_mcore.model.forward import last_hidden
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.ops.context_parallel import gather_parts
 from hydra_mcore.ops.sequence import SequencePart
@@ -81,23 +80,10 @@ def logits_of(model: GPTModel, rows: Rows) -> dict[str, Tensor] | None:
 
 @torch.no_grad()
 def _forward(model: GPTModel, ids_bs: Tensor, documents: tuple[int, ...] | None) -> Tensor | None:
-    groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "pp", "cp"])
-    pipe, (batch, length) = P2PCommunicator(groups.pp, model.config), ids_bs.shape
-    part = SequencePart(length, groups.cp.size(), groups.cp.rank(), documents)
-    packed = None
-    if documents is not None:
-        cu_seqlens = torch.tensor(documents, dtype=torch.int32)  # on the host, where the layers read it
-        packed = PackedSeqParams("thd", cu_seqlens, cu_seqlens, max_seqlen_q=length, max_seqlen_kv=length)
-    device = next(model.parameters()).device
-    mine_bs = ids_bs[:, part.start : part.start + part.num_tokens].to(device)
-    position_ids_bs = part.positions(device).expand_as(mine_bs)
-    model.set_input_tensor(pipe.recv_forward((part.num_tokens, batch, model.config.hidden_size), pipe.is_pp_first_stage))
-    out = model(mine_bs, position_ids_bs, None, packed_seq_params=packed)
-    pipe.send_forward(out.contiguous(), pipe.is_pp_last_stage)
-    if not pipe.is_pp_last_stage:
+    if (output := last_hidden([model], ids_bs, documents)) is None:
         return None
-    whole_bsw = gather_from_tensor_model_parallel_region(out, group=groups.tp)
-    return gather_parts(whole_bsw.transpose(0, 1), groups.cp).transpose(0, 1).float().cpu()
+    whole_sbw = gather_from_tensor_model_parallel_region(F.linear(*output), group=model.pg_collection.tp)
+    return gather_parts(whole_sbw, model.pg_collection.cp).transpose(0, 1).float().cpu()
 
 
 def run_layouts(checkpoint_dir: str | Path, rows: Rows, layouts: list[Layout], folder: Path) -> dict[Layout, Path | str]:

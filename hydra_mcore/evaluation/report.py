@@ -1,177 +1,193 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Results of several models side by side: JSON for machines, a markdown table and a figure for people."""
+"""The report on all that an output folder records: JSON for machines, markdown and two figures for people."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable
+import json
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from hydra_mcore.evaluation.figures import accuracy_figure, loss_figure, short
+from hydra_mcore.evaluation.files import replacing
+from hydra_mcore.evaluation.perplexity import TextLoss
+from hydra_mcore.evaluation.records import Records
+from hydra_mcore.evaluation.results import Results, comparable, groups_of, lengths_of, to_json, uneven
+from hydra_mcore.evaluation.scoring import Score
+from hydra_mcore.heads import InputError
 
-from hydra_mcore.evaluation.evaluate import Results
-from hydra_mcore.evaluation.scoring import TASK_GROUPS, Score
-from hydra_mcore.heads import InputError, write_json
-from hydra_mcore.selection.needles import TASKS
-
-RESULTS_FORMAT = 1
-RESULTS_NAME, TABLE_NAME, FIGURE_NAME = "results.json", "report.md", "accuracy.png"
-COLORS = ("#222222", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31")
-MARKERS = "osD^vPX*"
+RESULTS_FORMAT = 2
+RESULTS_NAME, TABLE_NAME, ACCURACY_NAME, LOSS_NAME = "results.json", "report.md", "accuracy.png", "loss.png"
+NONE = "-"
 
 
-def check_out_dir(out_dir: str | Path) -> None:
-    """Raise InputError when a report cannot or must not be written here, before anything has been done."""
-    root = Path(out_dir)
-    if (root / RESULTS_NAME).exists():
-        raise InputError(f"{root}: already holds {RESULTS_NAME}; choose another folder or remove it")
-    above = next(path for path in (root, *root.absolute().parents) if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise InputError(f"{root}: cannot be written, {above} is not a writable folder")
+def check_report(out: Path) -> None:
+    """Raise InputError where another version of this package left a report, which would be lost."""
+    path = out / RESULTS_NAME
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["format"]
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, TypeError, KeyError):
+        found = None
+    if found != RESULTS_FORMAT:
+        raise InputError(f"{path}: no report that this version can add to (format {found}); choose another --out")
 
 
-def write_report(out_dir: str | Path, models: dict[str, Results], settings: dict[str, Any]) -> None:
-    """Write figure, table and JSON, each beside its target and then renamed; the JSON last: it marks a whole report.
+def write_report(out: Path, reference: str | None) -> str:
+    """Write the report anew from all records of a folder, and give its tables of accuracy; the JSON comes last.
 
     Args:
-        models: results by name, in the order of rows.
-        settings: how the exam was made, kept in the JSON.
+        reference: name of the model that the others' likeliest tokens are compared with; None: the first one.
 
     Raises:
-        ValueError: no models, or they did not take the same exam.
+        InputError: no model of that name has a record.
     """
-    if len({results.exam for results in models.values()}) != 1:
-        raise ValueError("a report needs models that took one and the same exam")
-    root = Path(out_dir)
-    root.mkdir(parents=True, exist_ok=True)
-    accuracy_figure(root / FIGURE_NAME, models)
-    beside = root / (TABLE_NAME + ".partial")
-    beside.write_text(markdown(models), encoding="utf-8")
-    beside.replace(root / TABLE_NAME)
-    entries = {name: results_json(results) for name, results in models.items()}
-    write_json(root / RESULTS_NAME, {"format": RESULTS_FORMAT, "settings": settings, "models": entries})
+    results = comparable(Records(out).rows())
+    named = {line.name: line for line in results}
+    if reference is not None and reference not in named:
+        raise InputError(f"--reference {reference}: no such model; there are {', '.join(named)}")
+    compared = results[0] if reference is None else named[reference]
+    if lengths_of(results):
+        accuracy_figure(out / ACCURACY_NAME, results)
+    if any(line.text for line in results):
+        loss_figure(out / LOSS_NAME, results)
+    with replacing(out / TABLE_NAME) as beside:
+        beside.write_text(markdown(results, compared), encoding="utf-8")
+    with replacing(out / RESULTS_NAME) as beside:
+        beside.write_text(json.dumps({"format": RESULTS_FORMAT, "models": to_json(results, compared)}, indent=1) + "\n", encoding="utf-8")
+    return accuracy_tables(results)
 
 
-def results_json(results: Results) -> dict[str, Any]:
-    """One model's results as JSON values; accuracies are shares, losses in nats a token."""
-    facts = ("fingerprint", "stage", "strategy", "num_fa", "num_heads", "native_length", "exam", "seed")
-    groups = {(name, length): results.group(name, length) for length in results.lengths for name in TASK_GROUPS}
-    return {
-        **{name: getattr(results, name) for name in facts},
-        "tasks": [{"task": key[0], "length": key[1], **_score_json(score)} for key, score in results.needles.items()],
-        "groups": [{"group": key[0], "length": key[1], **_score_json(score)} for key, score in groups.items()],
-        "text": [
-            {"length": text.length, "tokens": text.tokens, "nll": text.nll, "perplexity": text.perplexity} for text in results.text.values()
-        ],
+def markdown(results: Sequence[Results], reference: Results) -> str:
+    """The whole report: accuracy by task group, loss, the short-context check, every task by itself."""
+    parts = ["# Evaluation"]
+    if lengths_of(results):
+        parts += [_how_scored(results), accuracy_tables(results), f"![accuracy against length]({ACCURACY_NAME})"]
+    if any(line.text for line in results):
+        parts += _losses(results) + _short_context(results, reference)
+    if lengths_of(results):
+        parts += ["## Every task", _every_task(results)]
+    return "\n\n".join(parts) + "\n"
+
+
+def accuracy_tables(results: Sequence[Results]) -> str:
+    """A table for each task group: models by prompt length."""
+    lengths, tables = lengths_of(results), []
+    for group, tasks in groups_of(results).items():
+        cells = {line.name: [_percent(line.group(tasks, length)) for length in lengths] for line in results}
+        rows = ([line.name, _heads(line), short(line.contestant.facts.native_length), *cells[line.name]] for line in results)
+        tables.append(f"{group} ({', '.join(tasks)}):\n\n" + _table(["model", "FA heads", "native", *map(short, lengths)], rows))
+    return "\n\n".join(tables)
+
+
+def _how_scored(results: Sequence[Results]) -> str:
+    pieces = [piece for line in results for (task, length) in line.scores if (piece := line.pieces[task, length])]
+    counts, seeds = (sorted({getattr(piece, name) for piece in pieces}) for name in ("count", "seed"))
+    generated = sorted({piece.task for piece in pieces if piece.scoring == "generation"})
+    said = (
+        f"Share of prompts answered, in percent, with 95% intervals (Wilson); columns are prompt lengths in tokens. "
+        f"{_joined(counts)} prompts a task and length, seed {_joined(seeds)}, worded as {_joined(sorted({p.wording for p in pieces}))}. "
+        f"{'Scored by greedy decoding: ' + ', '.join(generated) + '; the others' if generated else 'Scored'} by teacher forcing, "
+        "which gives what greedy decoding would where one text alone is right."
+    )
+    if unlike := uneven(results):
+        said += (
+            f" Not all models answered the same questions: {', '.join(f'{task} @{short(length)}' for task, length in unlike)}; "
+            "ask them in one call with the same --prompts and --seed."
+        )
+    if len(_tokenizers(results)) > 1:
+        said += (
+            " The models have different tokenizers, each with prompts and text windows of its own of the same lengths in tokens: "
+            + "; ".join(f"{', '.join(names)} ({tokenizer[:8]})" for tokenizer, names in _tokenizers(results).items())
+            + ". Their perplexities cannot be compared, bits per byte can."
+        )
+    return said
+
+
+def _losses(results: Sequence[Results]) -> list[str]:
+    """Perplexity by window length, and up to where context helps."""
+    parts = ["## Held-out text", "Perplexity by window length in tokens, each window read from its own beginning:"]
+    parts.append(_by_window(results, lambda line, length: f"{line.text[length].perplexity:.2f}"))
+    if len(_tokenizers(results)) > 1:
+        parts += ["Bits per byte:", _by_window(results, lambda line, length: f"{line.text[length].bits_per_byte:.3f}")]
+    said = "Does loss keep falling with context? Nats a token by the number of tokens before, differences with one standard error:"
+    lines = [f"- {line.name}: {_trend(line.text[max(line.text)])}" for line in results if line.text]
+    return [*parts, f"![loss against position]({LOSS_NAME})", said, "\n".join(lines)]
+
+
+def _trend(text: TextLoss) -> str:
+    """Where in its windows a model's loss is lowest, and how sure that is."""
+    bins = text.by_position
+    last = len(bins) - 1
+    lowest = min(range(len(bins)), key=lambda place: bins[place].nll)
+    at = [f"{part.nll:.3f} at {short(part.start)}-{short(part.end)}" for part in bins]
+    windows = f"{len(text.by_window)} windows of {short(text.length)}"
+    if last == 0:
+        return f"{at[0]} ({windows})"
+    rise, error = text.rise(last, last - 1) if lowest == last else text.rise(lowest, last)
+    said = f"{rise:.3f}" + ("" if error is None else f" +- {error:.3f}")
+    if lowest == last:
+        return f"falls to the end, {at[last]}, {said} below the bin before ({windows})"
+    return f"lowest, {at[lowest]}; at the end, {at[last]}, {said} above that ({windows})"
+
+
+def _short_context(results: Sequence[Results], reference: Results) -> list[str]:
+    """What the transfer cost where the reference is at home."""
+    lengths = sorted(reference.likeliest)
+    if not lengths or len(results) < 2:
+        return []
+    cells = {
+        line.name: [NONE if (share := line.agreement(reference, length)) is None else f"{100 * share:.1f}" for length in lengths]
+        for line in results
     }
-
-
-def _score_json(score: Score) -> dict[str, Any]:
-    facts = {"correct": score.correct, "total": score.total, "accuracy": score.accuracy}
-    return {**facts, "interval": list(score.interval)}
-
-
-def markdown(models: dict[str, Results]) -> str:
-    """The tables: task groups and perplexity by length, then every task by itself."""
-    some = next(iter(models.values()))
-    lengths, prompts = sorted(some.lengths), next(iter(some.needles.values())).total
-    columns = [(name, length) for length in lengths for name in TASK_GROUPS]
-    titles = [f"{name} @{length}" for name, length in columns] + [f"perplexity @{length}" for length in lengths]
-    summary = _table(
-        ["model", "FA heads", *titles],
-        (
-            [name, f"{results.num_fa} of {results.num_heads}"]
-            + [_percent(results.group(*column)) for column in columns]
-            + [f"{results.text[length].perplexity:.2f}" for length in lengths]
-            for name, results in models.items()
-        ),
+    said = (
+        f"Tokens of the held-out text where a model thinks the same next token the likeliest as {reference.name} does, in percent, "
+        "by window length up to the native one:"
     )
-    tasks = [(task, length) for length in lengths for task in TASKS]
-    details = _table(
-        ["task", "tokens", *models],
-        ([key[0], str(key[1]), *(_percent(results.needles[key]) for results in models.values())] for key in tasks),
-    )
-    return (
-        f"# Evaluation\n\n{summary}\n"
-        f"Exact match in percent on needle prompts, {prompts} a task and length, with 95% binomial (Wilson) intervals; "
-        f"columns are task groups at a length in tokens. Native length: {_native_lengths(models)} tokens. All models "
-        f"answered the same prompts (seed {some.seed}, sha256 {some.exam[:12]}).\n\n"
-        f"![accuracy against length]({FIGURE_NAME})\n\n## Every task\n\n{details}"
-    )
+    return ["## Short context", said, _table(["model", *map(short, lengths)], ([name, *row] for name, row in cells.items()))]
+
+
+def _every_task(results: Sequence[Results]) -> str:
+    keys = sorted({key for line in results for key in line.scores}, key=lambda key: (key[1], [*_tasks(results)].index(key[0])))
+    rows = ([task, short(length), *(_percent(line.scores.get((task, length))) for line in results)] for task, length in keys)
+    return _table(["task", "tokens", *(line.name for line in results)], rows)
+
+
+def _tasks(results: Sequence[Results]) -> list[str]:
+    return [task for tasks in groups_of(results).values() for task in tasks]
+
+
+def _by_window(results: Sequence[Results], cell: Callable[[Results, int], str]) -> str:
+    lengths = sorted({length for line in results for length in line.text})
+    rows = ([line.name, *(cell(line, length) if length in line.text else NONE for length in lengths)] for line in results)
+    return _table(["model", *map(short, lengths)], rows)
+
+
+def _tokenizers(results: Sequence[Results]) -> dict[str, list[str]]:
+    """Names of the models of each tokenizer."""
+    found: dict[str, list[str]] = {}
+    for line in results:
+        found.setdefault(line.contestant.tokenizer, []).append(line.name)
+    return found
 
 
 def _table(header: list[str], rows: Iterable[list[str]]) -> str:
     lines = [header, [":--"] + ["--:"] * (len(header) - 1), *rows]
-    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
 
 
-def _percent(score: Score) -> str:
+def _percent(score: Score | None) -> str:
+    if score is None:
+        return NONE
     low, high = score.interval
     return f"{100 * score.accuracy:.1f} ({100 * low:.1f}-{100 * high:.1f})"
 
 
-def _native_lengths(models: dict[str, Results]) -> str:
-    return ", ".join(str(length) for length in sorted({results.native_length for results in models.values()}))
+def _heads(line: Results) -> str:
+    facts = line.contestant.facts
+    return NONE if facts.num_fa is None else f"{facts.num_fa} of {facts.num_heads}"
 
 
-def accuracy_figure(path: str | Path, models: dict[str, Results]) -> None:
-    """Write a PNG: accuracy against length, one panel for each task group, a line for each model."""
-    rows = len(models) // 3 + 1  # of the legend, the native length included
-    figure = Figure(figsize=(10, 4.0 + 0.26 * rows), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(TASK_GROUPS), sharey=True)
-    for axes, group in zip(panels, TASK_GROUPS, strict=True):
-        _panel(axes, group, models)
-    panels[0].set_ylabel("exact match (%)")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False, fontsize=9)
-    title = "Needle tasks: exact match against prompt length"
-    figure.suptitle(title, fontsize=12, fontweight="bold", x=0.02, ha="left")
-    beside = Path(path).with_name(Path(path).name + ".partial")
-    figure.savefig(beside, format="png")
-    beside.replace(path)
-
-
-def _panel(axes: Axes, group: str, models: dict[str, Results]) -> None:
-    """One task group; models stand a little beside each other at a length, so that their intervals can be read."""
-    lengths = sorted({length for results in models.values() for length in results.lengths})
-    for index, (name, results) in enumerate(models.items()):
-        step = 1.0 + 0.025 * (index - (len(models) - 1) / 2)
-        scores = [results.group(group, length) for length in sorted(results.lengths)]
-        below = [100 * (score.accuracy - score.interval[0]) for score in scores]
-        above = [100 * (score.interval[1] - score.accuracy) for score in scores]
-        axes.errorbar(
-            [length * step for length in sorted(results.lengths)],
-            [100 * score.accuracy for score in scores],
-            yerr=(below, above),
-            label=f"{name} ({results.num_fa} of {results.num_heads} FA)",
-            color=COLORS[index % len(COLORS)],
-            marker=MARKERS[(index + index // len(COLORS)) % len(MARKERS)],
-            markersize=5,
-            linewidth=1.6,
-            elinewidth=1.0,
-            capsize=2.5,
-        )
-    axes.set_xscale("log", base=2)
-    axes.set_xlim(lengths[0] / 1.3, lengths[-1] * 1.3)
-    axes.set_xticks(lengths, [_short(length) for length in lengths])
-    axes.set_xticks([], minor=True)
-    axes.set_ylim(-4, 108)
-    axes.set_yticks(range(0, 101, 20))
-    for native in sorted({results.native_length for results in models.values()}):
-        if lengths[0] / 1.3 <= native <= lengths[-1] * 1.3:
-            dashes = {"color": "#888888", "linestyle": (0, (4, 3)), "linewidth": 1.2, "zorder": 0}
-            axes.axvline(native, label=f"native length ({_short(native)})", **dashes)
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(f"{group} ({len(TASK_GROUPS[group])} tasks)", fontsize=10, loc="left")
-    axes.set_xlabel("prompt length (tokens)")
-
-
-def _short(length: int) -> str:
-    return f"{length // 1024}K" if length % 1024 == 0 and length >= 8192 else str(length)
+def _joined(values: Sequence[object]) -> str:
+    return ", ".join(map(str, values))

@@ -1,39 +1,43 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Exact match on needle tasks (RULER, arXiv:2404.06654), without a decoding loop.
+"""How much of RULER's prompts (arXiv:2404.06654) a model answers, by decoding only where decoding is needed.
 
-Greedy decoding writes the answer exactly when, the answer being teacher-forced, the argmax is right at every one of
-its positions: up to the first mistake both see the same tokens. So one forward pass scores a prompt.
+Where one text alone is right, greedy decoding writes it exactly when, the answer being teacher-forced, the argmax is right
+at every one of its tokens: up to the first mistake both see the same tokens. So one forward pass scores such a prompt.
+Everywhere else the model decodes greedily, and the score is the share of the answers that its text holds (RULER's
+string_match_all).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from hydra_mcore.evaluation.forward import logits_at, rows_a_forward
+from hydra_mcore.evaluation.forward import rows_a_forward
+from hydra_mcore.evaluation.models import EvaluatedModel
+from hydra_mcore.evaluation.ruler.prompts import Prompt
 from hydra_mcore.heads import InputError
-from hydra_mcore.selection.needles import TASKS, NeedleFormat, NeedlePrompt, build_prompts
 from hydra_mcore.selection.probes import EVALUATION_SEEDS
 
-TASK_GROUPS: dict[str, tuple[str, ...]] = {
-    "single-key": tuple(task for task in TASKS if task.startswith("niah_single")),
-    "multi-key": tuple(task for task in TASKS if task.startswith("niah_multikey")),
-}
 Z95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
 
 
 @dataclass(frozen=True)
 class Score:
-    """How many of ``total`` prompts were answered exactly."""
+    """The sum of ``total`` prompts' scores, each between 0 and 1."""
 
-    correct: int
+    correct: float
     total: int
+
+    @classmethod
+    def of(cls, scores: Sequence[float]) -> Score:
+        return cls(math.fsum(scores), len(scores))
 
     @property
     def accuracy(self) -> float:
@@ -41,12 +45,16 @@ class Score:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's 95% interval for the accuracy: right at 0 and 1 too, where the usual +- is empty."""
+        """Wilson's 95% interval for the accuracy: right at 0 and 1 too, where the usual +- is empty.
+
+        Scores between 0 and 1 vary at most as much as right-or-wrong ones of the same mean, so with them it is too wide, if
+        anything.
+        """
         z2, p, n = Z95 * Z95, self.accuracy, self.total
         centre = (p + z2 / (2 * n)) / (1 + z2 / n)
         half = Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
         # At 0 and 1 the bound is the accuracy itself; rounding must not put it beside.
-        return (centre - half if self.correct else 0.0), (centre + half if self.correct < n else 1.0)
+        return (centre - half if self.correct > 0 else 0.0), (centre + half if self.correct < n else 1.0)
 
     def __add__(self, other: Score) -> Score:
         return Score(self.correct + other.correct, self.total + other.total)
@@ -59,30 +67,58 @@ def check_seed(seed: int) -> None:
         raise InputError(f"seed {seed}: evaluation uses {EVALUATION_SEEDS} and above; {others}")
 
 
-def needle_prompts(
-    task: str, fmt: NeedleFormat, tokenizer: Tokenizer, haystack_ids: np.ndarray, length: int, count: int, seed: int
-) -> list[NeedlePrompt]:
-    """``count`` prompts of exactly ``length`` tokens, the answer included; the same seed gives the same prompts.
+def score_prompts(model: EvaluatedModel, prompts: Sequence[Prompt], tokenizer: Tokenizer, by_generation: bool) -> Iterator[list[float]]:
+    """Each prompt's score from 0 to 1, in order, a batch at a time; replicas of the model share each batch out.
 
-    Raises:
-        InputError: a seed of training, no prompts, or prompts that cannot be built (too short, too little text).
+    Args:
+        prompts: of one length, answers included. Called alike on all ranks.
+        by_generation: decode where teacher forcing would do, too. A prompt with one right answer must then be answered by
+            exactly its tokens, at once, so that both ways agree.
     """
-    check_seed(seed)
-    if count < 1:
-        raise InputError(f"{count} prompts a task: at least 1 is needed")
-    try:
-        return build_prompts(task, fmt, tokenizer, haystack_ids, length, count, seed)
-    except ValueError as error:
-        raise InputError(f"{task} with {length} tokens: {error}") from None
+    stop = frozenset() if tokenizer.eos_token_id is None else frozenset([tokenizer.eos_token_id])
+
+    def scores(batch: Sequence[Prompt]) -> list[float]:
+        if not by_generation and all(len(prompt.answer_ids) for prompt in batch):
+            return _teacher_forced(model, batch)
+        found: dict[int, float] = {}
+        # the answers of a task may differ in tokens, and then so do the prompts before them
+        for _, alike in groupby(sorted(range(len(batch)), key=lambda i: _sizes(batch[i])), key=lambda i: _sizes(batch[i])):
+            places = list(alike)
+            found |= zip(places, _generated(model, [batch[i] for i in places], tokenizer, stop), strict=True)
+        return [found[place] for place in range(len(batch))]
+
+    return shared_out(model, prompts, rows_a_forward(len(prompts[0].ids) + prompts[0].room), scores)
 
 
-def answers_right(model: torch.nn.Module, prompts: Sequence[NeedlePrompt]) -> Iterator[list[bool]]:
-    """Whether greedy decoding gives each prompt's answer, a batch at a time; ``model`` as in ``logits_at``.
+def shared_out[T, R](model: EvaluatedModel, items: Sequence[T], size: int, work: Callable[[Sequence[T]], list[R]]) -> Iterator[list[R]]:
+    """What ``work`` makes of every item, in order: each replica does up to ``size`` of them, then all get the results of all."""
+    for first in range(0, len(items), size * model.replicas):
+        batch = items[first : first + size * model.replicas]
+        mine = batch[model.replica :: model.replicas]
+        by_replica = model.collect(work(mine) if len(mine) else [])
+        yield [by_replica[place % model.replicas][place // model.replicas] for place in range(len(batch))]
 
-    The prompts are of one task and one length, so that their answers stand at the same place.
-    """
-    size, start = rows_a_forward(len(prompts[0].ids)), prompts[0].answer_start
-    for first in range(0, len(prompts), size):
-        ids_bs = torch.from_numpy(np.stack([prompt.ids for prompt in prompts[first : first + size]]))
-        predicted_bp = logits_at(model, ids_bs, slice(start - 1, ids_bs.shape[1] - 1)).argmax(-1).cpu()
-        yield (predicted_bp == ids_bs[:, start:]).all(-1).tolist()
+
+def _sizes(prompt: Prompt) -> tuple[int, int]:
+    return len(prompt.ids), prompt.room
+
+
+def _teacher_forced(model: EvaluatedModel, prompts: Sequence[Prompt]) -> list[float]:
+    ids_bs = torch.from_numpy(np.stack([np.concatenate([p.ids, p.answer_ids]).astype(np.int64) for p in prompts]))
+    start = min(len(prompt.ids) for prompt in prompts)
+    right_bs = model.predicted(ids_bs, start) == ids_bs[:, start:]
+    return [float(right_s[len(prompt.ids) - start :].all()) for prompt, right_s in zip(prompts, right_bs, strict=True)]
+
+
+def _generated(model: EvaluatedModel, prompts: Sequence[Prompt], tokenizer: Tokenizer, stop: frozenset[int]) -> list[float]:
+    """Scores of prompts of the same length and room."""
+    ids_bs = torch.from_numpy(np.stack([prompt.ids for prompt in prompts]).astype(np.int64))
+    written_bs = model.generated(ids_bs, prompts[0].room, stop).numpy()
+    return [_answered(prompt, ids, tokenizer) for prompt, ids in zip(prompts, written_bs, strict=True)]
+
+
+def _answered(prompt: Prompt, written: np.ndarray, tokenizer: Tokenizer) -> float:
+    if len(prompt.answer_ids):
+        return float(np.array_equal(written[: len(prompt.answer_ids)], prompt.answer_ids))
+    text = tokenizer.decode(written, skip_special_tokens=True).casefold()
+    return sum(answer.casefold() in text for answer in prompt.answers) / len(prompt.answers)

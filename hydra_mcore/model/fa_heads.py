@@ -20,6 +20,7 @@ from torch.nn.attention.bias import causal_lower_right
 from hydra_mcore.config import HydraOptions
 from hydra_mcore.heads import HeadLayout, HeadRole
 from hydra_mcore.model.gates import OutputGate
+from hydra_mcore.model.memory import LayerMemory
 from hydra_mcore.model.parameters import GroupLinear, HeadLinear, RMSNorm, recomputed
 from hydra_mcore.ops.context_parallel import gather_parts, swap_with_mirror
 from hydra_mcore.ops.sequence import Rows, Segment, SequencePart
@@ -46,7 +47,8 @@ class FullAttentionHeads(MegatronModule):
         shared_kv: bool,
     ) -> None:
         super().__init__(config)
-        self.options, self.log_scale, self.attention_factor = options, log_scale, attention_factor
+        self.options, self.attention_factor = options, attention_factor
+        self.log_scale_base = options.fa_log_scale_base if log_scale else None
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         heads, branch = layout.ranks[pg_collection.tp.rank()].fa, layout.layer.fa
         self.num_heads = len(heads)
@@ -64,7 +66,7 @@ class FullAttentionHeads(MegatronModule):
             self.gate = OutputGate(config, ordinals, len(branch), *gate, shared=shared)
 
     def forward(
-        self, x_sbm: Tensor, part: SequencePart, rotary: Tensor, kv: tuple[Tensor, Tensor] | None
+        self, x_sbm: Tensor, part: SequencePart, rotary: Tensor, kv: tuple[Tensor, Tensor] | None, memory: LayerMemory | None = None
     ) -> list[tuple[Tensor, Tensor | None]]:
         """(outputs [s, b, h, d], gate [s, b, h, d or 1] or None) of the rank's own heads, then of the shared ones if any.
 
@@ -72,6 +74,7 @@ class FullAttentionHeads(MegatronModule):
 
         Args:
             kv: keys and values by group [s, b, g, 2d] and the group of each head, where both branches share them.
+            memory: where keys and values are kept, and those before the ``part`` are found.
         """
         kv_sbgd, group_of_head = (self.linear_kv(x_sbm), self.linear_kv.group_of_head) if kv is None else kv
         k_sbgd, v_sbgd = kv_sbgd.chunk(2, dim=-1)
@@ -79,11 +82,15 @@ class FullAttentionHeads(MegatronModule):
             k_sbgd = self.k_norm(k_sbgd)
         if self.options.fa_position == "rope":
             k_sbgd = apply_rotary_pos_emb(k_sbgd, rotary, self.config, mscale=self.attention_factor, cp_group=self.cp_group)
-        k_sbgd, v_sbgd = gather_parts(torch.cat([k_sbgd, v_sbgd], dim=-1), self.cp_group).chunk(2, dim=-1)
+        if memory is not None:
+            memory.keep(k_sbgd, v_sbgd)
         groups = group_of_head.split([self.num_heads, len(group_of_head) - self.num_heads])
         parts = [part.query_rows()]
         if self.linear_q.shared:
             parts.append(part.query_rows(self.tp_group.rank(), self.tp_group.size()))
+        if part.past:
+            return [self._recall(x_sbm, part, rows, rotary, groups[shared], bool(shared), memory) for shared, rows in enumerate(parts)]
+        k_sbgd, v_sbgd = gather_parts(torch.cat([k_sbgd, v_sbgd], dim=-1), self.cp_group).chunk(2, dim=-1)
         return [
             self._attend(x_sbm, part, rows, rotary, *(t.index_select(2, groups[shared]) for t in (k_sbgd, v_sbgd)), bool(shared))
             for shared, rows in enumerate(parts)
@@ -93,19 +100,31 @@ class FullAttentionHeads(MegatronModule):
         self, x_sbm: Tensor, part: SequencePart, rows: Rows, rotary: Tensor, k_sbhd: Tensor, v_sbhd: Tensor, shared: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of one set of heads for the queries ``rows`` of this part."""
+        q_sbhd, gate = self._queries(x_sbm, part, rows, rotary, shared)
+        attention = partial(self.core_attention, part.segments(rows))
+        out_sbhd = recomputed(self.config, attention, self._swap_second_half(q_sbhd, rows), k_sbhd, v_sbhd)
+        return self._swap_second_half(out_sbhd, rows), gate
+
+    def _recall(
+        self, x_sbm: Tensor, part: SequencePart, rows: Rows, rotary: Tensor, group_of_head: Tensor, shared: bool, memory: LayerMemory
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same for tokens that follow remembered ones."""
+        q_sbhd, gate = self._queries(x_sbm, part, rows, rotary, shared)
+        behind_s = take_rows(torch.arange(-part.num_tokens, 0, device=q_sbhd.device), rows)
+        return memory.attend(q_sbhd, behind_s, group_of_head, self.cp_group), gate
+
+    def _queries(self, x_sbm: Tensor, part: SequencePart, rows: Rows, rotary: Tensor, shared: bool) -> tuple[Tensor, Tensor | None]:
+        """What one set of heads asks at the ``rows`` of this part, and the gate of their outputs."""
         x_sbm, rotary = take_rows(x_sbm, rows), take_rows(rotary, rows)
         q_sbhd = self.linear_q(x_sbm, shared)
         if self.config.qk_layernorm:
             q_sbhd = self.q_norm(q_sbhd)
         if self.options.fa_position == "rope":
             q_sbhd = apply_rotary_pos_emb(q_sbhd, rotary, self.config, mscale=self.attention_factor, cp_group=self.cp_group)
-        if self.log_scale:
+        if self.log_scale_base is not None:
             position_s = take_rows(part.positions(q_sbhd.device), rows)
-            q_sbhd = q_sbhd * log_position_scale(position_s, self.options.fa_log_scale_base).to(q_sbhd.dtype)[:, None, None, None]
-        gate = self.gate(x_sbm, shared) if self.options.fa_gate != "none" else None
-        attention = partial(self.core_attention, part.segments(rows))
-        out_sbhd = recomputed(self.config, attention, self._swap_second_half(q_sbhd, rows), k_sbhd, v_sbhd)
-        return self._swap_second_half(out_sbhd, rows), gate
+            q_sbhd = q_sbhd * log_position_scale(position_s, self.log_scale_base).to(q_sbhd.dtype)[:, None, None, None]
+        return q_sbhd, self.gate(x_sbm, shared) if self.options.fa_gate != "none" else None
 
     def _swap_second_half(self, x_sbhd: Tensor, rows: Rows) -> Tensor:
         if self.cp_group.size() == 1:
@@ -121,6 +140,13 @@ def take_rows(x_s: Tensor, rows: Rows) -> Tensor:
     if all(end == start for (_, end), (start, _) in itertools.pairwise(runs)):
         return x_s[runs[0][0] : runs[-1][1]]
     return torch.cat([x_s[start:end] for start, end in runs])
+
+
+def set_log_scale(model: torch.nn.Module, base: float | None) -> None:
+    """Have all FA heads of a model scale their queries with another ``base`` from now on, or not at all with None."""
+    for module in model.modules():
+        if isinstance(module, FullAttentionHeads):
+            module.log_scale_base = base
 
 
 def log_position_scale(position_s: Tensor, base: float) -> Tensor:

@@ -18,8 +18,9 @@ from torch import Tensor
 from hydra_mcore.config import HydraOptions
 from hydra_mcore.heads import HeadLayout, HeadRole
 from hydra_mcore.model.gates import OutputGate
+from hydra_mcore.model.memory import LayerMemory
 from hydra_mcore.model.parameters import GroupLinear, HeadLinear, PerHead, RMSNorm, gathered, recomputed
-from hydra_mcore.ops.context_parallel import from_previous
+from hydra_mcore.ops.context_parallel import Group, from_last, from_previous
 from hydra_mcore.ops.gated_delta import gated_delta_rule
 from hydra_mcore.ops.sequence import SequencePart
 
@@ -83,24 +84,29 @@ class GatedDeltaHeads(MegatronModule):
         write_sbh = torch.sigmoid(self.linear_write(x_sbm).squeeze(-1).float())
         return -decay_sbh, self.options.gdn_write_max * write_sbh
 
-    def forward(self, x_sbm: Tensor, part: SequencePart, rotary: Tensor, kv_sbhd: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x_sbm: Tensor, part: SequencePart, rotary: Tensor, kv_sbhd: Tensor | None, memory: LayerMemory | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Head outputs [s, b, h, d] and their gate ([s, b, h, d or 1], or None), which fusion applies.
 
         x_sbm is the ``part`` of the sequence that this rank holds, ``rotary`` the angles of its positions, and
-        ``kv_sbhd`` the heads' keys and values where both branches share them.
+        ``kv_sbhd`` the heads' keys and values where both branches share them. ``memory`` has what the tokens before the part
+        left behind, and gets what this part leaves.
         """
         q_sbhd = self.linear_q(x_sbm)
         qkv_sbhd = torch.cat([q_sbhd, self._keys_values(x_sbm) if kv_sbhd is None else kv_sbhd], dim=-1)
         if self.options.gdn_conv_kernel:
-            qkv_sbhd = self.conv(qkv_sbhd, part)
+            qkv_sbhd = self.conv(qkv_sbhd, part, memory)
         q_sbhd, k_sbhd, v_sbhd = qkv_sbhd.chunk(3, dim=-1)
         if self.options.gdn_qk_norm == "rms":
             q_sbhd, k_sbhd = self.q_norm(q_sbhd), self.k_norm(k_sbhd)
         if self.options.gdn_position == "rope":  # without the attention factor, which the L2 norm would take away
             q_sbhd, k_sbhd = (apply_rotary_pos_emb(t, rotary, self.config, cp_group=self.cp_group) for t in (q_sbhd, k_sbhd))
         q_sbhd, k_sbhd = (F.normalize(t.float(), dim=-1).to(t.dtype) for t in (q_sbhd, k_sbhd))
-        delta_rule = partial(self._delta_rule, torch.tensor(part.documents) if part.packed else None)
-        out_sbhd = recomputed(self.config, delta_rule, q_sbhd, k_sbhd, v_sbhd, *self.gates(x_sbm))
+        delta_rule = partial(self._delta_rule, part, memory)
+        out_sbhd, state_bhdv = recomputed(self.config, delta_rule, q_sbhd, k_sbhd, v_sbhd, *self.gates(x_sbm))
+        if memory is not None:
+            memory.state_bhdv = _left_behind(state_bhdv, part, self.cp_group)
         gate = self.gate(x_sbm) if self.options.gdn_gate != "none" else None
         return out_sbhd, gate
 
@@ -108,9 +114,15 @@ class GatedDeltaHeads(MegatronModule):
         kv = self.linear_kv(x_sbm)
         return kv.index_select(2, self.linear_kv.group_of_head) if isinstance(self.linear_kv, GroupLinear) else kv
 
-    def _delta_rule(self, cu_seqlens: Tensor | None, *inputs_sbh: Tensor) -> Tensor:
-        out_bshd, _ = gated_delta_rule(*(t.transpose(0, 1) for t in inputs_sbh), cu_seqlens=cu_seqlens, cp_group=self.cp_group)
-        return out_bshd.transpose(0, 1)
+    def _delta_rule(self, part: SequencePart, memory: LayerMemory | None, *inputs_sbh: Tensor) -> tuple[Tensor, Tensor | None]:
+        out_bshd, state_bhdv = gated_delta_rule(
+            *(t.transpose(0, 1) for t in inputs_sbh),
+            initial_state_bhdv=None if memory is None else memory.state_bhdv,
+            cu_seqlens=torch.tensor(part.documents) if part.packed else None,
+            cp_group=self.cp_group if part.cp_size > 1 else None,
+            state_of_part=memory is not None,
+        )
+        return out_bshd.transpose(0, 1), state_bhdv
 
 
 class ShortConv(PerHead):
@@ -133,7 +145,7 @@ class ShortConv(PerHead):
                 self.weight.zero_()
                 self.weight[:, -1] = 1.0
 
-    def forward(self, x_sbhc: Tensor, part: SequencePart) -> Tensor:
+    def forward(self, x_sbhc: Tensor, part: SequencePart, memory: LayerMemory | None = None) -> Tensor:
         """No token sees another document; the first ones of a part see the last ones of the previous rank's.
 
         Raises:
@@ -145,13 +157,22 @@ class ShortConv(PerHead):
         if part.cp_size > 1 and length < before:
             raise ValueError(f"a context-parallel part of {length} tokens is shorter than the {before} the short convolution looks back")
         weight_hct = self.weight.unflatten(0, (len(self.heads), self.block[0]))
-        if part.cp_size > 1 and before:
+        if part.past:
+            padded = torch.cat([memory.taps_sbhc, x_sbhc])
+        elif part.cp_size > 1 and before:
             padded = torch.cat([from_previous(x_sbhc[length - before :], self.cp_group), x_sbhc])
         else:
             padded = F.pad(x_sbhc, (0, 0, 0, 0, 0, 0, before, 0))
+        if memory is not None:
+            memory.taps_sbhc = _left_behind(padded[length:], part, self.cp_group)
         position_s = part.positions(x_sbhc.device) if part.packed else None
         out = x_sbhc * weight_hct[..., -1]
         for lag in range(1, before + 1):
             seen = padded[before - lag : before - lag + length] * weight_hct[..., before - lag]
             out = out + (seen if position_s is None else seen * (position_s >= lag)[:, None, None, None])
         return F.silu(out) if self.activation == "silu" else out
+
+
+def _left_behind(x: Tensor, part: SequencePart, cp_group: Group) -> Tensor:
+    """What the rank of the last part leaves behind, on all ranks; what follows a prompt is alike on all of them anyway."""
+    return from_last(x, cp_group) if part.cp_size > 1 else x.clone()  # of a slice, whose whole can go

@@ -33,6 +33,7 @@ from hydra_mcore.heads import HeadLayout, HeadMap, HeadRole
 from hydra_mcore.model.fa_heads import FullAttentionHeads, take_rows
 from hydra_mcore.model.fusion import Fusion
 from hydra_mcore.model.gdn_heads import GatedDeltaHeads
+from hydra_mcore.model.memory import LayerMemory, Memory
 from hydra_mcore.model.parameters import GroupLinear, data_parallel_replica, head_shards, new_parameter, replicated
 from hydra_mcore.ops.sequence import SequencePart
 
@@ -83,18 +84,21 @@ class HydraAttention(MegatronModule):
         self.fusion = Fusion(config, options, self.layout, pg_collection)
         self.linear_proj = OutputProjection(config, owned.heads, shared, self.layout.num_heads, self.tp_group)
 
-    def mix(self, hidden_sbm: Tensor, part: SequencePart, rotary: Tensor) -> Tensor:
-        """The layer's output of this rank's ``part`` of the sequence: [s, b, m]; rotary holds the angles of its positions."""
+    def mix(self, hidden_sbm: Tensor, part: SequencePart, rotary: Tensor, memory: LayerMemory | None = None) -> Tensor:
+        """The layer's output of this rank's ``part`` of the sequence: [s, b, m]; rotary holds the angles of its positions.
+
+        ``memory`` has what the tokens before the part left behind, and gets what this part leaves.
+        """
         if self.config.sequence_parallel:
-            x_sbm = gather_from_sequence_parallel_region(hidden_sbm, group=self.tp_group)
+            x_sbm = gather_from_sequence_parallel_region(hidden_sbm, group=self.tp_group)[: part.num_tokens]  # the rest is padding
         else:
             x_sbm = copy_to_tensor_model_parallel_region(hidden_sbm, group=self.tp_group)
         kv_fa, kv_gdn = self._shared_keys_values(x_sbm) if self.shared_kv else (None, None)
         branches, shared = {}, []
         if self.layout.layer.fa:
-            branches[HeadRole.FA], *shared = self.fa(x_sbm, part, rotary, kv_fa)
+            branches[HeadRole.FA], *shared = self.fa(x_sbm, part, rotary, kv_fa, memory)
         if self.layout.layer.gdn:
-            branches[HeadRole.GDN] = self.gdn(x_sbm, part, rotary, kv_gdn)
+            branches[HeadRole.GDN] = self.gdn(x_sbm, part, rotary, kv_gdn, memory)
         own_sbn = self.fusion(branches, x_sbm).flatten(2)
         if not shared:
             return self.linear_proj(own_sbn)
@@ -113,7 +117,7 @@ class HydraAttention(MegatronModule):
         attention_mask: Tensor | None = None,
         *,
         rotary_pos_emb: Tensor | None = None,
-        inference_context: Any = None,
+        inference_context: Memory | None = None,
         rotary_pos_cos: Tensor | None = None,
         rotary_pos_sin: Tensor | None = None,
         rotary_pos_cos_sin: Tensor | None = None,
@@ -129,14 +133,18 @@ class HydraAttention(MegatronModule):
 
         Args:
             rotary_pos_emb: rotary angles of the positions 0, 1, ... of the whole row.
+            inference_context: what the tokens before these left behind, and where these leave theirs.
             packed_seq_params: Megatron's; its ``cu_seqlens_q`` bounds the documents of the one row (best on the CPU).
 
         Raises:
-            ValueError: inference state or an attention bias was given, or angles of a part instead of the row.
+            ValueError: an attention bias or another's inference state was given, or angles of a part instead of the row.
         """
-        for argument, value in {"inference_context": inference_context, "attention_bias": attention_bias}.items():
-            if value is not None:
-                raise ValueError(f"HydraAttention does not take {argument}")
+        if attention_bias is not None or not isinstance(inference_context, Memory | None):
+            raise ValueError("HydraAttention takes no attention_bias, and as inference_context only a model.memory.Memory")
+        if inference_context is not None:
+            part, memory = inference_context.part, inference_context.layers[self.layer_idx]
+            start = part.past + part.start
+            return self.mix(hidden_states, part, rotary_pos_emb[start : start + part.num_tokens], memory), None
         tokens = hidden_states.shape[0] * (self.tp_group.size() if self.config.sequence_parallel else 1)
         cp_size, cp_rank = self.cp_group.size(), self.cp_group.rank()
         documents = None if packed_seq_params is None else tuple(packed_seq_params.cu_seqlens_q.tolist())
@@ -179,6 +187,8 @@ class OutputProjection(torch.nn.Module):
         if shared_sbn is not None:
             out_sbm = out_sbm.index_add(0, rows_s, F.linear(shared_sbn, replicated(self.weight_shared, self.tp_group)))
         if self.sequence_parallel:
+            if padding := -len(out_sbm) % self.tp_group.size():  # of the few tokens of a decoding step
+                out_sbm = F.pad(out_sbm, (0, 0, 0, 0, 0, padding))
             return reduce_scatter_to_sequence_parallel_region(out_sbm, group=self.tp_group)
         return reduce_from_tensor_model_parallel_region(out_sbm, group=self.tp_group)
 

@@ -48,7 +48,7 @@ def gathered[M: torch.nn.Module](module: M) -> M:
     return module
 
 
-def recomputed(config: TransformerConfig, core: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+def recomputed[T](config: TransformerConfig, core: Callable[..., T], *inputs: Tensor) -> T:
     """``core(*inputs)``, computed again in backward instead of kept, under Megatron's selective "core_attn" recompute.
 
     By torch's checkpoint: Megatron's takes no gradient with ``autograd.grad``, which align uses. ``core`` draws no random

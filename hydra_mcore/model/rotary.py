@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from huggingface_hub.errors import StrictDataclassError
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor
@@ -44,3 +46,20 @@ def rotary_frequencies(shape: ModelShape) -> tuple[Tensor, float]:
     except (KeyError, TypeError, ValueError, ArithmeticError, StrictDataclassError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise ConfigError(f"rope_scaling {scaling} cannot be used ({reason}); correct it in the teacher's config.json") from None
+
+
+def yarn_scaling(factor: float, native_length: int, scaling: dict[str, Any] | None) -> dict[str, Any]:
+    """The ``rope_scaling`` that stretches a model's positions by a factor as YaRN does (arXiv 2309.00071).
+
+    Args:
+        native_length: tokens that the model was pretrained for.
+        scaling: the model's own scaling, which there must not be.
+
+    Raises:
+        ConfigError: a factor that does not exceed 1, or a model that is scaled already.
+    """
+    if not 1.0 < factor < float("inf"):
+        raise ConfigError(f"YaRN's factor is {factor}; it must exceed 1, as length / native length")
+    if scaling is not None:
+        raise ConfigError(f"its positions are scaled already ({scaling.get('rope_type')!r}), so YaRN has no native ones to stretch")
+    return {"rope_type": "yarn", "factor": float(factor), "original_max_position_embeddings": native_length}

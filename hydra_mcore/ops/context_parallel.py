@@ -55,6 +55,26 @@ def state_from_previous(transition_bhdd: Tensor, offset_bhdv: Tensor, group: Gro
     return state_bhdv
 
 
+def from_last(x: Tensor, group: Group) -> Tensor:
+    """What the last rank passes, on all ranks; no backward."""
+    x = x.clone()
+    if group.size() > 1 and x.numel():
+        dist.broadcast(x, group=group, group_src=group.size() - 1)
+    return x
+
+
+def merge_softmax(out_bhsv: Tensor, total_bhs1: Tensor, group: Group) -> Tensor:
+    """Attention over the keys of all ranks, from each rank's attention over its own: [b, h, s, v].
+
+    Args:
+        total_bhs1: log of the sum of exp(score) over this rank's keys.
+    """
+    if group.size() == 1:
+        return out_bhsv
+    out_rbhsv, total_rbhs1 = gather_parts(torch.cat([out_bhsv, total_bhs1], dim=-1)[None], group).split([out_bhsv.shape[-1], 1], dim=-1)
+    return (out_rbhsv * total_rbhs1.softmax(dim=0)).sum(dim=0)
+
+
 class _Exchange(torch.autograd.Function):
     """Send to one rank and receive as much from another; either may be None (then nothing is sent, or zeros come)."""
 

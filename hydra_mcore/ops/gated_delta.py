@@ -14,13 +14,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from hydra_mcore.ops.chunked_delta_rule import chunked_delta_rule
+from hydra_mcore.ops.chunked_delta_rule import chunked_delta_rule, recurrent_delta_rule
 from hydra_mcore.ops.context_parallel import Group, state_from_previous
 from hydra_mcore.ops.sequence import SequencePart
 
 __all__ = ["gated_delta_rule"]
+
+FEW_TOKENS = 8  # up to so many the recurrence is less work than one chunk of 64 rows
 
 
 def gated_delta_rule(
@@ -34,12 +37,13 @@ def gated_delta_rule(
     initial_state_bhdv: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     cp_group: Group | None = None,
+    state_of_part: bool = False,
     chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor | None]:
     """Apply the gated delta rule, with flash-linear-attention's kernel where there is one.
 
     The kernel serves GPU tensors up to 32 bits when the package is installed (float32 products then run in
-    TF32); everything else takes ``chunked_delta_rule``. Both keep the state in float32.
+    TF32); everything else takes ``chunked_delta_rule``, or the recurrence for a few tokens. All keep the state in float32.
 
     Args:
         q_bshd, k_bshd: queries and keys, already normalised (keys to length 1).
@@ -52,11 +56,13 @@ def gated_delta_rule(
             No document sees another. Read on the host: a CPU tensor avoids a GPU synchronisation.
         cp_group: ranks that hold consecutive parts of the row, all of the same length. The tensors are then this
             rank's part, ``cu_seqlens`` the boundaries of the whole row, and an initial state is not taken.
+        state_of_part: with a ``cp_group``, return the state after this rank's part too; not with ``cu_seqlens``.
         chunk_size: rows per chunk of the torch reference; results do not depend on it.
 
     Returns:
         Outputs [b, s, h, v] in the dtype of ``q_bshd``, and the state after the last token, [b, h, d, v] or
-        [n, h, d, v], in float32 (float64 for float64 queries); None in its place with a ``cp_group`` of several ranks.
+        [n, h, d, v], in float32 (float64 for float64 queries). With a ``cp_group`` of several ranks None, or the state
+        after this rank's part.
 
     Raises:
         ValueError: ``cu_seqlens`` or the shape of the initial state is wrong.
@@ -67,13 +73,17 @@ def gated_delta_rule(
     inputs = (q_bshd, k_bshd, v_bshv, log_decay_bsh, write_bsh)
     # An empty grid is an error to the kernel; tensor-parallel ranks may own no GDN head of a layer.
     if q_bshd.is_cuda and q_bshd.dtype != torch.float64 and v_bshv.numel() > 0 and (kernel := _fla_kernel()):
+        if part.cp_size > 1 and state_of_part:
+            return _fla_with_state(kernel, inputs, scale, cp_group)
         if part.cp_size > 1:
             return _fla_on_parts(kernel, inputs, scale, part, cp_group), None
         return _fla_gated_delta_rule(kernel, *inputs, scale, initial_state_bhdv, cu_seqlens)
+    if part.cp_size == 1 and cu_seqlens is None and 0 < part.length <= FEW_TOKENS:
+        return recurrent_delta_rule(*inputs, scale=scale, initial_state_bhdv=initial_state_bhdv)
     enter = functools.partial(_enter_part, part, cp_group) if part.cp_size > 1 else None
     layout = {"bounds": part.bounds, "enter": enter, "chunk_size": chunk_size}
     out_bshv, state_bhdv = chunked_delta_rule(*inputs, scale=scale, initial_state_bhdv=initial_state_bhdv, **layout)
-    return out_bshv, state_bhdv if part.cp_size == 1 else None
+    return out_bshv, state_bhdv if part.cp_size == 1 or state_of_part else None
 
 
 def _enter_part(part: SequencePart, cp_group: Group, chunks: list[tuple[Tensor, ...]], last_document: int) -> Tensor:
@@ -90,7 +100,7 @@ def _enter_part(part: SequencePart, cp_group: Group, chunks: list[tuple[Tensor, 
         state = state * 0.0
     else:
         for new, erase, _, _, key, forget in chunks[-last_document:]:
-            state = state * forget + key.mT @ (torch.nn.functional.pad(new, (0, d)) - erase @ state)
+            state = state * forget + key.mT @ (F.pad(new, (0, d)) - erase @ state)
     offset, transition = state.split([v, d], dim=-1)
     return state_from_previous(transition * float(len(part.bounds) == 2), offset, cp_group)
 
@@ -175,3 +185,17 @@ def _fla_on_parts(
         for row in range(q.shape[0])
     ]
     return torch.cat(rows)
+
+
+def _fla_with_state(kernel: Callable[..., Any], inputs: tuple[Tensor, ...], scale: float | None, cp_group: Group) -> tuple[Tensor, Tensor]:
+    """Outputs and last state of this rank's part, which the kernel's own context parallelism does not give.
+
+    A part maps the state S before it to A S + B. The kernel finds both at once: from the state [0 | 1], with values that are
+    zero beside the true ones, it arrives at [B | A]. Not yet run on a GPU.
+    """
+    q, k, v, log_decay, write = inputs
+    b, _, h, d = k.shape
+    start_bhd1 = F.pad(torch.eye(d, device=k.device), (v.shape[-1], 0)).expand(b, h, -1, -1)
+    _, state = _fla_gated_delta_rule(kernel, q, k, F.pad(v, (0, d)), log_decay, write, scale, start_bhd1.contiguous(), None)
+    offset, transition = state.split([v.shape[-1], d], dim=-1)
+    return _fla_gated_delta_rule(kernel, *inputs, scale, state_from_previous(transition, offset, cp_group), None)

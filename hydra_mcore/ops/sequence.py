@@ -42,6 +42,7 @@ class SequencePart:
     Args:
         length: tokens of the whole row.
         documents: boundaries 0 < ... < length of the documents packed into the row; one document unless given.
+        past: tokens before this row that are remembered (``model.memory``): the row goes on where they end.
 
     Raises:
         InputError: the row does not divide, or boundaries do not increase from 0 to its length.
@@ -51,6 +52,7 @@ class SequencePart:
     cp_size: int = 1
     cp_rank: int = 0
     documents: tuple[int, ...] | None = None
+    past: int = 0
 
     def __post_init__(self) -> None:
         if self.length % self.cp_size:
@@ -96,7 +98,7 @@ class SequencePart:
         """The position of each token of this part within its document, from 0: [s], int64."""
         starts = torch.tensor(self.documents, device=device)
         token_s = torch.arange(self.start, self.start + self.num_tokens, device=device)
-        return token_s - starts[torch.searchsorted(starts, token_s, right=True) - 1]
+        return self.past + token_s - starts[torch.searchsorted(starts, token_s, right=True) - 1]
 
     @property
     def halves(self) -> tuple[tuple[int, int], ...]:

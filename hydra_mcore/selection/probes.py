@@ -183,6 +183,11 @@ def load_tokenizer(checkpoint_dir: str | Path) -> Tokenizer:
     folder = Path(checkpoint_dir) / "tokenizer"
     if not folder.is_dir():
         raise InputError(f"{folder}: no tokenizer beside the checkpoint; copy the Hugging Face tokenizer files there")
+    return tokenizer_in(folder)
+
+
+def tokenizer_in(folder: Path) -> Tokenizer:
+    """The tokenizer whose files lie in a folder; raises InputError when they do not load."""
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:

@@ -37,12 +37,11 @@ from megatron.training.models import GPTModelConfig  # noqa: E402
 from hydra_mcore.config import ConfigError, ModelCard  # noqa: E402
 from hydra_mcore.model.build import apply_card, contiguous_parts, load_weights, model_config  # noqa: E402
 from hydra_mcore.model.runtime import one_line_errors  # noqa: E402
-from hydra_mcore.selection.needles import NeedlePrompt  # noqa: E402
 from hydra_mcore.train.alerts import DataWatch  # noqa: E402
 from hydra_mcore.train.arguments import Plan, add_stage_flags, resolve  # noqa: E402
 from hydra_mcore.train.checkpoints import checkpoint_care, note_versions, tidy  # noqa: E402
 from hydra_mcore.train.data import build_datasets, check_data, fetch_batch  # noqa: E402
-from hydra_mcore.train.needles import make_prompts  # noqa: E402
+from hydra_mcore.train.needles import NeedlePanels, make_panels  # noqa: E402
 from hydra_mcore.train.pair import TransferStep  # noqa: E402
 from hydra_mcore.train.pipeline import teacher_in_the_pipeline  # noqa: E402
 from hydra_mcore.train.stages import STAGES  # noqa: E402
@@ -64,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
             return
         args, config = _validated(plan)
         check_data(args)
-        prompts = make_prompts(args, plan.start, plan.card.shape.vocab_size)
+        panels = make_panels(args, plan.start, plan.card.shape.vocab_size)
         if plan.options.dry_run:
             print(f"start: {plan.start}\nsave:  {plan.save}\nflags: {' '.join(plan.flags)}")
             return
@@ -72,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
             _prepare_output(plan)
         with tracked(plan):
             set_global_variables(args)
-            _train(plan, args, config, prompts)
+            _train(plan, args, config, panels)
 
 
 def _bare_parser() -> Any:
@@ -107,12 +106,12 @@ def _prepare_output(plan: Plan) -> None:
         shutil.copytree(plan.start / "tokenizer", plan.save / "tokenizer", dirs_exist_ok=True)
 
 
-def _train(plan: Plan, args: Any, config: GPTModelConfig, prompts: dict[str, list[NeedlePrompt]]) -> None:
+def _train(plan: Plan, args: Any, config: GPTModelConfig, panels: NeedlePanels | None) -> None:
     data = DataWatch(plan.options.data_timeout, lambda: f"rank {args.rank} reads {' '.join(args.data_path or [])}", alert)
     step = TransferStep(plan.options, partial(fetch_batch, args, data), lambda: args.curr_iteration + 1)
     config.pre_wrap_hooks.append(partial(_prepare_models, plan, config, step))
     store = None if "RANK" in os.environ else torch.distributed.HashStore()
-    watch = Watch(plan.card, args, step, data, prompts)
+    watch = Watch(plan.card, args, step, data, panels)
     with teacher_in_the_pipeline(step), checkpoint_care(plan.save, plan.options, args, config), watched(watch):
         pretrain(pretrain_cfg_container_from_args(args, config), _datasets, ModelType.encoder_or_decoder, step, store=store)
     if (writer := get_tensorboard_writer()) is not None:

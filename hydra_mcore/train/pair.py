@@ -16,7 +16,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from hydra_mcore.config import StageOptions
-from hydra_mcore.model.parameters import gathered
+from hydra_mcore.model.forward import hidden_and_weight
 from hydra_mcore.train.alerts import first_nonfinite_layer, nonfinite, stop_together
 from hydra_mcore.train.align import JoinPipeline, align_forward
 from hydra_mcore.train.data import Batch
@@ -152,10 +152,3 @@ class TransferStep:
             torch.distributed.all_reduce(losses, group=student.pg_collection.pp)
         total = torch.stack([losses[:, 0].sum(), losses[0, 1]])
         return {"align loss": total} | {f"align loss/{layer_name(layer_idx)}": pair for layer_idx, pair in enumerate(losses)}
-
-
-def hidden_and_weight(
-    hidden_states: Tensor, output_layer: torch.nn.Module, output_weight: Tensor | None, **_: Any
-) -> tuple[Tensor, Tensor]:
-    """The last hidden state and this rank's rows of the output layer, in place of logits."""
-    return hidden_states, gathered(output_layer).weight if output_weight is None else output_weight

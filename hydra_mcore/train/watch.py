@@ -25,10 +25,9 @@ from hydra_mcore.config import ModelCard
 from hydra_mcore.heads import write_json
 from hydra_mcore.model.flops import step_flops
 from hydra_mcore.selection.figures import statistic_maps
-from hydra_mcore.selection.needles import NeedlePrompt
 from hydra_mcore.train.alerts import DataWatch, LossSpikes, TrainingStopped, nonfinite
 from hydra_mcore.train.monitor import HeadStatistics
-from hydra_mcore.train.needles import needle_accuracy
+from hydra_mcore.train.needles import NeedlePanels
 from hydra_mcore.train.pair import TransferStep
 
 GIB = 2.0**30
@@ -46,13 +45,11 @@ class Watch:
 
     Args:
         data: tells how long this rank has waited for data.
-        prompts: of the needle panels; empty for none.
+        panels: of needles; None for none.
     """
 
-    def __init__(
-        self, card: ModelCard, args: argparse.Namespace, step: TransferStep, data: DataWatch, prompts: dict[str, list[NeedlePrompt]]
-    ) -> None:
-        self.card, self.args, self.step, self.data, self.prompts = card, args, step, data, prompts
+    def __init__(self, card: ModelCard, args: argparse.Namespace, step: TransferStep, data: DataWatch, panels: NeedlePanels | None) -> None:
+        self.card, self.args, self.step, self.data, self.panels = card, args, step, data, panels
         self.spikes, self.waited, self.started = LossSpikes(), 0.0, False
 
     def log(self, values: dict[str, float], iteration: int) -> None:
@@ -122,12 +119,12 @@ class Watch:
         get_timers()("interval-time").stop()
         if overlapped := training.should_disable_forward_pre_hook(self.args):
             training.disable_forward_pre_hook(model, optimizer=optimizer)
-        scores = needle_accuracy(self.step.students, self.prompts)
+        scores = self.panels.scores(self.step.students)
         if overlapped:
             training.enable_forward_pre_hook(model)
         self.log({f"needles/{panel}": score.accuracy for panel, score in scores.items()}, iteration)
         if is_last_rank():
-            found = ", ".join(f"{panel} {score.correct} of {score.total}" for panel, score in scores.items())
+            found = ", ".join(f"{panel} {score.correct:g} of {score.total}" for panel, score in scores.items())
             print(f" needles after {iteration} steps: {found}", flush=True)
         get_timers()("interval-time").start(barrier=True)
 
@@ -163,7 +160,7 @@ def watched(watch: Watch) -> Iterator[None]:
         return outcome
 
     def after(model: list[torch.nn.Module], optimizer: Any, scheduler: Any, iteration: int, *rest: Any) -> Any:
-        if watch.prompts and iteration % watch.args.needle_interval == 0:
+        if watch.panels is not None and iteration % watch.args.needle_interval == 0:
             watch.needles(model, optimizer, iteration)
         return stock_after(model, optimizer, scheduler, iteration, *rest)
 

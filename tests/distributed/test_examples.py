@@ -24,7 +24,7 @@ from hydra_mcore.convert.hf_io import read_config
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.recipe import COMMAND_SECTIONS, STAGE_SECTIONS, Recipe, parse_with_recipe
 from tests.support.launch import model_parallel, run_ranks
-from tools import convert, evaluate, prepare_data, select_heads
+from tools import convert, evaluate, plan, prepare_data, select_heads
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -130,11 +130,15 @@ def test_commands_know_the_keys_of_their_section(model: str, section: str) -> No
     assert given and all(found[name.replace("-", "_")] not in (None, "") for name in given)
 
 
-def test_the_walk_through_shows_cost_and_jobs() -> None:
+def test_the_walk_through_shows_cost_and_jobs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     text = (EXAMPLES / "qwen3-1.7b" / "README.md").read_text()
-    (plan,) = re.findall(r"^python (tools/plan.py .*)$", text, re.MULTILINE)
+    stages, evaluation = re.findall(r"^python (tools/plan.py .*)$", text, re.MULTILINE)
     (jobs,) = re.findall(r"^bash (slurm/pipeline.sh --dry-run .*)$", text, re.MULTILINE)
-    said = subprocess.run([sys.executable, *plan.split()], cwd=ROOT, check=True, capture_output=True, text=True, timeout=120).stdout
+    said = subprocess.run([sys.executable, *stages.split()], cwd=ROOT, check=True, capture_output=True, text=True, timeout=120).stdout
     assert said.count("Fits: ") == 3 and "| all |  | 15.00 |" in said
+    monkeypatch.chdir(ROOT)
+    plan.main(evaluation.split()[1:])
+    said = capsys.readouterr().out
+    assert said.count("Fits: ") == 1 and "| student, 524,288 |" in said
     said = subprocess.run(["bash", *jobs.split()], cwd=ROOT, check=True, capture_output=True, text=True, timeout=60).stdout
     assert said.count("sbatch ") == 6

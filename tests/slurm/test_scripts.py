@@ -59,7 +59,7 @@ def test_a_dry_run_shows_the_commands(job: str, recipe: str) -> None:
     assert [expected in line for expected, line in zip(JOBS[job], lines, strict=True)] == [True] * len(lines)
     assert all(line.startswith("srun ") and recipe in line for line in lines)
     assert sum(line.endswith(" --seed 3") for line in lines) == 1
-    assert "torch.distributed.run --nnodes=" in done.stdout or job in ("prepare", "evaluate")
+    assert "torch.distributed.run --nnodes=" in done.stdout or job == "prepare"
 
 
 def test_a_dry_run_of_the_pipeline_shows_all_jobs_in_their_order(recipe: str) -> None:
@@ -68,7 +68,8 @@ def test_a_dry_run_of_the_pipeline_shows_all_jobs_in_their_order(recipe: str) ->
     assert [f" slurm/{job}.sh {recipe}" in line for job, line in zip(JOBS, jobs, strict=True)] == [True] * 6
     assert ["afterok:ID_OF_" in line for line in jobs] == [False] + [True] * 5
     assert ["--nodes=4 --gpus-per-node=2" in line for line in jobs] == [False, False, True, True, True, False]
-    assert "--gpus-per-node=1 " in jobs[-1]
+    assert all("--signal=B:USR1@" in line for line in jobs)
+    assert ["--gpus-per-node=2 " in line for line in jobs] == [False] + [True] * 5
     assert all(expected in done.stdout for commands in JOBS.values() for expected in commands)
 
 

@@ -70,6 +70,61 @@ def test_a_head_map_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert uneven["seconds"]["imbalance"] > 0 == plan(tmp_path, *flags, "--fa-balance", "queries")["extend"]["seconds"]["imbalance"]
 
 
+def plan_evaluation(tmp_path: Path, *flags: str) -> list[dict]:
+    main(["--stage", "evaluate", *flags, "--json", str(tmp_path / "plan.json")])
+    return json.loads((tmp_path / "plan.json").read_text())["evaluate"]
+
+
+@pytest.mark.parametrize("recipe", [SMALL, LARGE], ids=["1.7b", "8b"])
+def test_512k_tokens_fit_one_node_of_80_gb(tmp_path: Path, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = plan_evaluation(tmp_path, "--config", recipe, "--gpu", "h100-80gb", "--gpus", "8")
+    assert all(at["fits"] for at in found) and "\nFits: 72.7 GiB usable" in capsys.readouterr().out
+    assert [at["model"] for at in found if at["run"]["length"] == 524_288] == ["teacher", "student"]
+    assert all(at["run"]["cp_size"] == 8 for at in found)
+
+
+def test_an_evaluation_by_hand(tmp_path: Path) -> None:
+    """Qwen3-1.7B's teacher at 512K tokens on eight ranks: 28 layers of 16 heads, 8 kv groups, 128 dimensions, bf16."""
+    flags = ["--config", SMALL, "--lengths", "524288", "--tasks", "niah_single_1", "--prompts", "10", "--efficiency", "0.5"]
+    teacher, _ = plan_evaluation(tmp_path, *flags)
+    length, part, memory = 524_288, 65_536, teacher["memory"]
+    assert memory["weights"] == 2 * 1_720_574_976 and memory["kept"] == 0
+    around = 3 * part * 2048 * 2 + (length + part) * 128 * 4
+    keys_values = 2 * 128 * 2 * (8 * (length + part) + 16 * length)
+    queries = part * 128 * 2 * (4 * 16 + 2)
+    token_ids = 3 * 8 * length + 2 * 8 * part
+    assert memory["forward"] == around + keys_values + queries + token_ids
+    attention = 28 * 16 * 2 * 2 * 128 * length * (length + 1) / 2
+    products = 2 * length * 28 * 2048 * (2 * 2048 + 2 * 1024 + 3 * 6144)
+    assert teacher["seconds"] == pytest.approx((attention + products) / (8 * 989e12 * 0.5))
+    assert teacher["hours"] == pytest.approx(10 * teacher["seconds"] / 3600)
+    decoding, _ = plan_evaluation(tmp_path, *flags, "--scoring", "generation")
+    assert decoding["memory"]["kept"] == 28 * 2 * 8 * 128 * 2 * (part + 128)
+
+
+def test_one_gpu_is_not_enough_for_512k_tokens_of_8b(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--config", LARGE, "--context-parallel-size", "1", "--gpus", "1", "--lengths", "4096", "524288"]
+    assert [at["fits"] for at in plan_evaluation(tmp_path, *flags)] == [True, False, True, False]
+    assert "DOES NOT FIT" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--gpus", "4"], "4 GPUs are no multiple of tensor 1 x pipeline 1 x context parallel 8"),
+        (["--pipeline-model-parallel-size", "3", "--gpus", "24"], "3 ranks do not divide the number of layers of 28"),
+        (["--tensor-model-parallel-size", "3", "--gpus", "24"], "tensor parallel size 3 does not divide 16 query heads"),
+        (["--tasks", "everything"], "--tasks everything: unknown"),
+        (["--seq-length", "4096"], "unrecognized arguments: --seq-length"),
+    ],
+)
+def test_bad_input_to_an_evaluation_s_plan(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--config", SMALL, "--stage", "evaluate", *flags])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

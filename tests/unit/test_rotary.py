@@ -133,6 +133,18 @@ def test_scaled_frequencies_turn_queries_and_keys(one_process: None) -> None:
     assert (logits - scaled_logits).abs().max() > 0.1
 
 
+def test_rotary_reaches_beyond_the_native_length(one_process: None) -> None:
+    """A model answers at any length as one whose native length is larger would."""
+    ids_bs, logits = torch.arange(200)[None] % 7, []
+    for native in (16, 4096):
+        model = random_teacher(dataclasses.replace(SHAPE, native_length=native))
+        with torch.no_grad():
+            logits.append(model(ids_bs, torch.arange(200)[None], None))
+    assert torch.equal(*logits)
+    # Same token, same phase of the pattern: only rotary tells position 150 from 150 + 49 apart.
+    assert (logits[0][0, 150] - logits[0][0, 199]).abs().max() > 1e-6
+
+
 def test_attention_factor_multiplies_queries_and_keys(one_process: None) -> None:
     (q, k, v, logits), (scaled_q, scaled_k, scaled_v, scaled_logits) = seen(YARN | {"attention_factor": 1.0}), seen(YARN)
     factor = 0.1 * math.log(4) + 1

@@ -1,0 +1,166 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What evaluated models were asked and how they did: a small file for each finished piece, so that none is done twice.
+
+A folder ``records`` holds one folder for each model and dtype, found by the model's fingerprint; in it ``model.json`` and a file
+for each piece, found by the digest of what was asked. Every file is written beside and renamed, so that a killed evaluation
+leaves whole pieces only, and jobs that write into one folder do not disturb each other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from hydra_mcore.evaluation.files import replacing
+from hydra_mcore.evaluation.models import ModelFacts
+from hydra_mcore.evaluation.perplexity import TextLoss
+from hydra_mcore.evaluation.scoring import Score
+from hydra_mcore.heads import InputError
+
+TEXT = "text"  # the "task" of predicting held-out text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """What models of one tokenizer are asked in one go: prompts of a task and length, or windows of text."""
+
+    task: str
+    """Of ``TASKS``, or ``TEXT``."""
+    length: int
+    """Tokens of a prompt, its answer included, or of a window."""
+    count: int
+    """Prompts or windows."""
+    scoring: Literal["teacher-forced", "generation", "loss"]
+    tokenizer: str
+    """Fingerprint of the tokenizer."""
+    wording: str
+    """Name and digest of the prompts' wording; empty for text."""
+    seed: int
+    """Of the prompts; 0 for text."""
+    digest: str
+    """sha256 of what is asked: equal digests, equal questions."""
+    max_id: int
+    """The largest token id, which a model's vocabulary must hold."""
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.task}-{self.length}-{self.scoring}-{self.digest[:16]}.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contestant:
+    """A row of the report: a model, its name, and how it was run."""
+
+    name: str
+    facts: ModelFacts
+    dtype: str
+    tokenizer: str
+    """Fingerprint of its tokenizer."""
+
+    @property
+    def key(self) -> str:
+        return f"{self.facts.fingerprint[:16]}-{self.dtype}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A contestant and all that it was asked so far."""
+
+    contestant: Contestant
+    scores: dict[Piece, Score]
+    text: dict[Piece, TextLoss]
+    likeliest: dict[Piece, Path]
+    """Files of the likeliest tokens, int32 [windows, length - 1]; of windows up to the native length only."""
+
+
+class Records:
+    """The finished pieces below an output folder."""
+
+    def __init__(self, out: Path) -> None:
+        self.root = out / "records"
+
+    def check_names(self, contestants: Sequence[Contestant]) -> None:
+        """Raise InputError where a name is that of another model which has answered here."""
+        here = {contestant.key for contestant in contestants}
+        for row in self.rows():
+            for contestant in contestants:
+                if row.contestant.name == contestant.name and row.contestant.key not in here:
+                    mend = "name this one apart with NAME=DIR, or choose another --out"
+                    raise InputError(f"{self.root.parent}: {contestant.name!r} is another model there (weights or dtype differ); {mend}")
+
+    def register(self, contestants: Sequence[Contestant]) -> None:
+        """Note the models by their names; those that are known keep their places in the order."""
+        for place, contestant in enumerate(contestants):
+            path, facts = self.root / contestant.key / "model.json", dataclasses.asdict(contestant.facts)
+            asked = known["asked"] if (known := _read(path)) else [time.time_ns(), place]
+            raw = {"name": contestant.name, "asked": asked, "dtype": contestant.dtype, "tokenizer": contestant.tokenizer}
+            _write(path, raw | {"facts": {name: str(value) if isinstance(value, Path) else value for name, value in facts.items()}})
+
+    def check_wording(self, asked: Sequence[Piece]) -> None:
+        """Raise InputError where prompts of a tokenizer are there in another wording: a report must not mix them."""
+        known = {piece.tokenizer: piece.wording for row in self.rows() for piece in row.scores}
+        for piece in asked:
+            if piece.task != TEXT and (there := known.get(piece.tokenizer, piece.wording)) != piece.wording:
+                raise InputError(f"{self.root.parent}: holds prompts worded as {there}, not as {piece.wording}; choose another --out")
+
+    def holds(self, contestant: Contestant, piece: Piece) -> bool:
+        return _read(self.root / contestant.key / piece.file_name) is not None
+
+    def keep(self, contestant: Contestant, piece: Piece, found: Sequence[float] | TextLoss, likeliest_bs: np.ndarray | None) -> None:
+        """Keep a finished piece: each prompt's score, or the loss and, as int [windows, length - 1], the likeliest tokens."""
+        path = self.root / contestant.key / piece.file_name
+        if likeliest_bs is not None:
+            with replacing(path.with_suffix(".npy")) as beside, beside.open("wb") as file:
+                np.save(file, likeliest_bs.astype(np.int32))
+        _write(path, {"piece": dataclasses.asdict(piece), "found": found.to_dict() if isinstance(found, TextLoss) else list(found)})
+
+    def rows(self) -> list[Row]:
+        """The models that have finished a piece, with all of them, in the order in which the models were first asked."""
+        models = {path.parent: raw for path in self.root.glob("*/model.json") if (raw := _read(path))}
+        rows = [self._row(folder, models[folder]) for folder in sorted(models, key=lambda folder: models[folder]["asked"])]
+        return [row for row in rows if row.scores or row.text]
+
+    def _row(self, folder: Path, raw: dict[str, Any]) -> Row:
+        paths = {name: Path(raw["facts"][name]) for name in ("folder", "tokenizer_dir")}
+        facts = ModelFacts(**raw["facts"] | paths)
+        row = Row(Contestant(name=raw["name"], facts=facts, dtype=raw["dtype"], tokenizer=raw["tokenizer"]), {}, {}, {})
+        for path in sorted(folder.glob("*-*.json")):
+            if (record := _read(path)) is None:
+                continue
+            piece = Piece(**record["piece"])
+            if piece.task != TEXT:
+                row.scores[piece] = Score.of(record["found"])
+                continue
+            row.text[piece] = TextLoss.from_dict(record["found"])
+            if path.with_suffix(".npy").exists():
+                row.likeliest[piece] = path.with_suffix(".npy")
+        return row
+
+
+def check_folder(out: Path) -> None:
+    """Raise InputError for an output folder that cannot be written."""
+    above = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"{out}: cannot be written, {above} is not a writable folder")
+
+
+def _write(path: Path, raw: dict[str, Any]) -> None:
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(raw) + "\n", encoding="utf-8")
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A file's JSON; None where there is no whole one, so that it is made (again)."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

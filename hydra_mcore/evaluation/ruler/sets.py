@@ -1,0 +1,95 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Sets of prompts, made once and kept in files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.random import Generator
+
+from hydra_mcore.evaluation.files import replacing
+from hydra_mcore.evaluation.ruler.needles import PLANS, needle_prompt
+from hydra_mcore.evaluation.ruler.prompts import TASKS, Prompt, PromptSet
+from hydra_mcore.evaluation.ruler.source import Source
+from hydra_mcore.evaluation.ruler.tracking import HOPS, chain_prompt
+from hydra_mcore.evaluation.ruler.words import common_words, frequent_words
+from hydra_mcore.heads import InputError
+
+VERSION = 1  # of the generators: sets of another one are made anew
+
+
+def prompt_set(task: str, length: int, count: int, seed: int, source: Source, cache_dir: Path | None = None) -> PromptSet:
+    """A set of prompts; the same arguments give the same set, in any process.
+
+    Args:
+        task: of ``TASKS``.
+        length: tokens of each prompt and its room together.
+        cache_dir: where the set is kept, under a name with all that decides about it; a broken file is made anew.
+
+    Raises:
+        InputError: an unknown task, no prompts, no tokens, a negative seed, or as the task's generator.
+    """
+    path = None if cache_dir is None else cache_dir / f"{task}-{length}-{count}-{seed}-{_digest(source)[:16]}.npz"
+    prompts = None if path is None else _load(path)
+    if prompts is None:
+        prompts = tuple(draw_prompts(task, length, count, seed, source))
+        if path is not None:
+            _save(path, prompts)
+    return PromptSet(task, length, seed, prompts)
+
+
+def draw_prompts(task: str, length: int, count: int, seed: int, source: Source) -> Iterator[Prompt]:
+    """The prompts of a set, one after the other, for who shows progress; see ``prompt_set``."""
+    if task not in TASKS:
+        raise InputError(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
+    if min(count, length, seed + 1) < 1:
+        raise InputError(f"{count} prompts of {length} tokens from seed {seed}: give at least 1 prompt, 1 token and a seed from 0 on")
+    key = [seed, length, *task.encode()]
+    placed = PLANS[task].placed if task in PLANS else HOPS + 1 if task == "vt" else 0
+    # Each needle takes every depth once over the set, in an order of its own.
+    shuffle = np.random.default_rng(key)
+    depths = [(shuffle.permutation(count) + 0.5) / count for _ in range(placed)]
+    for number in range(count):
+        rng = np.random.default_rng([*key, number])
+        yield _draw(task, length, source, [float(each[number]) for each in depths], rng)
+
+
+def _draw(task: str, length: int, source: Source, depths: Sequence[float], rng: Generator) -> Prompt:
+    if task in PLANS:
+        return needle_prompt(task, length, source, depths, rng)
+    if task == "vt":
+        return chain_prompt(length, source, depths, rng)
+    return (common_words if task == "cwe" else frequent_words)(length, source, rng)
+
+
+def _digest(source: Source) -> str:
+    return hashlib.sha256(f"{VERSION} {source.digest}".encode()).hexdigest()
+
+
+def _save(path: Path, prompts: Sequence[Prompt]) -> None:
+    facts = [[len(prompt.ids), len(prompt.answer_ids), prompt.room, prompt.answers, prompt.spans, prompt.depths] for prompt in prompts]
+    with replacing(path) as beside, beside.open("wb") as out:
+        ids = np.concatenate([ids for prompt in prompts for ids in (prompt.ids, prompt.answer_ids)])
+        np.savez(out, ids=ids, facts=np.asarray(json.dumps(facts)))
+
+
+def _load(path: Path) -> tuple[Prompt, ...] | None:
+    """The prompts of a file, None if it is missing or broken."""
+    try:
+        with np.load(path) as stored:
+            ids, facts = stored["ids"], json.loads(str(stored["facts"]))
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
+        return None
+    prompts, at = [], 0
+    for size, answer_size, room, answers, spans, depths in facts:
+        end = at + size
+        pairs = tuple((first, last) for first, last in spans)
+        prompts.append(Prompt(ids[at:end], room, tuple(answers), ids[end : end + answer_size], pairs, tuple(depths)))
+        at = end + answer_size
+    return tuple(prompts)

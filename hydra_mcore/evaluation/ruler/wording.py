@@ -1,0 +1,193 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What prompts say: RULER's templates, those of a model's chat, those of a JSON file, and a model's own needles."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from hydra_mcore.heads import InputError
+from hydra_mcore.selection.needles import NeedleFormat
+from hydra_mcore.selection.probes import load_format
+
+_MARK = "hydra-mcore-question"  # stands for the question while a chat template is rendered
+
+
+def fill(template: str, **words: str) -> str:
+    """The template with each {name} replaced; other braces stay."""
+    for name, word in words.items():
+        template = template.replace(f"{{{name}}}", word)
+    return template
+
+
+@dataclass(frozen=True)
+class Ask:
+    """How one kind of question is put."""
+
+    intro: str
+    """Stands before the haystack."""
+    question: str
+    """Stands behind it."""
+    prefix: str
+    """How the answer begins. White space at its end is the answer's own, as tokenizers see it."""
+
+    def filled(self, **words: str) -> Ask:
+        """The question with its placeholders replaced."""
+        return Ask(*(fill(text, **words) for text in (self.intro, self.question, self.prefix)))
+
+    def solved(self, answer: str) -> str:
+        """How an example shows its answer."""
+        return f"{self.prefix.rstrip()} {answer}"
+
+
+@dataclass(frozen=True)
+class Wording:
+    """All templates of a set of prompts.
+
+    {kind} and {kinds} are "number(s)" or "uuid(s)", {query} the keys or the value asked for, {count} how many answers there are.
+
+    Raises:
+        ValueError: a template lacks a placeholder.
+    """
+
+    name: str
+    needle: str
+    """Holds {key} and {value}."""
+    one: Ask
+    """Needles with one answer; its last words are such that a model that knows the answer says it at once."""
+    many: Ask
+    """Needles with several."""
+    vt: Ask
+    cwe: Ask
+    fwe: Ask
+    noise: str
+    """A line of the haystacks that are not text."""
+    line_gap: str = "\n"
+    """Stands before every line of noise or needles."""
+    text_gap: str = " "
+    """Stands before a needle in text."""
+    chat: tuple[str, str] = ("", "")
+    """What a chat template puts before the question and between question and answer."""
+    own: NeedleFormat | None = None
+    """Where keys and values are drawn from, if not as RULER draws them."""
+
+    def __post_init__(self) -> None:
+        for name, template, words in (
+            ("needle", self.needle, ("{key}", "{value}")),
+            *((name, ask.question + ask.prefix, ("{query}",)) for name, ask in (("one", self.one), ("many", self.many), ("vt", self.vt))),
+        ):
+            if missing := [word for word in words if word not in template]:
+                raise ValueError(f"{name} must hold {' and '.join(missing)}")
+        if not self.noise.strip():
+            raise ValueError("noise must hold some text")
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over every template: equal digests, equal words."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+# The templates of RULER's scripts/data/synthetic/constants.py, singular where there is one answer, as its niah.py does.
+# There an answer's prefix for one answer ends in "is", and a model may say ": 1234567" or " 1234567"; with the colon the
+# second is the one right answer, and teacher forcing scores it as decoding would.
+RULER = Wording(
+    name="ruler",
+    needle="One of the special magic {kinds} for {key} is: {value}.",
+    one=Ask(
+        "A special magic {kind} is hidden within the following text. Make sure to memorize it. "
+        "I will quiz you about the {kind} afterwards.",
+        "\nWhat is the special magic {kind} for {query} mentioned in the provided text?",
+        " The special magic {kind} for {query} mentioned in the provided text is: ",
+    ),
+    many=Ask(
+        "Some special magic {kinds} are hidden within the following text. Make sure to memorize it. "
+        "I will quiz you about the {kinds} afterwards.",
+        "\nWhat are all the special magic {kinds} for {query} mentioned in the provided text?",
+        " The special magic {kinds} for {query} mentioned in the provided text are",
+    ),
+    vt=Ask(
+        "Memorize and track the chain(s) of variable assignment hidden in the following text.\n",
+        "\nQuestion: Find all variables that are assigned the value {query} in the text above.",
+        " Answer: According to the chain(s) of variable assignment in the text above, "
+        "{count} variables are assigned the value {query}, they are: ",
+    ),
+    cwe=Ask(
+        "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that appear most often.",
+        "\nQuestion: What are the {count} most common words in the above list?",
+        " Answer: The top {count} words that appear most often in the list are:",
+    ),
+    fwe=Ask(
+        "Read the following coded text and track the frequency of each coded word. Find the three most frequently appeared coded words.",
+        "\nQuestion: Do not provide any explanation. Please ignore the dots '....'. "
+        "What are the three most frequently appeared words in the above coded text?",
+        " Answer: According to the coded text above, the three most frequently appeared words are:",
+    ),
+    noise="The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.",
+)
+
+
+def load_wording(name_or_path: str | None, tokenizer: Tokenizer, model_dir: Path) -> Wording:
+    """The wording that a user names.
+
+    Args:
+        name_or_path: "ruler"; "chat", RULER's within the tokenizer's chat template, without thinking; a JSON file with fields of
+            ``Wording`` (RULER's where it has none) or with a needle format; None for the model's own needles.json, else RULER's.
+        model_dir: a checkpoint, or the folder of its tokenizer.
+
+    Raises:
+        InputError: no chat template; a file that is missing or no wording.
+    """
+    if name_or_path == "ruler":
+        return RULER
+    if name_or_path == "chat":
+        return dataclasses.replace(RULER, name="chat", chat=_chat(tokenizer))
+    if name_or_path is not None:
+        return _from_file(Path(name_or_path))
+    for folder in (Path(model_dir) / "tokenizer", Path(model_dir)):
+        if (folder / "needles.json").is_file():
+            return _from_format(load_format(model_dir, folder / "needles.json"))
+    return RULER
+
+
+def _chat(tokenizer: Tokenizer) -> tuple[str, str]:
+    if not tokenizer.chat_template:
+        raise InputError("wording chat: the tokenizer has no chat template; use --wording ruler")
+    messages = [{"role": "user", "content": _MARK}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    before, *after = text.split(_MARK)
+    if len(after) != 1:
+        raise InputError("wording chat: the chat template does not show the user's words once; use --wording ruler")
+    return before, after[0]
+
+
+def _from_format(fmt: NeedleFormat) -> Wording:
+    """The needle tasks in a model's own words, which bring their own white space; the other tasks stay RULER's."""
+    ask = Ask(fmt.intro, "", fmt.query.replace("{key}", "{query}"))
+    return dataclasses.replace(
+        RULER, name="needles", needle=fmt.needle, one=ask, many=ask, noise=fmt.noise, line_gap="", text_gap="", own=fmt
+    )
+
+
+def _from_file(path: Path) -> Wording:
+    try:
+        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if "value_pieces" in fields:
+            return dataclasses.replace(_from_format(load_format(path.parent, path)), name=path.stem)
+        asks = {name: Ask(**{**dataclasses.asdict(getattr(RULER, name)), **fields.pop(name)}) for name in _ASKS & fields.keys()}
+        chat = {"chat": tuple(fields.pop("chat"))} if "chat" in fields else {}
+        return dataclasses.replace(RULER, **{"name": path.stem, **fields, **asks, **chat})
+    except OSError as error:
+        raise InputError(f"wording {path}: {error.strerror}; the built-in ones are ruler and chat") from None
+    except (ValueError, TypeError, AttributeError) as error:  # json.JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise InputError(f"wording {path}: not a wording ({error})") from None
+
+
+_ASKS = {"one", "many", "vt", "cwe", "fwe"}

@@ -1,0 +1,72 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The memory formula of evaluation against forward passes and generation that run."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from hydra_mcore.config import HydraOptions, ModelCard, ModelShape
+from hydra_mcore.evaluation.memory import Forward, fullest_rank, rank_memory
+from hydra_mcore.evaluation.parallel import ParallelModel
+from hydra_mcore.heads import HeadMap
+from hydra_mcore.model.build import build_model, teacher_card
+from tests.support.launch import model_parallel, run_ranks
+from tools.tracked_memory import tracked_peak
+
+LENGTH, ROOM = 1024, 16
+SHAPE = ModelShape(
+    num_layers=2, hidden_size=96, num_heads=8, num_kv_groups=4, head_dim=16, ffn_hidden_size=160, vocab_size=512, native_length=256
+)  # fmt: skip
+# One FA head or two of different groups; ranks of TP 2 hold different numbers.
+HEAD_MAP = HeadMap.from_fa([(0, 2), (1, 0), (1, 5)], 2, 8, 4)
+TEACHER = teacher_card(SHAPE, fingerprint="")
+STUDENT = dataclasses.replace(TEACHER, head_map=HEAD_MAP, options=HydraOptions())
+CARDS = {
+    "teacher": TEACHER,
+    "student": STUDENT,
+    "no convolution": dataclasses.replace(STUDENT, options=HydraOptions(gdn_conv_kernel=0, fa_gate="headwise", fa_position="rope")),
+    "wide MLP": dataclasses.replace(TEACHER, shape=dataclasses.replace(SHAPE, ffn_hidden_size=1200)),
+    "many words": dataclasses.replace(TEACHER, shape=dataclasses.replace(SHAPE, vocab_size=32_768)),
+}
+TP, CP, PP = {"tp_size": 2}, {"cp_size": 2}, {"pp_size": 2}
+F32, BF16 = torch.float32, torch.bfloat16
+CASES = [
+    *(("teacher", BF16, layout, room) for layout, room in (({}, 0), (TP, 0), (CP, 0), (CP, ROOM))),
+    *(("student", BF16, layout, room) for layout, room in (({}, 0), (TP, 0), (CP, 0), (TP, ROOM))),
+    ("teacher", F32, {}, ROOM),
+    ("student", F32, PP, 0),
+    ("no convolution", F32, {}, 0),
+    ("wide MLP", BF16, TP, 0),
+    ("many words", BF16, {}, 0),
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "layout", "room"), CASES, ids=str)
+def test_a_model_needs_what_is_said(name: str, dtype: torch.dtype, layout: dict[str, int], room: int) -> None:
+    run = Forward(length=LENGTH, room=room, value_bytes=dtype.itemsize, fused=False, **layout)
+    places = list(itertools.product(range(run.pp_size), range(run.cp_size), range(run.tp_size)))  # as Megatron numbers ranks
+    measured = run_ranks(_measured, len(places), CARDS[name], run, dtype)
+    for (pp_rank, _, tp_rank), (weights, _) in zip(places, measured, strict=True):
+        assert weights == rank_memory(CARDS[name], run, pp_rank, tp_rank).weights
+    needed = fullest_rank(CARDS[name], run)
+    peak = max(peak for _, peak in measured)
+    assert peak == pytest.approx(needed.total - needed.weights, rel=0.1)
+
+
+def _measured(rank: int, card: ModelCard, run: Forward, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of a rank's weights, and of the tensors that evaluation makes at its fullest moment."""
+    ids_bs = torch.randint(card.shape.vocab_size, (1, run.length), generator=torch.Generator().manual_seed(0))
+    with model_parallel(tp=run.tp_size, pp=run.pp_size, cp=run.cp_size):
+        model = ParallelModel([build_model(card, dtype=dtype).eval()])
+        weights = sum(parameter.nbytes for chunk in model.chunks for parameter in chunk.parameters())
+        with tracked_peak() as memory:
+            if run.room:
+                model.generated(ids_bs, run.room, frozenset())
+            else:
+                model.token_losses(ids_bs)
+    return weights, memory.peak_bytes
