@@ -189,7 +189,7 @@ def load_tokenizer(checkpoint_dir: str | Path) -> Tokenizer:
 def tokenizer_in(folder: Path) -> Tokenizer:
     """The tokenizer whose files lie in a folder; raises InputError when they do not load."""
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # and no question whether to
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: the tokenizer does not load ({str(error).splitlines()[0]})") from None
 

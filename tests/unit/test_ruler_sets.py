@@ -129,7 +129,7 @@ def test_the_chat_template_stands_around_the_question() -> None:
         [{"role": "user", "content": "Q?"}], tokenize=False, add_generation_prompt=True, enable_thinking=False
     )
     assert rendered == "Q".join(source.wording.chat[:1]) + "Q?" + source.wording.chat[1]
-    with pytest.raises(InputError, match="the tokenizer has no chat template; use --wording ruler"):
+    with pytest.raises(InputError, match="the tokenizer has no chat template; use --template ruler"):
         load_wording("chat", small_tokenizer("gpt2"), Path("none"))
 
 
@@ -250,5 +250,5 @@ def test_tokenizers_that_cannot_write_a_prompt(source: Source) -> None:
         prompt_set("niah_single_1", 512, 1, SEED, Source(tokenizer, RULER, None))
     tokenizer = copy.deepcopy(small_tokenizer("gpt2"))
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
-    with pytest.raises(InputError, match=r"the tokenizer does not keep the text '.*'; word it otherwise \(--wording\)"):
+    with pytest.raises(InputError, match=r"the tokenizer does not keep the text '.*'; word it otherwise \(--template\)"):
         prompt_set("niah_single_1", 512, 1, SEED, Source(tokenizer, RULER, None))

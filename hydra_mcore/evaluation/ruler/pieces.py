@@ -52,7 +52,7 @@ class Pieces:
             if not missing:
                 return [found[text] for text in texts]
         raise InputError(
-            f"the tokenizer does not keep the text {missing[0][:60]!r}; word it otherwise (--wording), or use another tokenizer"
+            f"the tokenizer does not keep the text {missing[0][:60]!r}; word it otherwise (--template), or use another tokenizer"
         )
 
     def continuation(self, text: str, more: str) -> list[int]:

@@ -159,12 +159,12 @@ def load_wording(name_or_path: str | None, tokenizer: Tokenizer, model_dir: Path
 
 def _chat(tokenizer: Tokenizer) -> tuple[str, str]:
     if not tokenizer.chat_template:
-        raise InputError("wording chat: the tokenizer has no chat template; use --wording ruler")
+        raise InputError("wording chat: the tokenizer has no chat template; use --template ruler")
     messages = [{"role": "user", "content": _MARK}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
     before, *after = text.split(_MARK)
     if len(after) != 1:
-        raise InputError("wording chat: the chat template does not show the user's words once; use --wording ruler")
+        raise InputError("wording chat: the chat template does not show the user's words once; use --template ruler")
     return before, after[0]
 
 
