@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What HydraHead costs beside others: bytes sent, balance, memory, head scores, decoding, data, prompts. Markdown tables on stdout."""
+"""What HydraHead costs beside others: bytes sent, balance, memory, head scores, decoding, data, evaluation. Markdown tables on stdout."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ examples:
       python tools/benchmark.py decode --teacher-hf Qwen3-1.7B --hf runs/a/hf --lengths 1024 4096
   tokens/s and memory of prepare_data beside the tokenizers library alone (minutes)
       python tools/benchmark.py data --tokenizers examples/tiny/teacher
-  prompts a second that evaluation's generators make (minutes)
-      python tools/benchmark.py prompts --lengths 4096 131072 1048576
+  how fast evaluation makes prompts, and how fast models read them (minutes)
+      python tools/benchmark.py evaluation --lengths 4096 131072 1048576 --read 4096 65536
 """
 
 
@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
     selection_options(commands.add_parser("selection", help="seconds of the scores of all heads, beside one forward pass for each of them"))
     decode_options(commands.add_parser("decode", help="seconds and cache bytes of a decoded token by context length, beside the teacher"))
     data_options(commands.add_parser("data", help="tokens/s and memory of prepare_data, beside the tokenizers library alone"))
-    prompts_options(commands.add_parser("prompts", help="prompts/s of evaluation's generators, by task and length"))
+    evaluation_options(commands.add_parser("evaluation", help="prompts/s of the generators by task, time a token of models, by length"))
     return p
 
 
@@ -95,13 +95,15 @@ def data_options(d: argparse.ArgumentParser) -> None:
     d.set_defaults(run=data)
 
 
-def prompts_options(p: argparse.ArgumentParser) -> None:
+def evaluation_options(p: argparse.ArgumentParser) -> None:
     whose = "folder with a tokenizer (default: one of 32768 words, trained on the text)"
     p.add_argument("--tokenizer", type=Path, metavar="DIR", help=whose)
     lengths = [4096, 32_768, 131_072]
     p.add_argument("--lengths", nargs="+", type=positive, default=lengths, metavar="N", help="tokens (default 4096 32768 131072)")
     p.add_argument("--prompts", type=positive, default=10, metavar="N", help="of each task and length (default 10)")
-    p.set_defaults(run=prompts)
+    read = [2**power for power in range(12, 17)]
+    p.add_argument("--read", nargs="+", type=positive, default=read, metavar="N", help="tokens that models read (default 4096 ... 65536)")
+    p.set_defaults(run=evaluation)
 
 
 def selection_options(s: argparse.ArgumentParser) -> None:
@@ -313,17 +315,19 @@ def data(args: argparse.Namespace) -> None:
         print_table(COLUMNS, rows(args.tokenizers, args.megabytes, args.repeats, args.workers, Path(folder)))
 
 
-def prompts(args: argparse.Namespace) -> None:
-    """Sets as evaluation makes them, without a cache."""
+def evaluation(args: argparse.Namespace) -> None:
+    """Sets as evaluation makes them, without a cache; random models of the tiny teacher's shape as it runs them."""
     import os
     import tempfile
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    from tools.benchmark_prompts import rows
+    from tools.benchmark_evaluation import prompt_rows, reading_rows
 
     print(f"Prompts a second of one core, {args.prompts} of each task and length.\n", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        print_table(["task", *map(str, args.lengths)], rows(args.tokenizer, args.lengths, args.prompts, Path(folder)))
+        print_table(["task", *map(str, args.lengths)], prompt_rows(args.tokenizer, args.lengths, args.prompts, Path(folder)))
+    print("Microseconds a token of one prompt, 4 layers x 8 heads of 16 channels: flat where time is linear in length.\n", flush=True)
+    print_table(["model", *map(str, args.read), "last / first"], reading_rows(args.read))
 
 
 def _decoders(args: argparse.Namespace) -> list[Decoder]:

@@ -88,8 +88,6 @@ def model_config(card: ModelCard, stage: str, transformer: TransformerConfig) ->
     config = GPTModelConfig(
         transformer=transformer,
         vocab_size=shape.vocab_size,
-        make_vocab_size_divisible_by=1,
-        should_pad_vocab=True,
         seq_length=shape.native_length,
         share_embeddings_and_output_weights=shape.tied_embeddings,
         position_embedding_type="rope",

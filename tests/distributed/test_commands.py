@@ -68,21 +68,11 @@ def test_readme_commands_from_import_to_report(run_dir: Path) -> None:
         card = ModelCard.load(run_dir / stage)
         assert (card.stage, card.head_map.num_fa) == (stage, 8)
     models = (f"teacher={teacher}", f"student={run_dir / 'extend'}")
-    table = run(
-        "tools/evaluate.py",
-        "--models",
-        *models,
-        "--lengths",
-        "128",
-        "256",
-        "--prompts",
-        "2",
-        "--haystack",
-        text,
-        "--out",
-        str(run_dir / "out"),
-    )
-    assert re.search(r"\| teacher \| 32 of 32 \|.*\n\| student \| 8 of 32 \|", table)
+    evaluate = ("tools/evaluate.py", "--models", *models, "--yarn", "teacher=2", "--lengths", "128", "256", "--prompts", "2")
+    evaluate += ("--haystack", text, "--out", str(run_dir / "out"))
+    table = run(*evaluate)
+    assert re.search(r"\| teacher \| 32 of 32 \|.*\n\| teacher \+ YaRN x2 \|.*\n\| student \| 8 of 32 \|", table)
+    assert "holds a report with every piece already" in run(*evaluate, "--skip-existing")
     verify = ("tools/verify.py", str(run_dir / "extend"), "--teacher", str(teacher), "--hf", str(TEACHER), "--length", "64")
     assert " 0 failed" in run(*verify)
     export = ("tools/convert.py", "export", "--checkpoint", str(run_dir / "extend"), "--out", str(run_dir / "hf"))
