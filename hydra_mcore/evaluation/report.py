@@ -122,7 +122,7 @@ def _trend(text: TextLoss) -> str:
     last = len(bins) - 1
     lowest = min(range(len(bins)), key=lambda place: bins[place].nll)
     at = [f"{part.nll:.3f} at {short(part.start)}-{short(part.end)}" for part in bins]
-    windows = f"{len(text.by_window)} windows of {short(text.length)}"
+    windows = f"{len(text.by_window)} window{'s' if len(text.by_window) > 1 else ''} of {short(text.length)}"
     if last == 0:
         return f"{at[0]} ({windows})"
     rise, error = text.rise(last, last - 1) if lowest == last else text.rise(lowest, last)
