@@ -140,6 +140,7 @@ def test_a_save_that_cannot_be_written_stops_training(folder: Path, two_steps: P
         assert run_stage(folder, "extend", 1, *SCHEDULE, run=run.name)["extend loss"] == whole["extend loss"]
 
 
+@pytest.mark.slow
 def test_a_writer_that_dies_stops_training(folder: Path) -> None:
     def kill_writer() -> None:
         from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller

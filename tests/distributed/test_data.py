@@ -54,6 +54,7 @@ def prepare_web(out: Path, folder: Path, tokenizer: Path) -> Manifest:
     return prepare(FileSource([str(folder / "web.jsonl")], "text"), load_encoder(tokenizer), Limits(shard_tokens=2000), out, 1)
 
 
+@pytest.mark.slow
 def test_a_blend_goes_on_at_the_exact_sample_with_fewer_ranks(folder: Path) -> None:
     assert len(Manifest.load(folder / "web.json").shards) == 3
     blend = ("--data-path", "0.7", str(folder / "web"), "0.3", str(folder / "plain"), *SCHEDULE)

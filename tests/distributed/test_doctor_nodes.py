@@ -84,6 +84,7 @@ def test_two_nodes_meet_though_a_port_is_taken(tmp_path: Path, port: int, monkey
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
 
+@pytest.mark.slow
 def test_nodes_that_differ(tmp_path: Path, port: int) -> None:
     report, own, other, bin_folder = (tmp_path / name for name in ("report.json", "own", "other", "bin"))
     for folder in (own, other, bin_folder):

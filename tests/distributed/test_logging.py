@@ -228,6 +228,7 @@ PIPELINED = ("--pipeline-model-parallel-size", "2", "--context-parallel-size", "
 
 
 @pytest.mark.parametrize("stage", ["distill", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("align", "extend"))])
+@pytest.mark.slow
 def test_bf16_is_near_float32(folder: Path, stage: str) -> None:
     exact = run_stage(folder, stage, 1, "--micro-batch-size", "1", "--train-iters", "4", run=f"{stage}-fp32")
     sharded = run_stage(

@@ -259,6 +259,7 @@ def last_line(done: subprocess.CompletedProcess) -> str:
     return done.stderr.replace("\r", "\n").strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_half_way_leaves_nothing(tmp_path):
     tiny_model("qwen3", tmp_path / "hf", intermediate_size=4096)
     done = run_door("import", "--hf", tmp_path / "hf", "--out", tmp_path / "out", largest_file=400_000)
