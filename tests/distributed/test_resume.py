@@ -64,7 +64,7 @@ def stopped(folder: Path) -> dict[str, Path]:
     ("before", "after"),
     [
         ("tp2", "one"),
-        ("tp2", "tp4-queries"),
+        pytest.param("tp2", "tp4-queries", marks=pytest.mark.slow),
         ("tp4-queries", "pp2-virtual"),
         ("cp2-dp2", "tp2"),
         ("pp2-virtual", "cp2-dp2"),
