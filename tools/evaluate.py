@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hydra_mcore.recipe import parse_with_recipe  # light, so that --help is quick
+from tools.layout_flags import add_layout_flags
 
 EXAMPLES = """\
 How it works: RULER's prompts are made here, of exactly the lengths asked for; all models of a tokenizer get the same ones.
@@ -62,11 +63,7 @@ def parser() -> argparse.ArgumentParser:
     add_exam_flags(p)
     machine = p.add_argument_group("machine")
     machine.add_argument("--dtype", choices=["bf16", "float32"], help="of the parameters (default: bf16 on a GPU, else float32)")
-    machine.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N", help="ranks that share every layer (default 1)")
-    staged = "ranks that hold different layers (default 1)"
-    machine.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N", help=staged)
-    parts = "ranks that hold parts of each prompt (default 1); what torchrun starts beyond the three shares the prompts out"
-    machine.add_argument("--context-parallel-size", type=int, default=1, metavar="N", help=parts)
+    add_layout_flags(machine, "the prompts", "each prompt")
     return p
 
 

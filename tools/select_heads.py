@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hydra_mcore.recipe import parse_with_recipe  # light, so that --help is quick
+from tools.layout_flags import add_layout_flags
 
 EXAMPLES = """\
 How it works: pairs of prompts differ in one thing, such as a value hidden in a long text, and ask for it. Both are run. Then
@@ -112,9 +113,7 @@ def add_scoring_flags(p: argparse.ArgumentParser) -> None:
     scoring.add_argument("--knock-out", type=int, default=8, metavar="N", help=silent)
     machine = p.add_argument_group("machine")
     machine.add_argument("--bf16", action="store_true", help="run the teacher in bf16 (default: float32)")
-    machine.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N", help="ranks that share every layer (default 1)")
-    staged = "ranks that hold different layers (default 1); what torchrun starts beyond both shares the pairs"
-    machine.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N", help=staged)
+    add_layout_flags(machine, "the pairs")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tools.layout_flags import add_layout_flags  # light, so that --help is quick
+
 EXAMPLES = """\
 How it works: FA heads multiply the query of token t by ln(t + a) / ln(a). The weights do not depend on a, so the same windows of
 text are run under several bases and without the scale, and the least loss wins: first the candidates (more of them while the best
@@ -48,12 +50,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--write", action="store_true", help="put the choice into the checkpoint's model.json")
     machine = p.add_argument_group("machine")
     machine.add_argument("--bf16", action="store_true", help="run the model in bf16 (default: float32)")
-    machine.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N", help="ranks that share every layer (default 1)")
-    machine.add_argument(
-        "--pipeline-model-parallel-size", type=int, default=1, metavar="N", help="ranks that hold different layers (default 1)"
-    )
-    parts = "ranks that hold different parts of a window (default 1); what torchrun starts beyond the three shares the windows"
-    machine.add_argument("--context-parallel-size", type=int, default=1, metavar="N", help=parts)
+    add_layout_flags(machine, "the windows", "a window")
     return p
 
 

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.summary:
         accuracies = read_accuracies(args.summary)
         summary_figure(args.summary[0] / "long_context.png", accuracies)
-        print(summary_table(accuracies), end="")
+        print(summary_table(accuracies))
         return
     with tqdm(total=3 + len(STUDENTS) + len(PROMPTS), desc="long context", unit="step", position=0) as steps:
         if args.out.exists():
@@ -102,16 +102,17 @@ def read_accuracies(runs: Sequence[Path]) -> Accuracies:
 def summary_table(accuracies: Accuracies) -> str:
     """Markdown, one table a task group: mean over runs (each run), in percent."""
     from hydra_mcore.evaluation.figures import short
+    from hydra_mcore.evaluation.report import table
 
     tables = []
     for group, models in accuracies.items():
         lengths = sorted(next(iter(models.values())))
-        lines = [[group, *map(short, lengths)], [":--"] + ["--:"] * len(lengths)]
+        rows = []
         for model, by_length in models.items():
             runs = (by_length[length] for length in lengths)
-            lines.append([model, *(f"{sum(run) / len(run):.0f} ({', '.join(f'{each:.0f}' for each in run)})" for run in runs)])
-        tables.append("".join(f"| {' | '.join(line)} |\n" for line in lines))
-    return "\n".join(tables)
+            rows.append([model, *(f"{sum(run) / len(run):.0f} ({', '.join(f'{each:.0f}' for each in run)})" for run in runs)])
+        tables.append(table([group, *map(short, lengths)], rows))
+    return "\n\n".join(tables)
 
 
 def summary_figure(path: Path, accuracies: Accuracies) -> None:
@@ -120,6 +121,7 @@ def summary_figure(path: Path, accuracies: Accuracies) -> None:
     from matplotlib.figure import Figure
 
     from hydra_mcore.evaluation.figures import COLORS, MARKERS, short
+    from hydra_mcore.evaluation.files import replacing
 
     figure = Figure(figsize=(11, 4.4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
@@ -141,9 +143,8 @@ def summary_figure(path: Path, accuracies: Accuracies) -> None:
     panels[0].set_ylabel("exact match (%)")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    beside = path.with_suffix(".partial.png")
-    figure.savefig(beside)
-    beside.replace(path)
+    with replacing(path) as beside:
+        figure.savefig(beside, format="png")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
+from hydra_mcore.evaluation.files import replacing
 from hydra_mcore.evaluation.log_scale import Trials, name_of
+from hydra_mcore.evaluation.report import table
 from hydra_mcore.heads import write_json
 
 JSON_NAME, TABLE_NAME, FIGURE_NAME = "log_scale.json", "log_scale.md", "log_scale.png"
@@ -26,11 +28,10 @@ def write_report(out_dir: str | Path, trials: Trials, present: float | None, tex
         settings: how they were made, kept in the JSON.
     """
     root = Path(out_dir)
-    root.mkdir(parents=True, exist_ok=True)
     figure(root / FIGURE_NAME, trials, present)
-    beside = root / (TABLE_NAME + ".partial")
-    beside.write_text(f"# Log-position scale of {settings['checkpoint']}\n\n{text}\n![loss against a]({FIGURE_NAME})\n", encoding="utf-8")
-    beside.replace(root / TABLE_NAME)
+    said = f"# Log-position scale of {settings['checkpoint']}\n\n{text}\n![loss against a]({FIGURE_NAME})\n"
+    with replacing(root / TABLE_NAME) as beside:
+        beside.write_text(said, encoding="utf-8")
     entries = []
     for base in trials.bases:
         gap, error = trials.difference(base, trials.best)
@@ -57,10 +58,12 @@ def markdown(trials: Trials, present: float | None, inside: bool) -> str:
     return "\n".join([
         verdict(trials, present, inside),
         "",
-        _table(["scale", "nats a token", "more than the best, +- standard error"], rows),
+        table(["scale", "nats a token", "more than the best, +- standard error"], rows),
+        "",
         "Mean loss by position in the window:",
         "",
-        _table(["tokens", *map(name_of, shown)], positions),
+        table(["tokens", *map(name_of, shown)], positions),
+        "",
     ])  # fmt: skip
 
 
@@ -110,11 +113,5 @@ def figure(path: Path, trials: Trials, present: float | None) -> None:
     length = trials.windows_bs.shape[1]
     axes.set_title(f"{len(trials.windows_bs)} windows of {length:,} tokens; bars: standard error of the difference to the best", fontsize=9)
     axes.legend(frameon=False, fontsize=9)
-    beside = path.with_name(path.name + ".partial")
-    picture.savefig(beside, format="png", dpi=150)
-    beside.replace(path)
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, [":--"] + ["--:"] * (len(header) - 1), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    with replacing(path) as beside:
+        picture.savefig(beside, format="png", dpi=150)

@@ -77,7 +77,7 @@ def accuracy_tables(results: Sequence[Results]) -> str:
     for group, tasks in groups_of(results).items():
         cells = {line.name: [_percent(line.group(tasks, length)) for length in lengths] for line in results}
         rows = ([line.name, _heads(line), short(line.contestant.facts.native_length), *cells[line.name]] for line in results)
-        tables.append(f"{group} ({', '.join(tasks)}):\n\n" + _table(["model", "FA heads", "native", *map(short, lengths)], rows))
+        tables.append(f"{group} ({', '.join(tasks)}):\n\n" + table(["model", "FA heads", "native", *map(short, lengths)], rows))
     return "\n\n".join(tables)
 
 
@@ -145,13 +145,13 @@ def _short_context(results: Sequence[Results], reference: Results) -> list[str]:
         f"Tokens of the held-out text where a model thinks the same next token the likeliest as {reference.name} does, in percent, "
         "by window length up to the native one:"
     )
-    return ["## Short context", said, _table(["model", *map(short, lengths)], ([name, *row] for name, row in cells.items()))]
+    return ["## Short context", said, table(["model", *map(short, lengths)], ([name, *row] for name, row in cells.items()))]
 
 
 def _every_task(results: Sequence[Results]) -> str:
     keys = sorted({key for line in results for key in line.scores}, key=lambda key: (key[1], [*_tasks(results)].index(key[0])))
     rows = ([task, short(length), *(_percent(line.scores.get((task, length))) for line in results)] for task, length in keys)
-    return _table(["task", "tokens", *(line.name for line in results)], rows)
+    return table(["task", "tokens", *(line.name for line in results)], rows)
 
 
 def _tasks(results: Sequence[Results]) -> list[str]:
@@ -161,7 +161,7 @@ def _tasks(results: Sequence[Results]) -> list[str]:
 def _by_window(results: Sequence[Results], cell: Callable[[Results, int], str]) -> str:
     lengths = sorted({length for line in results for length in line.text})
     rows = ([line.name, *(cell(line, length) if length in line.text else NONE for length in lengths)] for line in results)
-    return _table(["model", *map(short, lengths)], rows)
+    return table(["model", *map(short, lengths)], rows)
 
 
 def _tokenizers(results: Sequence[Results]) -> dict[str, list[str]]:
@@ -172,7 +172,8 @@ def _tokenizers(results: Sequence[Results]) -> dict[str, list[str]]:
     return found
 
 
-def _table(header: list[str], rows: Iterable[list[str]]) -> str:
+def table(header: list[str], rows: Iterable[list[str]]) -> str:
+    """Markdown, the first column to the left, the others to the right; no newline at the end."""
     lines = [header, [":--"] + ["--:"] * (len(header) - 1), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
 

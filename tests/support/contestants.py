@@ -9,10 +9,11 @@ import shutil
 from pathlib import Path
 
 import torch
+from megatron.core.models.gpt import GPTModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from hydra_mcore.config import HydraOptions, ModelShape
+from hydra_mcore.config import HydraOptions, ModelCard, ModelShape
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.build import build_model, save_weights, teacher_card
 from hydra_mcore.model.runtime import process_groups
@@ -41,18 +42,24 @@ def write_contestants(root: Path) -> Path:
     cards = {"teacher": teacher, "student": student, "other": teacher}
     with process_groups():
         for seed, (name, card) in enumerate(cards.items()):
-            model = build_model(card)
-            torch.manual_seed(seed)
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    if parameter.dim() > 1:
-                        parameter.normal_(std=0.4)  # so that what it predicts varies with position and content
+            model = random_model(card, seed)
             save_weights([model], card, root / name)
             (root / name / "tokenizer").mkdir()
             for file in ("tokenizer.json", "tokenizer_config.json", "needles.json") if name != "other" else ():
                 shutil.copyfile(TINY / file, root / name / "tokenizer" / file)
     byte_level(text).save_pretrained(root / "other" / "tokenizer")
     return root
+
+
+def random_model(card: ModelCard, seed: int) -> GPTModel:
+    """Weights large enough that what it predicts varies with position and content."""
+    model = build_model(card).eval()
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.4)
+    return model
 
 
 def byte_level(text: str, words: int = 400) -> PreTrainedTokenizerFast:

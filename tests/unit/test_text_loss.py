@@ -12,25 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from hydra_mcore.config import ModelShape
 from hydra_mcore.evaluation.forward import TOKENS_A_FORWARD
 from hydra_mcore.evaluation.parallel import ParallelModel
 from hydra_mcore.evaluation.perplexity import LONG_WINDOWS, TEXT_TOKENS, TextLoss, edges, text_windows, window_losses
 from hydra_mcore.heads import HeadMap, InputError
-from hydra_mcore.model.build import build_model, teacher_card
+from hydra_mcore.model.build import teacher_card
 from hydra_mcore.model.runtime import process_groups
+from tests.support.contestants import SHAPE as CONTESTANTS_SHAPE
+from tests.support.contestants import random_model
 
-SHAPE = ModelShape(
-    num_layers=2,
-    hidden_size=32,
-    num_heads=4,
-    num_kv_groups=2,
-    head_dim=8,
-    ffn_hidden_size=48,
-    vocab_size=96,
-    native_length=48,
-    rope_theta=1e4,
-)
+SHAPE = dataclasses.replace(CONTESTANTS_SHAPE, vocab_size=96, native_length=48)
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +29,7 @@ def student() -> Iterator[torch.nn.Module]:
     """A hybrid model whose logits vary with position and content."""
     head_map = HeadMap.from_fa([(0, 1), (1, 0), (1, 3)], SHAPE.num_layers, SHAPE.num_heads, SHAPE.num_kv_groups)
     with process_groups():
-        model = build_model(dataclasses.replace(teacher_card(SHAPE, "f"), head_map=head_map)).eval()
-        torch.manual_seed(0)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() > 1:
-                    parameter.normal_(std=0.4)
-        yield model
+        yield random_model(dataclasses.replace(teacher_card(SHAPE, "f"), head_map=head_map), seed=0)
 
 
 def measured(model: torch.nn.Module, windows_bs: torch.Tensor) -> tuple[TextLoss, np.ndarray, list[int]]:
