@@ -30,6 +30,7 @@ from hydra_mcore.evaluation.forward import LOGITS_AT_ONCE
 from hydra_mcore.heads import HeadLayout
 from hydra_mcore.model.flops import CHUNK
 from hydra_mcore.model.sizes import rank_parameters
+from hydra_mcore.ops.chunked_delta_rule import segment_tokens
 
 FLOAT = 4  # bytes of what is computed in float32 whatever the model's type
 
@@ -157,9 +158,11 @@ def _gdn(card: ModelCard, heads: _Heads, run: Forward) -> float:
     if run.fused:  # q, k and the tensor that holds v; v alone; the kernel's w, u, new values, outputs; its states and C x C matrices
         rule = 10 * d * p + p * d * d / CHUNK + CHUNK * (FLOAT + p) + 3 * FLOAT
     else:
-        part = run.length / run.cp_size
-        padding = -(-part // CHUNK) * CHUNK / part
-        rule = 5 * d * p + padding * FLOAT * (3 * CHUNK + 13 * d + 10)
+        # q, k, the tensor that holds v, the result; in float32 what is made of so many tokens at a time. In the search for the
+        # state before a part, values and results are twice as wide.
+        wider = 3 if run.cp_size > 1 else 0
+        together = min(1.0, segment_tokens(heads.gdn * run.rows, d) * run.cp_size / run.length)
+        rule = (6 + wider) * d * p + together * FLOAT * ((10 + wider) * d + 4 * CHUNK)
     return _around(card, run, hidden=3) + run.tokens * (branch + heads.gdn * max(mixing, rotary, normalised, rule))
 
 

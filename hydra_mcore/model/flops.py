@@ -130,14 +130,13 @@ def causal_attention(head_dim: int, length: int) -> Flops:
 def delta_rule(head_dim: int, length: int) -> Flops:
     """The chunked delta rule of one head, for each token (ops/chunked_delta_rule.py), keys and values of one size d.
 
-    A chunk of r rows makes k k^T, q k^T and the second one's product with what is written (r r d each); three products
-    with a state (r d d each); and a triangular solve with 2d right-hand sides, whose gradient takes a second solve
-    and an r r 2d product. A last chunk is filled up with padding.
+    Of r rows of a chunk: queries and keys times keys (2 r r d), both read the state (2 r d d), an inverse (r r r) and scores
+    are applied to what is written (2 r r d), which goes into the state (r d d). What backward makes anew is not counted.
+    A last chunk is filled up with padding.
     """
     chunks = -(-length // CHUNK)
-    solve = CHUNK * CHUNK * 2 * head_dim
-    products = 3 * _product(CHUNK * CHUNK, head_dim) + 3 * _product(CHUNK * head_dim, head_dim)
-    return (chunks / length) * (products + Flops(solve, 3 * solve))
+    products = 4 * _product(CHUNK * CHUNK, head_dim) + 3 * _product(CHUNK * head_dim, head_dim)
+    return (chunks / length) * (products + Flops(float(CHUNK**3), 0.0))
 
 
 def short_convolution(head_dim: int, taps: int) -> Flops:

@@ -20,9 +20,11 @@ from hydra_mcore.heads import HeadLayout, HeadRole
 from hydra_mcore.model.gates import OutputGate
 from hydra_mcore.model.memory import LayerMemory
 from hydra_mcore.model.parameters import GroupLinear, HeadLinear, PerHead, RMSNorm, gathered, recomputed
+from hydra_mcore.ops import fla_kernels
 from hydra_mcore.ops.context_parallel import Group, from_last, from_previous
 from hydra_mcore.ops.gated_delta import gated_delta_rule
 from hydra_mcore.ops.sequence import SequencePart
+from hydra_mcore.ops.short_convolution import short_convolution
 
 
 class GatedDeltaHeads(MegatronModule):
@@ -102,7 +104,7 @@ class GatedDeltaHeads(MegatronModule):
             q_sbhd, k_sbhd = self.q_norm(q_sbhd), self.k_norm(k_sbhd)
         if self.options.gdn_position == "rope":  # without the attention factor, which the L2 norm would take away
             q_sbhd, k_sbhd = (apply_rotary_pos_emb(t, rotary, self.config, cp_group=self.cp_group) for t in (q_sbhd, k_sbhd))
-        q_sbhd, k_sbhd = (F.normalize(t.float(), dim=-1).to(t.dtype) for t in (q_sbhd, k_sbhd))
+        q_sbhd, k_sbhd = _unit_length(q_sbhd), _unit_length(k_sbhd)
         delta_rule = partial(self._delta_rule, part, memory)
         out_sbhd, state_bhdv = recomputed(self.config, delta_rule, q_sbhd, k_sbhd, v_sbhd, *self.gates(x_sbm))
         if memory is not None:
@@ -156,21 +158,34 @@ class ShortConv(PerHead):
         length, before = x_sbhc.shape[0], self.block[1] - 1
         if part.cp_size > 1 and length < before:
             raise ValueError(f"a context-parallel part of {length} tokens is shorter than the {before} the short convolution looks back")
-        weight_hct = self.weight.unflatten(0, (len(self.heads), self.block[0]))
+        fused = fla_kernels.serve(x_sbhc)
         if part.past:
             padded = torch.cat([memory.taps_sbhc, x_sbhc])
         elif part.cp_size > 1 and before:
             padded = torch.cat([from_previous(x_sbhc[length - before :], self.cp_group), x_sbhc])
-        else:
+        elif memory is not None or not fused:
             padded = F.pad(x_sbhc, (0, 0, 0, 0, 0, 0, before, 0))
+        else:
+            padded = x_sbhc  # the kernel sees zeros before the first token by itself
         if memory is not None:
             memory.taps_sbhc = _left_behind(padded[length:], part, self.cp_group)
-        position_s = part.positions(x_sbhc.device) if part.packed else None
-        out = x_sbhc * weight_hct[..., -1]
-        for lag in range(1, before + 1):
-            seen = padded[before - lag : before - lag + length] * weight_hct[..., before - lag]
-            out = out + (seen if position_s is None else seen * (position_s >= lag)[:, None, None, None])
+        if fused:
+            return self._fused(padded, part)[len(padded) - length :]
+        weight_hct = self.weight.unflatten(0, (len(self.heads), self.block[0]))
+        out = short_convolution(padded, weight_hct, part.positions(x_sbhc.device) if part.packed else None)
         return F.silu(out) if self.activation == "silu" else out
+
+    def _fused(self, padded_sbhc: Tensor, part: SequencePart) -> Tensor:
+        """The same in one kernel of flash-linear-attention, of the padding too."""
+        bounds = None
+        if part.packed:  # a document may begin in the padding, among the previous rank's tokens, or at its end
+            shift = len(padded_sbhc) - part.num_tokens - part.start
+            bounds = (0, *(bound + shift for bound in part.documents if 0 < bound + shift < len(padded_sbhc)), len(padded_sbhc))
+        return fla_kernels.short_conv(padded_sbhc, self.weight, bounds, None if self.activation == "none" else self.activation)
+
+
+def _unit_length(x: Tensor) -> Tensor:
+    return fla_kernels.unit_length(x) if fla_kernels.serve(x) else F.normalize(x.float(), dim=-1).to(x.dtype)
 
 
 def _left_behind(x: Tensor, part: SequencePart, cp_group: Group) -> Tensor:

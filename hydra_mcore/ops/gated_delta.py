@@ -2,21 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gated delta rule of GDN heads, over whole sequences, packed documents and context-parallel parts.
 
-One signature over two engines: flash-linear-attention's kernel and the torch reference, whose file states the equation
-(``hydra_mcore/ops/chunked_delta_rule.py``). Shape suffixes are those of ``hydra_mcore/heads.py``.
+One signature over two engines: flash-linear-attention's kernels (``fla_kernels.py``) and the torch reference, whose file states
+the equation (``chunked_delta_rule.py``). Shape suffixes are those of ``hydra_mcore/heads.py``.
 """
 
 from __future__ import annotations
-
-import functools
-import warnings
-from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hydra_mcore.ops import fla_kernels
 from hydra_mcore.ops.chunked_delta_rule import chunked_delta_rule, recurrent_delta_rule
 from hydra_mcore.ops.context_parallel import Group, state_from_previous
 from hydra_mcore.ops.sequence import SequencePart
@@ -40,10 +36,9 @@ def gated_delta_rule(
     state_of_part: bool = False,
     chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor | None]:
-    """Apply the gated delta rule, with flash-linear-attention's kernel where there is one.
+    """Apply the gated delta rule, with flash-linear-attention's kernels where they serve (``fla_kernels.serve``).
 
-    The kernel serves GPU tensors up to 32 bits when the package is installed (float32 products then run in
-    TF32); everything else takes ``chunked_delta_rule``, or the recurrence for a few tokens. All keep the state in float32.
+    Everything else takes ``chunked_delta_rule``, or the recurrence for a few tokens. All keep the state in float32.
 
     Args:
         q_bshd, k_bshd: queries and keys, already normalised (keys to length 1).
@@ -71,38 +66,42 @@ def gated_delta_rule(
     if part.cp_size > 1 and initial_state_bhdv is not None:
         raise ValueError("an initial state comes from the previous rank under context parallelism; pass none")
     inputs = (q_bshd, k_bshd, v_bshv, log_decay_bsh, write_bsh)
-    # An empty grid is an error to the kernel; tensor-parallel ranks may own no GDN head of a layer.
-    if q_bshd.is_cuda and q_bshd.dtype != torch.float64 and v_bshv.numel() > 0 and (kernel := _fla_kernel()):
-        if part.cp_size > 1 and state_of_part:
-            return _fla_with_state(kernel, inputs, scale, cp_group)
-        if part.cp_size > 1:
-            return _fla_on_parts(kernel, inputs, scale, part, cp_group), None
-        return _fla_gated_delta_rule(kernel, *inputs, scale, initial_state_bhdv, cu_seqlens)
-    if part.cp_size == 1 and cu_seqlens is None and 0 < part.length <= FEW_TOKENS:
+    few = part.cp_size == 1 and cu_seqlens is None and 0 < part.length <= FEW_TOKENS
+    fused = fla_kernels.serve(q_bshd)
+    if fused and part.cp_size > 1 and not state_of_part:
+        return fla_kernels.delta_rule_on_parts(inputs, scale, part, cp_group), None
+    if part.cp_size > 1:
+        initial_state_bhdv = _state_before(part, cp_group, inputs)
+    if fused:
+        return fla_kernels.delta_rule(inputs, scale, initial_state_bhdv, cu_seqlens, few)
+    if few:
         return recurrent_delta_rule(*inputs, scale=scale, initial_state_bhdv=initial_state_bhdv)
-    enter = functools.partial(_enter_part, part, cp_group) if part.cp_size > 1 else None
-    layout = {"bounds": part.bounds, "enter": enter, "chunk_size": chunk_size}
+    layout = {"bounds": part.bounds, "chunk_size": chunk_size}
     out_bshv, state_bhdv = chunked_delta_rule(*inputs, scale=scale, initial_state_bhdv=initial_state_bhdv, **layout)
     return out_bshv, state_bhdv if part.cp_size == 1 or state_of_part else None
 
 
-def _enter_part(part: SequencePart, cp_group: Group, chunks: list[tuple[Tensor, ...]], last_document: int) -> Tensor:
-    """The state with which this rank's part begins, in exchange for what this part does to a state.
+def _state_before(part: SequencePart, cp_group: Group, inputs: tuple[Tensor, ...]) -> Tensor:
+    """The states with which this rank's documents begin, in exchange for what this part does to a state.
 
-    A state passes a chunk as S -> forget S + key^T (new - erase S), which is linear: carried through the chunks of the
-    part's last document, [0 | 1] becomes [B | A] of S -> A S + B. A document that begins here ignores the state before.
+    Every token maps the state S to A S + B. From the state [0 | 1], with values that are zero beside the true ones, the rule
+    itself arrives at [B | A] of the part's last document. A document that begins here ignores the state before.
     """
-    new, erase, _, _, _, _ = chunks[0]
-    v, d = new.shape[-1], erase.shape[-1]
-    joined_bh11 = new[..., :0, :1].sum(dim=(-2, -1), keepdim=True)  # zero, joined to the graph: see context_parallel
-    state = joined_bh11 + torch.cat([new.new_zeros(d, v), torch.eye(d, dtype=new.dtype, device=new.device)], dim=-1)
-    if not part.continues or part.cp_rank == part.cp_size - 1:
-        state = state * 0.0
+    hands_on = part.continues and part.cp_rank < part.cp_size - 1
+    last = slice(part.bounds[-2] if hands_on else part.num_tokens, None)  # no tokens keep the graph: see context_parallel
+    _, k, v, log_decay, write = (x[:, last] for x in inputs)
+    b, _, h, d = k.shape
+    start_bhd1 = F.pad(torch.eye(d, dtype=torch.promote_types(k.dtype, torch.float32), device=k.device), (v.shape[-1], 0))
+    start_bhd1, wider = start_bhd1.expand(b, h, -1, -1).contiguous(), (k, k, F.pad(v, (0, d)), log_decay, write)
+    if fla_kernels.serve(k):
+        _, state = fla_kernels.delta_rule(wider, None, start_bhd1, None)
     else:
-        for new, erase, _, _, key, forget in chunks[-last_document:]:
-            state = state * forget + key.mT @ (F.pad(new, (0, d)) - erase @ state)
-    offset, transition = state.split([v, d], dim=-1)
-    return state_from_previous(transition * float(len(part.bounds) == 2), offset, cp_group)
+        _, state = chunked_delta_rule(*wider, initial_state_bhdv=start_bhd1)
+    offset, transition = state.split([v.shape[-1], d], dim=-1)
+    if not hands_on:
+        offset = offset * 0.0
+    first_bhdv = state_from_previous(transition * float(hands_on and len(part.bounds) == 2), offset, cp_group)
+    return torch.cat([first_bhdv, first_bhdv.new_zeros(b * (len(part.bounds) - 2), h, d, v.shape[-1])])
 
 
 def _part(q_bshd: Tensor, cu_seqlens: Tensor | None, cp_group: Group | None) -> SequencePart:
@@ -112,90 +111,3 @@ def _part(q_bshd: Tensor, cu_seqlens: Tensor | None, cp_group: Group | None) -> 
         raise ValueError(f"cu_seqlens needs all documents packed into one row, got a batch of {b}")
     cp_size, cp_rank = (cp_group.size(), cp_group.rank()) if cp_group is not None else (1, 0)
     return SequencePart(s * cp_size, cp_size, cp_rank, None if cu_seqlens is None else tuple(cu_seqlens.tolist()))
-
-
-@functools.cache
-def _fla_kernel() -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """Return flash-linear-attention's chunked kernel, or None with one warning where it is not installed."""
-    try:
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule  # needs a GPU build of triton: only on demand
-    except ImportError as error:
-        warnings.warn(
-            f"gated delta rule: no flash-linear-attention ({error}); the torch reference runs on the GPU instead, "
-            "slower. Mend: pip install flash-linear-attention",
-            stacklevel=3,
-        )
-        return None
-    return chunk_gated_delta_rule
-
-
-def _fla_gated_delta_rule(
-    kernel: Callable[..., tuple[Tensor, Tensor]],
-    q_bshd: Tensor,
-    k_bshd: Tensor,
-    v_bshv: Tensor,
-    log_decay_bsh: Tensor,
-    write_bsh: Tensor,
-    scale: float | None,
-    initial_state_bhdv: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Translate to the kernel's names (written for flash-linear-attention 0.6.0) and call it."""
-    if cu_seqlens is not None:
-        cu_seqlens = cu_seqlens.to(q_bshd.device, torch.long)
-    if initial_state_bhdv is not None:
-        initial_state_bhdv = initial_state_bhdv.float()
-    return kernel(
-        q=q_bshd,
-        k=k_bshd.to(q_bshd.dtype),
-        v=v_bshv.to(q_bshd.dtype),
-        g=log_decay_bsh.float(),
-        beta=write_bsh.float(),
-        scale=scale,
-        initial_state=initial_state_bhdv,
-        output_final_state=True,
-        use_qk_l2norm_in_kernel=False,
-        cu_seqlens=cu_seqlens,
-    )
-
-
-def _fla_on_parts(
-    kernel: Callable[..., Any], inputs: tuple[Tensor, ...], scale: float | None, part: SequencePart, cp_group: Group
-) -> Tensor:
-    """flash-linear-attention's own context parallelism, which takes one row at a time and the whole row's boundaries.
-
-    Written for 0.6.0; not yet run on a GPU.
-    """
-    from fla.ops.cp import build_cp_context
-
-    cu_seqlens = torch.tensor(part.documents)
-    context = build_cp_context(cu_seqlens.to(inputs[0].device), group=cp_group, cu_seqlens_cpu=cu_seqlens)
-    q, k, v, log_decay, write = inputs
-    rows = [
-        kernel(
-            q=q[row : row + 1],
-            k=k[row : row + 1].to(q.dtype),
-            v=v[row : row + 1].to(q.dtype),
-            g=log_decay[row : row + 1].float(),
-            beta=write[row : row + 1].float(),
-            scale=scale,
-            use_qk_l2norm_in_kernel=False,
-            cp_context=context,
-        )[0]
-        for row in range(q.shape[0])
-    ]
-    return torch.cat(rows)
-
-
-def _fla_with_state(kernel: Callable[..., Any], inputs: tuple[Tensor, ...], scale: float | None, cp_group: Group) -> tuple[Tensor, Tensor]:
-    """Outputs and last state of this rank's part, which the kernel's own context parallelism does not give.
-
-    A part maps the state S before it to A S + B. The kernel finds both at once: from the state [0 | 1], with values that are
-    zero beside the true ones, it arrives at [B | A]. Not yet run on a GPU.
-    """
-    q, k, v, log_decay, write = inputs
-    b, _, h, d = k.shape
-    start_bhd1 = F.pad(torch.eye(d, device=k.device), (v.shape[-1], 0)).expand(b, h, -1, -1)
-    _, state = _fla_gated_delta_rule(kernel, q, k, F.pad(v, (0, d)), log_decay, write, scale, start_bhd1.contiguous(), None)
-    offset, transition = state.split([v.shape[-1], d], dim=-1)
-    return _fla_gated_delta_rule(kernel, *inputs, scale, state_from_previous(transition, offset, cp_group), None)

@@ -96,9 +96,12 @@ class SequencePart:
 
     def positions(self, device: torch.device) -> Tensor:
         """The position of each token of this part within its document, from 0: [s], int64."""
+        first = self.past + self.start
+        token_s = torch.arange(first, first + self.num_tokens, device=device)
+        if not self.packed:
+            return token_s  # nothing comes from the host, for whose copies a GPU's stream waits
         starts = torch.tensor(self.documents, device=device)
-        token_s = torch.arange(self.start, self.start + self.num_tokens, device=device)
-        return self.past + token_s - starts[torch.searchsorted(starts, token_s, right=True) - 1]
+        return token_s - starts[torch.searchsorted(starts, token_s - self.past, right=True) - 1]
 
     @property
     def halves(self) -> tuple[tuple[int, int], ...]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from hydra_mcore.config import HydraOptions, ModelCard, ModelShape
 from hydra_mcore.heads import HeadLayout
 from hydra_mcore.model.flops import CHUNK
+from hydra_mcore.ops.chunked_delta_rule import segment_tokens
 from hydra_mcore.ops.sequence import SequencePart
 
 FLOAT = 4  # bytes of what is computed in float32 whatever the model's type
@@ -143,8 +144,8 @@ def layer_bytes(card: ModelCard, layer_idx: int, tp_rank: int, run: Run) -> Kept
         core += num_fa * (p * shape.head_dim + FLOAT)  # attention's result, the logarithm of its softmax's sum
     if layout.layer.gdn:
         before += _gdn(shape, options, run, num_gdn)
-        core += num_gdn * _delta_rule(shape.head_dim, run)
-        workspace = num_gdn * _delta_rule_workspace(shape.head_dim, run)
+        core += num_gdn * _delta_rule(shape.head_dim, num_gdn, run)
+        workspace = num_gdn * _delta_rule_workspace(shape.head_dim, num_gdn, run)
     after = (num_fa + num_gdn) * (_fusion(shape, options, run) + p * shape.head_dim)
     norm = run.norm(shape.hidden_size)
     return Kept(
@@ -179,16 +180,13 @@ def _fa(shape: ModelShape, options: HydraOptions, run: Run, heads: float, groups
 def _gdn(shape: ModelShape, options: HydraOptions, run: Run, heads: int) -> float:
     """For each token: convolution, norms, rotary and gates of GDN heads, and the inputs of the delta rule."""
     d, p, rms = shape.head_dim, run.value_bytes, options.gdn_qk_norm == "rms"
-    kept = 2 * 3 * d * p if options.gdn_conv_kernel else 0  # its input, and that padded
+    kept = 3 * d * p if options.gdn_conv_kernel else 0  # its input, padded
     kept += 2 * (FLOAT * d + 2 * FLOAT)  # the L2 norm of queries and keys
-    kept += 3 * FLOAT + 2 * FLOAT  # decay and write gate
+    kept += 2 * FLOAT + FLOAT  # decay and write gate
     kept += _gate(options.gdn_gate, d, p) + 2 * p * d  # queries and keys
-    if run.fused:
-        kept += 3 * d * p + rms * 2 * FLOAT  # q, k and v in one tensor, of which the norms' inputs and the values are views
-    elif rms:
-        kept += 2 * run.norm(d) + (p * d if p == FLOAT else 3 * p * d)  # in float32 the norms keep queries and keys
-    else:
-        kept += 3 * p * d
+    kept += 3 * d * p  # q, k and v in one tensor, of which the norms' inputs and the values are views
+    if rms:
+        kept += 2 * (FLOAT if run.fused else run.norm(d) - (FLOAT * d if p == FLOAT else 0))
     return heads * kept + (4 * p * d if options.gdn_position == "rope" else 0)
 
 
@@ -197,26 +195,23 @@ def _gate(granularity: str, d: int, p: int) -> int:
     return 0 if granularity == "none" else p * ((d if granularity == "elementwise" else 1) + d)
 
 
-def _delta_rule(d: int, run: Run) -> float:
+def _delta_rule(d: int, heads: int, run: Run) -> float:
     """For each head and token: what chunked_delta_rule, or the kernel, keeps beside its inputs."""
     p = run.value_bytes
     if run.fused:
         return p * d + p * CHUNK  # contiguous values, and the inverse of 1 + L
     part = run.length // run.cp_size
     padding = -(-part // CHUNK) * CHUNK / part
-    copies = (3 * FLOAT - 5 * p) * d if p < FLOAT else 0  # q, k and v in float32 instead of q, k and the tensor that holds v
-    return copies + padding * FLOAT * (5 * CHUNK + 9 * d + d * d / CHUNK + 3)
+    return FLOAT * (padding * (CHUNK + d) + d * d / min(part, segment_tokens(heads * run.rows, d)))
 
 
-def _delta_rule_workspace(d: int, run: Run) -> float:
-    """For each head and token: gradients inside the delta rule's backward pass.
+def _delta_rule_workspace(d: int, heads: int, run: Run) -> float:
+    """For each head and token: gradients inside the delta rule's backward pass, and what it makes anew of a segment.
 
-    Fitted to d of 16 to 128 on a CPU, within 5% of what is kept and this; the kernel's: states, their gradients and ten
-    values of size d.
+    The kernel's: states, their gradients and ten values of size d.
     """
-    p = run.value_bytes
+    p, part = run.value_bytes, run.length // run.cp_size
     if run.fused:
         return 2 * p * d * d / CHUNK + 10 * p * d
-    if "core_attn" in run.recompute:
-        return FLOAT * max(2 * CHUNK + 2 * d, (6.5 if p == FLOAT else 9.5) * d)
-    return FLOAT * max(2 * CHUNK + 2 * d, CHUNK + 3.5 * d)
+    segment = FLOAT * (18 * d + 9 * CHUNK + 3 * d * d / CHUNK)
+    return 3 * p * d + 2 * FLOAT + segment * min(1.0, segment_tokens(heads * run.rows, d) / part)

@@ -116,13 +116,15 @@ def test_states_and_softmax_of_parts_are_those_of_the_whole() -> None:
 
 
 def _check_parts(rank: int) -> None:
+    from hydra_mcore.ops import fla_kernels
+    from hydra_mcore.ops.chunked_delta_rule import chunked_delta_rule
     from hydra_mcore.ops.context_parallel import from_last, merge_softmax
-    from hydra_mcore.ops.gated_delta import _fla_with_state, gated_delta_rule
+    from hydra_mcore.ops.gated_delta import gated_delta_rule
 
-    def kernel(*, q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens):
+    def kernel(*, q, k, v, g, beta, scale, initial_state, output_final_state):
         """Flash-linear-attention's names on the torch reference."""
-        assert output_final_state and cu_seqlens is None and not use_qk_l2norm_in_kernel
-        return gated_delta_rule(q, k, v, g, beta, scale=scale, initial_state_bhdv=initial_state)
+        assert output_final_state
+        return chunked_delta_rule(q, k, v, g, beta, scale=scale, initial_state_bhdv=initial_state)
 
     torch.manual_seed(0)
     with model_parallel(cp=3):
@@ -133,8 +135,12 @@ def _check_parts(rank: int) -> None:
         expected, _ = gated_delta_rule(*inputs)
         _, state = gated_delta_rule(*(x[:, : mine.stop] for x in inputs))
         part = tuple(x[:, mine] for x in inputs)
-        for found in (gated_delta_rule(*part, cp_group=group, state_of_part=True), _fla_with_state(kernel, part, None, group)):
-            torch.testing.assert_close(found, (expected[:, mine], state), rtol=0, atol=2e-6)
+        found = gated_delta_rule(*part, cp_group=group, state_of_part=True)
+        torch.testing.assert_close(found, (expected[:, mine], state), rtol=0, atol=2e-6)
+        fla_kernels.kernels = lambda: fla_kernels.Kernels(chunked=kernel, recurrent=None, conv=None, l2norm=None)  # in this process
+        fla_kernels.serve = lambda x: x.numel() > 0
+        found = gated_delta_rule(*part, cp_group=group, state_of_part=True)
+        torch.testing.assert_close(found, (expected[:, mine], state), rtol=0, atol=2e-6)
         score, value = 300 * torch.randn(2, 4, 5, 3 * s, dtype=torch.float64), torch.randn(2, 4, 3 * s, 6, dtype=torch.float64)
         own, own_value = score[..., mine], value[:, :, mine]
         merged = merge_softmax(own.softmax(-1) @ own_value, own.logsumexp(-1, keepdim=True), group)

@@ -80,7 +80,7 @@ def randomise(model: torch.nn.Module) -> None:
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter))
 
 
 def write_data(prefix: Path, vocab_size: int, documents: int = 128) -> None:

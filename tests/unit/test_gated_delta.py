@@ -18,7 +18,7 @@ from megatron.core.ssm.gated_delta_net.common import torch_chunk_gated_delta_rul
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hydra_mcore.ops import gated_delta
+from hydra_mcore.ops import fla_kernels
 from hydra_mcore.ops.gated_delta import gated_delta_rule
 from tests.support.naive_gated_delta import naive_gated_delta_rule
 
@@ -279,28 +279,31 @@ def test_a_packed_batch_and_a_wrong_state_are_refused() -> None:
         packed([0, 30, 70])(*make_inputs())
 
 
-# The border to flash-linear-attention. The kernel itself needs a GPU: tests/gpu/test_gated_delta_gpu.py
+# The border to flash-linear-attention. The kernels themselves need a GPU: tests/gpu/test_fla_kernels_gpu.py
 
 
-def test_names_are_translated_for_the_kernel() -> None:
-    def kernel(*, q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens):
+def test_names_are_translated_for_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernel(*, q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens, cu_seqlens_cpu):
         """Flash-linear-attention's names and state layout, [n, h, d, v], on the naive recurrence."""
-        assert output_final_state and not use_qk_l2norm_in_kernel and scale is None
-        assert cu_seqlens.dtype == torch.int64 and q.dtype == k.dtype == v.dtype == torch.bfloat16
+        assert output_final_state and scale is None
+        assert cu_seqlens.dtype == cu_seqlens_cpu.dtype == torch.int64 and q.dtype == k.dtype == v.dtype == torch.bfloat16
         assert g.dtype == beta.dtype == initial_state.dtype == torch.float32
         return one_by_one(naive, cu_seqlens.tolist())(q, k, v, g, beta, initial_state)
 
     inputs = make_inputs(documents=2, dtype=torch.bfloat16)
     cu_seqlens = torch.tensor([0, 30, 70], dtype=torch.int32)
-    actual = gated_delta._fla_gated_delta_rule(kernel, *inputs[:5], None, inputs[5], cu_seqlens)
+    monkeypatch.setattr(fla_kernels, "kernels", lambda: fla_kernels.Kernels(chunked=kernel, recurrent=None, conv=None, l2norm=None))
+    monkeypatch.setattr(fla_kernels, "serve", lambda x: True)
+    actual = gated_delta_rule(*inputs[:5], initial_state_bhdv=inputs[5], cu_seqlens=cu_seqlens)
+    monkeypatch.undo()
     assert_same(actual, packed([0, 30, 70])(*inputs), 2**-8)
 
 
 def test_a_missing_kernel_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fla.ops.gated_delta_rule", None)
-    gated_delta._fla_kernel.cache_clear()
+    fla_kernels.kernels.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert gated_delta._fla_kernel() is None and gated_delta._fla_kernel() is None
-    gated_delta._fla_kernel.cache_clear()
-    assert ["pip install flash-linear-attention" in str(w.message) for w in caught] == [True]
+        assert fla_kernels.kernels() is None and fla_kernels.kernels() is None
+    fla_kernels.kernels.cache_clear()
+    assert ["pip install 'flash-linear-attention" in str(w.message) for w in caught] == [True]
