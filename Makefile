@@ -1,7 +1,7 @@
 # Every target sets up .venv by itself; a second run installs nothing.
 PYTHON_VENV := .venv/bin/python
 
-.PHONY: help env demo test test-all checks clean
+.PHONY: help env demo test test-all gpu-check checks clean
 help:           ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 18
 
@@ -16,6 +16,9 @@ test: env       ## the tests that need no GPU, without the slow ones
 
 test-all: env   ## all tests that need no GPU
 	@$(PYTHON_VENV) -m pytest -m "not gpu"
+
+gpu-check:      ## the tests and benchmarks that need a GPU, on its machine (tools/gpu_check.sh --help)
+	@tools/gpu_check.sh
 
 checks: env     ## lint and format
 	@$(PYTHON_VENV) -m ruff check .

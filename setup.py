@@ -40,7 +40,7 @@ setup(
         "psutil>=5.9",  # megatron.core's checkpoint writer imports it and does not ask for it
     ],
     extras_require={
-        "gpu": ["transformer-engine[pytorch]>=2.10", "flash-linear-attention>=0.4"],
+        "gpu": ["transformer-engine[pytorch]>=2.10", "flash-linear-attention>=0.6"],
         "eval": ["lm-eval>=0.4.10", "accelerate>=1.1"],  # not lm-eval[hf]: it adds peft, for adapters
         "test": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "jsonschema>=4.20", "ruff>=0.12"],
     },
