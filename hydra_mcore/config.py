@@ -293,6 +293,13 @@ def add_flags(group: argparse._ArgumentGroup, cls: type) -> None:
         group.add_argument(flag, type=kind, choices=choices, default=item.default, help=help_text + " (default: %(default)r)")
 
 
+def add_stage_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The flags of training that are ours; Megatron's stand beside them."""
+    parser.add_argument("--config", nargs="+", help="Recipe: YAML files of flags with a section for each stage; a later file wins.")
+    add_flags(parser.add_argument_group("hydra_mcore: stages of the transfer"), StageOptions)
+    return parser
+
+
 def _literal_choices(cls: type) -> dict[str, tuple[Any, ...]]:
     """The allowed values of each Literal field of a dataclass."""
     hints = typing.get_type_hints(cls)

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 from megatron.training.arguments import add_megatron_arguments
 
-from hydra_mcore.config import CARD_NAME, ConfigError, ModelCard, StageOptions, add_flags
+from hydra_mcore.config import CARD_NAME, ConfigError, ModelCard, StageOptions, add_stage_flags
 from hydra_mcore.corpus.manifest import expand_blend
 from hydra_mcore.heads import HeadLayout
 from hydra_mcore.model.build import latest_iteration, trainings
@@ -45,6 +45,9 @@ ENGINE: dict[str, Any] = {
     "save-interval": 500,
     "log-interval": 10,
     "tensorboard-log-interval": 1,
+    "profile-step-start": 2,  # steps 3 and 4: the first ones also build and warm up
+    "profile-step-end": 4,
+    "profile-ranks": [0],
     "distributed-timeout-minutes": 30,
 }
 # The writer is a process of its own that copies tensors off the GPU while training waits, then writes them while it goes
@@ -83,13 +86,6 @@ class OneLineParser(argparse.ArgumentParser):
             near = difflib.get_close_matches(unknown.split()[0], list(self._option_string_actions), n=1)
             message = f"unknown flag {unknown.split()[0]}" + (f"; did you mean {near[0]}?" if near else "")
         raise ConfigError(message)
-
-
-def add_stage_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Our flags beside Megatron's."""
-    parser.add_argument("--config", nargs="+", help="Recipe: YAML files of flags with a section for each stage; a later file wins.")
-    add_flags(parser.add_argument_group("hydra_mcore: stages of the transfer"), StageOptions)
-    return parser
 
 
 def resolve(argv: list[str]) -> Plan:
@@ -186,6 +182,9 @@ def check_settings(known: argparse.Namespace, card: ModelCard, ranks: int) -> No
     decay_iters = known.lr_decay_iters or known.train_iters
     if known.lr_warmup_iters >= decay_iters:
         raise ConfigError(f"lr-warmup-iters {known.lr_warmup_iters} must be fewer than the {decay_iters} steps of the schedule")
+    start, end = known.profile_step_start, known.profile_step_end
+    if known.profile and not 0 <= start < end <= known.train_iters:
+        raise ConfigError(f"profile-step-start {start} to profile-step-end {end} is no window of the {known.train_iters} steps of training")
     if known.save_retain_interval:
         raise ConfigError("save-retain-interval deletes checkpoints unsafely; use keep-last and keep-every")
     if known.fp16:

@@ -1,0 +1,141 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""One stage of the transfer, from its command line to its last checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import sys
+from functools import partial
+from typing import Any
+
+from hydra_mcore.compat import install
+
+install()
+
+import torch  # noqa: E402  the patches come before the engine
+from megatron.core.enums import ModelType  # noqa: E402
+from megatron.core.models.gpt import GPTModel  # noqa: E402
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+from megatron.training import get_args, get_tokenizer, pretrain  # noqa: E402
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args  # noqa: E402
+from megatron.training.arguments import parse_args, validate_args  # noqa: E402
+from megatron.training.global_vars import get_tensorboard_writer, set_global_variables  # noqa: E402
+from megatron.training.models import GPTModelConfig  # noqa: E402
+
+from hydra_mcore.config import ConfigError, ModelCard, add_stage_flags  # noqa: E402
+from hydra_mcore.model.build import apply_card, contiguous_parts, load_weights, model_config  # noqa: E402
+from hydra_mcore.model.runtime import one_line_errors  # noqa: E402
+from hydra_mcore.train.alerts import DataWatch  # noqa: E402
+from hydra_mcore.train.arguments import Plan, resolve  # noqa: E402
+from hydra_mcore.train.checkpoints import checkpoint_care, note_versions, tidy  # noqa: E402
+from hydra_mcore.train.data import build_datasets, check_data, fetch_batch  # noqa: E402
+from hydra_mcore.train.needles import NeedlePanels, make_panels  # noqa: E402
+from hydra_mcore.train.pair import TransferStep  # noqa: E402
+from hydra_mcore.train.pipeline import teacher_in_the_pipeline  # noqa: E402
+from hydra_mcore.train.profile import profiled_steps  # noqa: E402
+from hydra_mcore.train.stages import STAGES  # noqa: E402
+from hydra_mcore.train.tracking import tracked  # noqa: E402
+from hydra_mcore.train.watch import Watch, alert, watched  # noqa: E402
+
+
+def run_stage(argv: list[str]) -> None:
+    """Resolve, check and run one stage; exit status 2 with one line for bad input."""
+    with one_line_errors("train"):
+        plan = resolve(argv)
+        if plan.finished:
+            print(f"stage {plan.options.stage} is finished: {plan.save}")
+            return
+        args, config = _validated(plan)
+        check_data(args)
+        panels = make_panels(args, plan.start, plan.card.shape.vocab_size)
+        if plan.options.dry_run:
+            print(f"start: {plan.start}\nsave:  {plan.save}\nflags: {' '.join(plan.flags)}")
+            return
+        if args.rank == 0:
+            _prepare_output(plan)
+        with tracked(plan):
+            set_global_variables(args)
+            _train(plan, args, config, panels)
+
+
+def _validated(plan: Plan) -> tuple[Any, GPTModelConfig]:
+    """Megatron's own parse and validation, which write nothing yet; its refusals become one line."""
+    sys.argv = [sys.argv[0], *plan.flags]
+    try:
+        args = parse_args(extra_args_provider=add_stage_flags)
+        validate_args(args)
+        config = gpt_config_from_args(args)
+    except (AssertionError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"Megatron refuses these settings: {(str(error) or 'see its arguments').splitlines()[0]}") from None
+    config.vocab_size, config.should_pad_vocab = plan.card.shape.vocab_size, False
+    config.rotary_base = plan.card.shape.rope_theta
+    apply_card(config, plan.card, plan.options.stage, plan.options.fa_balance)
+    return args, config
+
+
+def _prepare_output(plan: Plan) -> None:
+    """Put card, head map and tokenizer into the stage's folder; checkpoints follow as training saves them."""
+    plan.save.mkdir(parents=True, exist_ok=True)
+    plan.card.save(plan.save)
+    tidy(plan.save)
+    note_versions(plan.save)
+    plan.card.head_map.save(plan.save / "head_map.json")
+    if (plan.start / "tokenizer").is_dir():
+        shutil.copytree(plan.start / "tokenizer", plan.save / "tokenizer", dirs_exist_ok=True)
+
+
+def _train(plan: Plan, args: Any, config: GPTModelConfig, panels: NeedlePanels | None) -> None:
+    data = DataWatch(plan.options.data_timeout, lambda: f"rank {args.rank} reads {' '.join(args.data_path or [])}", alert)
+    step = TransferStep(plan.options, partial(fetch_batch, args, data), lambda: args.curr_iteration + 1)
+    config.pre_wrap_hooks.append(partial(_prepare_models, plan, config, step))
+    store = None if "RANK" in os.environ else torch.distributed.HashStore()
+    watch = Watch(plan.card, args, step, data, panels)
+    care = checkpoint_care(plan.save, plan.options, args, config)
+    with teacher_in_the_pipeline(step), care, watched(watch), profiled_steps(args, step):
+        pretrain(pretrain_cfg_container_from_args(args, config), _datasets, ModelType.encoder_or_decoder, step, store=store)
+    if (writer := get_tensorboard_writer()) is not None:
+        writer.close()  # its thread would die with the process, and the last values with it
+
+
+def _prepare_models(plan: Plan, config: GPTModelConfig, step: TransferStep, models: list[GPTModel]) -> list[GPTModel]:
+    """Freeze what the stage leaves alone, fill in the starting weights, build the teacher."""
+    trains = STAGES[plan.options.stage].trains
+    for model in models:
+        contiguous_parts(model, plan.card.shape)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trains in name)
+    if not plan.resume:
+        load_weights(models, plan.start)
+    step.prepare(models, _build_teachers(plan, config, models) if STAGES[plan.options.stage].needs_teacher else [])
+    return models
+
+
+def _build_teachers(plan: Plan, config: GPTModelConfig, students: list[GPTModel]) -> list[GPTModel]:
+    """The teacher's layers that stand beside each of this rank's model chunks, frozen."""
+    card = ModelCard.load(plan.options.teacher)
+    try:
+        card.check_head_map(plan.card.head_map)
+    except ConfigError as error:
+        raise ConfigError(f"the student does not descend from teacher {plan.options.teacher}: {error}") from None
+    teacher_config = model_config(card, plan.options.stage, copy.copy(config.transformer))
+    teacher_config.virtual_pipeline_model_parallel_size = config.virtual_pipeline_model_parallel_size
+    builder, groups = teacher_config.get_builder_cls()(teacher_config), ProcessGroupCollection.use_mpu_process_groups()
+    # In align only attention is compared: no output layer, and no copy of the embedding on the last stage to keep equal.
+    with_output = plan.options.stage != "align"
+    teacher_config.share_embeddings_and_output_weights &= with_output
+    teachers = [
+        builder.build_model(groups, student.pre_process, student.post_process and with_output, getattr(student, "vp_stage", None))
+        for student in students
+    ]
+    load_weights(teachers, plan.options.teacher)
+    return [contiguous_parts(teacher, card.shape).requires_grad_(False).to(torch.cuda.current_device()).eval() for teacher in teachers]
+
+
+def _datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple:
+    return build_datasets(get_args(), get_tokenizer(), num_samples, vp_stage)
+
+
+_datasets.is_distributed = True
