@@ -18,11 +18,11 @@ import torch
 from hydra_mcore.config import ModelCard
 from hydra_mcore.heads import InputError, write_json
 from hydra_mcore.model.build import load_model
+from hydra_mcore.selection.capabilities import RETRIEVAL
 from hydra_mcore.selection.evidence import ESTIMATES, KnockOut
 from hydra_mcore.selection.knock_out import FRACTIONS, RANDOM_ORDERS, knock_out
 from hydra_mcore.selection.probes import (
     EVALUATION_SEEDS,
-    RETRIEVAL,
     ProbeBatch,
     build_probes,
     load_format,

@@ -79,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_scoring_flags(p: argparse.ArgumentParser) -> None:
-    from hydra_mcore.selection.probes import BUILT_IN
+    from hydra_mcore.selection.capabilities import BUILT_IN
     from hydra_mcore.selection.score import ROLES
 
     scoring = p.add_argument_group("scores")

@@ -205,7 +205,7 @@ def test_work_worked_by_hand() -> None:
 
 
 def test_the_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tools.benchmark.RANDOM_MAPS", 2)
+    monkeypatch.setattr("tools.benchmarks.balance.RANDOM_MAPS", 2)
     main(["communication", "--cp", "2", "8", "--lengths", "4096", "--fa-heads", "4"])
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert len(rows) == 3 and "(" not in rows[1] and "(" in rows[2]  # Megatron cannot divide 12 heads by 8
@@ -217,7 +217,7 @@ def test_the_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
 
 
 def test_a_rank_alone_is_timed() -> None:
-    from tools.benchmark_seconds import measured
+    from tools.benchmarks.rank_seconds import measured
 
     rows = list(measured({1: [0], 5: [0, 1, 2, 5, 7]}, dataclasses.replace(SHAPE, hidden_size=32), 4, 32, 1))
     assert [row[:2] for row in rows] == [[n, way] for n in (1, 5) for way in ("heads", "queries", "all by queries")]

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hydra_mcore.config import ModelShape
 from tests.support.hf_model import random_model
 from tests.support.tiny_hf import tiny_qwen3
 from tools.benchmark import main
-from tools.benchmark_decode import measured, random_decoders
+from tools.benchmarks.decoders import measured, prefills, random_decoders
 
 SHAPE = ModelShape(
     num_layers=2, hidden_size=48, num_heads=6, num_kv_groups=2, head_dim=16, ffn_hidden_size=80, vocab_size=64, native_length=64
@@ -30,8 +31,8 @@ def exported(tmp_path_factory) -> Path:
 
 
 def table(text: str) -> list[list[str]]:
-    """The cells below the head."""
-    lines = [line for line in text.splitlines() if line.startswith("|")]
+    """The cells below the head of the first table."""
+    lines = list(itertools.takewhile(bool, text[text.index("\n| ") + 1 :].splitlines()))
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
@@ -48,7 +49,7 @@ def test_table_and_figure(tmp_path, capsys):
 def test_bytes_and_calls_by_hand():
     """Float32, 2 layers: keys and values 128 bytes a token and group; 4 GDN heads: a 16 x 16 state, 3 inputs of 3 x 16 channels each."""
     lengths = (9, 64)
-    found = list(measured(random_decoders(SHAPE, [[0, 1], [0, 3]]), lengths, steps=3))
+    found = list(measured(random_decoders(SHAPE, [[0, 1], [0, 3]], "cpu", "float32"), lengths, steps=3))
     constant = 2 * 4 * (16 * 16 * 4 + 3 * 3 * 16 * 4)
     for length, points in zip(lengths, found, strict=True):
         expected = {
@@ -98,3 +99,11 @@ def test_bad_input_is_one_line(flags, message, capsys):
         main(["decode", *flags.split()])
     error = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and message in error[-1] and error[-1].startswith("benchmark: ")
+
+
+def test_a_prefill_reads_the_whole_prompt_in_one_call():
+    decoders, lengths = random_decoders(SHAPE, [[0, 1]], "cpu", "float32"), []
+    decoders[1].model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+    points = prefills(decoders, [24, 9], repeats=2)
+    assert lengths == [9, 9, 9, 24, 24]  # the shortest warms up
+    assert [(point.name, point.length, len(point.seconds)) for point in points[1::2]] == [(decoders[1].name, n, 2) for n in (9, 24)]

@@ -92,7 +92,7 @@ def encode_batch_speed(folder: Path, corpus: Path) -> float:
 
 def prepare(corpus: Path, tokenizer: Path, out: Path, workers: int) -> Cost:
     """Run the command; shards are small, so that the smaller corpus fills some, too."""
-    command = [sys.executable, str(Path(__file__).with_name("prepare_data.py")), "--input", str(corpus), "--tokenizer", str(tokenizer)]
+    command = [sys.executable, str(Path(__file__).parents[1] / "prepare_data.py"), "--input", str(corpus), "--tokenizer", str(tokenizer)]
     flags = ["--out", str(out), "--workers", str(workers), "--shard-tokens", "1e6"]
     child = subprocess.Popen([*command, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(child.pid, 0)

@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Seconds and cache bytes of decoding one token in transformers, teacher beside HydraHead (for ``tools/benchmark.py decode``)."""
+"""Seconds of reading a prompt and of one token, and cache bytes, in transformers (for ``tools/benchmark.py decode``)."""
 
 from __future__ import annotations
 
@@ -9,18 +9,15 @@ import resource
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator, StrMethodFormatter
 from torch import Tensor
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from hydra_mcore.config import HydraOptions, ModelCard, ModelShape
@@ -28,9 +25,8 @@ from hydra_mcore.convert.families import SHAPE_KEYS
 from hydra_mcore.convert.hf_code import copy_model_code
 from hydra_mcore.convert.hf_io import CONFIG_NAME
 from hydra_mcore.convert.hydra_family import to_config
-from hydra_mcore.evaluation.figures import COLORS, MARKERS
 from hydra_mcore.heads import HeadMap, InputError, write_json
-from hydra_mcore.selection.figures import short
+from tools.benchmarks.measure import Point, in_turn, timed
 
 CHUNK = 1024  # tokens that a prefill reads at once
 WARM_UP = 2  # steps before those that are timed
@@ -43,8 +39,8 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Point:
-    """What one model showed at one context length."""
+class Decoded:
+    """What one model showed while decoding at one context length."""
 
     name: str
     length: int
@@ -71,22 +67,28 @@ class Point:
 class Decoder:
     """A model and its cache, which goes on from one context length to the next."""
 
-    def __init__(self, name: str, model: PreTrainedModel) -> None:
-        self.name, self.model, self.cache = name, model.eval().to(torch.cuda.current_device()), None
+    def __init__(self, name: str, model: PreTrainedModel, device: str) -> None:
+        self.name, self.model, self.cache = name, model.eval().to(device), None
 
-    @torch.inference_mode()
     def read(self, ids_bs: Tensor) -> tuple[float, int]:
         """Read tokens after those of the cache; returns the seconds taken and the minor page faults."""
         ids_bs = ids_bs.to(self.model.device)
-        torch.cuda.synchronize()
-        faults, start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
-        self.cache = self.model(ids_bs, past_key_values=self.cache, use_cache=True, logits_to_keep=1).past_key_values
-        torch.cuda.synchronize()
-        return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        seconds = timed(lambda: self._read(ids_bs), self.model.device.type)
+        return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
 
-    def point(self, length: int, steps: Sequence[tuple[float, int]]) -> Point:
+    @torch.inference_mode()
+    def prefill(self, ids_bs: Tensor) -> None:
+        """Read a whole prompt in one call, into a cache of its own that is let go."""
+        self.model(ids_bs, use_cache=True, logits_to_keep=1)
+
+    @torch.inference_mode()
+    def _read(self, ids_bs: Tensor) -> None:
+        self.cache = self.model(ids_bs, past_key_values=self.cache, use_cache=True, logits_to_keep=1).past_key_values
+
+    def point(self, length: int, steps: Sequence[tuple[float, int]]) -> Decoded:
         formula = cache_bytes(self.model.config, length, self.model.dtype.itemsize)
-        return Point(self.name, length, *zip(*steps, strict=True), self._held_bytes(), formula, self.weight_bytes)
+        return Decoded(self.name, length, *zip(*steps, strict=True), self._held_bytes(), formula, self.weight_bytes)
 
     def _held_bytes(self) -> int:
         """Of all storages behind the cache's tensors: a view that keeps more alive than it shows counts in full."""
@@ -132,7 +134,7 @@ def label(config: PretrainedConfig) -> str:
     return f"{100 * kept:.3g}% FA in {100 * living:.3g}% of kv groups"
 
 
-def random_decoders(shape: ModelShape, maps: Sequence[Sequence[int]]) -> list[Decoder]:
+def random_decoders(shape: ModelShape, maps: Sequence[Sequence[int]], device: str, dtype: str) -> list[Decoder]:
     """A teacher of random weights, and a HydraHead model for each choice of FA heads (the same in all layers).
 
     Maps that have a label in common make one model.
@@ -140,49 +142,63 @@ def random_decoders(shape: ModelShape, maps: Sequence[Sequence[int]]) -> list[De
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as parent:
         # Always this name: transformers keeps a copy of the code in its cache, below the folder's name.
-        configs = [_student_config(Path(parent) / "hydra_head", shape, fa) for fa in maps]
+        configs = [_student_config(Path(parent) / "hydra_head", shape, fa, dtype) for fa in maps]
         students = {
-            label(config): AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=torch.float32) for config in configs
+            label(config): AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=getattr(torch, dtype))
+            for config in configs
         }
     sizes = {key: getattr(shape, name) for name, key in SHAPE_KEYS.items()}
     teacher = Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=shape.head_dim, tie_word_embeddings=shape.tied_embeddings))
-    return [Decoder("teacher", teacher), *(Decoder(name, model) for name, model in students.items())]
+    models = {"teacher": teacher.to(getattr(torch, dtype)), **students}
+    return [Decoder(name, model, device) for name, model in models.items()]
 
 
-def _student_config(folder: Path, shape: ModelShape, fa: Sequence[int]) -> PretrainedConfig:
+def _student_config(folder: Path, shape: ModelShape, fa: Sequence[int], dtype: str) -> PretrainedConfig:
     """Of the code in ``folder``, as an export writes it."""
     pairs = [(layer_idx, head_idx) for layer_idx in range(shape.num_layers) for head_idx in fa]
     head_map = HeadMap.from_fa(pairs, shape.num_layers, shape.num_heads, shape.num_kv_groups)
     copy_model_code(folder)
     card = ModelCard(shape=shape, head_map=head_map, options=HydraOptions(), fingerprint="")
-    write_json(folder / CONFIG_NAME, to_config(card, "float32"))
+    write_json(folder / CONFIG_NAME, to_config(card, dtype))
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=True)
     except ValueError as error:
         raise InputError(str(error)) from None
 
 
-def stored_decoders(teacher_dir: Path, hf_dirs: Sequence[Path]) -> list[Decoder]:
-    """The models of Hugging Face folders, in float32, on the code that an exported one carries.
+def stored_decoders(teacher_dir: Path, hf_dirs: Sequence[Path], device: str, dtype: str) -> list[Decoder]:
+    """The models of Hugging Face folders, on the code that an exported one carries.
 
     Raises:
         InputError: a folder that holds no model.
     """
-    students = {folder: _load(folder) for folder in hf_dirs}
-    named = (Decoder(f"{folder}: {label(model.config)}", model) for folder, model in students.items())
-    return [Decoder("teacher", _load(teacher_dir)), *named]
+    students = {folder: _load(folder, dtype) for folder in hf_dirs}
+    named = (Decoder(f"{folder}: {label(model.config)}", model, device) for folder, model in students.items())
+    return [Decoder("teacher", _load(teacher_dir, dtype), device), *named]
 
 
-def _load(folder: Path) -> PreTrainedModel:
+def _load(folder: Path, dtype: str) -> PreTrainedModel:
     if not (folder / CONFIG_NAME).is_file():
         raise InputError(f"{folder}: no {CONFIG_NAME}, so no model; give a folder that tools/convert.py export wrote, or a teacher's")
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=True)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: {str(error).splitlines()[0]}") from None
 
 
-def measured(decoders: Sequence[Decoder], lengths: Sequence[int], steps: int) -> Iterator[list[Point]]:
+def prefills(decoders: Sequence[Decoder], lengths: Sequence[int], repeats: int) -> list[Point]:
+    """Seconds of a whole prompt read in one call, models in turn, lengths ascending; the shortest prompt warms up."""
+    points = []
+    for length in tqdm(sorted(lengths), desc="prefill", unit="length"):
+        device = decoders[0].model.device
+        ids_bs = _prompt(decoders, length).to(device)
+        calls = {decoder.name: partial(decoder.prefill, ids_bs) for decoder in decoders}
+        seconds = in_turn(calls, repeats, device.type, warm_up=not points)
+        points += [Point(name, length, taken) for name, taken in seconds.items()]
+    return points
+
+
+def measured(decoders: Sequence[Decoder], lengths: Sequence[int], steps: int) -> Iterator[list[Decoded]]:
     """The points of every length, ascending; the last of the single tokens makes the context complete.
 
     Models take turns, token by token, so that a slow moment of the machine does not fall on one of them.
@@ -190,8 +206,7 @@ def measured(decoders: Sequence[Decoder], lengths: Sequence[int], steps: int) ->
     Raises:
         InputError: lengths with no room for the steps between them.
     """
-    vocabulary = min(decoder.model.config.vocab_size for decoder in decoders)
-    ids_bs = torch.randint(vocabulary, (1, max(lengths)), generator=torch.Generator().manual_seed(1))
+    ids_bs = _prompt(decoders, max(lengths))
     spans = list(itertools.pairwise(sorted({0, *lengths})))
     for done, length in spans:
         if length - done <= steps + WARM_UP:
@@ -206,7 +221,7 @@ def measured(decoders: Sequence[Decoder], lengths: Sequence[int], steps: int) ->
         yield [decoder.point(length, own) for decoder, own in zip(decoders, zip(*turns[WARM_UP:], strict=True), strict=True)]
 
 
-def rows(points: Sequence[Point]) -> Iterator[list[Any]]:
+def rows(points: Sequence[Decoded]) -> Iterator[list[Any]]:
     """Rows of the table for one length: each model beside the teacher, which comes first."""
     teacher, *students = points
     for student in students:
@@ -218,43 +233,11 @@ def rows(points: Sequence[Point]) -> Iterator[list[Any]]:
         ]  # fmt: skip
 
 
-def _milliseconds(point: Point) -> str:
+def _milliseconds(point: Decoded) -> str:
     return f"{1e3 * point.median:.1f} ({1e3 * min(point.seconds):.1f}..{1e3 * max(point.seconds):.1f})"
 
 
-def figure(path: Path, points: Sequence[Point]) -> None:
-    """Write a PNG: time and cache against context length; points are measured, lines of the cache are the formula."""
-    names = dict.fromkeys(point.name for point in points)
-    canvas = Figure(figsize=(10, 4.4 + 0.26 * (len(names) // 3)), dpi=110, layout="constrained")
-    FigureCanvasAgg(canvas)
-    time_axes, cache_axes = canvas.subplots(1, 2)
-    for index, name in enumerate(names):
-        own = [point for point in points if point.name == name]
-        lengths, style = [point.length for point in own], {"color": COLORS[index % len(COLORS)], "marker": MARKERS[index % len(MARKERS)]}
-        median = [1e3 * point.median for point in own]
-        spread = [[1e3 * (p.median - min(p.seconds)) for p in own], [1e3 * (max(p.seconds) - p.median) for p in own]]
-        time_axes.errorbar(lengths, median, spread, label=name, markersize=5, lw=1.6, elinewidth=1.0, capsize=2.5, **style)
-        cache_axes.plot(lengths, [point.formula_bytes / MIB for point in own], color=style["color"], lw=1.2)
-        # Maps with as many living groups lie on each other: open markers, each smaller than the last.
-        size = max(4, 10 - 1.5 * index)
-        cache_axes.plot(lengths, [point.cache_bytes / MIB for point in own], ls="", mfc="none", markersize=size, mew=1.4, **style)
-    _axes(time_axes, lengths, "ms a token (median, range of the steps)")
-    _axes(cache_axes, lengths, "cache, MiB (points measured, lines computed)")
-    canvas.legend(*time_axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    canvas.suptitle("Decoding one token: time and memory against context length", fontsize=12, fontweight="bold", x=0.02, ha="left")
-    beside = path.with_name(path.name + ".partial")
-    canvas.savefig(beside, format="png")
-    beside.replace(path)
-
-
-def _axes(axes: Axes, lengths: Sequence[int], title: str) -> None:
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
-    axes.set_xticks(lengths, [short(length) for length in lengths])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(title, fontsize=10, loc="left")
-    axes.set_xlabel("context length (tokens)")
+def _prompt(decoders: Sequence[Decoder], length: int) -> Tensor:
+    """Tokens [1, s] at random that all the models know."""
+    vocabulary = min(decoder.model.config.vocab_size for decoder in decoders)
+    return torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(1))

@@ -23,7 +23,7 @@ from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.build import build_model
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.selection.probes import tokenizer_in
-from tools.benchmark_data import train_tokenizer, write_corpus
+from tools.benchmarks.prepared_data import train_tokenizer, write_corpus
 
 SEED = 1_000_000
 ANSWER = 16  # tokens whose predictions are looked at

@@ -1,0 +1,68 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes that a context-parallel rank sends for a layer, beside Megatron's all-to-all; formulas of hydra_mcore/model/costs.py."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from tools.benchmarks.options import QWEN3, positive, spread_heads
+from tools.benchmarks.report import Report
+
+HELP = "MiB that a rank sends for a layer, by context parallel size and length"
+EXAMPLES = """\
+  bytes sent under context parallelism by a layer of Qwen3-1.7B, beside Megatron's all-to-all
+      python tools/benchmark.py communication
+      python tools/benchmark.py communication --fa-heads 2 --cp 2 4 --lengths 32768
+"""
+COLUMNS = ("CP", "tokens", "GDN heads", "FA heads", "both", "Megatron, GDN heads", "ratio")
+VALUE_BYTES = 2  # bf16
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--fa-heads", type=int, default=4, metavar="N", help="FA heads of the layer's 16 (default 4, that is 3:1)")
+    parser.add_argument(
+        "--cp", nargs="+", type=positive, default=[2, 4, 8, 16], metavar="N", help="context parallel sizes (default 2 4 8 16)"
+    )
+    parser.add_argument("--tp", type=positive, default=1, metavar="N", help="tensor parallel size (default 1)")
+    lengths = [2**power for power in range(14, 20)]
+    parser.add_argument("--lengths", nargs="+", type=positive, default=lengths, metavar="N", help="tokens a row (default 16384 ... 524288)")
+
+
+def run(args: argparse.Namespace) -> Report:
+    from hydra_mcore.model.costs import megatron_accepts
+
+    num_gdn = QWEN3.num_heads - args.fa_heads
+    rows = [_sent(args, cp_size, length) for cp_size in args.cp for length in args.lengths]
+    title = "MiB sent for one layer, forward and backward, by the rank that sends most"
+    notes = (
+        f"Qwen3-1.7B, {args.fa_heads} FA heads in different kv groups (the worst case), {num_gdn} GDN heads, head_dim {QWEN3.head_dim}, "
+        f"batch 1, bf16, TP {args.tp}. Megatron: its all-to-alls for {num_gdn} GDN heads of this size; ratio: Megatron to ours, GDN heads "
+        "alone."
+    )
+    refused = [size for size in args.cp if not megatron_accepts(num_gdn, args.tp, size)]
+    if refused:
+        sizes = ", ".join(map(str, refused))
+        notes += f" In brackets: Megatron refuses CP {sizes}, since {num_gdn} heads do not divide by TP x CP; what it would send otherwise."
+    return Report(title, notes, COLUMNS, rows)
+
+
+def _sent(args: argparse.Namespace, cp_size: int, length: int) -> list[Any]:
+    """A row of the table, for the rank that sends most."""
+    from hydra_mcore.config import HydraOptions
+    from hydra_mcore.heads import HeadLayout, LayerHeads
+    from hydra_mcore.model.costs import cp_bytes, megatron_accepts, megatron_gdn_bytes
+    from hydra_mcore.ops.sequence import SequencePart
+
+    layout = HeadLayout(LayerHeads.from_fa(spread_heads(args.fa_heads, QWEN3), QWEN3.num_heads), QWEN3.num_kv_groups, args.tp)
+    sizes = (QWEN3.head_dim, VALUE_BYTES, 1)
+    parts = [SequencePart(length, cp_size, rank) for rank in range(cp_size)]
+    ranks = [cp_bytes(layout, tp_rank, part, *sizes, HydraOptions()) for tp_rank in range(args.tp) for part in parts]
+    ours = max(ranks, key=lambda sent: sent.total.total)
+    num_gdn = len(layout.layer.gdn)
+    theirs = megatron_gdn_bytes(num_gdn, parts[0], *sizes, args.tp).total
+    columns = [f"{sent / 2**20:.1f}" for sent in (ours.gdn.total, ours.fa.total, ours.total.total, theirs)]
+    if not megatron_accepts(num_gdn, args.tp, cp_size):
+        columns[-1] = f"({columns[-1]})"
+    return [cp_size, length, *columns, f"{theirs / ours.gdn.total:.1f}" if ours.gdn.total else "-"]

@@ -1,0 +1,133 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Seconds and peak memory of one micro-batch of align, distill and extend, beside what distill cannot do without."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING
+
+from hydra_mcore.config import ModelShape
+from tools.benchmarks.measure import Point, gemm_speed, measured
+from tools.benchmarks.options import QWEN3, add_machine, chosen_machine, positive
+from tools.benchmarks.parts import add_profile, parts_report
+from tools.benchmarks.report import Report
+
+if TYPE_CHECKING:
+    from hydra_mcore.config import ModelCard
+    from tools.benchmarks.training_step import Pair
+
+HELP = "seconds and memory of a micro-batch of align, distill and extend, beside teacher forward + student step alone"
+EXAMPLES = """\
+  a micro-batch of every stage beside teacher forward + student step alone (a small model; minutes)
+      python tools/benchmark.py step
+      python tools/benchmark.py step --lengths 512 2048 --layers 8 --hidden 1024 --heads 16 --ffn 3072
+  the same at the size of Qwen3-1.7B
+      python tools/benchmark.py step --device cuda --lengths 2048 16384 --json step.json --figure step.png
+  which part of the model takes how long in every stage
+      python tools/benchmark.py step --lengths 2048 --profile
+"""
+SMALL = ModelShape(
+    num_layers=4, hidden_size=512, num_heads=8, num_kv_groups=4, head_dim=64, ffn_hidden_size=1536, vocab_size=32_768, native_length=8192
+)  # fmt: skip
+SHAPES = {"cpu": SMALL, "cuda": QWEN3}
+LENGTHS = {"cpu": [512, 2048, 8192], "cuda": [2048, 8192, 32_768]}
+SIZES = {
+    "layers": "num_layers", "hidden": "hidden_size", "heads": "num_heads", "kv_groups": "num_kv_groups", "head_dim": "head_dim",
+    "ffn": "ffn_hidden_size", "vocabulary": "vocab_size",
+}  # fmt: skip
+STAGES = ("align", "distill", "extend")
+TEACHER, REFERENCE, WHOLE = "teacher forward", "teacher forward + student step", "distill, whole logits"
+COLUMNS = ("one micro-batch", "tokens", "s (least..most)", "limit, s", "tokens/s", "of reference", "predicted", "peak MiB")
+NOTES = (
+    "One row of random tokens, forward and backward, {dtype} on {device}: {shape}, {fa_heads} FA heads a layer. Median (least..most) of "
+    "{repeats}, all in turn. Reference: the teacher's forward pass with its logits and the student's own step (extend), added up round by "
+    "round. Limit and predicted: by counting operations, elementwise ones left out, at the speed of large matrix products ({speed:.0f} "
+    "GFLOP/s). The optimizer is left out, as its step comes once for many micro-batches. Peak: beyond weights and gradients. Goals: "
+    "distill at most 1.20 of the reference, align not above distill."
+)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--lengths", nargs="+", type=positive, metavar="N", help="tokens (default 512 2048 8192; 2048 8192 32768 on a GPU)")
+    parser.add_argument("--repeats", type=positive, default=3, metavar="N", help="the median counts (default 3)")
+    longest = "tokens up to which distill is run from whole logits too, some 24 bytes a token and word (default 2048)"
+    parser.add_argument("--whole-logits", type=int, default=2048, metavar="N", help=longest)
+    add_profile(parser)
+    add_machine(parser)
+    model = parser.add_argument_group("model (default: a small one; on a GPU that of Qwen3-1.7B)")
+    model.add_argument("--fa-heads", type=int, metavar="N", help="FA heads of every layer (default: a quarter)")
+    for name, field in SIZES.items():
+        default = f"default {getattr(SMALL, field)}, on a GPU {getattr(QWEN3, field)}"
+        model.add_argument("--" + name.replace("_", "-"), type=positive, metavar="N", help=default)
+
+
+def run(args: argparse.Namespace) -> Report:
+    """Every stage and its reference at every length.
+
+    Raises:
+        InputError: no such device, or more FA heads than heads.
+    """
+    import torch
+
+    from hydra_mcore.model.runtime import process_groups
+    from tools.benchmarks.training_step import Pair, student_card
+
+    device, dtype = chosen_machine(args)
+    shape = dataclasses.replace(SHAPES[device], **{field: getattr(args, name) for name, field in SIZES.items() if getattr(args, name)})
+    fa_heads = shape.num_heads // 4 if args.fa_heads is None else args.fa_heads
+    card = student_card(shape, fa_heads)
+    points, rows, speed = [], [], gemm_speed(device, dtype)
+    with process_groups():
+        pair = Pair(card, getattr(torch, dtype))
+        for length in sorted(args.lengths or LENGTHS[device]):
+            found = _with_reference(measured(_contestants(pair, length, args.whole_logits), length, args.repeats, device))
+            points += found
+            rows += _rows(card, found, speed)
+        parts = _parts(pair, length) if args.profile else []
+    sizes = f"{shape.num_layers} layers of width {shape.hidden_size}, {shape.num_heads} heads x {shape.head_dim}, {shape.vocab_size} words"
+    notes = NOTES.format(dtype=dtype, device=device, shape=sizes, fa_heads=fa_heads, repeats=args.repeats, speed=speed / 1e9)
+    limits = {name: {p.length: _operations(card, name, p.length) / speed for p in points if p.name == name} for name in (*STAGES, TEACHER)}
+    return Report("A training step", notes, COLUMNS, rows, points, limits, more=parts)
+
+
+def _parts(pair: Pair, length: int) -> list[Report]:
+    batch = pair.batch(length)
+    return [parts_report(stage, length, partial(pair.step, stage, batch), [pair.student], [pair.teacher]) for stage in STAGES]
+
+
+def _contestants(pair: Pair, length: int, whole_logits: int) -> dict[str, Callable[[], None]]:
+    batch = pair.batch(length)
+    calls = {stage: partial(pair.step, stage, batch) for stage in STAGES} | {TEACHER: partial(pair.teacher_forward, batch)}
+    return calls | ({WHOLE: partial(pair.distill_whole_logits, batch)} if length <= whole_logits else {})
+
+
+def _with_reference(found: list[Point]) -> list[Point]:
+    """The points, and the two that make the reference added up round by round."""
+    by_name = {point.name: point for point in found}
+    teacher, student = by_name[TEACHER], by_name["extend"]
+    seconds = tuple(map(sum, zip(teacher.seconds, student.seconds, strict=True)))
+    return [*found, Point(REFERENCE, student.length, seconds, max(teacher.peak_bytes, student.peak_bytes))]
+
+
+def _rows(card: ModelCard, found: list[Point], speed: float) -> Iterator[list[str]]:
+    reference = found[-1]
+    for point in found:
+        ratio = statistics.median(mine / theirs for mine, theirs in zip(point.seconds, reference.seconds, strict=True))
+        counted = _operations(card, point.name, point.length)
+        predicted = counted / _operations(card, REFERENCE, point.length)
+        times = [point.spread, f"{counted / speed:.3g}", f"{point.length / point.median:.0f}"]
+        yield [point.name, point.length, *times, f"{ratio:.2f}", f"{predicted:.2f}", f"{point.peak_bytes / 2**20:.0f}"]
+
+
+def _operations(card: ModelCard, name: str, length: int) -> float:
+    from hydra_mcore.model.build import teacher_card
+    from hydra_mcore.model.flops import model_flops, step_flops
+
+    if name == TEACHER:
+        return model_flops(teacher_card(card.shape, ""), length).forward * length
+    return step_flops(card, name if name in STAGES else "distill", length, 1)  # the reference counts what distill counts
