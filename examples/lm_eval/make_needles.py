@@ -10,6 +10,7 @@ example:
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 from collections.abc import Iterator
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer
 
 from hydra_mcore.selection.needles import NeedleFormat, build_prompt
 
@@ -37,6 +37,8 @@ def needle_documents() -> Iterator[dict[str, Any]]:
     Raises:
         ValueError: The text of a document would not be encoded to the tokens of its needle prompt.
     """
+    from transformers import AutoTokenizer  # heavy: not for --help
+
     tokenizer, fmt = AutoTokenizer.from_pretrained(TEACHER), NeedleFormat.load(TEACHER / "needles.json")
     no_text = np.empty(0, dtype=np.int64)
     rng = np.random.default_rng(SEED)
@@ -52,6 +54,7 @@ def needle_documents() -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     lines = (json.dumps(document) + "\n" for document in needle_documents())
     (HERE / "needles.jsonl").write_text("".join(lines))
 

@@ -2,15 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo's report: the table, the heat map of heads, the curves of the stages.
 
-Several runs (seeds) as one table:
+example: several runs (seeds) as one table
   python -m examples.tiny.report runs/seed0 runs/seed1 runs/seed2
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,5 +106,11 @@ def seeds_table(runs: Sequence[Path]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run of the demo")
+    print(seeds_table(parser.parse_args().runs), end="")
+
+
 if __name__ == "__main__":
-    print(seeds_table([Path(run) for run in sys.argv[1:]]), end="")
+    main()

@@ -12,14 +12,16 @@ import contextlib
 import itertools
 import re
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.random import Generator
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from hydra_mcore.selection.jsonl import Pair, encode
 from hydra_mcore.selection.needles import NeedleFormat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 TRIES = 100  # draws a wanted pair: most of what is drawn may be unusable in a tokenizer
 

@@ -8,11 +8,14 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from hydra_mcore.heads import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 KEYS = ("clean", "corrupt", "answer", "distractor")
 

@@ -23,12 +23,11 @@ from transformers import AutoTokenizer
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from hydra_mcore.heads import InputError
-from hydra_mcore.selection.general import GENERAL_PROBES, general_pairs
+from hydra_mcore.selection.capabilities import BUILT_IN, GENERAL, RETRIEVAL
+from hydra_mcore.selection.general import general_pairs
 from hydra_mcore.selection.jsonl import Pair, encode, load_pairs
 from hydra_mcore.selection.needles import RULER_FORMAT, TASKS, NeedleFormat, build_prompts
 
-RETRIEVAL, GENERAL = "retrieval", "general"  # capabilities of Eq 12
-BUILT_IN = {RETRIEVAL: tuple(TASKS), GENERAL: tuple(GENERAL_PROBES)}  # and their sub-probes
 EVALUATION_SEEDS = 1_000_000  # the first of them: selection stays below, so no map is chosen on prompts it is judged by
 TOKENS_A_FORWARD = 16_384  # pairs are cut into batches of about this many tokens
 

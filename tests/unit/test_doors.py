@@ -1,0 +1,39 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Every command line answers --help at once: with examples, and without importing what takes seconds."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools.benchmarks.start_up import doors
+
+ROOT = Path(__file__).parents[2]
+HEAVY = {"torch", "megatron", "transformers", "datasets", "matplotlib", "wandb"}
+WAYS = {f"tools.convert {way}" for way in ("import", "hybridize", "export")}  # each has examples of its own
+DOORS = sorted({*doors(), *WAYS} - {"tools.convert"})
+RUN = f"""
+import runpy, sys
+try:
+    runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+finally:
+    print("heavy:", sorted({HEAVY!r} & set(sys.modules)))
+"""
+
+
+def test_the_doors_are_found() -> None:
+    assert {"tools.benchmark", "tools.doctor", "hydra_mcore.train", "examples.tiny.demo"} < set(DOORS)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_help_has_examples_and_is_light(door: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", RUN, *door.split(), "--help"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search("examples?:", done.stdout, re.IGNORECASE)
+    assert done.stdout.endswith("heavy: []\n"), done.stdout[-200:]
