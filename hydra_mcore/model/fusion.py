@@ -14,6 +14,7 @@ from torch import Tensor
 from hydra_mcore.config import HydraOptions
 from hydra_mcore.heads import HeadLayout, HeadRole
 from hydra_mcore.model.parameters import PerHead, RMSNorm, gathered, new_parameter, replicated
+from hydra_mcore.ops.tiles import in_tiles
 
 
 class Fusion(MegatronModule):
@@ -47,27 +48,44 @@ class Fusion(MegatronModule):
 
         With ``shared``, of the FA heads that all ranks share; x_sbm is then the rows that this rank computes.
         """
-        out_sbhd = torch.cat([self._normed(role, *branch) for role, branch in branches.items()], dim=2)
-        if self.options.fusion in ("scale", "competition") and out_sbhd.shape[2]:
+        scale_h, heads, scaled = None, 0, []
+        if self.options.fusion in ("scale", "competition") and any(out_sbhd.shape[2] for out_sbhd, _ in branches.values()):
             scale = gathered(self.scale)
             scale_h = scale.shared_parameter("weight") if shared else scale.weight
-            out_sbhd = out_sbhd * scale_h[:, None]
+        for role, (out_sbhd, gate) in branches.items():
+            of_branch = None if scale_h is None else scale_h[heads : heads + out_sbhd.shape[2]]
+            scaled.append(self._scaled(role, out_sbhd, gate, of_branch))
+            heads += out_sbhd.shape[2]
+        out_sbhd = torch.cat(scaled, dim=2)
         if self.options.fusion == "competition":
             own = len(self.heads) - len(self.scale.shared)
             out_sbhd = out_sbhd * self._competition(x_sbm, self.heads[own:] if shared else self.heads[:own])
         return out_sbhd
 
-    def _normed(self, role: HeadRole, out_sbhd: Tensor, gate: Tensor | None) -> Tensor:
+    def _scaled(self, role: HeadRole, out_sbhd: Tensor, gate: Tensor | None, scale_h: Tensor | None) -> Tensor:
+        """One branch: gate, norm and scale."""
+        if gate is None and self.options.fusion == "none":
+            return out_sbhd
+        weight_d = None
+        if self.options.fusion != "none" and self.options.fusion_norm_weight == "branch":
+            weight_d = gathered(self.norms[role.value]).used_weight()
+        given = {"gate": gate, "weight_d": weight_d, "scale_h": scale_h}
+        names = [name for name, tensor in given.items() if tensor is not None]
+
+        def chain(out_sbhd: Tensor, *tensors: Tensor) -> Tensor:
+            return self._chain(out_sbhd, **dict(zip(names, tensors, strict=True)))
+
+        by_row = [out_sbhd] if gate is None else [out_sbhd, gate]
+        return in_tiles(chain, by_row, [x for x in (weight_d, scale_h) if x is not None])
+
+    def _chain(self, out_sbhd: Tensor, gate: Tensor | None = None, weight_d: Tensor | None = None, scale_h: Tensor | None = None) -> Tensor:
         if gate is not None and self.options.gate_order == "before_norm":
             out_sbhd = out_sbhd * gate
         if self.options.fusion != "none":
-            if self.options.fusion_norm_weight == "branch":
-                out_sbhd = self.norms[role.value](out_sbhd)
-            else:
-                out_sbhd = F.rms_norm(out_sbhd, (self.head_dim,), None, self.eps)
+            out_sbhd = F.rms_norm(out_sbhd, (self.head_dim,), weight_d, self.eps)
         if gate is not None and self.options.gate_order == "after_norm":
             out_sbhd = out_sbhd * gate
-        return out_sbhd
+        return out_sbhd if scale_h is None else out_sbhd * scale_h[:, None]
 
     def _competition(self, x_sbm: Tensor, heads: Tensor) -> Tensor:
         """Softmax over all heads of the layer, times their number (1 at the start): [s, b, h, 1] of the given heads."""

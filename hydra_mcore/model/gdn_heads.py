@@ -25,6 +25,7 @@ from hydra_mcore.ops.context_parallel import Group, from_last, from_previous
 from hydra_mcore.ops.gated_delta import gated_delta_rule
 from hydra_mcore.ops.sequence import SequencePart
 from hydra_mcore.ops.short_convolution import short_convolution
+from hydra_mcore.ops.tiles import in_tiles
 
 
 class GatedDeltaHeads(MegatronModule):
@@ -100,17 +101,25 @@ class GatedDeltaHeads(MegatronModule):
         if self.options.gdn_conv_kernel:
             qkv_sbhd = self.conv(qkv_sbhd, part, memory)
         q_sbhd, k_sbhd, v_sbhd = qkv_sbhd.chunk(3, dim=-1)
-        if self.options.gdn_qk_norm == "rms":
-            q_sbhd, k_sbhd = self.q_norm(q_sbhd), self.k_norm(k_sbhd)
-        if self.options.gdn_position == "rope":  # without the attention factor, which the L2 norm would take away
-            q_sbhd, k_sbhd = (apply_rotary_pos_emb(t, rotary, self.config, cp_group=self.cp_group) for t in (q_sbhd, k_sbhd))
-        q_sbhd, k_sbhd = _unit_length(q_sbhd), _unit_length(k_sbhd)
+        q_sbhd, k_sbhd = self._directed(q_sbhd, rotary, "q_norm"), self._directed(k_sbhd, rotary, "k_norm")
         delta_rule = partial(self._delta_rule, part, memory)
         out_sbhd, state_bhdv = recomputed(self.config, delta_rule, q_sbhd, k_sbhd, v_sbhd, *self.gates(x_sbm))
         if memory is not None:
             memory.state_bhdv = _left_behind(state_bhdv, part, self.cp_group)
         gate = self.gate(x_sbm) if self.options.gdn_gate != "none" else None
         return out_sbhd, gate
+
+    def _directed(self, x_sbhd: Tensor, rotary: Tensor, norm: str) -> Tensor:
+        """Queries or keys as the delta rule takes them: per-head RMSNorm, rotary, length 1."""
+        weight_d = [gathered(getattr(self, norm)).used_weight()] if self.options.gdn_qk_norm == "rms" else []
+        return in_tiles(self._direct, [x_sbhd, rotary], weight_d)
+
+    def _direct(self, x_sbhd: Tensor, rotary: Tensor, *weight_d: Tensor) -> Tensor:
+        for weight in weight_d:
+            x_sbhd = F.rms_norm(x_sbhd, weight.shape, weight, self.config.layernorm_epsilon)
+        if self.options.gdn_position == "rope":  # without the attention factor, which the L2 norm would take away
+            x_sbhd = apply_rotary_pos_emb(x_sbhd, rotary, self.config, cp_group=self.cp_group)
+        return _unit_length(x_sbhd)
 
     def _keys_values(self, x_sbm: Tensor) -> Tensor:
         kv = self.linear_kv(x_sbm)

@@ -283,6 +283,9 @@ class RMSNorm(torch.nn.Module):
         self.weight = new_parameter(config, hidden_size)
         torch.nn.init.ones_(self.weight)
 
+    def used_weight(self) -> Tensor:
+        """The weight, its gradient summed over tensor-parallel ranks where it must be."""
+        return replicated(self.weight, self.tp_group) if self.partial_gradient else self.weight
+
     def forward(self, x: Tensor) -> Tensor:
-        weight = replicated(self.weight, self.tp_group) if self.partial_gradient else self.weight
-        return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
+        return F.rms_norm(x, (x.shape[-1],), self.used_weight(), self.eps)

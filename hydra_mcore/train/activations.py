@@ -158,16 +158,18 @@ def layer_bytes(card: ModelCard, layer_idx: int, tp_rank: int, run: Run) -> Kept
 
 
 def _fusion(shape: ModelShape, options: HydraOptions, run: Run) -> float:
-    """For each head: the norm; the input of the scale; the input of the competition and its share."""
+    """For each head: what it is given; with kernels, also 1 / rms and the input of the scale; the competition's input and share."""
     d, p, kind = shape.head_dim, run.value_bytes, options.fusion
-    kept = run.norm(d) if kind != "none" else 0
-    return kept + p * (d * (kind in ("scale", "competition")) + (d + 1) * (kind == "competition"))
+    kept = p * d if kind != "none" else 0
+    if run.fused:
+        kept += (FLOAT if kind != "none" else 0) + p * d * (kind in ("scale", "competition"))
+    return kept + p * (d + 1) * (kind == "competition")
 
 
 def _fa(shape: ModelShape, options: HydraOptions, run: Run, heads: float, groups: int) -> float:
     """For each token: norms, rotary, scale and gates of FA heads, and their queries."""
     d, p = shape.head_dim, run.value_bytes
-    kept = heads * (p * d + _gate(options.fa_gate, d, p))
+    kept = heads * (p * d + _gate(options.fa_gate, d, p, run))
     if shape.qk_norm:
         kept += (heads + groups) * run.norm(d)
         if run.fused or p == FLOAT:
@@ -181,18 +183,17 @@ def _gdn(shape: ModelShape, options: HydraOptions, run: Run, heads: int) -> floa
     """For each token: convolution, norms, rotary and gates of GDN heads, and the inputs of the delta rule."""
     d, p, rms = shape.head_dim, run.value_bytes, options.gdn_qk_norm == "rms"
     kept = 3 * d * p if options.gdn_conv_kernel else 0  # its input, padded
-    kept += 2 * (FLOAT * d + 2 * FLOAT)  # the L2 norm of queries and keys
-    kept += 2 * FLOAT + FLOAT  # decay and write gate
-    kept += _gate(options.gdn_gate, d, p) + 2 * p * d  # queries and keys
     kept += 3 * d * p  # q, k and v in one tensor, of which the norms' inputs and the values are views
-    if rms:
-        kept += 2 * (FLOAT if run.fused else run.norm(d) - (FLOAT * d if p == FLOAT else 0))
-    return heads * kept + (4 * p * d if options.gdn_position == "rope" else 0)
+    kept += 3 * FLOAT + 2 * FLOAT  # decay and write gate
+    kept += _gate(options.gdn_gate, d, p, run) + 2 * p * d  # queries and keys
+    if run.fused:  # the L2 norm and 1 / rms of queries and keys; elsewhere they are made anew
+        kept += 2 * (FLOAT * d + 2 * FLOAT) + rms * 2 * FLOAT
+    return heads * kept + (4 * p * d if run.fused and options.gdn_position == "rope" else 0)
 
 
-def _gate(granularity: str, d: int, p: int) -> int:
-    """The gate and the output that it multiplies."""
-    return 0 if granularity == "none" else p * ((d if granularity == "elementwise" else 1) + d)
+def _gate(granularity: str, d: int, p: int, run: Run) -> int:
+    """The gate; with kernels also the output that it multiplies, which elsewhere the fusion keeps."""
+    return 0 if granularity == "none" else p * ((d if granularity == "elementwise" else 1) + d * run.fused)
 
 
 def _delta_rule(d: int, heads: int, run: Run) -> float:

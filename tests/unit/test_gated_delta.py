@@ -8,6 +8,7 @@ import itertools
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from unittest import mock
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from megatron.core.ssm.gated_delta_net.common import torch_chunk_gated_delta_rul
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hydra_mcore.ops import fla_kernels
+from hydra_mcore.ops import chunked_delta_rule, fla_kernels
 from hydra_mcore.ops.gated_delta import gated_delta_rule
 from tests.support.naive_gated_delta import naive_gated_delta_rule
 
@@ -198,12 +199,23 @@ def test_packed_documents_equal_each_alone(bounds: list[int]) -> None:
 
 
 @settings(max_examples=15, deadline=None, derandomize=True, database=None)
-@given(st.lists(st.integers(1, 20), min_size=1, max_size=6), st.sampled_from([1, 4, 7, 64]))
-def test_any_boundaries_and_chunk_size(lengths: list[int], chunk_size: int) -> None:
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=6), st.sampled_from([1, 4, 7, 64]), st.sampled_from([1, 60, 2**18]))
+def test_any_boundaries_chunks_and_segments(lengths: list[int], chunk_size: int, segment_values: int) -> None:
     bounds = [0, *itertools.accumulate(lengths)]
     inputs = make_inputs(s=bounds[-1], h=1, d=4, v=3, documents=len(lengths))
-    actual = outputs_and_gradients(packed(bounds, chunk_size=chunk_size), inputs)
+    with mock.patch.object(chunked_delta_rule, "SEGMENT_VALUES", segment_values):
+        actual = outputs_and_gradients(packed(bounds, chunk_size=chunk_size), inputs)
     assert_same(actual, outputs_and_gradients(one_by_one(naive, bounds), inputs), 1e-10)
+
+
+@pytest.mark.parametrize("chunks_at_once", [1, 2, 3])
+def test_rows_of_many_segments(chunks_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make_inputs(b=2, s=70 * 7, h=3)
+    monkeypatch.setattr(chunked_delta_rule, "SEGMENT_VALUES", chunks_at_once * 2 * 3 * 8 * 64)
+    actual = outputs_and_gradients(ours, inputs)
+    assert_same(actual, outputs_and_gradients(naive, inputs), 1e-10)
+    with torch.no_grad():
+        assert_same(ours(*inputs), actual[:2], 0.0)
 
 
 def test_nothing_leaks_between_documents() -> None:
