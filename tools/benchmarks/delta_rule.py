@@ -26,7 +26,7 @@ COLUMNS = (
 SWEEP_COLUMNS = ("tokens", "rows a chunk", "s (least..most)", "times 64 rows", "peak MiB")
 ERROR_COLUMNS = ("contestant", "output", "dq", "dk", "dv", "d log decay", "d write")
 GRADIENT, FORWARD = "forward and backward", "forward"
-KEPT = "forward and backward, freed memory kept"
+KEPT = "freed memory kept"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -36,7 +37,8 @@ def _first(rule: Callable[..., tuple[Tensor, Any]]) -> Rule:
     return lambda *inputs: rule(*inputs)[0]
 
 
-SLOW: dict[str, Rule] = {"Megatron-Core": _first(megatron_rule), "transformers": _first(transformers_rule)}
+# Unwrapped: where flash-linear-attention is installed, transformers would call its kernel under this name.
+SLOW: dict[str, Rule] = {"Megatron-Core": _first(megatron_rule), "transformers": _first(inspect.unwrap(transformers_rule))}
 
 
 class Rules:
