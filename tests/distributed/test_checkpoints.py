@@ -45,7 +45,7 @@ def disturbed(folder: Path, run: str, *flags: str, ranks: int = 1, at: int = 0, 
 def _disturbed(rank: int, argv: list[str], at: int, act: Callable[[], None]) -> tuple[int, str]:
     from megatron.training import training
 
-    from hydra_mcore.train import __main__ as door
+    from hydra_mcore.train import run as door
 
     step, prepare = training.train_step, door._prepare_models
     calls = iter(range(1, 100))
@@ -67,7 +67,7 @@ def _disturbed(rank: int, argv: list[str], at: int, act: Callable[[], None]) -> 
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
         try:
-            door.main(argv)
+            door.run_stage(argv)
         except SystemExit as stop:
             return stop.code or 0, said.getvalue()
     return 0, said.getvalue()

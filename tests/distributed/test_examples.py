@@ -77,7 +77,7 @@ def _write_students(rank: int, folder: Path) -> None:
 
 
 def _dry_runs(rank: int, folder: Path) -> dict[Case, dict[str, Any]]:
-    from hydra_mcore.train import __main__ as door
+    from hydra_mcore.train import run as door
 
     found: dict[Case, dict[str, Any]] = {}
     for (model, overlays, ranks), stage in itertools.product(CASES, STAGE_SECTIONS):
@@ -87,7 +87,7 @@ def _dry_runs(rank: int, folder: Path) -> dict[Case, dict[str, Any]]:
         argv += ["--needle-interval", "0"]  # its prompts need the tokenizer
         seen: dict[str, Any] = {}
         door.check_data = lambda args, seen=seen: seen.update(vars(args))
-        door.main(argv)
+        door.run_stage(argv)
         found[model, overlays, ranks, stage] = {name: seen[name] for name in KEPT}
     return found
 
