@@ -20,14 +20,14 @@ def in_tiles(function: Callable[..., Tensor], by_row: Sequence[Tensor], for_all:
     """``function(*by_row, *for_all)``, where the function treats every row of axis 0 by itself.
 
     On a CPU it is called for a few rows at a time, and once more in backward, for which nothing is kept but the arguments: that
-    is cheaper than to fetch from memory what every link would have kept. Elsewhere it is called once.
+    is cheaper than to fetch from memory what every link would have kept. Elsewhere, and for a compiler, it is called once.
 
     Args:
         function: gives a tensor of the shape and dtype of the first argument.
         by_row: tensors [s, ...]; of one with more rows than the first, those behind are not read.
         for_all: tensors that all rows share.
     """
-    if by_row[0].device.type != "cpu":
+    if by_row[0].device.type != "cpu" or torch.compiler.is_compiling():
         return function(*by_row, *for_all)
     return _InTiles.apply(function, len(by_row), *by_row, *for_all)
 

@@ -68,9 +68,9 @@ def test_every_section_has_examples_and_the_common_flags(section: str, capsys: p
 def test_delta_rule(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tools.benchmarks.delta_rules.SLOW_TURNS", 100)
     found = run_door(RULE, tmp_path, capsys)
-    trained, forward, sweep, errors = found["tables"]
+    trained, forward, kept, sweep, errors = found["tables"]
     contestants = [(n, name) for n in (96, 160) for name in (OURS, ATTENTION, "Megatron-Core", "transformers")]
-    for table in (trained, forward):
+    for table in (trained, forward, kept):
         seconds = medians(table)
         assert list(seconds) == contestants
         assert column(table, "times ours") == [f"{seconds[n, name] / seconds[n, OURS]:.3g}" for n, name in contestants]
