@@ -56,7 +56,7 @@ LAYOUTS |= {
 }
 # What `make test` runs; `make test-all` runs everything.
 QUICK = {("tp2-cp2-pp2-dp1", stage, "packed") for stage in STAGES} | {("tp2-cp2-pp2-dp1", "extend", "dense")}
-QUICK |= {("tp2-cp1-pp1-dp2", "align", "dense"), ("tp4-cp2-pp1-dp1-shared", "extend", "packed"), ("cp2-pp2-virtual", "distill", "dense")}
+QUICK |= {("tp2-cp1-pp1-dp2", "align", "dense"), ("cp2-pp2-virtual", "distill", "dense")}
 QUICK |= {("tp1-cp4-pp1-dp1", "extend", "dense"), ("pp4-uneven", "align", "dense"), ("cp2-full-recompute", "distill", "packed")}
 QUICK |= {("cp2-dp2-overlap", "distill", "dense")}
 CASES = [
