@@ -55,7 +55,7 @@ LAYOUTS |= {
     "tp2-cp2-selective-recompute": layout(2, 2, 1, 1, "--recompute-granularity", "selective", "--recompute-modules", "core_attn"),
 }
 # What `make test` runs; `make test-all` runs everything.
-QUICK = {("tp2-cp2-pp2-dp1", stage, "packed") for stage in STAGES} | {("tp2-cp2-pp2-dp1", "extend", "dense")}
+QUICK = {("tp2-cp2-pp2-dp1", stage, "packed") for stage in STAGES}
 QUICK |= {("tp2-cp1-pp1-dp2", "align", "dense"), ("cp2-pp2-virtual", "distill", "dense")}
 QUICK |= {("tp1-cp4-pp1-dp1", "extend", "dense"), ("pp4-uneven", "align", "dense"), ("cp2-full-recompute", "distill", "packed")}
 QUICK |= {("cp2-dp2-overlap", "distill", "dense")}
@@ -65,7 +65,7 @@ CASES = [
     if (name, stage) != ("cp2-per-token-loss", "align")
 ]
 BIASED = [("tp2-cp1-pp1-dp1-shared", "align"), ("tp2-cp2-pp2-dp1", "distill"), ("tp4-cp2-pp1-dp1-shared", "extend")]
-CASES += [pytest.param(name, stage, "biased") for name, stage in BIASED]
+CASES += [pytest.param(name, stage, "biased", marks=pytest.mark.slow if stage == "distill" else ()) for name, stage in BIASED]
 
 
 @pytest.fixture(scope="module")

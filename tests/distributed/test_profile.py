@@ -111,6 +111,7 @@ def test_align_is_profiled_and_trains_alike(folder: Path) -> None:
     assert (profiled / "profile" / "parts-rank0.md").read_text().startswith("Milliseconds of CPU time a step, over 1 steps of")
 
 
+@pytest.mark.slow
 def test_distill_on_two_ranks_with_recompute(folder: Path) -> None:
     """The teacher's time is told apart, ranks wait for each other, the delta rule runs again in backward."""
     layout = ("--tensor-model-parallel-size", "2", "--sequence-parallel", "--recompute-granularity", "selective")

@@ -74,6 +74,9 @@ def run_documented(hf_dir: Path, out: Path, batch_size: int) -> Evaluation:
     return Evaluation(scores, samples)
 
 
+pytestmark = pytest.mark.slow  # half a minute; `make test-all` runs it
+
+
 @pytest.fixture(scope="module", autouse=True)
 def one_process(tiny_teacher: Path) -> Iterator[None]:
     with process_groups():
