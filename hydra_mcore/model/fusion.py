@@ -69,16 +69,9 @@ class Fusion(MegatronModule):
         weight_d = None
         if self.options.fusion != "none" and self.options.fusion_norm_weight == "branch":
             weight_d = gathered(self.norms[role.value]).used_weight()
-        given = {"gate": gate, "weight_d": weight_d, "scale_h": scale_h}
-        names = [name for name, tensor in given.items() if tensor is not None]
+        return in_tiles(self._chain, [out_sbhd, gate], [weight_d, scale_h])
 
-        def chain(out_sbhd: Tensor, *tensors: Tensor) -> Tensor:
-            return self._chain(out_sbhd, **dict(zip(names, tensors, strict=True)))
-
-        by_row = [out_sbhd] if gate is None else [out_sbhd, gate]
-        return in_tiles(chain, by_row, [x for x in (weight_d, scale_h) if x is not None])
-
-    def _chain(self, out_sbhd: Tensor, gate: Tensor | None = None, weight_d: Tensor | None = None, scale_h: Tensor | None = None) -> Tensor:
+    def _chain(self, out_sbhd: Tensor, gate: Tensor | None, weight_d: Tensor | None, scale_h: Tensor | None) -> Tensor:
         if gate is not None and self.options.gate_order == "before_norm":
             out_sbhd = out_sbhd * gate
         if self.options.fusion != "none":

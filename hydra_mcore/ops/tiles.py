@@ -16,7 +16,7 @@ __all__ = ["in_tiles"]
 TILE_VALUES = 2**18
 
 
-def in_tiles(function: Callable[..., Tensor], by_row: Sequence[Tensor], for_all: Sequence[Tensor] = ()) -> Tensor:
+def in_tiles(function: Callable[..., Tensor], by_row: Sequence[Tensor | None], for_all: Sequence[Tensor | None] = ()) -> Tensor:
     """``function(*by_row, *for_all)``, where the function treats every row of axis 0 by itself.
 
     On a CPU it is called for a few rows at a time, and once more in backward, for which nothing is kept but the arguments: that
@@ -25,7 +25,7 @@ def in_tiles(function: Callable[..., Tensor], by_row: Sequence[Tensor], for_all:
     Args:
         function: gives a tensor of the shape and dtype of the first argument.
         by_row: tensors [s, ...]; of one with more rows than the first, those behind are not read.
-        for_all: tensors that all rows share.
+        for_all: tensors that all rows share. None, here or above, is handed on as it is.
     """
     if by_row[0].device.type != "cpu" or torch.compiler.is_compiling():
         return function(*by_row, *for_all)
@@ -34,13 +34,13 @@ def in_tiles(function: Callable[..., Tensor], by_row: Sequence[Tensor], for_all:
 
 class _InTiles(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, function: Callable[..., Tensor], count: int, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, function: Callable[..., Tensor], count: int, *tensors: Tensor | None) -> Tensor:
         ctx.function, ctx.count = function, count
         ctx.save_for_backward(*tensors)
         by_row, for_all = tensors[:count], tensors[count:]
         out = torch.empty(by_row[0].shape, dtype=by_row[0].dtype)
         for rows in _tiles(out):
-            out[rows] = function(*(x[rows] for x in by_row), *for_all)
+            out[rows] = function(*(None if x is None else x[rows] for x in by_row), *for_all)
         return out
 
     @staticmethod
@@ -50,10 +50,10 @@ class _InTiles(torch.autograd.Function):
         gradients = [_gradient(x, i < ctx.count) if wanted[i] else None for i, x in enumerate(tensors)]
         for rows in _tiles(d_out):
             with torch.enable_grad():
-                parts = [x[rows] if i < ctx.count else x for i, x in enumerate(tensors)]
-                parts = [x.detach().requires_grad_(want) for x, want in zip(parts, wanted, strict=True)]
+                parts = [x[rows] if x is not None and i < ctx.count else x for i, x in enumerate(tensors)]
+                parts = [x if x is None else x.detach().requires_grad_(want) for x, want in zip(parts, wanted, strict=True)]
                 out = ctx.function(*parts)
-            found = iter(torch.autograd.grad(out, [x for x in parts if x.requires_grad], d_out[rows]))
+            found = iter(torch.autograd.grad(out, [x for x in parts if x is not None and x.requires_grad], d_out[rows]))
             for i, gradient in enumerate(gradients):
                 if gradient is not None and i < ctx.count:
                     gradient[rows] = next(found)
