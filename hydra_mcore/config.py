@@ -19,7 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from hydra_mcore.heads import HeadMap, InputError, write_json
+from hydra_mcore.errors import InputError
+from hydra_mcore.files import write_json
+from hydra_mcore.heads import HeadMap
 
 CARD_NAME = "model.json"
 CARD_FORMAT = 2

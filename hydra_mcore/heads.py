@@ -15,12 +15,14 @@ Shape suffixes used in the whole package (``q_sbhd`` is a query of shape [s, b, 
 from __future__ import annotations
 
 import enum
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
+
+from hydra_mcore.errors import InputError
+from hydra_mcore.files import read_json, write_json
 
 HEAD_MAP_FORMAT = 2  # docs/head_map.schema.json
 
@@ -32,10 +34,6 @@ class HeadRole(enum.StrEnum):
 
     FA = "fa"
     GDN = "gdn"
-
-
-class InputError(ValueError):
-    """Something a user gave that cannot be used; one line that names the cause and the mend. Doors exit 2 on it."""
 
 
 class HeadMapError(InputError):
@@ -174,13 +172,7 @@ class HeadMap:
     @classmethod
     def load(cls, path: str | Path) -> HeadMap:
         """Read a head map file; raises HeadMapError for a missing, broken or invalid one."""
-        try:
-            raw = json.loads(Path(path).read_text())
-        except OSError as error:
-            raise HeadMapError(f"head map {path}: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:
-            raise HeadMapError(f"head map {path}: not JSON ({error})") from None
-        return cls.from_dict(raw)
+        return cls.from_dict(read_json(path, HeadMapError, "head map"))
 
 
 @dataclass(frozen=True)
@@ -282,12 +274,3 @@ class HeadLayout:
             for head_idx in heads:
                 holders.setdefault(self.group_of(head_idx), set()).add(rank)
         return tuple(sorted(group for group, ranks in holders.items() if len(ranks) > 1))
-
-
-def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:
-    """Write a JSON file atomically: beside the target, then rename."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(target.name + ".partial")
-    beside.write_text(json.dumps(value, indent=indent) + "\n")
-    beside.replace(target)

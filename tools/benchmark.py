@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hydra_mcore.heads import InputError
+from hydra_mcore.errors import InputError
 from tools.benchmarks.report import markdown, save_figure, save_json
 
 # The modules of tools/benchmarks: those that give a figure, and those whose results are no curve.

@@ -97,7 +97,8 @@ def hybridize_from(args: argparse.Namespace) -> None:
 
     from hydra_mcore.convert.calibration import calibration_tokens
     from hydra_mcore.convert.inherit import SCALED_FUSIONS, hybridize
-    from hydra_mcore.heads import HeadMap, InputError
+    from hydra_mcore.errors import InputError
+    from hydra_mcore.heads import HeadMap
 
     options = HydraOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(HydraOptions)})
     head_map = HeadMap.load(args.heads)
@@ -127,7 +128,7 @@ def export_from(args: argparse.Namespace) -> None:
     import torch
 
     from hydra_mcore.convert.hf_export import export_hf
-    from hydra_mcore.heads import InputError
+    from hydra_mcore.errors import InputError
 
     if not args.max_shard_size > 0:
         raise InputError(f"--max-shard-size is {args.max_shard_size}; it counts GB, so it must exceed 0")

@@ -158,9 +158,9 @@ def parse_exam(args: argparse.Namespace) -> Exam:
 
 def check_request(args: argparse.Namespace, records: Records) -> dict[str, ModelFacts]:
     """The models by name; raises InputError for all that can be wrong before prompts are made."""
+    from hydra_mcore.errors import InputError
     from hydra_mcore.evaluation.records import check_folder
     from hydra_mcore.evaluation.report import check_report
-    from hydra_mcore.heads import InputError
 
     check_folder(args.out)
     check_report(args.out)
@@ -184,8 +184,8 @@ def described(models: list[str], yarn: list[str], longest: int) -> dict[str, Mod
     Raises:
         InputError: a name used twice, one model named twice, YaRN for a name that is not there or with no factor.
     """
+    from hydra_mcore.errors import InputError
     from hydra_mcore.evaluation.loading import describe
-    from hydra_mcore.heads import InputError
 
     found: dict[str, ModelFacts] = {}
     factors = dict(parse_yarn(text) for text in yarn)
@@ -212,7 +212,7 @@ def described(models: list[str], yarn: list[str], longest: int) -> dict[str, Mod
 
 def parse_yarn(text: str) -> tuple[str, float | None]:
     """The name and the factor, None where it is left open, of ``NAME[=FACTOR]``."""
-    from hydra_mcore.heads import InputError
+    from hydra_mcore.errors import InputError
 
     name, given, factor = text.partition("=")
     try:

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from hydra_mcore.config import ModelCard
-from hydra_mcore.heads import InputError, write_json
+from hydra_mcore.errors import InputError
+from hydra_mcore.files import write_json
 from hydra_mcore.model.build import load_model
 from hydra_mcore.selection.capabilities import RETRIEVAL
 from hydra_mcore.selection.evidence import ESTIMATES, KnockOut

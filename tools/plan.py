@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(args: argparse.Namespace, flags: list[str]) -> None:
     """Plan the stages and print; raises InputError for bad input."""
-    from hydra_mcore.heads import write_json
+    from hydra_mcore.files import write_json
     from hydra_mcore.train.arguments import model_flags, recipe_flags
     from tools.plan_estimate import as_flags, as_json, estimate, layouts, mend
     from tools.plan_model import model_card
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
 
 def run_evaluation(args: argparse.Namespace, flags: list[str]) -> None:
     """Plan the recipe's evaluation and print; raises InputError for bad input."""
-    from hydra_mcore.heads import write_json
+    from hydra_mcore.files import write_json
     from hydra_mcore.train.arguments import recipe_flags
     from tools.plan_evaluation import as_json, evaluation_section, examinations
     from tools.plan_model import model_card
@@ -123,7 +123,7 @@ def run_evaluation(args: argparse.Namespace, flags: list[str]) -> None:
 
 
 def machine_of(args: argparse.Namespace) -> Machine:
-    from hydra_mcore.heads import InputError
+    from hydra_mcore.errors import InputError
     from tools.plan_estimate import Machine
 
     if args.gpu not in GPUS:

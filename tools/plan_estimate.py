@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hydra_mcore.config import ConfigError, ModelCard
-from hydra_mcore.heads import InputError
+from hydra_mcore.errors import InputError
 from hydra_mcore.model.build import teacher_card
 from hydra_mcore.model.costs import cp_bytes, fa_imbalance
 from hydra_mcore.model.flops import CHUNK, causal_attention, delta_rule, model_flops, step_flops

@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> None:
     """Check everything that is quick to check, then prepare."""
     from hydra_mcore.corpus.shards import Limits, prepare
     from hydra_mcore.corpus.tokenize import load_encoder
-    from hydra_mcore.heads import InputError
+    from hydra_mcore.errors import InputError
 
     limits = Limits(args.tokens, args.shard_tokens, args.min_tokens, args.max_tokens, args.held_out)
     if limits.max_tokens is not None and limits.max_tokens < limits.min_tokens:
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> None:
 
 def open_source(args: argparse.Namespace) -> Source:
     from hydra_mcore.corpus.sources import DatasetSource, FileSource
-    from hydra_mcore.heads import InputError
+    from hydra_mcore.errors import InputError
 
     if args.dataset:
         return DatasetSource(args.dataset, args.dataset_config, args.split, args.revision, args.text_key)
@@ -138,7 +138,7 @@ def open_source(args: argparse.Namespace) -> Source:
 def check_vocabulary(model: Path, encoder: Encoder) -> None:
     """Raise InputError for a tokenizer that may give ids the model has no embedding for."""
     from hydra_mcore.config import CARD_NAME, ModelCard
-    from hydra_mcore.heads import InputError
+    from hydra_mcore.errors import InputError
 
     if (model / CARD_NAME).is_file():
         words = ModelCard.load(model).shape.vocab_size

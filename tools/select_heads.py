@@ -160,7 +160,7 @@ def select(args: argparse.Namespace) -> None:
 
 def check_request(args: argparse.Namespace, card: ModelCard) -> int:
     """The number of heads to keep; raises InputError for all that can be wrong before the teacher is run."""
-    from hydra_mcore.heads import InputError
+    from hydra_mcore.errors import InputError
     from hydra_mcore.selection.choose import hybrid_budget, parse_ratio
 
     total = card.shape.num_layers * card.shape.num_heads
@@ -186,7 +186,7 @@ def check_request(args: argparse.Namespace, card: ModelCard) -> int:
 
 
 def parse_weights(args: argparse.Namespace) -> dict[str, float]:
-    from hydra_mcore.heads import InputError
+    from hydra_mcore.errors import InputError
 
     weights = {}
     for text in args.weight:
@@ -207,7 +207,7 @@ def known_findings(args: argparse.Namespace, card: ModelCard, weights: dict[str,
     """What an earlier call found: scores, and the curves and scores of other lengths that lie beside them."""
     import dataclasses
 
-    from hydra_mcore.heads import InputError
+    from hydra_mcore.errors import InputError
     from hydra_mcore.selection.score import HeadScores
     from tools.head_scoring import KNOCK_OUT_FILE, load_knock_out
 

@@ -107,7 +107,7 @@ def tune(args: argparse.Namespace) -> None:
 def check_model(args: argparse.Namespace, card: ModelCard) -> None:
     """Raise InputError for a model that cannot be tuned; warn of windows that show nothing new."""
     from hydra_mcore.convert.tensors import is_teacher
-    from hydra_mcore.heads import InputError
+    from hydra_mcore.errors import InputError
 
     if card.head_map.num_fa == 0:
         raise InputError(f"{args.checkpoint}: no FA heads, so nothing to scale")
@@ -123,7 +123,7 @@ def read_windows(args: argparse.Namespace, card: ModelCard) -> Tensor:
     import numpy as np
     import torch
 
-    from hydra_mcore.heads import InputError
+    from hydra_mcore.errors import InputError
     from hydra_mcore.selection.probes import load_tokenizer, read_haystack
 
     ids = read_haystack(load_tokenizer(args.checkpoint), args.text)

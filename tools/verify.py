@@ -87,9 +87,10 @@ def run(args: argparse.Namespace, work: Path) -> int:
     from tqdm import tqdm
 
     from hydra_mcore.config import ModelCard
+    from hydra_mcore.errors import InputError
     from hydra_mcore.evaluation.comparison import KL_BAR, TIE
     from hydra_mcore.evaluation.verification import NAMES, Subject, checks_of, verify
-    from hydra_mcore.heads import InputError, write_json
+    from hydra_mcore.files import write_json
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -126,7 +127,7 @@ def tokens(args: argparse.Namespace, card: ModelCard) -> Tensor:
     """Token ids [b, s] to run on; raises InputError for a text that is too short or cannot be read."""
     import torch
 
-    from hydra_mcore.heads import InputError
+    from hydra_mcore.errors import InputError
     from hydra_mcore.selection.probes import load_tokenizer, read_haystack
 
     length = min(card.shape.native_length, 512) if args.length is None else args.length

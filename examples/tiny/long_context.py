@@ -121,7 +121,7 @@ def summary_figure(path: Path, accuracies: Accuracies) -> None:
     from matplotlib.figure import Figure
 
     from hydra_mcore.evaluation.figures import COLORS, MARKERS, short
-    from hydra_mcore.evaluation.files import replacing
+    from hydra_mcore.files import replacing
 
     figure = Figure(figsize=(11, 4.4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)

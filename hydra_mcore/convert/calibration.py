@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from hydra_mcore.config import ModelCard
 from hydra_mcore.convert.target import TOKENIZER_DIR
-from hydra_mcore.heads import InputError
+from hydra_mcore.errors import InputError
 
 MAX_LENGTH = 512
 NUM_TOKENS = 4096

@@ -23,7 +23,8 @@ from hydra_mcore.convert.hf_io import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from hydra_mcore.convert.model_card import write_model_card
 from hydra_mcore.convert.target import HEAD_MAP_NAME, TOKENIZER_DIR, check_target, copy_tokenizer, new_folder
 from hydra_mcore.convert.tensors import TensorRule, is_teacher, output_layer_rule, tensor_rules
-from hydra_mcore.heads import InputError, write_json
+from hydra_mcore.errors import InputError
+from hydra_mcore.files import write_json
 from hydra_mcore.model.build import trainings
 from hydra_mcore.model.streaming import StoredTensors
 

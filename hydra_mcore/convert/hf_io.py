@@ -16,7 +16,8 @@ from hydra_mcore.config import ModelCard, ModelShape
 from hydra_mcore.convert import hydra_family
 from hydra_mcore.convert.families import FAMILIES, SHAPE_KEYS, Family
 from hydra_mcore.convert.target import HEAD_MAP_NAME
-from hydra_mcore.heads import HeadMap, InputError
+from hydra_mcore.errors import InputError
+from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.build import teacher_card
 from hydra_mcore.model.rotary import rotary_frequencies
 

@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from hydra_mcore.config import ConfigError, HydraOptions, ModelCard
 from hydra_mcore.convert.target import HEAD_MAP_NAME, TOKENIZER_DIR, check_target, copy_tokenizer, new_folder
-from hydra_mcore.heads import HeadMap, InputError
+from hydra_mcore.errors import InputError
+from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.build import build_model, load_model, save_weights
 from hydra_mcore.model.fa_heads import FullAttentionHeads
 from hydra_mcore.model.gdn_heads import GatedDeltaHeads

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from hydra_mcore.heads import InputError
+from hydra_mcore.errors import InputError
 from hydra_mcore.model.build import TRACKER
 
 TOKENIZER_DIR = "tokenizer"

@@ -22,7 +22,7 @@ from megatron.core.datasets.utils import get_blend_from_list
 from tqdm import tqdm
 
 from hydra_mcore.config import ConfigError
-from hydra_mcore.heads import write_json
+from hydra_mcore.files import write_json
 
 FORMAT = 1
 SUFFIXES = (".bin", ".idx")

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from hydra_mcore.corpus.manifest import SUFFIXES, Manifest, Shard, finished_path, held_out_path, sha256, unfinished_path
 from hydra_mcore.corpus.sources import Batch, Document, Source, batches
 from hydra_mcore.corpus.tokenize import Encoder, encode_batches, fingerprint
-from hydra_mcore.heads import InputError
+from hydra_mcore.errors import InputError
 
 DECISIVE = ("tokenizers", "transformers", "datasets", "pyarrow")  # packages that stand between a text and its tokens
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from hydra_mcore.heads import InputError
+from hydra_mcore.errors import InputError
 
 TEXT, PARQUET = (".txt",), (".parquet",)
 LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.bz2")

@@ -25,7 +25,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from hydra_mcore.corpus.sources import Batch
-from hydra_mcore.heads import InputError
+from hydra_mcore.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hydra_mcore.heads import InputError
+from hydra_mcore.errors import InputError
 
 KL_BAR = 1e-6  # nats a token: far above the float32 rounding of a real model's depth, far below what any slip causes
 TIE = 1e-4  # logits this near, relative to their size, are in no order that float32 could keep

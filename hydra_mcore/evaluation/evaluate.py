@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.loading import open_model
 from hydra_mcore.evaluation.models import EvaluatedModel, ModelFacts
 from hydra_mcore.evaluation.perplexity import TextLoss, text_windows, window_losses
@@ -26,7 +27,6 @@ from hydra_mcore.evaluation.ruler.sets import prompt_set
 from hydra_mcore.evaluation.ruler.source import Source, tokenizer_fingerprint
 from hydra_mcore.evaluation.ruler.wording import load_wording
 from hydra_mcore.evaluation.scoring import check_seed, score_prompts
-from hydra_mcore.heads import InputError
 from hydra_mcore.model.runtime import from_first_rank
 from hydra_mcore.selection.probes import tokenizer_in
 

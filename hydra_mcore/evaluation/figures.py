@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from hydra_mcore.evaluation.files import replacing
 from hydra_mcore.evaluation.results import Results, groups_of, lengths_of
+from hydra_mcore.files import replacing
 
 # Told apart in grey and by colour-blind readers too: by markers, and by dashes for YaRN.
 COLORS = ("#222222", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31")

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.parallel import ParallelModel
 from hydra_mcore.evaluation.perplexity import edges, window_losses
-from hydra_mcore.heads import InputError
 from hydra_mcore.model.fa_heads import set_log_scale
 
 GRID = (50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0)

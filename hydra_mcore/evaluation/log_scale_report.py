@@ -11,10 +11,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from hydra_mcore.evaluation.files import replacing
 from hydra_mcore.evaluation.log_scale import Trials, name_of
 from hydra_mcore.evaluation.report import table
-from hydra_mcore.heads import write_json
+from hydra_mcore.files import replacing, write_json
 
 JSON_NAME, TABLE_NAME, FIGURE_NAME = "log_scale.json", "log_scale.md", "log_scale.png"
 

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.forward import rows_a_forward
 from hydra_mcore.evaluation.models import EvaluatedModel
 from hydra_mcore.evaluation.scoring import shared_out
-from hydra_mcore.heads import InputError
 
 TEXT_TOKENS = 32_768  # of the text that are read; the same ones for every window length
 LONG_WINDOWS = 8  # longer windows read more of it, so that a mean over them has an error

@@ -20,11 +20,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hydra_mcore.evaluation.files import replacing
+from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.models import ModelFacts
 from hydra_mcore.evaluation.perplexity import TextLoss
 from hydra_mcore.evaluation.scoring import Score
-from hydra_mcore.heads import InputError
+from hydra_mcore.files import replacing
 
 TEXT = "text"  # the "task" of predicting held-out text
 

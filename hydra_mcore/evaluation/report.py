@@ -8,13 +8,13 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.figures import accuracy_figure, loss_figure, short
-from hydra_mcore.evaluation.files import replacing
 from hydra_mcore.evaluation.perplexity import TextLoss
 from hydra_mcore.evaluation.records import Records
 from hydra_mcore.evaluation.results import Results, comparable, groups_of, lengths_of, to_json, uneven
 from hydra_mcore.evaluation.scoring import Score
-from hydra_mcore.heads import InputError
+from hydra_mcore.files import replacing
 
 RESULTS_FORMAT = 2
 RESULTS_NAME, TABLE_NAME, ACCURACY_NAME, LOSS_NAME = "results.json", "report.md", "accuracy.png", "loss.png"

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.forward import rows_a_forward
 from hydra_mcore.evaluation.models import EvaluatedModel
 from hydra_mcore.evaluation.ruler.prompts import Prompt
-from hydra_mcore.heads import InputError
 from hydra_mcore.selection.probes import EVALUATION_SEEDS
 
 Z95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution

@@ -26,10 +26,11 @@ from hydra_mcore.convert.hf_io import HfWeights, read_config
 from hydra_mcore.convert.inherit import inherit
 from hydra_mcore.convert.target import HEAD_MAP_NAME
 from hydra_mcore.convert.tensors import is_teacher, tensor_rules
+from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.comparison import Agreement, Fact, Result, agreement
 from hydra_mcore.evaluation.forward import rows_a_forward
 from hydra_mcore.evaluation.layout_logits import Layout, Rows, logits_of, run_layouts
-from hydra_mcore.heads import HeadMap, InputError
+from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.build import build_model, latest_iteration, load_model, teacher_card
 from hydra_mcore.model.streaming import StoredTensors
 

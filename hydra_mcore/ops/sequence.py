@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hydra_mcore.heads import InputError
+from hydra_mcore.errors import InputError
 
 # Runs (start, end) of tokens within a part, grouped by the half of the part that they belong to.
 Rows = tuple[tuple[tuple[int, int], ...], ...]

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hydra_mcore.config import ModelShape
-from hydra_mcore.heads import Head, HeadMap, InputError
+from hydra_mcore.errors import InputError
+from hydra_mcore.heads import Head, HeadMap
 from hydra_mcore.selection.optimise import best_in_blocks, best_in_groups, worths
 
 STRATEGIES = {

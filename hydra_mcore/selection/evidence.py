@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from hydra_mcore.config import ModelShape
-from hydra_mcore.heads import Head, InputError
+from hydra_mcore.errors import InputError
+from hydra_mcore.heads import Head
 from hydra_mcore.selection.choose import kv_groups_alive
 from hydra_mcore.selection.score import CRITICAL, HeadScores, ProbeEffects
 

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any, TextIO
 
-from hydra_mcore.heads import InputError
+from hydra_mcore.errors import InputError
 
 Pieces = dict[str, Any]
 

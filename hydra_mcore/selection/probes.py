@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from hydra_mcore.heads import InputError
+from hydra_mcore.errors import InputError
 from hydra_mcore.selection.capabilities import BUILT_IN, GENERAL, RETRIEVAL
 from hydra_mcore.selection.general import general_pairs
 from hydra_mcore.selection.jsonl import Pair, encode, load_pairs

@@ -21,7 +21,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from hydra_mcore.config import ModelCard, ModelShape
-from hydra_mcore.heads import Head, InputError, write_json
+from hydra_mcore.errors import InputError
+from hydra_mcore.files import write_json
+from hydra_mcore.heads import Head
 
 SCORES_FORMAT = 2
 CRITICAL = 0.01  # |IE| from which a head counts in a sub-probe (paper section 2)

@@ -21,7 +21,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from hydra_mcore.heads import InputError
+from hydra_mcore.errors import InputError
 
 
 class TrainingStopped(InputError):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import json
 import math
 import shutil
@@ -32,7 +31,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from hydra_mcore.compat.saving import stop_writer
 from hydra_mcore.config import ConfigError, ModelCard, StageOptions
-from hydra_mcore.heads import InputError, write_json
+from hydra_mcore.errors import InputError
+from hydra_mcore.files import NO_ROOM, write_json
 from hydra_mcore.model.build import TRACKER, check_complete, iterations, latest_iteration, write_tracker
 from hydra_mcore.model.runtime import from_first_rank
 
@@ -40,7 +40,6 @@ VERSIONS = "versions.json"
 SHARED_MEMORY = Path("/dev/shm")  # where torch passes CPU tensors between processes
 _REMOVING = "removing_"
 _PACKAGES = ("hydra_mcore", "megatron-core", "torch")
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _ADAM_BYTES = 12  # a trained parameter's float32 value and two moments
 
 
@@ -153,7 +152,7 @@ def checkpoint_care(save: Path, options: StageOptions, args: Namespace, config: 
     except CheckpointException as error:  # torch's, a BaseException
         _fail(save, args.rank, next((cause for cause, _ in error.failures.values()), None))
     except OSError as error:
-        if error.errno not in _NO_ROOM:
+        if error.errno not in NO_ROOM:
             raise
         _fail(save, args.rank, error)
     finally:

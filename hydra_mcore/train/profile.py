@@ -26,7 +26,7 @@ from megatron.core.utils import unwrap_model
 from megatron.training import training
 from torch.profiler import ProfilerActivity, record_function
 
-from hydra_mcore.heads import write_json
+from hydra_mcore.files import write_json
 from hydra_mcore.model import gdn_heads
 from hydra_mcore.model.fa_heads import CausalAttention, FullAttentionHeads
 from hydra_mcore.model.fusion import Fusion

@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron.training import global_vars, wandb_utils
 
-from hydra_mcore.heads import write_json
+from hydra_mcore.files import write_json
 from hydra_mcore.selection.figures import heat_map
 from hydra_mcore.train.arguments import Plan
 

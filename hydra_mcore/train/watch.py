@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from hydra_mcore.config import ModelCard
-from hydra_mcore.heads import write_json
+from hydra_mcore.files import write_json
 from hydra_mcore.model.flops import step_flops
 from hydra_mcore.selection.figures import statistic_maps
 from hydra_mcore.train.alerts import DataWatch, LossSpikes, TrainingStopped, nonfinite

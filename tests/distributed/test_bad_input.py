@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from hydra_mcore.config import ModelCard
-from hydra_mcore.heads import HeadMap, InputError
+from hydra_mcore.errors import InputError
+from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.build import TRACKER
 from tests.support.launch import run_ranks
 from tests.support.stages import FLAGS, make_run

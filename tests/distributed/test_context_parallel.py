@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hydra_mcore.heads import InputError
+from hydra_mcore.errors import InputError
 from hydra_mcore.ops.context_parallel import from_previous, gather_parts, swap_with_mirror
 from hydra_mcore.ops.gated_delta import gated_delta_rule
 from hydra_mcore.ops.sequence import SequencePart

@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 
 from hydra_mcore.config import HydraOptions, ModelCard
+from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.log_scale import LIMITS, best_base
 from hydra_mcore.evaluation.log_scale_report import FIGURE_NAME, JSON_NAME, TABLE_NAME
-from hydra_mcore.heads import HeadMap, InputError
+from hydra_mcore.heads import HeadMap
 from tests.support.launch import model_parallel, run_ranks
 from tests.support.planted_scale import LENGTH, SHAPE, WINDOWS, planted_run
 from tools.tune_log_scale import main

@@ -18,9 +18,10 @@ from hydra_mcore.config import HydraOptions, ModelCard
 from hydra_mcore.convert.hf_export import export_hf
 from hydra_mcore.convert.hf_import import import_hf
 from hydra_mcore.convert.inherit import hybridize
+from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation import hugging_face, parallel
 from hydra_mcore.evaluation.loading import describe, open_model
-from hydra_mcore.heads import HeadMap, InputError
+from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.runtime import process_groups
 from tests.support.tiny_hf import ODD, random_tokens, tiny_model
 

@@ -22,7 +22,8 @@ from hydra_mcore.convert.hf_import import import_hf
 from hydra_mcore.convert.hf_io import HuggingFaceError
 from hydra_mcore.convert.inherit import hybridize
 from hydra_mcore.convert.tensors import tensor_rules
-from hydra_mcore.heads import HeadMap, InputError
+from hydra_mcore.errors import InputError
+from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.build import load_model, load_weights, save_weights
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.model.streaming import StoredTensors

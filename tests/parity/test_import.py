@@ -20,7 +20,7 @@ from hydra_mcore.convert.families import EMBEDDING, FAMILIES
 from hydra_mcore.convert.hf_import import import_hf
 from hydra_mcore.convert.hf_io import HuggingFaceError, read_config
 from hydra_mcore.convert.tensors import tensor_rules
-from hydra_mcore.heads import InputError
+from hydra_mcore.errors import InputError
 from hydra_mcore.model.build import TRACKER, load_model
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.model.streaming import StoredTensors

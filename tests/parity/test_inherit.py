@@ -19,7 +19,8 @@ from hydra_mcore.config import HydraOptions, ModelCard
 from hydra_mcore.convert.calibration import calibration_tokens
 from hydra_mcore.convert.hf_import import import_hf
 from hydra_mcore.convert.inherit import head_output_rms, hybridize, inherit
-from hydra_mcore.heads import HeadMap, InputError
+from hydra_mcore.errors import InputError
+from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.build import TRACKER, build_model, load_model
 from hydra_mcore.model.runtime import process_groups
 from tests.support import teachers

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from hydra_mcore.config import ModelShape
-from hydra_mcore.heads import InputError
+from hydra_mcore.errors import InputError
 from hydra_mcore.selection.choose import OPTIMISED, SCORED, STRATEGIES, Choice, choose_heads, hybrid_budget, parse_ratio
 
 LAYERS, HEADS = 4, 6

@@ -22,7 +22,8 @@ from hydra_mcore.config import (
     add_flags,
     field_docs,
 )
-from hydra_mcore.heads import HeadMap, HeadMapError, InputError
+from hydra_mcore.errors import InputError
+from hydra_mcore.heads import HeadMap, HeadMapError
 
 SHAPE = ModelShape(
     num_layers=2,

@@ -24,7 +24,7 @@ from hydra_mcore.corpus.manifest import Manifest, expand_blend
 from hydra_mcore.corpus.shards import Limits, prepare
 from hydra_mcore.corpus.sources import Batch, DatasetSource, Document, FileSource
 from hydra_mcore.corpus.tokenize import BatchEncoder, Encoder, encode_batches, fingerprint, load_encoder
-from hydra_mcore.heads import InputError
+from hydra_mcore.errors import InputError
 from tests.support.corpora import TOKENIZER, encode_in_this_process, make_texts, write_lines, written
 
 END = 0  # end of document of the tokenizer

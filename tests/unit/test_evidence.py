@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hydra_mcore.config import ModelShape
-from hydra_mcore.heads import InputError
+from hydra_mcore.errors import InputError
 from hydra_mcore.selection import evidence as ev
 from hydra_mcore.selection.score import HeadScores, ProbeEffects
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hydra_mcore.heads import InputError
+from hydra_mcore.errors import InputError
 from hydra_mcore.selection.journal import JournalWriter, Pieces, read_journal
 
 RUN = {"teacher": "abc", "length": 64, "seed": 3, "probes": ["one", "two"], "pairs": None}

@@ -13,7 +13,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hydra_mcore.heads import InputError
+from hydra_mcore.errors import InputError
 from hydra_mcore.selection.jsonl import load_pairs
 
 TEACHER = Path(__file__).parents[2] / "examples" / "tiny" / "teacher"

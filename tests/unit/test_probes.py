@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from hydra_mcore.heads import InputError
+from hydra_mcore.errors import InputError
 from hydra_mcore.selection import probes
 from hydra_mcore.selection.general import GENERAL_PROBES
 from hydra_mcore.selection.needles import RULER_FORMAT, TASKS, NeedleFormat

@@ -16,13 +16,13 @@ import pytest
 from tokenizers import normalizers
 from transformers import AutoTokenizer
 
+from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.ruler import sets
 from hydra_mcore.evaluation.ruler.haystack import read_haystack
 from hydra_mcore.evaluation.ruler.needles import PLANS
 from hydra_mcore.evaluation.ruler.sets import prompt_set
 from hydra_mcore.evaluation.ruler.source import Source, tokenizer_fingerprint
 from hydra_mcore.evaluation.ruler.wording import RULER, load_wording
-from hydra_mcore.heads import InputError
 from hydra_mcore.selection.needles import NeedleFormat
 from tests.support.small_tokenizers import KINDS, haystack, small_tokenizer
 

@@ -15,7 +15,8 @@ import pytest
 from numpy.typing import ArrayLike
 
 from hydra_mcore.config import HydraOptions, ModelCard, ModelShape
-from hydra_mcore.heads import HeadMap, InputError
+from hydra_mcore.errors import InputError
+from hydra_mcore.heads import HeadMap
 from hydra_mcore.selection.score import MIN_GAP, HeadScores, ProbeEffects, ScoresError, capability_scores, fuse
 
 SHAPE = ModelShape(

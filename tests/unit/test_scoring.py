@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.forward import rows_a_forward
 from hydra_mcore.evaluation.loading import describe, open_model
 from hydra_mcore.evaluation.models import EvaluatedModel
@@ -24,7 +25,6 @@ from hydra_mcore.evaluation.ruler.sets import prompt_set
 from hydra_mcore.evaluation.ruler.source import Source
 from hydra_mcore.evaluation.ruler.wording import load_wording
 from hydra_mcore.evaluation.scoring import Score, check_seed, score_prompts, shared_out
-from hydra_mcore.heads import InputError
 from hydra_mcore.model.runtime import process_groups
 
 TEACHER = Path(__file__).parents[2] / "examples" / "tiny" / "teacher"

@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Callable
 from functools import partial
 
-from hydra_mcore.heads import InputError
+from hydra_mcore.errors import InputError
 from tools.benchmarks.measure import measured
 from tools.benchmarks.options import QWEN3, add_machine, chosen_machine, positive
 from tools.benchmarks.report import Report

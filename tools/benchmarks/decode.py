@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hydra_mcore.config import ModelShape
-from hydra_mcore.heads import InputError
+from hydra_mcore.errors import InputError
 from tools.benchmarks.measure import Point
 from tools.benchmarks.options import add_machine, chosen_machine, positive, spread_heads
 from tools.benchmarks.report import Report

@@ -25,7 +25,9 @@ from hydra_mcore.convert.families import SHAPE_KEYS
 from hydra_mcore.convert.hf_code import copy_model_code
 from hydra_mcore.convert.hf_io import CONFIG_NAME
 from hydra_mcore.convert.hydra_family import to_config
-from hydra_mcore.heads import HeadMap, InputError, write_json
+from hydra_mcore.errors import InputError
+from hydra_mcore.files import write_json
+from hydra_mcore.heads import HeadMap
 from tools.benchmarks.measure import Point, in_turn, timed
 
 CHUNK = 1024  # tokens that a prefill reads at once

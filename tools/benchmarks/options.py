@@ -7,7 +7,7 @@ from __future__ import annotations
 import argparse
 
 from hydra_mcore.config import ModelShape
-from hydra_mcore.heads import InputError
+from hydra_mcore.errors import InputError
 
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 # Qwen3-1.7B (its config.json).

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra_mcore.heads import write_json
+from hydra_mcore.files import write_json
 from tools.benchmarks.measure import Point
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def save_figure(path: Path, report: Report) -> None:
     from matplotlib.lines import Line2D
 
     from hydra_mcore.evaluation.figures import COLORS, MARKERS
-    from hydra_mcore.evaluation.files import replacing
+    from hydra_mcore.files import replacing
 
     tables = [table for table in report.tables if table.points]
     names = dict.fromkeys(point.name for table in tables for point in table.points)

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.random import Generator
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.ruler.pieces import Pieces
-from hydra_mcore.heads import InputError
 from hydra_mcore.selection.probes import read_haystack as read_ids
 
 LONGEST_SENTENCE = 1000  # tokens on average: needles stand between sentences, and their depths must come out even

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from hydra_mcore.heads import InputError
+from hydra_mcore.errors import InputError
 
 # What a piece is encoded behind, the first that works. Nothing is right for byte-level tokenizers; those that put a space
 # before every text need something there, and it must be nothing that a token spans together with the piece's first letters.

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 from numpy.random import Generator
 
-from hydra_mcore.evaluation.files import replacing
+from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.ruler.needles import PLANS, needle_prompt
 from hydra_mcore.evaluation.ruler.prompts import TASKS, Prompt, PromptSet
 from hydra_mcore.evaluation.ruler.source import Source
 from hydra_mcore.evaluation.ruler.tracking import HOPS, chain_prompt
 from hydra_mcore.evaluation.ruler.words import common_words, frequent_words
-from hydra_mcore.heads import InputError
+from hydra_mcore.files import replacing
 
 VERSION = 1  # of the generators: sets of another one are made anew
 

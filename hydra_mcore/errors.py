@@ -1,0 +1,9 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The error that every command turns into one line."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """Something a user gave that cannot be used; one line that names the cause and the fix. Commands exit with status 2 on it."""
