@@ -13,18 +13,28 @@ import ast
 import dataclasses
 import inspect
 import itertools
-import json
+import math
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from hydra_mcore.errors import InputError
-from hydra_mcore.files import write_json
+from hydra_mcore.files import checked, from_fields, is_name, read_json, shown, write_json
 from hydra_mcore.heads import HeadMap
 
 CARD_NAME = "model.json"
 CARD_FORMAT = 2
+LARGEST = {  # sizes that no model reaches: what asks for more is refused before memory is asked for
+    "num_layers": 2**12,
+    "num_heads": 2**12,
+    "num_kv_groups": 2**12,
+    "head_dim": 2**14,
+    "hidden_size": 2**20,
+    "ffn_hidden_size": 2**24,
+    "vocab_size": 2**26,
+    "native_length": 2**40,
+}
 
 
 class ConfigError(InputError):
@@ -74,7 +84,7 @@ class HydraOptions:
         for name, hint in _literal_choices(type(self)).items():
             if getattr(self, name) not in hint:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(map(repr, hint))}")
-        if self.gdn_conv_kernel < 0:
+        if not 0 <= self.gdn_conv_kernel <= 2**12:
             raise ConfigError(f"gdn_conv_kernel is {self.gdn_conv_kernel}; it counts taps, 0 for no convolution")
         if not 0.0 < self.gdn_write_max <= 2.0:
             raise ConfigError(f"gdn_write_max is {self.gdn_write_max}; the delta rule is stable for 0 < max <= 2")
@@ -112,6 +122,15 @@ class ModelShape:
     qkv_bias: bool = False
     # as in Hugging Face's config.json, without rope_theta: {"rope_type": "linear", "factor": 2.0}; hash=False as it is a dict
     rope_scaling: dict[str, Any] | None = field(default=None, hash=False)
+
+    def __post_init__(self) -> None:
+        for name, largest in LARGEST.items():
+            if not 1 <= getattr(self, name) <= largest:
+                raise ConfigError(f"{name} is {shown(getattr(self, name))}; it must be from 1 to {largest}")
+        if self.num_heads % self.num_kv_groups:
+            raise ConfigError(f"num_kv_groups {self.num_kv_groups} does not divide num_heads {self.num_heads}")
+        if not (0 < self.rope_theta < math.inf and 0 < self.norm_epsilon < 1):  # so written, NaN is refused too
+            raise ConfigError(f"rope_theta {self.rope_theta} or norm_epsilon {self.norm_epsilon} is out of range; both are positive")
 
     def to_recipe(self) -> dict[str, Any]:
         """The same facts as Megatron flags, in recipe form."""
@@ -176,36 +195,23 @@ class ModelCard:
     def load(cls, checkpoint_dir: str | Path) -> ModelCard:
         """Read a checkpoint's card; raises ConfigError (or HeadMapError) naming what is wrong."""
         path = Path(checkpoint_dir) / CARD_NAME
-        try:
-            raw = json.loads(path.read_text())
-        except OSError:
-            raise ConfigError(
-                f"{checkpoint_dir}: no {CARD_NAME}, so not a hydra_mcore checkpoint; make one with tools/convert.py import"
-            ) from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: not JSON ({error})") from None
+        if not path.is_file():
+            raise ConfigError(f"{checkpoint_dir}: no {CARD_NAME}, so not a hydra_mcore checkpoint; make one with tools/convert.py import")
+        raw = read_json(path, ConfigError)
         if not isinstance(raw, dict) or raw.get("format") != CARD_FORMAT:
             found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
-            raise ConfigError(f"{path}: format {found!r}, this version reads {CARD_FORMAT}; make the checkpoint again")
+            raise ConfigError(f"{path}: format {shown(found)}, this version reads {CARD_FORMAT}; make the checkpoint again")
         try:
-            return cls(
-                shape=ModelShape(**raw["shape"]),
-                head_map=HeadMap.from_dict(raw["head_map"]),
-                options=HydraOptions(**raw["options"]),
-                fingerprint=raw["fingerprint"],
-                stage=raw["stage"],
-                source=raw["source"],
-                stages=raw["stages"],
-            )
-        except (KeyError, TypeError) as error:
-            raise ConfigError(f"{path}: {error}; written by another version?") from None
+            return from_fields(_CardFile, raw, "the card", ConfigError).card()
+        except InputError as error:
+            raise type(error)(f"{path}: {error}") from None
 
     def difference(self, model: dict[str, Any], fingerprint: str) -> str:
         """How a described model differs from this one: the first fact of its shape, else its weights; empty if neither does."""
         for name, theirs in model.items():
             mine = getattr(self.shape, name, None)
-            if mine != theirs:
-                return f"{name} is {theirs!r} there, {mine!r} in the teacher"
+            if mine != theirs or isinstance(mine, bool) != isinstance(theirs, bool):
+                return f"{name} is {shown(theirs)} there, {mine!r} in the teacher"
         if fingerprint and fingerprint != self.fingerprint:
             return f"weights {fingerprint[:12]} there, {self.fingerprint[:12]} in the teacher"
         return ""
@@ -214,6 +220,52 @@ class ModelCard:
         """Raise ConfigError when a head map was made for another model, naming the difference."""
         if difference := self.difference(head_map.counts | head_map.model, head_map.fingerprint):
             raise ConfigError(f"the head map is for another model: {difference}; select heads for this teacher")
+
+
+@dataclass(kw_only=True, frozen=True)
+class _Training:
+    """An entry of ``ModelCard.stages``."""
+
+    stage: str
+    sequence_length: int
+    batch_size: int
+    iterations: int
+
+
+@dataclass(kw_only=True, frozen=True)
+class _Source:
+    """``ModelCard.source``: the config alone where a Hugging Face directory is described and no tensor was read."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    dtype: str = ""
+    other_dtypes: dict[str, str] = field(default_factory=dict)
+    output_layer_stored: bool = False
+
+
+@dataclass(kw_only=True, frozen=True)
+class _CardFile:
+    """What stands in ``model.json``."""
+
+    format: int
+    stage: str
+    fingerprint: str
+    shape: ModelShape
+    options: HydraOptions
+    head_map: Any
+    source: dict[str, Any]
+    stages: list[_Training]
+
+    def card(self) -> ModelCard:
+        """The card; raises ConfigError (or HeadMapError) where its parts are not of one model."""
+        head_map, shape = HeadMap.from_dict(self.head_map), self.shape
+        if head_map.counts != {name: getattr(shape, name) for name in head_map.counts}:
+            raise ConfigError(f"the head map has {head_map.counts}, the shape others; take both from one checkpoint")
+        if not (is_name(self.stage) and is_name(self.fingerprint)):
+            raise ConfigError("stage and fingerprint are one short line each")
+        checked(self.source, _Source, "source", ConfigError)
+        stages = [dataclasses.asdict(training) for training in self.stages]
+        facts = {"fingerprint": self.fingerprint, "stage": self.stage, "source": self.source, "stages": stages}
+        return ModelCard(shape=shape, head_map=head_map, options=self.options, **facts)
 
 
 @dataclass(kw_only=True, frozen=True)

@@ -20,6 +20,8 @@ from hydra_mcore.errors import InputError
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # a full disk, a quota, a limit on files
 DISK_REFUSES = NO_ROOM | {errno.EROFS, errno.EACCES, errno.EPERM}  # or a disk or folder that is not ours to write
 LARGEST_INT = 2**53  # what every JSON reader keeps exact; no size of a model, no count of tokens comes near it
+DEEPEST = 50  # lists and objects inside each other where anything may stand: what is written and compared calls itself
+LONGEST_NAME = 200  # characters of a name that consoles, tables and figures show
 
 
 def read_json(path: str | Path, error: type[InputError] = InputError, what: str = "") -> Any:
@@ -90,55 +92,67 @@ def from_fields[T](cls: type[T], raw: Any, name: str, error: type[InputError] = 
     """A dataclass of the values in a JSON object, each of the type that its field says.
 
     ``true`` is no number, a whole number is a float too, no number may be NaN, infinite or beyond 2**53. Lists become tuples where
-    the field is a tuple. What else holds of a value is for the dataclass itself (``__post_init__``).
+    the field is a tuple, texts paths, objects dataclasses. What else holds of a value is for the dataclass itself
+    (``__post_init__``).
 
     Args:
         name: what errors call the object.
 
     Raises:
-        InputError: of class ``error``: not an object, a key that is missing or unknown, a value of another type.
+        InputError: of class ``error``: not an object, a key that is missing or unknown, a value of another type, or one that the
+            dataclass refuses with a ValueError.
     """
     if not isinstance(raw, dict):
-        raise error(f"{name}: a list of keys and values is expected, not {_shown(raw)}")
+        raise error(f"{name}: a list of keys and values is expected, not {shown(raw)}")
     hints, fields = typing.get_type_hints(cls), {field.name: field for field in dataclasses.fields(cls) if field.init}
     if unknown := [key for key in raw if key not in fields]:
-        raise error(f"{name}: unknown key {_shown(unknown[0])}; written by another version?")
+        raise error(f"{name}: unknown key {shown(unknown[0])}; written by another version?")
     for key, field in fields.items():
         if key not in raw and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise error(f"{name}: key {key!r} is missing")
-    return cls(**{key: checked(value, hints[key], f"{name}: {key}", error) for key, value in raw.items()})
+    values = {key: checked(value, hints[key], f"{name}: {key}", error) for key, value in raw.items()}
+    try:
+        return cls(**values)
+    except ValueError as problem:
+        raise error(f"{name}: {problem}") from None
 
 
 def checked(value: Any, hint: Any, name: str, error: type[InputError] = InputError) -> Any:
     """A value from a file as what a type hint asks for; raises ``error`` where it is something else (see ``from_fields``)."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
+        if _deeper(value, DEEPEST):
+            raise error(f"{name}: lists are nested too deeply")
         return value
+    if dataclasses.is_dataclass(hint):
+        return from_fields(hint, value, name, error)
+    if hint is Path and isinstance(value, str) and "\0" not in value:
+        return Path(value)
     if origin in (typing.Union, types.UnionType):
         return _one_of(value, args, name, error)
     if origin is Literal:
         if value in args and any(type(value) is type(choice) for choice in args):
             return value
-        raise error(f"{name} is {_shown(value)}; choose one of {', '.join(map(repr, args))}")
-    if origin in (list, tuple) and isinstance(value, list):
+        raise error(f"{name} is {shown(value)}; choose one of {', '.join(map(repr, args))}")
+    if origin in (list, tuple) and isinstance(value, list | tuple):
         if origin is tuple and args[-1] is not Ellipsis and len(value) != len(args):
             raise error(f"{name} has {len(value)} values instead of {len(args)}")
         kinds = [args[0]] * len(value) if origin is list or args[-1] is Ellipsis else args
         return origin(checked(item, kind, f"{name}[{index}]", error) for index, (item, kind) in enumerate(zip(value, kinds, strict=True)))
     if origin is dict and isinstance(value, dict):
-        return {key: checked(item, args[1], f"{name}[{_shown(key)}]", error) for key, item in value.items()}
+        return {key: checked(item, args[1], f"{name}[{shown(key)}]", error) for key, item in value.items()}
     if hint in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
         if not abs(value) <= LARGEST_INT or (hint is int and value != int(value)):  # so written, NaN is refused too
-            raise error(f"{name} is {_shown(value)}, which is no {'whole number' if hint is int else 'number'} that can be used here")
+            raise error(f"{name} is {shown(value)}, which is no {'whole number' if hint is int else 'number'} that can be used here")
         return hint(value)
     if hint in (bool, str, types.NoneType) and isinstance(value, hint):
         return value
-    raise error(f"{name} is {_shown(value)}; expected {_KINDS.get(origin or hint, hint)}")
+    raise error(f"{name} is {shown(value)}; expected {_KINDS.get(origin or hint, hint)}")
 
 
 def _one_of(value: Any, hints: tuple[Any, ...], name: str, error: type[InputError]) -> Any:
     """A value of any of several types; where it is of none, what the last of them that is not None says."""
-    problem = error(f"{name} is {_shown(value)}")
+    problem = error(f"{name} is {shown(value)}")
     for hint in sorted(hints, key=lambda hint: hint is not types.NoneType):
         try:
             return checked(value, hint, name, error)
@@ -147,9 +161,20 @@ def _one_of(value: Any, hints: tuple[Any, ...], name: str, error: type[InputErro
     raise problem
 
 
-def _shown(value: Any) -> str:
+def _deeper(value: Any, levels: int) -> bool:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels == 0 or any(_deeper(item, levels - 1) for item in items)
+
+
+def shown(value: Any) -> str:
+    """A value from a file as an error shows it: in a few characters, whatever it is."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def is_name(text: str) -> bool:
+    """Whether a text is one short line, as what tables and figures show must be."""
+    return len(text) <= LONGEST_NAME and text.isprintable()
 
 
 _KINDS = {
@@ -160,5 +185,6 @@ _KINDS = {
     list: "a list",
     tuple: "a list",
     dict: "keys and values",
+    Path: "a path",
     types.NoneType: "null",
 }

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hydra_mcore.errors import InputError
-from hydra_mcore.files import read_json, write_json
+from hydra_mcore.files import checked, from_fields, is_name, read_json, shown, write_json
 
 HEAD_MAP_FORMAT = 2  # docs/head_map.schema.json
 
@@ -55,16 +55,16 @@ class LayerHeads:
 
     def validate(self, layer_idx: int, num_heads: int) -> None:
         """Raise HeadMapError unless every head of the layer is listed exactly once."""
-        listed = self.fa + self.gdn
-        for head_idx in listed:
-            if not (isinstance(head_idx, int) and 0 <= head_idx < num_heads):
+        seen: set[int] = set()
+        for head_idx in self.fa + self.gdn:
+            if not 0 <= head_idx < num_heads:
                 raise HeadMapError(f"head map: layer {layer_idx} lists head {head_idx}; heads are 0 to {num_heads - 1}")
-        doubled = sorted({h for h in listed if listed.count(h) > 1})
-        if doubled:
-            raise HeadMapError(f"head map: layer {layer_idx} lists head {doubled[0]} twice; give it one role")
-        missing = sorted(set(range(num_heads)) - set(listed))
-        if missing:
-            raise HeadMapError(f"head map: layer {layer_idx} lacks head {missing[0]}; give it a role, fa or gdn")
+            if head_idx in seen:
+                raise HeadMapError(f"head map: layer {layer_idx} lists head {head_idx} twice; give it one role")
+            seen.add(head_idx)
+        if len(seen) < num_heads:  # who says 1e15 heads must not be given memory for them
+            missing = next(head_idx for head_idx in range(num_heads) if head_idx not in seen)
+            raise HeadMapError(f"head map: layer {layer_idx} lacks head {missing}; give it a role, fa or gdn")
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,8 @@ class HeadMap:
             raise HeadMapError(f"head map: {self.num_heads} heads do not divide into {self.num_kv_groups} kv groups")
         if not self.layers:
             raise HeadMapError("head map: no layers")
-        if not (isinstance(self.fingerprint, str) and isinstance(self.strategy, str)):
-            raise HeadMapError("head map: fingerprint and strategy are texts")
-        if not (isinstance(self.model, dict) and isinstance(self.made_by, dict)):
-            raise HeadMapError("head map: model and made_by are objects")
+        if not (is_name(self.fingerprint) and is_name(self.strategy)):
+            raise HeadMapError("head map: fingerprint and strategy are one short line each")
         for layer_idx, layer in enumerate(self.layers):
             layer.validate(layer_idx, self.num_heads)
 
@@ -141,28 +139,20 @@ class HeadMap:
         """Read the JSON form; raises HeadMapError naming what is wrong."""
         if not isinstance(raw, dict) or raw.get("format") != HEAD_MAP_FORMAT:
             found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
-            raise HeadMapError(f"head map: format {found!r}, this version reads format {HEAD_MAP_FORMAT}")
-        try:
-            shape, num_layers = raw["model"], raw["model"]["num_layers"]
-            layers = tuple(LayerHeads(fa=tuple(layer["fa"]), gdn=tuple(layer["gdn"])) for layer in raw["layers"])
-            head_map = cls(
-                num_heads=shape["num_heads"],
-                num_kv_groups=shape["num_kv_groups"],
-                layers=layers,
-                fingerprint=raw["fingerprint"],
-                model=shape,
-                strategy=raw["strategy"],
-                made_by=raw.get("made_by", {}),
-            )
-            budget = raw["budget"]
-        except KeyError as error:
-            raise HeadMapError(f"head map: key {error} is missing") from None
-        except TypeError as error:
-            raise HeadMapError(f"head map: a value is of the wrong type ({error})") from None
+            raise HeadMapError(f"head map: format {shown(found)}, this version reads format {HEAD_MAP_FORMAT}")
+        file = from_fields(_MapFile, raw, "head map", HeadMapError)
+        counts = {}
+        for name in ("num_layers", "num_heads", "num_kv_groups"):
+            if name not in file.model:
+                raise HeadMapError(f"head map: key {name!r} is missing")
+            counts[name] = checked(file.model[name], int, f"head map: {name}", HeadMapError)
+        num_layers = counts.pop("num_layers")
+        facts = {"fingerprint": file.fingerprint, "model": file.model, "strategy": file.strategy, "made_by": file.made_by}
+        head_map = cls(**counts, layers=file.layers, **facts)
         if num_layers != head_map.num_layers:
             raise HeadMapError(f"head map: lists {head_map.num_layers} layers but says num_layers {num_layers}")
-        if budget != head_map.num_fa:
-            raise HeadMapError(f"head map: lists {head_map.num_fa} FA heads but says budget {budget}")
+        if file.budget != head_map.num_fa:
+            raise HeadMapError(f"head map: lists {head_map.num_fa} FA heads but says budget {file.budget}")
         return head_map
 
     def save(self, path: str | Path) -> None:
@@ -173,6 +163,19 @@ class HeadMap:
     def load(cls, path: str | Path) -> HeadMap:
         """Read a head map file; raises HeadMapError for a missing, broken or invalid one."""
         return cls.from_dict(read_json(path, HeadMapError, "head map"))
+
+
+@dataclass(frozen=True)
+class _MapFile:
+    """What stands in a head map's file (docs/head_map.schema.json)."""
+
+    format: int
+    model: dict[str, Any]
+    fingerprint: str
+    strategy: str
+    budget: int
+    layers: tuple[LayerHeads, ...]
+    made_by: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import json
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -172,12 +171,7 @@ def save_findings(out: Path, scores: HeadScores, curves: KnockOut | None, by_len
 
 def load_knock_out(path: Path) -> KnockOut | None:
     """The curves that an earlier call left; None where it left none."""
-    if not path.is_file():
-        return None
-    try:
-        return KnockOut.from_dict(json.loads(path.read_text()))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not JSON ({error}); remove it to go on without") from None
+    return KnockOut.load(path) if path.exists() else None
 
 
 def announce(args: argparse.Namespace, card: ModelCard) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import ArrayLike
 
 from hydra_mcore.config import ModelShape
 from hydra_mcore.errors import InputError
+from hydra_mcore.files import from_fields, read_json
 from hydra_mcore.heads import Head
 from hydra_mcore.selection.choose import kv_groups_alive
 from hydra_mcore.selection.score import CRITICAL, HeadScores, ProbeEffects
@@ -294,8 +296,13 @@ class KnockOut:
 
     def __post_init__(self) -> None:
         curves = [curve for draws in self.accuracy.values() for curve in draws]
-        if not curves or {len(curve) for curve in curves} | {len(self.heads)} != {len(self.fractions)}:
-            raise InputError("knock-out: every curve needs one accuracy for each fraction of heads")
+        if not self.fractions or not curves or {len(curve) for curve in curves} | {len(self.heads)} != {len(self.fractions)}:
+            raise InputError("every curve needs one accuracy for each fraction of heads")
+        if not all(self.accuracy.values()) or not self.accuracy.keys() <= set(KNOCK_OUT_ORDERS):
+            raise InputError(f"curves are needed for orders among {', '.join(KNOCK_OUT_ORDERS)}")
+        shares = [*self.fractions, *(share for curve in curves for share in curve)]
+        if not all(0 <= share <= 1 for share in shares) or min(*self.heads, self.prompts) < 0:
+            raise InputError("fractions and accuracies go from 0 to 1, heads and prompts from 0 on")
 
     def spread(self, order: str) -> np.ndarray:
         """[3, points]: mean, least and largest of an order's draws."""
@@ -306,14 +313,9 @@ class KnockOut:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> KnockOut:
-        """Read the JSON form; raises InputError for a broken one."""
-        try:
-            accuracy = {order: tuple(tuple(map(float, curve)) for curve in draws) for order, draws in raw["accuracy"].items()}
-            values = tuple(map(float, raw["fractions"])), tuple(map(int, raw["heads"])), accuracy, int(raw["prompts"])
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"knock-out: a key is missing or of the wrong type ({error})") from None
-        return cls(*values)
+    def load(cls, path: Path) -> KnockOut:
+        """Read a file of these curves; raises InputError for a broken one."""
+        return from_fields(cls, read_json(path, what="knock-out"), f"knock-out {path}")
 
 
 @dataclass(frozen=True, eq=False)

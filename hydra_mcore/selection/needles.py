@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.random import Generator
 
+from hydra_mcore.files import from_fields, read_json, write_json
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 Ids = tuple[int, ...]
+MOST_PIECES = 1000  # of a value, so that no format asks for prompts without end
 
 
 @dataclass(frozen=True)
@@ -68,25 +70,21 @@ class NeedleFormat:
             raise ValueError("needle must hold {key}, then {value}, and query {key}")
         if not self.keys or len(set(self.keys)) != len(self.keys):
             raise ValueError("needle keys must be different from each other, and at least one")
+        if any("{value}" in key for key in self.keys):
+            raise ValueError("needle keys must not hold {value}")
         if not self.noise:
             raise ValueError("needle format has no noise text")
-        if len(set(self.value_pieces)) < 2 or min(self.short_pieces, self.long_pieces) < 1:
-            raise ValueError("values need at least two different pieces and one piece a value")
+        if len(set(self.value_pieces)) < 2 or not all(1 <= pieces <= MOST_PIECES for pieces in (self.short_pieces, self.long_pieces)):
+            raise ValueError(f"values need at least two different pieces, and 1 to {MOST_PIECES} pieces a value")
 
     def save(self, path: str | Path) -> None:
         """Write the format as JSON."""
-        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        write_json(path, dataclasses.asdict(self))
 
     @classmethod
     def load(cls, path: str | Path) -> NeedleFormat:
-        """Read a format that `save` wrote; ValueError if the file is no such thing."""
-        try:
-            fields = json.loads(Path(path).read_text(encoding="utf-8"))
-            fields["keys"] = tuple(fields["keys"])
-            fields["value_pieces"] = tuple(fields["value_pieces"])
-            return cls(**fields)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a needle format: {error}") from error
+        """Read a format that `save` wrote; InputError if the file is no such thing."""
+        return from_fields(cls, read_json(path, what="needle format"), f"needle format {path}")
 
 
 # Their pairs, 1,500 keys, fill a haystack of 30,000 tokens with needles.

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,7 +21,7 @@ from numpy.typing import ArrayLike
 
 from hydra_mcore.config import ModelCard, ModelShape
 from hydra_mcore.errors import InputError
-from hydra_mcore.files import write_json
+from hydra_mcore.files import from_fields, is_name, read_json, shown, write_json
 from hydra_mcore.heads import Head
 
 SCORES_FORMAT = 2
@@ -199,59 +198,65 @@ class HeadScores:
     @classmethod
     def load(cls, path: str | Path) -> HeadScores:
         """Read a scores file; raises ScoresError for a missing, broken or invalid one."""
-        try:
-            raw = json.loads(Path(path).read_text())
-        except OSError as error:
-            raise ScoresError(f"scores {path}: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:  # also a number of too many digits, or lists too deep
-            raise ScoresError(f"scores {path}: not JSON ({error})") from None
+        raw = read_json(path, ScoresError, "scores")
         found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
         if found != SCORES_FORMAT:
-            raise ScoresError(f"scores {path}: format {found!r}, this version reads format {SCORES_FORMAT}")
-        try:
-            shape = ModelShape(**raw["model"])
-            return cls(
-                shape=shape,
-                fingerprint=_typed(raw, "fingerprint", str),
-                probes={name: _probe(path, name, probe, shape) for name, probe in raw["probes"].items()},
-                weights=_weights(path, raw["weights"]),
-                roles=_typed(raw, "roles", str),
-                observed={name: _array(path, name, value, (shape.num_layers, shape.num_heads)) for name, value in raw["observed"].items()},
-                settings=_typed(raw, "settings", dict),
-                versions=_typed(raw, "versions", dict),
-            )
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ScoresError(f"scores {path}: a key is missing, unknown or of the wrong type ({error})") from None
+            raise ScoresError(f"scores {path}: format {shown(found)}, this version reads format {SCORES_FORMAT}")
+        file = from_fields(_ScoresFile, raw, f"scores {path}", ScoresError)
+        shape = file.model
+        heads = (shape.num_layers, shape.num_heads)
+        return cls(
+            shape=shape,
+            fingerprint=file.fingerprint,
+            probes={name: probe.effects_of(path, name, shape) for name, probe in file.probes.items()},
+            weights=file.weights,
+            roles=file.roles,
+            observed={name: _array(path, name, value, heads) for name, value in file.observed.items()},
+            settings=file.settings,
+            versions=file.versions,
+        )
 
 
-def _probe(path: str | Path, name: str, raw: dict[str, Any], shape: ModelShape) -> ProbeEffects:
-    pairs, roles = len(raw["solved"]), len(raw["receivers"]) + 1
-    effects_rlhb = _array(path, f"effects of {name}", raw["effects"], (roles, shape.num_layers, shape.num_heads, pairs))
-    receivers = tuple(tuple(map(tuple, found)) for found in raw["receivers"])
-    if not set(np.ndindex(effects_rlhb.shape[1:3])).issuperset(itertools.chain(*receivers)):
-        raise ScoresError(f"scores {path}: receivers of {name!r} are no heads of the model")
-    return ProbeEffects(
-        capability=_typed(raw, "capability", str),
-        effects_rlhb=effects_rlhb,
-        receivers=receivers,
-        clean_b=_array(path, f"clean of {name}", raw["clean"], (pairs,)),
-        corrupt_b=_array(path, f"corrupt of {name}", raw["corrupt"], (pairs,)),
-        solved_b=_array(path, f"solved of {name}", raw["solved"], (pairs,)).astype(bool),
-    )
+@dataclass(frozen=True)
+class _ProbeFile:
+    capability: str
+    receivers: tuple[tuple[Head, ...], ...]
+    solved: list[bool]
+    clean: Any
+    corrupt: Any
+    effects: Any
+
+    def effects_of(self, path: str | Path, name: str, shape: ModelShape) -> ProbeEffects:
+        pairs, roles = len(self.solved), len(self.receivers) + 1
+        effects_rlhb = _array(path, f"effects of {name}", self.effects, (roles, shape.num_layers, shape.num_heads, pairs))
+        if not set(np.ndindex(effects_rlhb.shape[1:3])).issuperset(itertools.chain(*self.receivers)):
+            raise ScoresError(f"scores {path}: receivers of {name!r} are no heads of the model")
+        clean_b, corrupt_b = (_array(path, f"{what} of {name}", getattr(self, what), (pairs,)) for what in ("clean", "corrupt"))
+        return ProbeEffects(self.capability, effects_rlhb, self.receivers, clean_b, corrupt_b, np.asarray(self.solved, dtype=bool))
 
 
-def _typed(raw: dict[str, Any], key: str, kind: type) -> Any:
-    """The value of a key; raises TypeError where it is of another type."""
-    if not isinstance(raw[key], kind):
-        raise TypeError(f"{key!r} is {type(raw[key]).__name__}, not {kind.__name__}")
-    return raw[key]
+@dataclass(frozen=True)
+class _ScoresFile:
+    """What stands in a scores file; ``scores`` follows from the effects."""
 
+    format: int
+    model: ModelShape
+    fingerprint: str
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    weights: dict[str, float]
+    roles: str
+    scores: Any
+    observed: dict[str, Any]
+    probes: dict[str, _ProbeFile]
 
-def _weights(path: str | Path, raw: dict[str, Any]) -> dict[str, float]:
-    values = _array(path, "weights", list(raw.values()), (len(raw),)).tolist()
-    if min(values, default=0.0) < 0:
-        raise ScoresError(f"scores {path}: a weight is negative; give numbers from 0 on")
-    return dict(zip(raw, values, strict=True))
+    def __post_init__(self) -> None:
+        if min(self.weights.values(), default=0.0) < 0:
+            raise ValueError("a weight is negative; give numbers from 0 on")
+        capabilities = [probe.capability for probe in self.probes.values()]
+        for text in (self.fingerprint, *self.settings, *self.versions, *self.observed, *self.probes, *capabilities):
+            if not is_name(text):
+                raise ValueError(f"{shown(text)} is not one short line, as names are")
 
 
 def _array(path: str | Path, name: str, raw: Any, shape: tuple[int, ...]) -> np.ndarray:
@@ -259,7 +264,7 @@ def _array(path: str | Path, name: str, raw: Any, shape: tuple[int, ...]) -> np.
         value = np.asarray(raw)
         if value.dtype.kind not in "biuf":  # texts, null, integers of any length
             raise ValueError
-    except ValueError:  # numpy's own: rows of different lengths
+    except (ValueError, OverflowError):  # numpy's own: rows of different lengths, integers without end
         raise ScoresError(f"scores {path}: {name!r} is no table of numbers") from None
     value = value.astype(np.float64)
     if value.shape != shape:

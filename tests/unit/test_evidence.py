@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import itertools
-import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import pytest
 
 from hydra_mcore.config import ModelShape
 from hydra_mcore.errors import InputError
+from hydra_mcore.files import write_json
 from hydra_mcore.selection import evidence as ev
 from hydra_mcore.selection.score import HeadScores, ProbeEffects
 
@@ -222,13 +223,19 @@ def test_all_of_it() -> None:
     assert nothing.share_l.tolist() == [0.0, 0.0] and nothing.costs[0].kept == 0.0
 
 
-def test_knock_out_round_trip_and_refusals() -> None:
+def test_knock_out_round_trip_and_refusals(tmp_path: Path) -> None:
     known = ev.KnockOut((0.0, 0.25), (0, 2), {"best first": ((0.9, 0.1),), "random": ((0.9, 0.8), (0.9, 0.6))}, prompts=40)
-    assert ev.KnockOut.from_dict(json.loads(json.dumps(known.to_dict()))) == known
+    write_json(tmp_path / "k.json", known.to_dict())
+    assert ev.KnockOut.load(tmp_path / "k.json") == known
     assert known.spread("random").tolist() == [[0.9, pytest.approx(0.7)], [0.9, 0.6], [0.9, 0.8]]
-    for changes in ({"accuracy": {"random": [[0.9]]}}, {"heads": [0]}, {"accuracy": {}}):
-        with pytest.raises(InputError, match="every curve needs"):
-            ev.KnockOut.from_dict({**known.to_dict(), **changes})
-    for changes in ({"accuracy": [0.9]}, {"prompts": None}, {"fractions": 3}, {"heads": ["x", 2]}):
-        with pytest.raises(InputError, match="a key is missing or of the wrong type"):
-            ev.KnockOut.from_dict({**known.to_dict(), **changes})
+    refusals = [
+        *((changes, "every curve needs") for changes in ({"accuracy": {"random": [[0.9]]}}, {"heads": [0]}, {"accuracy": {}})),
+        *(({name: value}, f"{name}.* is .*; expected") for name, value in (("accuracy", [0.9]), ("prompts", None), ("heads", ["x", 2]))),
+        ({"fractions": [0.0, 1.5]}, "go from 0 to 1"),
+        ({"accuracy": {"random": []}}, "every curve needs"),
+        ({"accuracy": {"sideways": [[0.9, 0.1]]}}, "orders among best first"),
+    ]
+    for changes, message in refusals:
+        write_json(tmp_path / "k.json", {**known.to_dict(), **changes})
+        with pytest.raises(InputError, match=f"^knock-out .*k.json: .*{message}"):
+            ev.KnockOut.load(tmp_path / "k.json")

@@ -55,7 +55,8 @@ def test_a_last_line_cut_anywhere_is_dropped_and_written_anew(tmp_path: Path) ->
         assert read_journal(folder, RUN) == {"first": {"a": 1}}
         written(folder, third=3)
         assert read_journal(folder, RUN) == {"first": {"a": 1}, "third": 3}
-        assert list(map(json.loads, path.read_text().splitlines())) == [RUN, ["first", {"a": 1}], ["third", 3]]
+        run, *pieces = map(json.loads, path.read_text().splitlines())
+        assert run == RUN and [piece[:2] for piece in pieces] == [["first", {"a": 1}], ["third", 3]]
 
 
 def test_a_header_cut_anywhere_is_written_anew(tmp_path: Path) -> None:

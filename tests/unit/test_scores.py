@@ -251,30 +251,30 @@ LONG = 10**400  # a JSON integer that no float holds
 BROKEN = [
     (["format"], 1, "format 1, this version reads format 2"),
     (["format"], GONE, "format None"),
-    *(([key], GONE, f"a key is missing.*'{key}'") for key in KEYS),
+    *(([key], GONE, f"key '{key}' is missing") for key in KEYS),
     *((["probes", "one", key], GONE, f"'{key}'") for key in ("capability", "receivers", "solved", "clean", "corrupt", "effects")),
-    (["model", "num_layers"], GONE, "missing.*'num_layers'"),
-    (["model", "colour"], 1, "unexpected keyword argument 'colour'"),
-    (["model"], [], "of the wrong type"),
+    (["model", "num_layers"], GONE, "model: key 'num_layers' is missing"),
+    (["model", "colour"], 1, "model: unknown key 'colour'"),
+    (["model"], [], "model: a list of keys and values is expected"),
     (["model", "num_heads"], 3, r"'effects of one' has shape \(3, 2, 2, 5\), the model needs \(3, 2, 3, 5\)"),
-    (["model", "num_heads"], "2", "'effects of one' has shape"),
-    (["model", "num_layers"], -2, "'effects of one' has shape"),
-    (["fingerprint"], 12, "'fingerprint' is int, not str"),
-    (["fingerprint"], None, "'fingerprint' is NoneType, not str"),
-    (["settings"], [], "'settings' is list, not dict"),
-    (["versions"], "2", "'versions' is str, not dict"),
-    (["weights"], [1.0], "of the wrong type"),
-    (["weights", "law"], "2", "'weights' is no table of numbers"),
-    (["weights", "law"], float("inf"), "'weights' holds a value that is not a finite number"),
+    (["model", "num_heads"], "2", "model: num_heads is '2'; expected a whole number"),
+    (["model", "num_layers"], -2, "model: num_layers is -2; it must be from 1"),
+    (["fingerprint"], 12, "fingerprint is 12; expected text"),
+    (["fingerprint"], None, "fingerprint is None; expected text"),
+    (["settings"], [], r"settings is \[\]; expected keys and values"),
+    (["versions"], "2", "versions is '2'; expected keys and values"),
+    (["weights"], [1.0], "weights is .*; expected keys and values"),
+    (["weights", "law"], "2", "weights.'law'. is '2'; expected a number"),
+    (["weights", "law"], float("inf"), "weights.'law'. is inf, which is no number"),
     (["weights", "law"], -1.0, "a weight is negative"),
-    (["roles"], ["both"], "'roles' is list, not str"),
-    (["observed"], [], "of the wrong type"),
+    (["roles"], ["both"], "roles is .*; expected text"),
+    (["observed"], [], "observed is .*; expected keys and values"),
     (["observed", "attention on the answer"], [[0.1, 0.2]], r"has shape \(1, 2\), the model needs \(2, 2\)"),
-    (["probes"], [], "of the wrong type"),
-    (["probes", "one"], [], "of the wrong type"),
-    (["probes", "one", "capability"], ["law"], "'capability' is list, not str"),
+    (["probes"], [], "probes is .*; expected keys and values"),
+    (["probes", "one"], [], "probes.'one'.: a list of keys and values is expected"),
+    (["probes", "one", "capability"], ["law"], "capability is .*; expected text"),
     (["probes", "one", "solved"], [True], r"'effects of one' has shape \(3, 2, 2, 5\), the model needs \(3, 2, 2, 1\)"),
-    (["probes", "one", "solved"], 5, "of the wrong type"),
+    (["probes", "one", "solved"], 5, "solved is 5; expected a list"),
     (["probes", "one", "clean"], [1.0], r"'clean of one' has shape \(1,\), the model needs \(5,\)"),
     (["probes", "one", "corrupt", 0], None, "'corrupt of one' is no table of numbers"),
     (["probes", "one", "effects", 0], GONE, r"'effects of one' has shape \(2, 2, 2, 5\)"),
@@ -285,9 +285,11 @@ BROKEN = [
     (["probes", "one", "clean", 2], float("inf"), "'clean of one' holds a value that is not a finite number"),
     (["probes", "one", "receivers"], [], "'effects of one' has shape"),
     (["probes", "one", "receivers", 1], [[2, 0]], "receivers of 'one' are no heads of the model"),
-    (["probes", "one", "receivers", 1], [[1]], "receivers of 'one' are no heads of the model"),
-    (["probes", "one", "receivers", 1], [[1, [0]]], "of the wrong type"),
-    (["probes", "one", "receivers", 1], "ab", "receivers of 'one' are no heads of the model"),
+    (["probes", "one", "receivers", 1], [[1]], "1 values instead of 2"),
+    (["probes", "one", "receivers", 1], [[1, [0]]], "expected a whole number"),
+    (["probes", "one", "receivers", 1], "ab", "is 'ab'; expected a list"),
+    (["probes", "one", "capability"], "a\nb", "is not one short line"),
+    (["settings"], {"a": [[[]] * 2] * 2, "b\n": 1}, "is not one short line"),
 ]
 
 
@@ -335,7 +337,7 @@ def test_files_that_are_no_scores(tmp_path: Path) -> None:
     HeadMap.from_fa([(0, 1)], 2, 2, 1, model=dataclasses.asdict(SHAPE), fingerprint=FINGERPRINT).save(tmp_path / "whole_map")
     messages = {name: message for name, (_, message) in files.items()}
     messages |= {"none": "No such file", ".": "Is a directory", "binary": "not JSON"}
-    messages |= {"head_map": "a key is missing.*'hidden_size'", "whole_map": "a key is missing.*'probes'"}
+    messages |= {"head_map": "unknown key 'strategy'", "whole_map": "unknown key 'strategy'"}
     for name, message in messages.items():
         with pytest.raises(ScoresError, match=f"^scores .*{message}") as refused:
             HeadScores.load(tmp_path / name)

@@ -19,7 +19,7 @@ import pytest
 from hydra_mcore.config import ModelCard
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.selection.evidence import spearman
-from hydra_mcore.selection.journal import read_journal
+from hydra_mcore.selection.journal import JournalWriter, read_journal
 from hydra_mcore.selection.score import HeadScores
 from tools.head_scoring import identity, probes
 from tools.select_heads import main, parser
@@ -165,7 +165,10 @@ def test_a_stopped_run_goes_on_and_loses_no_finished_piece(tiny_teacher: Path, s
     marked = {name: value for name, value in pieces.items() if "receivers" in name}
     for value in marked.values():  # a trace that only pieces taken from the journal leave
         value["clean"] = [metric + 1000.0 for metric in value["clean"]]
-    file.write_text("".join(json.dumps(entry) + "\n" for entry in [facts, *([name, value] for name, value in pieces.items())]))
+    file.unlink()
+    journal_again = JournalWriter(journal, facts, file.stem)
+    for name, value in pieces.items():
+        journal_again.add(name, value)
     run(tiny_teacher, out, *SMALL, "--knock-out", "1")
     resumed, whole = HeadScores.load(out / "scores.json"), scores_of(selected)
     for name, probe in whole.probes.items():

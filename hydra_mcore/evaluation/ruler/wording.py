@@ -10,11 +10,11 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from hydra_mcore.errors import InputError
+from hydra_mcore.files import from_fields, is_name, read_json
 from hydra_mcore.selection.needles import NeedleFormat
 from hydra_mcore.selection.probes import load_format
 
@@ -88,6 +88,8 @@ class Wording:
                 raise ValueError(f"{name} must hold {' and '.join(missing)}")
         if not self.noise.strip():
             raise ValueError("noise must hold some text")
+        if not is_name(self.name):
+            raise ValueError("name must be one short line")
 
     @cached_property
     def digest(self) -> str:
@@ -177,17 +179,16 @@ def _from_format(fmt: NeedleFormat) -> Wording:
 
 
 def _from_file(path: Path) -> Wording:
-    try:
-        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if "value_pieces" in fields:
-            return dataclasses.replace(_from_format(load_format(path.parent, path)), name=path.stem)
-        asks = {name: Ask(**{**dataclasses.asdict(getattr(RULER, name)), **fields.pop(name)}) for name in _ASKS & fields.keys()}
-        chat = {"chat": tuple(fields.pop("chat"))} if "chat" in fields else {}
-        return dataclasses.replace(RULER, **{"name": path.stem, **fields, **asks, **chat})
-    except OSError as error:
-        raise InputError(f"wording {path}: {error.strerror}; the built-in ones are ruler and chat") from None
-    except (ValueError, TypeError, AttributeError) as error:  # json.JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise InputError(f"wording {path}: not a wording ({error})") from None
+    if not path.is_file():
+        raise InputError(f"wording {path}: No such file; the built-in ones are ruler and chat")
+    fields = read_json(path, what="wording")
+    if not isinstance(fields, dict):
+        raise InputError(f"wording {path}: not a wording, which is a list of keys and values")
+    if "value_pieces" in fields:
+        return dataclasses.replace(_from_format(load_format(path.parent, path)), name=path.stem)
+    ruler = dataclasses.asdict(RULER)
+    asks = {name: ruler[name] | fields[name] for name in _ASKS if isinstance(fields.get(name), dict)}
+    return from_fields(Wording, {**ruler, "name": path.stem, **fields, **asks}, f"wording {path}")
 
 
-_ASKS = {"one", "many", "vt", "cwe", "fwe"}
+_ASKS = ("one", "many", "vt", "cwe", "fwe")
