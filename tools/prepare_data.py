@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -139,17 +138,16 @@ def check_vocabulary(model: Path, encoder: Encoder) -> None:
     """Raise InputError for a tokenizer that may give ids the model has no embedding for."""
     from hydra_mcore.config import CARD_NAME, ModelCard
     from hydra_mcore.errors import InputError
+    from hydra_mcore.files import checked, read_json
 
     if (model / CARD_NAME).is_file():
         words = ModelCard.load(model).shape.vocab_size
     else:
         path = model / "config.json" if model.is_dir() else model
-        try:
-            words = int(json.loads(path.read_text())["vocab_size"])
-        except (OSError, ValueError, KeyError, TypeError):
-            raise InputError(
-                f"--model {model}: no {CARD_NAME} and no config.json with a vocab_size; give a checkpoint or a folder"
-            ) from None
+        if not path.is_file():
+            raise InputError(f"--model {model}: no {CARD_NAME} and no config.json with a vocab_size; give a checkpoint or a folder")
+        raw = read_json(path, what="--model")
+        words = checked(raw.get("vocab_size") if isinstance(raw, dict) else None, int, f"--model {path}: vocab_size")
     if encoder.vocab_size > words:
         raise InputError(f"the tokenizer has {encoder.vocab_size} words, model {model} only {words}; take the model's own tokenizer")
 

@@ -22,11 +22,19 @@ from megatron.core.datasets.utils import get_blend_from_list
 from tqdm import tqdm
 
 from hydra_mcore.config import ConfigError
-from hydra_mcore.files import write_json
+from hydra_mcore.files import from_fields, read_json, shown, write_json
 
 FORMAT = 1
 SUFFIXES = (".bin", ".idx")
 _SHARD = re.compile(r"(.+)-\d{5}")
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One file of a shard."""
+
+    bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -38,8 +46,14 @@ class Shard:
     tokens: int
     max_id: int
     skipped: dict[str, int]
-    files: dict[str, dict[str, Any]]  # by suffix: bytes, sha256
+    files: dict[str, ShardFile]  # by suffix
     after: Any
+
+    def __post_init__(self) -> None:
+        if not _SHARD.fullmatch(self.name) or Path(self.name).name != self.name:
+            raise ConfigError(f"{shown(self.name)} is no name of a shard")
+        if set(self.files) != set(SUFFIXES) or min(self.documents, self.tokens) < 1 or min(self.max_id, *self.skipped.values(), 0) < 0:
+            raise ConfigError("a shard has a document and a token or more, and the files .bin and .idx")
 
 
 @dataclass(frozen=True)
@@ -69,29 +83,28 @@ class Manifest:
     def save(self, path: Path) -> None:
         totals = {"documents": self.documents, "tokens": self.tokens, "skipped": self.skipped}
         shards = [dataclasses.asdict(shard) for shard in self.shards]
-        write_json(path, {"format": FORMAT, **totals, "run": self.run, "shards": shards})
+        raw = {"format": FORMAT, **totals, "run": self.run, "shards": shards}
+        write_json(path, raw | {"checksum": _checksum(raw)})
 
     @classmethod
     def load(cls, path: Path) -> Manifest:
         """Raises ConfigError for a file that is no manifest."""
-        try:
-            raw = json.loads(path.read_text())
-            if raw["format"] != FORMAT:
-                raise ConfigError(f"{path}: format {raw['format']!r}, this version reads {FORMAT}; prepare the data again")
-            return cls(raw["run"], [Shard(**shard) for shard in raw["shards"]])
-        except OSError as error:
-            raise ConfigError(f"{path}: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError) as error:
-            if isinstance(error, ConfigError):
-                raise
-            raise ConfigError(f"{path}: no manifest of tools/prepare_data.py ({error}); prepare the data again") from None
+        raw = read_json(path, ConfigError)
+        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+            found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
+            raise ConfigError(f"{path}: format {shown(found)}, this version reads {FORMAT}; prepare the data again")
+        file = from_fields(_ManifestFile, raw, str(path), ConfigError)
+        raw.pop("checksum", None)
+        if file.checksum not in ("", _checksum(raw)):
+            raise ConfigError(f"{path}: is not what was written (its checksum differs); prepare the data again")
+        return cls(file.run, file.shards)
 
     def check_run(self, run: dict[str, Any], path: Path) -> None:
         """Raise ConfigError when this manifest belongs to other facts, naming the first that differs."""
         if difference := _difference(self.run, json.loads(json.dumps(run))):
             name, found, wanted = difference
             raise ConfigError(
-                f"{path}: is of other data: {name} is {found!r} there, {wanted!r} here; go on as it was begun,"
+                f"{path}: is of other data: {name} is {shown(found)} there, {shown(wanted)} here; go on as it was begun,"
                 " choose another --out, or remove the file"
             )
 
@@ -101,11 +114,29 @@ class Manifest:
             for suffix, facts in shard.files.items():
                 path = folder / f"{shard.name}{suffix}"
                 size = path.stat().st_size if path.is_file() else None
-                if size != facts["bytes"]:
+                if size != facts.bytes:
                     found = "is missing" if size is None else f"has {size} bytes"
-                    raise ConfigError(f"{path}: {found}, the manifest says {facts['bytes']} bytes; prepare the data again")
-                if contents and sha256(path) != facts["sha256"]:
+                    raise ConfigError(f"{path}: {found}, the manifest says {facts.bytes} bytes; prepare the data again")
+                if contents and sha256(path) != facts.sha256:
                     raise ConfigError(f"{path}: is not what was written (its sha256 differs); prepare the data again")
+
+
+@dataclass(frozen=True)
+class _ManifestFile:
+    """What stands in a manifest's file; the sums follow from the shards."""
+
+    format: int
+    documents: int
+    tokens: int
+    skipped: dict[str, int]
+    run: dict[str, Any]
+    shards: list[Shard]
+    checksum: str = ""  # older ones have none
+
+
+def _checksum(raw: dict[str, Any]) -> str:
+    """Of all that a manifest says: a position or a sum that a bad disk changed would leave documents out without a word."""
+    return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
 
 
 def finished_path(prefix: str | Path) -> Path:

@@ -25,7 +25,7 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from tqdm import tqdm
 
-from hydra_mcore.corpus.manifest import SUFFIXES, Manifest, Shard, finished_path, held_out_path, sha256, unfinished_path
+from hydra_mcore.corpus.manifest import SUFFIXES, Manifest, Shard, ShardFile, finished_path, held_out_path, sha256, unfinished_path
 from hydra_mcore.corpus.sources import Batch, Document, Source, batches
 from hydra_mcore.corpus.tokenize import Encoder, encode_batches, fingerprint
 from hydra_mcore.errors import InputError
@@ -244,7 +244,7 @@ class ShardWriter:
             beside = Path(self._beside(suffix))
             with beside.open("rb") as file:
                 os.fsync(file.fileno())  # the manifest must not outlive in a power cut what it describes
-            files[suffix] = {"bytes": beside.stat().st_size, "sha256": sha256(beside)}
+            files[suffix] = ShardFile(beside.stat().st_size, sha256(beside))
             beside.replace(f"{self.path}{suffix}")
         return Shard(self.path.name, self.documents, self.tokens, self.max_id, skipped, files, after)
 

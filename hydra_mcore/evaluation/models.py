@@ -10,6 +10,9 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
+from hydra_mcore.errors import InputError
+from hydra_mcore.files import is_name
+
 T = TypeVar("T")
 
 
@@ -35,6 +38,14 @@ class ModelFacts:
     tokenizer_dir: Path
     yarn: float | None = None
     """Factor by which YaRN (arXiv:2309.00071) stretches its positions."""
+
+    def __post_init__(self) -> None:
+        if not all(map(is_name, (self.fingerprint, self.lineage, self.stage, self.strategy))):
+            raise InputError("fingerprint, lineage, stage and strategy are one short line each")
+        if min(self.num_heads, self.native_length, self.vocab_size) < 1 or not 0 <= (self.num_fa or 0) <= self.num_heads:
+            raise InputError("counts of heads, tokens and words start from 1, and no more heads are FA heads than there are")
+        if self.yarn is not None and not self.yarn > 0:
+            raise InputError(f"yarn is {self.yarn}; a factor is positive")
 
 
 class EvaluatedModel(Protocol):

@@ -22,6 +22,7 @@ from hydra_mcore.evaluation.scoring import shared_out
 TEXT_TOKENS = 32_768  # of the text that are read; the same ones for every window length
 LONG_WINDOWS = 8  # longer windows read more of it, so that a mean over them has an error
 FIRST_EDGE = 64  # tokens; the bins of positions double from here
+LARGEST_LOSS = 700  # nats a token: the perplexity of more is no float64
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,26 @@ class Bin:
 
 @dataclass(frozen=True)
 class TextLoss:
-    """Loss in nats a token over windows of ``length``, the first token of each never being predicted."""
+    """Loss in nats a token over windows of ``length``, the first token of each never being predicted.
+
+    Raises:
+        InputError: no windows or bytes, or a loss that is not finite, or beyond ``LARGEST_LOSS``.
+    """
 
     length: int
     by_window: tuple[tuple[float, ...], ...]
     """Mean loss of each bin of ``edges(length)``, by window."""
     text_bytes: int
     """UTF-8 bytes of the predicted tokens: what models of different tokenizers have in common."""
+
+    def __post_init__(self) -> None:
+        if self.length < 2 or not self.by_window or self.text_bytes < 1:
+            raise InputError(f"a loss on text needs windows of 2 tokens or more, and bytes; {self.length} tokens a window are given")
+        bins = len(edges(self.length))
+        if any(len(window) != bins for window in self.by_window):
+            raise InputError(f"a window of {self.length} tokens has {bins} mean losses")
+        if not all(abs(loss) <= LARGEST_LOSS for window in self.by_window for loss in window):  # so written, NaN is refused too
+            raise InputError(f"the loss on windows of {self.length} tokens is not finite, or beyond {LARGEST_LOSS}: the model is broken")
 
     @property
     def tokens(self) -> int:
@@ -80,10 +94,6 @@ class TextLoss:
 
     def to_dict(self) -> dict[str, Any]:
         return {"length": self.length, "by_window": self.by_window, "text_bytes": self.text_bytes}
-
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> TextLoss:
-        return cls(raw["length"], tuple(map(tuple, raw["by_window"])), raw["text_bytes"])
 
 
 def edges(length: int) -> list[tuple[int, int]]:

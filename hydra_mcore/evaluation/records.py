@@ -4,7 +4,8 @@
 
 A folder ``records`` holds one folder for each model and dtype, found by the model's fingerprint; in it ``model.json`` and a file
 for each piece, found by the digest of what was asked. Every file is written beside and renamed, so that a killed evaluation
-leaves whole pieces only, and jobs that write into one folder do not disturb each other.
+leaves whole pieces only, and jobs that write into one folder do not disturb each other. A damaged file is named and left out:
+its piece is run again when it is asked for.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, Literal
 
 import numpy as np
@@ -23,8 +26,9 @@ import numpy as np
 from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.models import ModelFacts
 from hydra_mcore.evaluation.perplexity import TextLoss
+from hydra_mcore.evaluation.ruler.prompts import TASKS
 from hydra_mcore.evaluation.scoring import Score
-from hydra_mcore.files import replacing
+from hydra_mcore.files import from_fields, is_name, read_json, replacing
 
 TEXT = "text"  # the "task" of predicting held-out text
 
@@ -50,6 +54,14 @@ class Piece:
     """sha256 of what is asked: equal digests, equal questions."""
     max_id: int
     """The largest token id, which a model's vocabulary must hold."""
+
+    def __post_init__(self) -> None:
+        if self.task not in (*TASKS, TEXT) or (self.scoring == "loss") != (self.task == TEXT):
+            raise InputError(f"task {self.task!r}, scored by {self.scoring}, is none of this version")
+        if min(self.length, self.count) < 1 or min(self.seed, self.max_id) < 0:
+            raise InputError("length and count start from 1, seed and max_id from 0")
+        if not all(map(is_name, (self.tokenizer, self.wording, self.digest))):
+            raise InputError("tokenizer, wording and digest are one short line each")
 
     @property
     def file_name(self) -> str:
@@ -82,11 +94,51 @@ class Row:
     """Files of the likeliest tokens, int32 [windows, length - 1]; of windows up to the native length only."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _ModelFile:
+    """``model.json`` of a record."""
+
+    name: str
+    asked: Any
+    """When the model was first asked: nanoseconds since 1970, place among those asked at once."""
+    dtype: str
+    tokenizer: str
+    facts: ModelFacts
+
+    def __post_init__(self) -> None:
+        if not all(map(is_name, (self.name, self.dtype, self.tokenizer))):
+            raise ValueError("name, dtype and tokenizer are one short line each")
+        if not isinstance(self.asked, list) or [type(part) for part in self.asked] != [int, int]:
+            raise ValueError("asked is not a time and a place")
+
+    @property
+    def contestant(self) -> Contestant:
+        return Contestant(name=self.name, facts=self.facts, dtype=self.dtype, tokenizer=self.tokenizer)
+
+
+@dataclass(frozen=True)
+class _PieceFile:
+    """A finished piece: each prompt's score, or the loss on text."""
+
+    piece: Piece
+    found: tuple[float, ...] | TextLoss
+
+    def __post_init__(self) -> None:
+        piece, found = self.piece, self.found
+        if isinstance(found, TextLoss):
+            fits = piece.task == TEXT and (found.length, len(found.by_window)) == (piece.length, piece.count)
+        else:
+            fits = piece.task != TEXT and len(found) == piece.count and all(0 <= score <= 1 for score in found)
+        if not fits:
+            raise ValueError("the answers are not those to the piece's questions")
+
+
 class Records:
     """The finished pieces below an output folder."""
 
     def __init__(self, out: Path) -> None:
         self.root = out / "records"
+        self._said: set[Path] = set()
 
     def check_names(self, contestants: Sequence[Contestant]) -> None:
         """Raise InputError where a name is that of another model which has answered here."""
@@ -101,7 +153,7 @@ class Records:
         """Note the models by their names; those that are known keep their places in the order."""
         for place, contestant in enumerate(contestants):
             path, facts = self.root / contestant.key / "model.json", dataclasses.asdict(contestant.facts)
-            asked = known["asked"] if (known := _read(path)) else [time.time_ns(), place]
+            asked = known.asked if (known := self._model(path)) else [time.time_ns(), place]
             raw = {"name": contestant.name, "asked": asked, "dtype": contestant.dtype, "tokenizer": contestant.tokenizer}
             _write(path, raw | {"facts": {name: str(value) if isinstance(value, Path) else value for name, value in facts.items()}})
 
@@ -113,7 +165,7 @@ class Records:
                 raise InputError(f"{self.root.parent}: holds prompts worded as {there}, not as {piece.wording}; choose another --out")
 
     def holds(self, contestant: Contestant, piece: Piece) -> bool:
-        return _read(self.root / contestant.key / piece.file_name) is not None
+        return self._piece(self.root / contestant.key / piece.file_name) is not None
 
     def keep(self, contestant: Contestant, piece: Piece, found: Sequence[float] | TextLoss, likeliest_bs: np.ndarray | None) -> None:
         """Keep a finished piece: each prompt's score, or the loss and, as int [windows, length - 1], the likeliest tokens."""
@@ -125,25 +177,57 @@ class Records:
 
     def rows(self) -> list[Row]:
         """The models that have finished a piece, with all of them, in the order in which the models were first asked."""
-        models = {path.parent: raw for path in self.root.glob("*/model.json") if (raw := _read(path))}
-        rows = [self._row(folder, models[folder]) for folder in sorted(models, key=lambda folder: models[folder]["asked"])]
+        models = {path.parent: model for path in self.root.glob("*/model.json") if (model := self._model(path))}
+        rows = [self._row(folder, models[folder]) for folder in sorted(models, key=lambda folder: models[folder].asked)]
         return [row for row in rows if row.scores or row.text]
 
-    def _row(self, folder: Path, raw: dict[str, Any]) -> Row:
-        paths = {name: Path(raw["facts"][name]) for name in ("folder", "tokenizer_dir")}
-        facts = ModelFacts(**raw["facts"] | paths)
-        row = Row(Contestant(name=raw["name"], facts=facts, dtype=raw["dtype"], tokenizer=raw["tokenizer"]), {}, {}, {})
+    def _row(self, folder: Path, model: _ModelFile) -> Row:
+        row = Row(model.contestant, {}, {}, {})
         for path in sorted(folder.glob("*-*.json")):
-            if (record := _read(path)) is None:
+            if (record := self._piece(path)) is None:
                 continue
-            piece = Piece(**record["piece"])
-            if piece.task != TEXT:
-                row.scores[piece] = Score.of(record["found"])
+            if not isinstance(record.found, TextLoss):
+                row.scores[record.piece] = Score.of(record.found)
                 continue
-            row.text[piece] = TextLoss.from_dict(record["found"])
+            row.text[record.piece] = record.found
             if path.with_suffix(".npy").exists():
-                row.likeliest[piece] = path.with_suffix(".npy")
+                row.likeliest[record.piece] = path.with_suffix(".npy")
         return row
+
+    def _model(self, path: Path) -> _ModelFile | None:
+        """A model that was asked; None where its file is missing or damaged."""
+        return self._read(path, _ModelFile, lambda model: model.contestant.key == path.parent.name)
+
+    def _piece(self, path: Path) -> _PieceFile | None:
+        """A finished piece, its likeliest tokens included where they were kept; None where one is missing or damaged."""
+        return self._read(path, _PieceFile, lambda record: record.piece.file_name == path.name and _whole(path, record.piece))
+
+    def _read[T](self, path: Path, kind: type[T], fits: Callable[[T], bool]) -> T | None:
+        if not path.exists():
+            return None
+        try:
+            found = from_fields(kind, read_json(path), str(path))
+            if fits(found):
+                return found
+            problem = f"{path}: holds something else than its name says"
+        except InputError as error:
+            problem = str(error)
+        if path not in self._said:
+            self._said.add(path)
+            print(f"a damaged record is left out, and made again where it is asked for: {problem}", file=sys.stderr)
+        return None
+
+
+def _whole(path: Path, piece: Piece) -> bool:
+    """Whether a piece's likeliest tokens, if they were kept, are as many as there should be; raises InputError for no such file."""
+    tokens = path.with_suffix(".npy")
+    if not tokens.exists():
+        return True
+    try:
+        found = np.lib.format.open_memmap(tokens, mode="r")  # which never unpickles and allocates nothing
+    except (OSError, ValueError, SyntaxError, TokenError) as error:
+        raise InputError(f"{tokens}: no array of token ids ({str(error).splitlines()[0][:100]})") from None
+    return found.dtype == np.int32 and found.shape == (piece.count, piece.length - 1)
 
 
 def check_folder(out: Path) -> None:
@@ -156,11 +240,3 @@ def check_folder(out: Path) -> None:
 def _write(path: Path, raw: dict[str, Any]) -> None:
     with replacing(path) as beside:
         beside.write_text(json.dumps(raw) + "\n", encoding="utf-8")
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """A file's JSON; None where there is no whole one, so that it is made (again)."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from hydra_mcore.evaluation.perplexity import TextLoss
 from hydra_mcore.evaluation.records import Records
 from hydra_mcore.evaluation.results import Results, comparable, groups_of, lengths_of, to_json, uneven
 from hydra_mcore.evaluation.scoring import Score
-from hydra_mcore.files import replacing
+from hydra_mcore.files import read_json, replacing, shown, write_json
 
 RESULTS_FORMAT = 2
 RESULTS_NAME, TABLE_NAME, ACCURACY_NAME, LOSS_NAME = "results.json", "report.md", "accuracy.png", "loss.png"
@@ -24,14 +23,12 @@ NONE = "-"
 def check_report(out: Path) -> None:
     """Raise InputError where another version of this package left a report, which would be lost."""
     path = out / RESULTS_NAME
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))["format"]
-    except FileNotFoundError:
+    if not path.exists():
         return
-    except (OSError, ValueError, TypeError, KeyError):
-        found = None
+    raw = read_json(path)
+    found = raw.get("format") if isinstance(raw, dict) else None
     if found != RESULTS_FORMAT:
-        raise InputError(f"{path}: no report that this version can add to (format {found}); choose another --out")
+        raise InputError(f"{path}: no report that this version can add to (format {shown(found)}); choose another --out")
 
 
 def write_report(out: Path, reference: str | None) -> str:
@@ -43,7 +40,8 @@ def write_report(out: Path, reference: str | None) -> str:
     Raises:
         InputError: no model of that name has a record.
     """
-    results = comparable(Records(out).rows())
+    if not (results := comparable(Records(out).rows())):
+        raise InputError(f"{out}: holds no finished piece to report")
     named = {line.name: line for line in results}
     if reference is not None and reference not in named:
         raise InputError(f"--reference {reference}: no such model; there are {', '.join(named)}")
@@ -54,8 +52,7 @@ def write_report(out: Path, reference: str | None) -> str:
         loss_figure(out / LOSS_NAME, results)
     with replacing(out / TABLE_NAME) as beside:
         beside.write_text(markdown(results, compared), encoding="utf-8")
-    with replacing(out / RESULTS_NAME) as beside:
-        beside.write_text(json.dumps({"format": RESULTS_FORMAT, "models": to_json(results, compared)}, indent=1) + "\n", encoding="utf-8")
+    write_json(out / RESULTS_NAME, {"format": RESULTS_FORMAT, "models": to_json(results, compared)})
     return accuracy_tables(results)
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hydra_mcore.config import ConfigError, ModelShape
+from hydra_mcore.files import shown
 
 ROPE_TYPES = ("linear", "llama3", "yarn")  # "dynamic" and "longrope" change the frequencies with the length of the text
 
@@ -31,7 +32,7 @@ def rotary_frequencies(shape: ModelShape) -> tuple[Tensor, float]:
         return RotaryEmbedding(shape.head_dim, 1.0, rotary_base=shape.rope_theta, use_cpu_initialization=True).inv_freq, 1.0
     rope_type = scaling.get("rope_type")
     if rope_type not in ROPE_TYPES:
-        raise ConfigError(f"rope_scaling has rope_type {rope_type!r}; supported are {', '.join(ROPE_TYPES)}, so take another teacher")
+        raise ConfigError(f"rope_scaling has rope_type {shown(rope_type)}; supported are {', '.join(ROPE_TYPES)}, so take another teacher")
     try:
         config = PreTrainedConfig(
             hidden_size=shape.hidden_size,
@@ -45,7 +46,9 @@ def rotary_frequencies(shape: ModelShape) -> tuple[Tensor, float]:
         return ROPE_INIT_FUNCTIONS[rope_type](config)
     except (KeyError, TypeError, ValueError, ArithmeticError, StrictDataclassError) as error:
         reason = str(error).splitlines()[-1].strip()
-        raise ConfigError(f"rope_scaling {scaling} cannot be used ({reason}); correct it in the teacher's config.json") from None
+        raise ConfigError(
+            f"rope_scaling {shown(scaling)} cannot be used ({reason[:100]}); correct it in the teacher's config.json"
+        ) from None
 
 
 def yarn_scaling(factor: float, native_length: int, scaling: dict[str, Any] | None) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import shutil
 import sys
@@ -32,7 +31,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from hydra_mcore.compat.saving import stop_writer
 from hydra_mcore.config import ConfigError, ModelCard, StageOptions
 from hydra_mcore.errors import InputError
-from hydra_mcore.files import NO_ROOM, write_json
+from hydra_mcore.files import NO_ROOM, checked, read_json, write_json
 from hydra_mcore.model.build import TRACKER, check_complete, iterations, latest_iteration, write_tracker
 from hydra_mcore.model.runtime import from_first_rank
 
@@ -106,10 +105,12 @@ def prune(save: Path, keep_last: int, keep_every: int) -> Path | None:
 def note_versions(save: Path) -> None:
     """Write the versions of what trains beside the checkpoints, and say which differ from those that wrote them so far."""
     here = {name: _version(name) for name in _PACKAGES}
-    try:
-        there = json.loads((save / VERSIONS).read_text())
-    except (OSError, ValueError):
-        there = {}
+    there: dict[str, str] = {}
+    if (save / VERSIONS).exists():
+        try:
+            there = checked(read_json(save / VERSIONS), dict[str, str], str(save / VERSIONS))
+        except InputError as error:
+            print(f"{error}; written anew", flush=True)
     for name, found in here.items():
         if there.get(name, found) != found:
             print(f"{save}: {name} was {there[name]} so far and is {found} now", flush=True)

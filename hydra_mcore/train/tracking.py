@@ -7,18 +7,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import json
 import os
+import re
 import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from megatron.training import global_vars, wandb_utils
 
-from hydra_mcore.files import write_json
+from hydra_mcore.errors import InputError
+from hydra_mcore.files import from_fields, read_json, write_json
 from hydra_mcore.selection.figures import heat_map
 from hydra_mcore.train.arguments import Plan
 
@@ -80,8 +82,8 @@ class Tracker:
         """Log what the run is made of, once a run: flags, model card, head map and its picture."""
         import wandb
 
-        record = json.loads((self.folder / RUN_FILE).read_text())
-        if record["described"]:
+        record = _run_record(self.folder / RUN_FILE) or _RunRecord(self.run.id)
+        if record.described:
             return
         setup = self.folder / "setup"
         plan.card.save(setup)
@@ -92,7 +94,7 @@ class Tracker:
         artifact.add_dir(str(setup))
         self.run.log_artifact(artifact)
         self.log_figure("head map", setup / "head_map.png", step=0)
-        write_json(self.folder / RUN_FILE, record | {"described": True})
+        write_json(self.folder / RUN_FILE, asdict(replace(record, described=True)))
 
     @_harmless
     def finish(self, exit_code: int = 0) -> None:
@@ -142,15 +144,14 @@ def _start(plan: Plan, args: argparse.Namespace) -> Tracker:
         os.environ.setdefault(f"WANDB_{name}_DIR", str(folder.resolve() / name.lower()))
     import wandb
 
-    try:
-        record = json.loads((folder / RUN_FILE).read_text())
-    except (OSError, ValueError):
-        record = {"id": os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4), "described": False}
-        write_json(folder / RUN_FILE, record)
+    record = _run_record(folder / RUN_FILE)
+    if record is None:
+        record = _RunRecord(os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
+        write_json(folder / RUN_FILE, asdict(record))
     card = plan.card
     about = {"fingerprint": card.fingerprint, "fa_heads": card.head_map.num_fa, "selection": card.head_map.strategy}
     settings = {
-        "id": record["id"],
+        "id": record.id,
         "resume": "allow",
         "project": args.wandb_project,
         "entity": args.wandb_entity or None,
@@ -171,6 +172,29 @@ def _start(plan: Plan, args: argparse.Namespace) -> Tracker:
             print(f"W&B: logging offline ({_first_line(error)}); {mend}", file=sys.stderr)
         wandb.teardown()  # of what the attempt has left, or its run id counts as in use
         return Tracker(wandb.init(**settings, mode="offline"), folder)
+
+
+@dataclass(frozen=True)
+class _RunRecord:
+    """What a stage's folder knows of its run."""
+
+    id: str
+    described: bool = False
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w-]{1,128}", self.id, re.ASCII):
+            raise ValueError("id is no name of a run")
+
+
+def _run_record(path: Path) -> _RunRecord | None:
+    """The run of a stage's folder; None, and a line, where the file is damaged: a new run begins."""
+    if not path.exists():
+        return None
+    try:
+        return from_fields(_RunRecord, read_json(path), str(path))
+    except InputError as error:
+        print(f"W&B: {error}; a new run begins", file=sys.stderr)
+        return None
 
 
 @contextlib.contextmanager

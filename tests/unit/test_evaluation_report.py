@@ -56,7 +56,8 @@ STUDENT = contestant("a|b")
 
 
 def text_piece(length: int) -> Piece:
-    return dataclasses.replace(PIECE, task=TEXT, length=length, count=2, scoring="loss", wording="", seed=0, digest=f"{length:064}")
+    windows = 1 if length == 60 else 2
+    return dataclasses.replace(PIECE, task=TEXT, length=length, count=windows, scoring="loss", wording="", seed=0, digest=f"{length:064}")
 
 
 def text_loss(length: int, *by_bin: Sequence[float]) -> TextLoss:
@@ -67,7 +68,11 @@ def text_loss(length: int, *by_bin: Sequence[float]) -> TextLoss:
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
     """A teacher and a student at two lengths; the student did not take all of them."""
-    records = Records(tmp_path)
+    keep_all(Records(tmp_path))
+    return tmp_path
+
+
+def keep_all(records: Records) -> None:
     records.register([TEACHER, STUDENT])
     other = dataclasses.replace(PIECE, task="niah_single_2", digest="2" * 64)
     variable = dataclasses.replace(PIECE, task="vt", scoring="generation", digest="3" * 64)
@@ -80,7 +85,6 @@ def out(tmp_path: Path) -> Path:
     for who, losses, likeliest in ((TEACHER, ((3, 2, 4), (3.2, 2.4, 4.8)), 0), (STUDENT, ((3, 2, 1.5), (3.2, 2.2, 1.9)), 1)):
         records.keep(who, text_piece(200), text_loss(200, *losses), np.asarray([[0] * 199, [likeliest] * 199]))
     records.keep(TEACHER, text_piece(60), text_loss(60, [2.0]), None)
-    return tmp_path
 
 
 def table_row(text: str, start: str) -> list[str]:

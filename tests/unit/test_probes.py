@@ -173,7 +173,7 @@ def test_format_is_the_files_then_the_teachers_then_rulers(checkpoint: Path, tmp
     RULER_FORMAT.save(tmp_path / "own.json")
     assert load_format(checkpoint, tmp_path / "own.json") == RULER_FORMAT
     (tmp_path / "bad.json").write_text("{}")
-    for name, message in (("none.json", "No such file"), ("bad.json", "is not a needle format")):
+    for name, message in (("none.json", "No such file"), ("bad.json", "key 'needle' is missing")):
         with pytest.raises(InputError, match=message):
             load_format(checkpoint, tmp_path / name)
 

@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.random import Generator
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.ruler.needles import PLANS, needle_prompt
@@ -19,7 +21,7 @@ from hydra_mcore.evaluation.ruler.prompts import TASKS, Prompt, PromptSet
 from hydra_mcore.evaluation.ruler.source import Source
 from hydra_mcore.evaluation.ruler.tracking import HOPS, chain_prompt
 from hydra_mcore.evaluation.ruler.words import common_words, frequent_words
-from hydra_mcore.files import replacing
+from hydra_mcore.files import checked, parse_json, replacing
 
 VERSION = 1  # of the generators: sets of another one are made anew
 
@@ -35,7 +37,7 @@ def prompt_set(task: str, length: int, count: int, seed: int, source: Source, ca
     Raises:
         InputError: an unknown task, no prompts, no tokens, a negative seed, or as the task's generator.
     """
-    path = None if cache_dir is None else cache_dir / f"{task}-{length}-{count}-{seed}-{_digest(source)[:16]}.npz"
+    path = None if cache_dir is None else cache_dir / f"{task}-{length}-{count}-{seed}-{_digest(source)[:16]}.safetensors"
     prompts = None if path is None else _load(path)
     if prompts is None:
         prompts = tuple(draw_prompts(task, length, count, seed, source))
@@ -74,22 +76,35 @@ def _digest(source: Source) -> str:
 
 def _save(path: Path, prompts: Sequence[Prompt]) -> None:
     facts = [[len(prompt.ids), len(prompt.answer_ids), prompt.room, prompt.answers, prompt.spans, prompt.depths] for prompt in prompts]
-    with replacing(path) as beside, beside.open("wb") as out:
-        ids = np.concatenate([ids for prompt in prompts for ids in (prompt.ids, prompt.answer_ids)])
-        np.savez(out, ids=ids, facts=np.asarray(json.dumps(facts)))
+    ids = np.concatenate([ids for prompt in prompts for ids in (prompt.ids, prompt.answer_ids)])
+    about = json.dumps(facts)
+    with replacing(path) as beside:
+        beside.write_bytes(save({"ids": ids}, {"facts": about, "sha256": _checksum(ids, about)}))
 
 
 def _load(path: Path) -> tuple[Prompt, ...] | None:
-    """The prompts of a file, None if it is missing or broken."""
+    """The prompts of a file, None if it is missing or damaged."""
+    if not path.exists():
+        return None
     try:
-        with np.load(path) as stored:
-            ids, facts = stored["ids"], json.loads(str(stored["facts"]))
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
+        with safe_open(path, framework="numpy") as stored:
+            ids, about = stored.get_tensor("ids"), stored.metadata()
+        if about["sha256"] != _checksum(ids, about["facts"]):
+            raise ValueError("its checksum is another")
+        facts = checked(parse_json(about["facts"], "facts"), list[_Facts], "facts")
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        print(f"{path}: damaged ({str(error).splitlines()[0][:100]}); its prompts are made again", file=sys.stderr)
         return None
     prompts, at = [], 0
     for size, answer_size, room, answers, spans, depths in facts:
         end = at + size
-        pairs = tuple((first, last) for first, last in spans)
-        prompts.append(Prompt(ids[at:end], room, tuple(answers), ids[end : end + answer_size], pairs, tuple(depths)))
+        prompts.append(Prompt(ids[at:end], room, answers, ids[end : end + answer_size], spans, depths))
         at = end + answer_size
     return tuple(prompts)
+
+
+def _checksum(ids: np.ndarray, facts: str) -> str:
+    return hashlib.sha256(facts.encode() + str(ids.dtype).encode() + ids.tobytes()).hexdigest()
+
+
+_Facts = tuple[int, int, int, tuple[str, ...], tuple[tuple[int, int], ...], tuple[float, ...]]
