@@ -8,6 +8,9 @@ import contextlib
 import dataclasses
 import errno
 import json
+import os
+import re
+import shutil
 import types
 import typing
 import uuid
@@ -18,7 +21,19 @@ from typing import Any, Literal
 from hydra_mcore.errors import InputError
 
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # a full disk, a quota, a limit on files
-DISK_REFUSES = NO_ROOM | {errno.EROFS, errno.EACCES, errno.EPERM}  # or a disk or folder that is not ours to write
+_NOT_OURS = {errno.EROFS, errno.EACCES, errno.EPERM}
+_WRONG_KIND = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY}
+_GONE = {errno.ENOENT, errno.ESTALE}
+_FIXES = {
+    **dict.fromkeys(NO_ROOM, "make room"),
+    **dict.fromkeys(_NOT_OURS, "check its permissions, or choose another folder"),
+    **dict.fromkeys(_WRONG_KIND, "a file stands where a folder is needed, or a folder where a file is: choose another name"),
+    **dict.fromkeys(_GONE, "was it removed? give the command again"),
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "correct the links in its path",
+    errno.EIO: "check the disk",
+}
 LARGEST_INT = 2**53  # what every JSON reader keeps exact; no size of a model, no count of tokens comes near it
 DEEPEST = 50  # lists and objects inside each other where anything may stand: what is written and compared calls itself
 LONGEST_NAME = 200  # characters of a name that consoles, tables and figures show
@@ -64,16 +79,42 @@ def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(target.name + ".partial")
     try:
-        beside.write_text(json.dumps(value, indent=indent) + "\n")
-        beside.replace(target)
+        with named(target):
+            beside.write_text(json.dumps(value, indent=indent) + "\n")
+            beside.replace(target)
     finally:
-        beside.unlink(missing_ok=True)
+        _forget(beside)
 
 
 def disk_problem(error: OSError) -> str:
     """One line for a write or a read that the disk refused."""
-    fix = "make room" if error.errno in NO_ROOM else "check its permissions, or choose another folder"
-    return f"{error.filename or 'a file'}: {error.strerror}; {fix}"
+    return f"{error.filename or 'a file'}: {error.strerror}; {_FIXES[error.errno]}"
+
+
+def disk_refusal(error: BaseException) -> OSError | None:
+    """What the disk said, where an error comes from a disk that refuses; None where it does not.
+
+    Libraries wrap it: as a cause, in the failures of a torch checkpoint, in words where they are written in Rust.
+    """
+    if isinstance(error, OSError) and error.errno in _FIXES:
+        return error
+    for said in re.findall(r"\b(?:os error|Errno) (\d+)", str(error)):
+        if (number := int(said)) in NO_ROOM | _NOT_OURS:
+            where = error.args[0][0][1] if isinstance(error, shutil.Error) else None
+            return OSError(number, os.strerror(number), where)
+    failures = [failure for failure, _ in getattr(error, "failures", {}).values()]
+    causes = [error.__cause__, error.__context__ if isinstance(error.__context__, OSError) and error.__context__.errno in NO_ROOM else None]
+    return next((refusal for cause in (*failures, *causes) if cause and (refusal := disk_refusal(cause))), None)
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Give what the disk says of a write that file's name: the system names it only where a file cannot be opened."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 @contextlib.contextmanager
@@ -82,9 +123,16 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
-        yield beside
-        beside.replace(path)
+        with named(path):
+            yield beside
+            beside.replace(path)
     finally:
+        _forget(beside)
+
+
+def _forget(beside: Path) -> None:
+    """Remove what was not renamed; a disk that refuses this too has said so already."""
+    with contextlib.suppress(OSError):
         beside.unlink(missing_ok=True)
 
 

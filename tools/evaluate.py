@@ -134,8 +134,9 @@ def evaluate(args: argparse.Namespace) -> None:
         return
     from_first_rank(lambda: records.register(list(asked)))
     take_exam(papers, todo, records)
+    report = from_first_rank(lambda: write_report(args.out, args.reference))
     if first:
-        print(write_report(args.out, args.reference))
+        print(report)
         print(f"\nreport: {args.out / 'report.md'}")
 
 

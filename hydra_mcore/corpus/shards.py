@@ -29,6 +29,7 @@ from hydra_mcore.corpus.manifest import SUFFIXES, Manifest, Shard, ShardFile, fi
 from hydra_mcore.corpus.sources import Batch, Document, Source, batches
 from hydra_mcore.corpus.tokenize import Encoder, encode_batches, fingerprint
 from hydra_mcore.errors import InputError
+from hydra_mcore.files import replacing
 
 DECISIVE = ("tokenizers", "transformers", "datasets", "pyarrow")  # packages that stand between a text and its tokens
 
@@ -131,9 +132,8 @@ def _hold_out(source: Source, count: int, out: Path, skip_broken: bool) -> Any:
                 texts.append(document.text)
             if len(texts) == count:
                 break
-        beside = Path(f"{held_out_path(out)}.partial")
-        beside.write_text("\n\n".join(texts))
-        beside.replace(held_out_path(out))
+        with replacing(held_out_path(out)) as beside:
+            beside.write_text("\n\n".join(texts))
     return after
 
 

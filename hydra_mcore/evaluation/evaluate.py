@@ -169,9 +169,8 @@ def take_exam(papers: Papers, todo: Mapping[Contestant, Sequence[Piece]], record
             for piece in pieces:
                 take = _predict if piece.task == TEXT else _answer
                 found, likeliest_bs = take(model, papers, piece, tokenizer, bar)
-                if torch.distributed.get_rank() == 0:
-                    at_home = piece.length <= contestant.facts.native_length
-                    records.keep(contestant, piece, found, likeliest_bs if at_home else None)
+                likeliest_bs = likeliest_bs if piece.length <= contestant.facts.native_length else None
+                from_first_rank(partial(records.keep, contestant, piece, found, likeliest_bs))
             del model  # before the next one needs its memory
 
 

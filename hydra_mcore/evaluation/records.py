@@ -11,6 +11,7 @@ its piece is run again when it is asked for.
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import sys
@@ -171,8 +172,9 @@ class Records:
         """Keep a finished piece: each prompt's score, or the loss and, as int [windows, length - 1], the likeliest tokens."""
         path = self.root / contestant.key / piece.file_name
         if likeliest_bs is not None:
-            with replacing(path.with_suffix(".npy")) as beside, beside.open("wb") as file:
-                np.save(file, likeliest_bs.astype(np.int32))
+            np.save(array := io.BytesIO(), likeliest_bs.astype(np.int32))  # a full disk would be an error without a number
+            with replacing(path.with_suffix(".npy")) as beside:
+                beside.write_bytes(array.getvalue())
         _write(path, {"piece": dataclasses.asdict(piece), "found": found.to_dict() if isinstance(found, TextLoss) else list(found)})
 
     def rows(self) -> list[Row]:

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
 from hydra_mcore.config import ConfigError, HydraOptions, ModelCard, ModelShape
+from hydra_mcore.files import replacing
 from hydra_mcore.heads import HeadLayout, HeadMap
 from hydra_mcore.model.layer_specs import hydra_block_spec
 from hydra_mcore.model.rotary import rotary_frequencies
@@ -166,9 +167,8 @@ def check_complete(folder: Path) -> None:
 
 def write_tracker(checkpoint_dir: str | Path, iteration: int) -> None:
     """Name the checkpoint of ``iteration`` as the one that counts: beside, then rename."""
-    beside = Path(checkpoint_dir) / (TRACKER + ".partial")
-    beside.write_text(str(iteration))
-    beside.replace(Path(checkpoint_dir) / TRACKER)
+    with replacing(Path(checkpoint_dir) / TRACKER) as beside:
+        beside.write_text(str(iteration))
 
 
 def trainings(card: ModelCard, checkpoint_dir: str | Path) -> list[dict[str, Any]]:

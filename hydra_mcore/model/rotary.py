@@ -45,10 +45,8 @@ def rotary_frequencies(shape: ModelShape) -> tuple[Tensor, float]:
             raise ValueError("the factor must be positive")
         return ROPE_INIT_FUNCTIONS[rope_type](config)
     except (KeyError, TypeError, ValueError, ArithmeticError, StrictDataclassError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise ConfigError(
-            f"rope_scaling {shown(scaling)} cannot be used ({reason[:100]}); correct it in the teacher's config.json"
-        ) from None
+        reason = str(error).splitlines()[-1].strip()[:100]
+        raise ConfigError(f"rope_scaling {shown(scaling)} cannot be used ({reason}); correct it in the teacher's config.json") from None
 
 
 def yarn_scaling(factor: float, native_length: int, scaling: dict[str, Any] | None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 
 from hydra_mcore.errors import InputError
-from hydra_mcore.files import DISK_REFUSES, disk_problem
+from hydra_mcore.files import disk_problem, disk_refusal
 
 TIMEOUT = datetime.timedelta(minutes=30)  # nothing waits forever, but a rank may have minutes of work more than another
 
@@ -61,13 +61,17 @@ def process_groups(tp_size: int = 1, pp_size: int = 1, seed: int = 1234, alone: 
 
 
 def from_first_rank[T](make: Callable[[], T]) -> T:
-    """What ``make`` gives on rank 0, on every rank; an InputError there is raised on all of them."""
+    """What ``make`` gives on rank 0, on every rank; an InputError there, or a disk that refuses, is raised on all of them."""
     outcome: list[T | InputError | None] = [None]
     if torch.distributed.get_rank() == 0:
         try:
             outcome[0] = make()
         except InputError as error:
             outcome[0] = error
+        except Exception as error:
+            if (refusal := disk_refusal(error)) is None:
+                raise
+            outcome[0] = InputError(disk_problem(refusal))
     torch.distributed.broadcast_object_list(outcome, src=0)
     if isinstance(outcome[0], InputError):
         raise outcome[0]
@@ -87,12 +91,12 @@ def one_line_errors(command: str) -> Iterator[None]:
         if first_rank:
             print(f"{command}: {error}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:
-        if error.errno not in DISK_REFUSES:
-            raise
-        print(f"{command}: {disk_problem(error)}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         if first_rank:
             print(f"{command}: stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        if isinstance(error, SystemExit) or (refusal := disk_refusal(error)) is None:
+            raise
+        print(f"{command}: {disk_problem(refusal)}", file=sys.stderr)
+        sys.exit(2)

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 
+from hydra_mcore.files import replacing
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.selection.choose import STRATEGIES
 from hydra_mcore.selection.evidence import Agreement, Evidence, KnockOut, Spread, role_effects
@@ -324,6 +325,5 @@ def _plain(axes: Axes, grid: str = "y") -> Axes:
 
 
 def _save(figure: Figure, path: str | Path) -> None:
-    beside = Path(path).with_name(Path(path).name + ".partial")
-    figure.savefig(beside, format="png")
-    beside.replace(path)
+    with replacing(Path(path)) as beside:
+        figure.savefig(beside, format="png")

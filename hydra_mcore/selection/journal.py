@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from hydra_mcore.errors import InputError
-from hydra_mcore.files import parse_json, shown
+from hydra_mcore.files import named, parse_json, shown
 
 Pieces = dict[str, Any]
 
@@ -73,9 +73,10 @@ class JournalWriter:
         self.file: TextIO | None = None  # opened with the first piece: a run that has none to add leaves no trace
 
     def add(self, name: str, value: Any) -> None:
-        self.file = self.file or self._open()
-        self.file.write(json.dumps([name, value, _checksum(name, value)]) + "\n")
-        self.file.flush()
+        with named(self.path):
+            self.file = self.file or self._open()
+            self.file.write(json.dumps([name, value, _checksum(name, value)]) + "\n")
+            self.file.flush()
 
     def _open(self) -> TextIO:
         """Ready to append after the last whole line."""

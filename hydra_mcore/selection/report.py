@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from hydra_mcore.files import replacing
 from hydra_mcore.heads import Head
 from hydra_mcore.selection import figures
 from hydra_mcore.selection.choose import Choice
@@ -83,10 +84,10 @@ def write_report(
     title = escape(f"Head selection: {model_name}")
     head = f'<meta charset="utf-8">\n<meta name="viewport" content="width=device-width">\n<title>{title}</title>\n<style>{STYLE}</style>'
     path = Path(folder) / REPORT_NAME
-    beside = path.with_name(path.name + ".partial")
     body = "\n".join(sections)
-    beside.write_text(f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}\n</body>\n</html>\n', encoding="utf-8")
-    beside.replace(path)
+    page = f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}\n</body>\n</html>\n'
+    with replacing(path) as beside:
+        beside.write_text(page, encoding="utf-8")
     return path
 
 

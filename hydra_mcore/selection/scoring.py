@@ -19,6 +19,8 @@ from megatron.core import parallel_state
 from torch import Tensor
 from tqdm import tqdm
 
+from hydra_mcore.errors import InputError
+from hydra_mcore.files import disk_problem, disk_refusal
 from hydra_mcore.heads import Head
 from hydra_mcore.model.runtime import from_first_rank
 from hydra_mcore.selection.attribution import attributed_effects
@@ -145,18 +147,31 @@ class Scoring:
         """The results of all pieces, in order, on every rank; those in the journal are not run again."""
         open_pieces = [name for name in pieces if name not in self.done]
         fresh: dict[str, Any] = {}
+        problem = ""
         mine = open_pieces[self.replica :: self.replicas]
         first = torch.distributed.get_rank() == 0
         for name in tqdm(mine, desc=label, unit="piece", leave=False, disable=not (first and mine)):
             result = pieces[name]()
             if self.writes:
                 fresh[name] = {key: value.tolist() for key, value in result.items()}
-                self.journal.add(name, fresh[name])
-        everyone: list[dict[str, Any]] = [{}] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everyone, fresh)
-        for part in everyone:
+                problem = problem or self._keep(name, fresh[name])
+        everyone: list[tuple[str, dict[str, Any]]] = [("", {})] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyone, (problem, fresh))
+        if problem := next((said for said, _ in everyone if said), ""):
+            raise InputError(problem)
+        for _, part in everyone:
             self.done |= part
         return [{key: np.asarray(value) for key, value in self.done[name].items()} for name in pieces]
+
+    def _keep(self, name: str, value: Any) -> str:
+        """Put a piece into the journal; what the disk says if it refuses: the other ranks must not wait for one that stops."""
+        try:
+            self.journal.add(name, value)
+        except OSError as error:
+            if (refusal := disk_refusal(error)) is None:
+                raise
+            return disk_problem(refusal)
+        return ""
 
 
 def _critical(mean_lh: np.ndarray) -> set[Head]:

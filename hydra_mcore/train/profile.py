@@ -26,7 +26,7 @@ from megatron.core.utils import unwrap_model
 from megatron.training import training
 from torch.profiler import ProfilerActivity, record_function
 
-from hydra_mcore.files import write_json
+from hydra_mcore.files import replacing, write_json
 from hydra_mcore.model import gdn_heads
 from hydra_mcore.model.fa_heads import CausalAttention, FullAttentionHeads
 from hydra_mcore.model.fusion import Fusion
@@ -185,7 +185,6 @@ def _report(trace: Path, rank: int) -> None:
     table = read_table(trace)
     write_json(trace.with_name(f"parts-rank{rank}.json"), table.to_dict())
     text = table.to_markdown()
-    beside = trace.with_name(f"parts-rank{rank}.md.partial")
-    beside.write_text(text)
-    beside.replace(beside.with_suffix(""))
+    with replacing(trace.with_name(f"parts-rank{rank}.md")) as beside:
+        beside.write_text(text)
     print(f"\nprofile of rank {rank} ({trace}):\n{text}", flush=True)

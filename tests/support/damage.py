@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra_mcore.errors import InputError
+from hydra_mcore.files import disk_refusal
 
 DEEP, LONE = "@deep@", "@lone@"  # stand for what json.dumps does not write
 ODD = (
@@ -67,7 +68,7 @@ def damaged_texts(content: str, sample: int | None = None, seed: int = 0) -> lis
 def survey(path: Path, contents: list[bytes], use: Callable[[], Any]) -> list[str]:
     """Put each content in a file's place, then a folder and nothing, and use it. What was wrong with the outcome, if anything.
 
-    A use ends well, or in one InputError of one short line; memory is bounded. At the end the file is what it was.
+    A use ends well, or in one InputError of one short line, or with what the disk says; memory is bounded. At the end the file is what it was.
     """
     valid, problems = path.read_bytes(), []
     for content in contents:
@@ -95,6 +96,8 @@ def outcome(use: Callable[[], Any]) -> str:
         if "\n" in said or len(said) >= 400 or not said.isprintable():
             return f"not one short line: {said[:500]!r}"
         said.encode()
+    except OSError as error:
+        return "" if disk_refusal(error) else f"{type(error).__name__}: {error}"
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:200]}"
     return ""

@@ -53,8 +53,9 @@ from tests.unit.test_evaluation_report import STUDENT, TEACHER, keep_all
 from tests.unit.test_selection_report import KNOCK_OUT, made_scores
 from tools.prepare_data import check_vocabulary
 
+PROMPTS = [Prompt(np.arange(9, dtype=np.int32), 2, ("a", "b\n"), np.ones(2, np.int32), ((1, 3),), (0.25,)) for _ in range(3)]
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "head_map.schema.json").read_text())
-QUICK = 120  # damaged forms of a file
+QUICK = 40  # damaged forms of a file
 
 every_amount = pytest.mark.parametrize("sample", [QUICK, pytest.param(None, marks=pytest.mark.slow)], ids=["sample", "all"])
 
@@ -260,8 +261,8 @@ KINDS = {
     "card": Kind(write_card, use_card),
     "needles": Kind(write_needles, use_needles),
     "wording": Kind(write_wording, use_wording),
-    "scores": Kind(write_scores, use_scores),
-    "scores, reported": Kind(write_scores, report_scores, 60),
+    "scores": Kind(write_scores, use_scores, 3),
+    "scores, reported": Kind(write_scores, report_scores, 20),
     "knock-out": Kind(write_knock_out, use_knock_out, 6),
     "journal": Kind(write_journal, use_journal),
     "pairs": Kind(write_pairs, lambda path: load_pairs(small_tokenizer("byte"), path)),
@@ -272,7 +273,7 @@ KINDS = {
     "record of text": Kind(piece_file("text*.json"), use_rows, 2),
     "record of a model, reported": Kind(piece_file("model.json"), use_records, 20),
     "record of text, reported": Kind(piece_file("text*.json"), use_records, 20),
-    "results": Kind(write_results, lambda path: check_report(path.parent)),
+    "results": Kind(write_results, lambda path: check_report(path.parent), 2),
     "versions": Kind(write_versions, lambda path: note_versions(path.parent)),
     "run": Kind(write_run, _run_record),
     "vocabulary": Kind(write_vocabulary, lambda path: check_vocabulary(path, Encoder())),
@@ -377,7 +378,7 @@ def test_arrays_that_are_no_token_ids(tmp_path: Path) -> None:
 
 
 def test_damaged_sets_of_prompts_are_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    prompts = [Prompt(np.arange(9, dtype=np.int32), 2, ("a", "b\n"), np.ones(2, np.int32), ((1, 3),), (0.25,)) for _ in range(3)]
+    prompts = PROMPTS
     _save(path := tmp_path / "set.safetensors", prompts)
 
     def same() -> bool:
