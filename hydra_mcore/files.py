@@ -99,10 +99,10 @@ def from_fields[T](cls: type[T], raw: Any, name: str, error: type[InputError] = 
         InputError: of class ``error``: not an object, a key that is missing or unknown, a value of another type.
     """
     if not isinstance(raw, dict):
-        raise error(f"{name}: a list of keys and values is expected, not {_shown(raw)}")
+        raise error(f"{name}: a list of keys and values is expected, not {shown(raw)}")
     hints, fields = typing.get_type_hints(cls), {field.name: field for field in dataclasses.fields(cls) if field.init}
     if unknown := [key for key in raw if key not in fields]:
-        raise error(f"{name}: unknown key {_shown(unknown[0])}; written by another version?")
+        raise error(f"{name}: unknown key {shown(unknown[0])}; written by another version?")
     for key, field in fields.items():
         if key not in raw and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise error(f"{name}: key {key!r} is missing")
@@ -119,26 +119,26 @@ def checked(value: Any, hint: Any, name: str, error: type[InputError] = InputErr
     if origin is Literal:
         if value in args and any(type(value) is type(choice) for choice in args):
             return value
-        raise error(f"{name} is {_shown(value)}; choose one of {', '.join(map(repr, args))}")
+        raise error(f"{name} is {shown(value)}; choose one of {', '.join(map(repr, args))}")
     if origin in (list, tuple) and isinstance(value, list):
         if origin is tuple and args[-1] is not Ellipsis and len(value) != len(args):
             raise error(f"{name} has {len(value)} values instead of {len(args)}")
         kinds = [args[0]] * len(value) if origin is list or args[-1] is Ellipsis else args
         return origin(checked(item, kind, f"{name}[{index}]", error) for index, (item, kind) in enumerate(zip(value, kinds, strict=True)))
     if origin is dict and isinstance(value, dict):
-        return {key: checked(item, args[1], f"{name}[{_shown(key)}]", error) for key, item in value.items()}
+        return {key: checked(item, args[1], f"{name}[{shown(key)}]", error) for key, item in value.items()}
     if hint in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
         if not abs(value) <= LARGEST_INT or (hint is int and value != int(value)):  # so written, NaN is refused too
-            raise error(f"{name} is {_shown(value)}, which is no {'whole number' if hint is int else 'number'} that can be used here")
+            raise error(f"{name} is {shown(value)}, which is no {'whole number' if hint is int else 'number'} that can be used here")
         return hint(value)
     if hint in (bool, str, types.NoneType) and isinstance(value, hint):
         return value
-    raise error(f"{name} is {_shown(value)}; expected {_KINDS.get(origin or hint, hint)}")
+    raise error(f"{name} is {shown(value)}; expected {_KINDS.get(origin or hint, hint)}")
 
 
 def _one_of(value: Any, hints: tuple[Any, ...], name: str, error: type[InputError]) -> Any:
     """A value of any of several types; where it is of none, what the last of them that is not None says."""
-    problem = error(f"{name} is {_shown(value)}")
+    problem = error(f"{name} is {shown(value)}")
     for hint in sorted(hints, key=lambda hint: hint is not types.NoneType):
         try:
             return checked(value, hint, name, error)
@@ -147,7 +147,8 @@ def _one_of(value: Any, hints: tuple[Any, ...], name: str, error: type[InputErro
     raise problem
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value from a file as an error shows it: in a few characters, whatever it is."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

@@ -156,7 +156,7 @@ def load_hf(folder: Path, card: ModelCard, run_its_code: bool = False) -> PreTra
     described = read_config(folder)
     if difference := card.difference(dataclasses.asdict(described.shape), ""):
         raise InputError(f"{folder} is another model: {difference}")
-    check_tensors(HfWeights(folder), tensor_rules(described), described)
+    check_tensors(HfWeights(folder, described.shape.tied_embeddings), tensor_rules(described), described)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=run_its_code, local_files_only=True)
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -170,7 +170,7 @@ def hf_logits(model: PreTrainedModel, ids_bs: Tensor) -> Tensor:
 
 def rounding(hf_dir: Path, checkpoint: Path, card: ModelCard) -> str:
     """A difference of dtypes between a directory and a checkpoint, which may be why they differ; empty if there is none."""
-    weights, stored = HfWeights(hf_dir), StoredTensors(checkpoint)
+    weights, stored = HfWeights(hf_dir, card.shape.tied_embeddings), StoredTensors(checkpoint)
     names = set(weights.names())
     for rule in tensor_rules(card).values():
         if rule.hf in names and weights.dtype(rule.hf) != (ours := dtype_name(stored.dtype(rule.stored))):
