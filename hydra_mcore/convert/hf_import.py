@@ -18,8 +18,9 @@ from tqdm import tqdm
 from hydra_mcore.config import ModelCard
 from hydra_mcore.convert.families import EMBEDDING, OUTPUT_LAYER, SHAPE_KEYS
 from hydra_mcore.convert.hf_io import CONFIG_NAME, HfWeights, HuggingFaceError, read_config
-from hydra_mcore.convert.target import HEAD_MAP_NAME, TOKENIZER_DIR, check_target, copy_tokenizer, new_folder
+from hydra_mcore.convert.target import HEAD_MAP_NAME, check_target, new_folder
 from hydra_mcore.convert.tensors import TensorRule, is_teacher, output_layer_rule, tensor_rules
+from hydra_mcore.convert.tokenizer_files import TOKENIZER_DIR, import_tokenizer
 from hydra_mcore.model.streaming import save_streamed
 
 
@@ -47,7 +48,7 @@ def import_hf(hf_dir: str | Path, checkpoint_dir: str | Path, dtype: torch.dtype
         dtype = torch.bfloat16 if {weights.dtype(name) for name in rules} == {"bfloat16"} else torch.float32
     num_bytes = sum(math.prod(rule.shape) for rule in rules.values()) * dtype.itemsize
     with new_folder(checkpoint_dir, num_bytes) as folder, tqdm(total=len(rules), desc="import", unit="tensor") as progress:
-        copy_tokenizer(hf_dir, folder / TOKENIZER_DIR)
+        import_tokenizer(hf_dir, folder / TOKENIZER_DIR)
         if not is_teacher(card):
             card.head_map.save(folder / HEAD_MAP_NAME)
         source = _Source(weights, rules, dtype, progress)

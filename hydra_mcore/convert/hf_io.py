@@ -44,7 +44,7 @@ def read_config(hf_dir: str | Path) -> ModelCard:
             not compute.
     """
     path = Path(hf_dir) / CONFIG_NAME
-    raw = _read_object(path)
+    raw = read_object(path)
     try:
         card = _card(raw)
     except KeyError as error:
@@ -140,7 +140,8 @@ def _rope(parameters: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
     return float(theta), None if rope_type == "default" else {"rope_type": rope_type, **rope}
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The keys and values of a JSON file in a model directory; raises HuggingFaceError where there is none."""
     if not path.is_file():
         raise HuggingFaceError(f"{path}: no such file; give a Hugging Face model directory")
     raw = read_json(path, HuggingFaceError)
@@ -189,7 +190,7 @@ class HfWeights:
             return {}
         if not (self.root / INDEX_NAME).is_file():
             raise HuggingFaceError(f"{self.root}: no weights; expected {SINGLE_NAME} or {INDEX_NAME} with its shards")
-        index = _read_object(self.root / INDEX_NAME).get("weight_map")
+        index = read_object(self.root / INDEX_NAME).get("weight_map")
         if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
             raise HuggingFaceError(f"{self.root / INDEX_NAME}: no weight_map from tensors to files")
         if strange := [name for name in index.values() if not name.endswith(".safetensors") or "\0" in name or Path(name).name != name]:
