@@ -53,7 +53,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder of a teacher's or a student's checkpoint, of any stage")
     p.add_argument("--hf", type=Path, metavar="DIR", help="Hugging Face directory that the teacher was imported from")
     p.add_argument("--teacher", type=Path, metavar="DIR", help="checkpoint of a student's teacher")
-    p.add_argument("--export", type=Path, metavar="DIR", help="Hugging Face export; its code is run (default: one is made and removed)")
+    p.add_argument(
+        "--export",
+        type=Path,
+        metavar="DIR",
+        help="Hugging Face export; its code is run if it is ours to the byte (default: one is made and removed)",
+    )
     p.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to run on, by the checkpoint's tokenizer (default: random tokens)")
     p.add_argument("--length", type=int, metavar="N", help="tokens a sequence (default: the native length, at most 512)")
     p.add_argument("--sequences", type=int, default=2, metavar="N", help="sequences (default %(default)s)")

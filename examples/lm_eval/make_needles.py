@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from hydra_mcore.selection.needles import NeedleFormat, build_prompt
+from hydra_mcore.tokenizer import open_tokenizer
 
 HERE = Path(__file__).resolve().parent
 TEACHER = HERE.parent / "tiny" / "teacher"
@@ -37,9 +38,7 @@ def needle_documents() -> Iterator[dict[str, Any]]:
     Raises:
         ValueError: The text of a document would not be encoded to the tokens of its needle prompt.
     """
-    from transformers import AutoTokenizer  # heavy: not for --help
-
-    tokenizer, fmt = AutoTokenizer.from_pretrained(TEACHER), NeedleFormat.load(TEACHER / "needles.json")
+    tokenizer, fmt = open_tokenizer(TEACHER), NeedleFormat.load(TEACHER / "needles.json")
     no_text = np.empty(0, dtype=np.int64)
     rng = np.random.default_rng(SEED)
     for place in rng.permutation(DOCUMENTS).tolist():

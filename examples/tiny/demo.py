@@ -120,12 +120,12 @@ def write_data(out: Path, seed: int, steps: tqdm) -> None:
     import numpy as np
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-    from transformers import AutoTokenizer
 
     from examples.tiny.corpus import documents, load_text
     from hydra_mcore.selection.needles import NeedleFormat
+    from hydra_mcore.tokenizer import open_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(HERE / "teacher")
+    tokenizer = open_tokenizer(HERE / "teacher")
     fmt = NeedleFormat.load(HERE / "teacher" / "needles.json")
     text_ids = load_text(tokenizer, "train", 300_000)
     for name, length, count in (("align", ALIGN_TOKENS, 2400), ("extend", EXTEND_TOKENS, 80)):

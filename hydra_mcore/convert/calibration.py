@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from hydra_mcore.config import ModelCard
-from hydra_mcore.convert.target import TOKENIZER_DIR
+from hydra_mcore.convert.tokenizer_files import TOKENIZER_DIR
 from hydra_mcore.errors import InputError
+from hydra_mcore.tokenizer import has_tokenizer, open_tokenizer
 
 MAX_LENGTH = 512
 NUM_TOKENS = 4096
@@ -34,9 +34,9 @@ def calibration_tokens(text_file: str | Path, checkpoint_dir: str | Path) -> Ten
     except UnicodeDecodeError:
         raise InputError(f"calibration text {text_file}: not UTF-8 text") from None
     folder = Path(checkpoint_dir) / TOKENIZER_DIR
-    if not (folder / "tokenizer_config.json").is_file():
-        raise InputError(f"{checkpoint_dir}: no {TOKENIZER_DIR}/tokenizer_config.json; import a directory that has its tokenizer files")
-    token_ids = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)(text, verbose=False)["input_ids"]
+    if not has_tokenizer(folder):
+        raise InputError(f"{folder}: no tokenizer there; import a directory that has its tokenizer files")
+    token_ids = open_tokenizer(folder)(text, verbose=False)["input_ids"]
     num_sequences = min(len(token_ids), NUM_TOKENS) // length
     if not num_sequences:
         raise InputError(f"calibration text {text_file}: {len(token_ids)} tokens; give at least {length}")

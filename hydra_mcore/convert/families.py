@@ -40,8 +40,6 @@ class Family:
     model_type: str
     qk_norm: bool
     qkv_bias: bool
-    head_dim: int | None
-    """What a missing head_dim means; None for hidden_size / num_attention_heads."""
     required_values: Mapping[str, tuple[Any, ...]]
     """Key of config.json -> the values under which our layers compute the same; a missing key counts as one of them."""
 
@@ -57,13 +55,40 @@ SHAPE_KEYS = {
 }
 """ModelShape field -> key of config.json, the same in every family."""
 
-UNSUPPORTED_UNLESS = {"hidden_act": ("silu",), "num_experts": (None, 0), "quantization_config": (None,)}
-_NO_BIAS = {**UNSUPPORTED_UNLESS, "attention_bias": (False,), "mlp_bias": (False,)}
-_NO_WINDOW = {"use_sliding_window": (False,)}
+CONFIG_KEYS = {
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), int),
+    **dict.fromkeys(("num_key_value_heads", "head_dim"), int | None),
+    "max_position_embeddings": int,
+    "rms_norm_eps": float,
+    "tie_word_embeddings": bool,
+    **dict.fromkeys(("rope_theta", "partial_rotary_factor"), float),
+    **dict.fromkeys(("rope_scaling", "rope_parameters"), dict[str, Any] | None),
+    "use_sliding_window": bool,
+    "sliding_window": int | None,
+    "max_window_layers": int,
+    "layer_types": list[str] | None,
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), int | list[int] | None),
+}
+"""What we read of config.json, and the type of each value; the family's own class in transformers knows what a missing one means."""
 
-QWEN3 = Family("qwen3", qk_norm=True, qkv_bias=False, head_dim=128, required_values=_NO_BIAS | _NO_WINDOW)
-QWEN2 = Family("qwen2", qk_norm=False, qkv_bias=True, head_dim=None, required_values=UNSUPPORTED_UNLESS | _NO_WINDOW)  # and Qwen2.5
-LLAMA = Family("llama", qk_norm=False, qkv_bias=False, head_dim=None, required_values=_NO_BIAS)
+ROPE_KEYS = {
+    **dict.fromkeys(("rope_type", "type"), str),
+    **dict.fromkeys(("rope_theta", "partial_rotary_factor", "factor", "low_freq_factor", "high_freq_factor"), float),
+    **dict.fromkeys(("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"), float | None),
+    "original_max_position_embeddings": int,
+    "truncate": bool,
+}
+"""The same of rope_scaling and rope_parameters; other keys mean nothing to the rope types that we compute."""
+
+LARGEST = {"num_hidden_layers": 2**12, "num_attention_heads": 2**12, "num_key_value_heads": 2**12, "head_dim": 2**14}
+"""Sizes that no model reaches: what asks for more is refused before memory is asked for."""
+
+UNSUPPORTED_UNLESS = {"hidden_act": ("silu", "swish"), "num_experts": (None, 0), "quantization_config": (None,)}
+_NO_BIAS = {**UNSUPPORTED_UNLESS, "attention_bias": (False,), "mlp_bias": (False,)}
+
+QWEN3 = Family("qwen3", qk_norm=True, qkv_bias=False, required_values=_NO_BIAS)
+QWEN2 = Family("qwen2", qk_norm=False, qkv_bias=True, required_values=UNSUPPORTED_UNLESS)  # and Qwen2.5
+LLAMA = Family("llama", qk_norm=False, qkv_bias=False, required_values=_NO_BIAS)
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN3, QWEN2, LLAMA)}
 
 EMBEDDING = WeightRule("model.embed_tokens.weight", "embedding.word_embeddings.weight", ("vocab", "model"))

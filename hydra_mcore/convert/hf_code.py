@@ -8,9 +8,11 @@ import importlib
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
+from hydra_mcore.errors import InputError
 from hydra_mcore.ops import chunked_delta_rule
 
 PACKAGE = Path(__file__).parents[1]
@@ -34,6 +36,16 @@ def copy_model_code(target_dir: str | Path) -> None:
     Path(target_dir).mkdir(parents=True, exist_ok=True)
     for name in CODE_FILES:
         shutil.copyfile(PACKAGE / name, Path(target_dir) / Path(name).name)
+
+
+def check_model_code(folder: str | Path, auto_map: Any) -> None:
+    """Raise InputError unless an export's code, where its config.json says it is, is this package's own to the byte."""
+    if auto_map != AUTO_MAP:
+        raise InputError(f"{folder}: its config.json names other code than an export has; export the checkpoint anew")
+    for name in CODE_FILES:
+        path = Path(folder) / Path(name).name
+        if not path.is_file() or path.read_bytes() != (PACKAGE / name).read_bytes():
+            raise InputError(f"{path}: not the code of this version, which alone is run here; export the checkpoint anew")
 
 
 def model_class() -> type[PreTrainedModel]:

@@ -21,8 +21,9 @@ from hydra_mcore.convert.families import EMBEDDING
 from hydra_mcore.convert.hf_code import copy_model_code
 from hydra_mcore.convert.hf_io import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from hydra_mcore.convert.model_card import write_model_card
-from hydra_mcore.convert.target import HEAD_MAP_NAME, TOKENIZER_DIR, check_target, copy_tokenizer, new_folder
+from hydra_mcore.convert.target import HEAD_MAP_NAME, check_target, new_folder
 from hydra_mcore.convert.tensors import TensorRule, is_teacher, output_layer_rule, tensor_rules
+from hydra_mcore.convert.tokenizer_files import export_tokenizer
 from hydra_mcore.errors import InputError
 from hydra_mcore.files import write_json
 from hydra_mcore.model.build import trainings
@@ -56,7 +57,6 @@ def export_hf(
     rules = _rules_to_write(card)
     dtypes = _dtypes(card, rules, stored, dtype)
     sizes = {name: math.prod(rule.shape) * dtypes[name].itemsize for name, rule in rules.items()}
-    tokenizer = Path(checkpoint_dir) / TOKENIZER_DIR
     with new_folder(hf_dir, sum(sizes.values())) as folder:
         _write_shards(folder, _shards(sizes, max_shard_bytes), rules, _Reader(stored, dtypes))
         usual = str(max(dtypes.values(), key=list(dtypes.values()).count)).removeprefix("torch.")
@@ -68,7 +68,7 @@ def export_hf(
             write_json(folder / CONFIG_NAME, hydra_family.to_config(card, usual), indent=2)
             card.head_map.save(folder / HEAD_MAP_NAME)
             copy_model_code(folder)
-        copy_tokenizer(tokenizer, folder)
+        export_tokenizer(checkpoint_dir, folder, is_teacher(card))
         write_model_card(folder, card, evaluation)
     return card
 

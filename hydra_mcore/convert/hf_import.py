@@ -16,10 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hydra_mcore.config import ModelCard
-from hydra_mcore.convert.families import EMBEDDING, OUTPUT_LAYER
-from hydra_mcore.convert.hf_io import HfWeights, HuggingFaceError, read_config
-from hydra_mcore.convert.target import HEAD_MAP_NAME, TOKENIZER_DIR, check_target, copy_tokenizer, new_folder
+from hydra_mcore.convert.families import EMBEDDING, OUTPUT_LAYER, SHAPE_KEYS
+from hydra_mcore.convert.hf_io import CONFIG_NAME, HfWeights, HuggingFaceError, read_config
+from hydra_mcore.convert.target import HEAD_MAP_NAME, check_target, new_folder
 from hydra_mcore.convert.tensors import TensorRule, is_teacher, output_layer_rule, tensor_rules
+from hydra_mcore.convert.tokenizer_files import TOKENIZER_DIR, import_tokenizer
 from hydra_mcore.model.streaming import save_streamed
 
 
@@ -36,7 +37,8 @@ def import_hf(hf_dir: str | Path, checkpoint_dir: str | Path, dtype: torch.dtype
             cannot be written. Nothing is left of the target then.
     """
     check_target(checkpoint_dir)
-    card, weights = read_config(hf_dir), HfWeights(hf_dir)
+    card = read_config(hf_dir)
+    weights = HfWeights(hf_dir, card.shape.tied_embeddings)
     rules = tensor_rules(card)
     check_tensors(weights, rules, card)
     if card.shape.tied_embeddings:
@@ -46,7 +48,7 @@ def import_hf(hf_dir: str | Path, checkpoint_dir: str | Path, dtype: torch.dtype
         dtype = torch.bfloat16 if {weights.dtype(name) for name in rules} == {"bfloat16"} else torch.float32
     num_bytes = sum(math.prod(rule.shape) for rule in rules.values()) * dtype.itemsize
     with new_folder(checkpoint_dir, num_bytes) as folder, tqdm(total=len(rules), desc="import", unit="tensor") as progress:
-        copy_tokenizer(hf_dir, folder / TOKENIZER_DIR)
+        import_tokenizer(hf_dir, folder / TOKENIZER_DIR)
         if not is_teacher(card):
             card.head_map.save(folder / HEAD_MAP_NAME)
         source = _Source(weights, rules, dtype, progress)
@@ -64,12 +66,20 @@ def check_tensors(weights: HfWeights, rules: dict[str, TensorRule], card: ModelC
     for what, names in (("missing", set(rules) - set(present)), ("not part of this model", set(present) - {*rules, *optional})):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise HuggingFaceError(f"{weights.root}: tensor {min(names)} is {what}{more}")
+            raise HuggingFaceError(f"{weights.root}: tensor {min(names)} is {what}{more}{_left_out(card)}")
     for name in present:
         expected = (rules | optional)[name].shape
         if weights.shape(name) != expected:
-            raise HuggingFaceError(f"{weights.root}: tensor {name} has shape {weights.shape(name)}, config.json asks for {expected}")
+            raise HuggingFaceError(
+                f"{weights.root}: tensor {name} has shape {weights.shape(name)}, config.json asks for {expected}{_left_out(card)}"
+            )
         weights.dtype(name)
+
+
+def _left_out(card: ModelCard) -> str:
+    """The sizes that config.json does not say, where tensors are not of the sizes that transformers takes for them."""
+    names = [key for key in SHAPE_KEYS.values() if key not in card.source["config"]]
+    return f" ({CONFIG_NAME} lacks {', '.join(names)})" if names else ""
 
 
 class _Source:

@@ -5,26 +5,29 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from hydra_mcore.config import ModelCard, ModelShape
 from hydra_mcore.convert import hydra_family
-from hydra_mcore.convert.families import FAMILIES, SHAPE_KEYS, Family
+from hydra_mcore.convert.families import CONFIG_KEYS, EMBEDDING, FAMILIES, LARGEST, OUTPUT_LAYER, ROPE_KEYS, SHAPE_KEYS, Family
+from hydra_mcore.convert.hf_code import model_class
 from hydra_mcore.convert.target import HEAD_MAP_NAME
 from hydra_mcore.errors import InputError
+from hydra_mcore.files import LARGEST_INT, checked, read_json, shown
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.build import teacher_card
-from hydra_mcore.model.rotary import rotary_frequencies
+from hydra_mcore.model.rotary import ROPE_TYPES, rotary_frequencies
 
 CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names of what we read
+BUFFERS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")  # computed anew by every version
 
 
 class HuggingFaceError(InputError):
@@ -34,30 +37,59 @@ class HuggingFaceError(InputError):
 def read_config(hf_dir: str | Path) -> ModelCard:
     """What config.json says of a model, a teacher or a HydraHead; a teacher's fingerprint is not in it, so left empty.
 
+    What it leaves out means what transformers' own class of the family takes for it.
+
     Raises:
-        HuggingFaceError: no readable config.json, a family we do not know, or an option that we do not compute.
+        HuggingFaceError: no readable config.json, a family we do not know, a value that cannot be, or an option that we do
+            not compute.
     """
     path = Path(hf_dir) / CONFIG_NAME
-    raw = _read_json(path)
-    family = hydra_family.FAMILY if raw.get("model_type") == hydra_family.MODEL_TYPE else FAMILIES.get(raw.get("model_type"))
-    if family is None:
-        known = ", ".join([*FAMILIES, hydra_family.MODEL_TYPE])
-        raise HuggingFaceError(f"{path}: model_type {raw.get('model_type')!r} is not supported; supported: {known}")
-    for key, allowed in family.required_values.items():
-        if key in raw and raw[key] not in allowed:
-            raise HuggingFaceError(f"{path}: {key} {raw[key]!r} is not supported; it must be {allowed[0]!r}")
-    other = sorted(set(raw.get("layer_types") or ()) - {"full_attention"})
-    if other:
-        raise HuggingFaceError(f"{path}: layer_types {other[0]!r} is not supported; every layer must be 'full_attention'")
-    shape = _shape(path, raw, family)
+    raw = read_object(path)
     try:
-        rotary_frequencies(shape)
-        card = hydra_family.from_config(raw, shape) if family is hydra_family.FAMILY else teacher_card(shape, "")
+        card = _card(raw)
     except KeyError as error:
         raise HuggingFaceError(f"{path}: key {error} is missing") from None
-    except (TypeError, ValueError) as error:
+    except InputError as error:
         raise HuggingFaceError(f"{path}: {error}") from None
     return dataclasses.replace(card, source={"config": raw}, head_map=_head_map(Path(hf_dir), card))
+
+
+def _card(raw: dict[str, Any]) -> ModelCard:
+    """The card that a config.json describes; raises KeyError or InputError that do not name the file."""
+    known = {**FAMILIES, hydra_family.MODEL_TYPE: hydra_family.FAMILY}
+    model_type = checked(raw.get("model_type"), str, "model_type")
+    if model_type not in known:
+        raise InputError(f"model_type {model_type!r} is not supported; supported: {', '.join(known)}")
+    family = known[model_type]
+    for key, allowed in family.required_values.items():
+        if key in raw and raw[key] not in allowed:
+            raise InputError(f"{key} {shown(raw[key])} is not supported; it must be {allowed[0]!r}")
+    own = hydra_family.KEYS if family is hydra_family.FAMILY else {}  # in another family's config.json they would mean nothing
+    given = {key: checked(raw[key], hint, key) for key, hint in (CONFIG_KEYS | own).items() if key in raw}
+    for key in ("rope_scaling", "rope_parameters"):
+        for name in ROPE_KEYS.keys() & (given.get(key) or {}):
+            given[key][name] = checked(given[key][name], ROPE_KEYS[name], f"{key}: {name}")
+        rope = given.get(key) or {}
+        if (rope_type := rope.get("rope_type", rope.get("type", "default"))) not in ("default", *ROPE_TYPES):
+            raise InputError(f"{key} has rope_type {rope_type!r}; supported are {', '.join(ROPE_TYPES)}, so take another teacher")
+    for key in (*SHAPE_KEYS.values(), "head_dim"):
+        if (value := given.get(key)) is not None and not 1 <= value <= LARGEST.get(key, LARGEST_INT):
+            raise InputError(f"{key} is {value}; it must be a positive whole number" + (f" up to {LARGEST[key]}" if key in LARGEST else ""))
+    config = _completed(family, given)
+    if other := sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"}):
+        raise InputError(f"layer_types {other[0]!r} is not supported; every layer must be 'full_attention' (see use_sliding_window)")
+    shape = _shape(config, family)
+    rotary_frequencies(shape)
+    return hydra_family.from_config(raw | given, shape) if own else teacher_card(shape, "")
+
+
+def _completed(family: Family, given: dict[str, Any]) -> PreTrainedConfig:
+    """What transformers makes of the keys of config.json that we read."""
+    kind = model_class().config_class if family is hydra_family.FAMILY else CONFIG_MAPPING[family.model_type]
+    try:
+        return kind(**given)
+    except Exception as error:  # whatever its checks run into
+        raise InputError(f"transformers cannot use it ({str(error).strip().splitlines()[-1].strip()})") from None
 
 
 def _head_map(hf_dir: Path, card: ModelCard) -> HeadMap:
@@ -71,89 +103,86 @@ def _head_map(hf_dir: Path, card: ModelCard) -> HeadMap:
     return head_map
 
 
-def _shape(path: Path, raw: dict[str, Any], family: Family) -> ModelShape:
-    given = {"num_key_value_heads": raw.get("num_attention_heads"), **raw}  # configs older than grouped queries lack it
-    values = {field: _required(path, given, key) for field, key in SHAPE_KEYS.items()}
-    values["head_dim"] = raw.get("head_dim") or family.head_dim
-    for field in SHAPE_KEYS:
-        _check_positive(path, SHAPE_KEYS[field], values[field])
-    if values["head_dim"] is None:
-        if values["hidden_size"] % values["num_heads"]:
-            raise HuggingFaceError(f"{path}: num_attention_heads {values['num_heads']} does not divide hidden_size {values['hidden_size']}")
-        values["head_dim"] = values["hidden_size"] // values["num_heads"]
-    _check_positive(path, "head_dim", values["head_dim"])
-    theta, scaling = _rope(path, raw)
-    own = raw if family is hydra_family.FAMILY else {}  # keys of ours: in another family's config.json they would mean nothing
-    shape = ModelShape(
+def _shape(config: PreTrainedConfig, family: Family) -> ModelShape:
+    values = {field: getattr(config, key) for field, key in SHAPE_KEYS.items()}
+    num_heads, num_kv_groups, head_dim = values["num_heads"], values["num_kv_groups"], getattr(config, "head_dim", None)
+    if head_dim is None:
+        if values["hidden_size"] % num_heads:
+            raise InputError(f"num_attention_heads {num_heads} does not divide hidden_size {values['hidden_size']}")
+        head_dim = values["hidden_size"] // num_heads
+    if num_heads % num_kv_groups:
+        raise InputError(f"num_key_value_heads {num_kv_groups} does not divide num_attention_heads {num_heads}")
+    if head_dim % 2:
+        raise InputError(f"head_dim {head_dim} is odd; rotary positions need an even one")
+    if not 0 < config.rms_norm_eps < 1:
+        raise InputError(f"rms_norm_eps is {config.rms_norm_eps}; it must be a small positive number")
+    theta, scaling = _rope(config.rope_parameters)
+    return ModelShape(
         **values,
+        head_dim=head_dim,
         rope_theta=theta,
         rope_scaling=scaling,
-        norm_epsilon=raw.get("rms_norm_eps", 1e-6),
-        tied_embeddings=raw.get("tie_word_embeddings", False),
-        qk_norm=own.get("qk_norm", family.qk_norm),
-        qkv_bias=own.get("qkv_bias", family.qkv_bias),
+        norm_epsilon=config.rms_norm_eps,
+        tied_embeddings=config.tie_word_embeddings,
+        qk_norm=getattr(config, "qk_norm", family.qk_norm),
+        qkv_bias=getattr(config, "qkv_bias", family.qkv_bias),
     )
-    if shape.num_heads % shape.num_kv_groups:
-        raise HuggingFaceError(f"{path}: num_key_value_heads {shape.num_kv_groups} does not divide num_attention_heads {shape.num_heads}")
-    if shape.head_dim % 2:
-        raise HuggingFaceError(f"{path}: head_dim {shape.head_dim} is odd; rotary positions need an even one")
-    return shape
 
 
-def _check_positive(path: Path, key: str, value: Any) -> None:
-    if type(value) is not int or value < 1:
-        raise HuggingFaceError(f"{path}: {key} is {value!r}; it must be a positive whole number")
-
-
-def _rope(path: Path, raw: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """The rotary base and the scaling, if any: two keys before transformers 5, both inside ``rope_parameters`` since."""
-    rope = {"rope_theta": raw.get("rope_theta"), **(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-    theta, rope_type = rope.pop("rope_theta"), rope.pop("type", "default")
-    rope_type = rope.pop("rope_type", rope_type)
-    if theta is None:
-        raise HuggingFaceError(f"{path}: key 'rope_theta' is missing")
-    if not isinstance(theta, int | float) or theta <= 0:
-        raise HuggingFaceError(f"{path}: rope_theta is {theta!r}; it must be a positive number")
-    if (partial := rope.pop("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))) != 1.0:
-        raise HuggingFaceError(f"{path}: partial_rotary_factor {partial!r} is not supported; it must be 1.0")
+def _rope(parameters: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
+    """The rotary base and the scaling, if any, as transformers puts them together from the keys of its versions."""
+    rope = {key: value for key, value in parameters.items() if key != "type"}  # what rope_type was called
+    theta, rope_type = rope.pop("rope_theta", None), rope.pop("rope_type", None)
+    if not isinstance(theta, float | int) or theta <= 0:
+        raise InputError(f"rope_theta is {theta!r}; it must be a positive number")
+    if (partial := rope.pop("partial_rotary_factor", 1.0)) != 1.0:
+        raise InputError(f"partial_rotary_factor {partial!r} is not supported; it must be 1.0")
     return float(theta), None if rope_type == "default" else {"rope_type": rope_type, **rope}
 
 
-def _required(path: Path, raw: dict[str, Any], key: str) -> Any:
-    if key not in raw:
-        raise HuggingFaceError(f"{path}: key {key!r} is missing")
-    return raw[key]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text())
-    except OSError as error:
-        raise HuggingFaceError(f"{path}: {error.strerror}; give a Hugging Face model directory") from None
-    except ValueError as error:
-        raise HuggingFaceError(f"{path}: not JSON ({error})") from None
+def read_object(path: Path) -> dict[str, Any]:
+    """The keys and values of a JSON file in a model directory; raises HuggingFaceError where there is none."""
+    if not path.is_file():
+        raise HuggingFaceError(f"{path}: no such file; give a Hugging Face model directory")
+    raw = read_json(path, HuggingFaceError)
     if not isinstance(raw, dict):
         raise HuggingFaceError(f"{path}: expected a JSON object")
     return raw
 
 
+class _Header(NamedTuple):
+    """Where a tensor is, and what it is: its name in that file, its dtype by safetensors' name."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
 class HfWeights:
     """The tensors of a model directory, single-file or sharded: all headers are read at once, each tensor when asked for.
 
-    No file stays open: what has been read of one would count as this process's memory until it is closed.
+    No file stays open: what has been read of one would count as this process's memory until it is closed. Buffers of old
+    versions, which hold no weights, are left out.
+
+    Args:
+        tied: the output layer is the embedding: where it alone is stored, it counts as the embedding.
 
     Raises:
         HuggingFaceError: no weights, a missing or broken file, a tensor stored twice or not where the index says.
     """
 
-    def __init__(self, hf_dir: str | Path) -> None:
+    def __init__(self, hf_dir: str | Path, tied: bool) -> None:
         self.root = Path(hf_dir)
-        self._headers: dict[str, tuple[Path, tuple[int, ...], str]] = {}
+        self._headers: dict[str, _Header] = {}
         index = self._index()
         for file_name in sorted(set(index.values())) if index else [SINGLE_NAME]:
             self._read_header(self.root / file_name)
         for name in sorted(set(index or ()) - set(self._headers)):
             raise HuggingFaceError(f"{self.root}: tensor {name} is missing from {index[name]}, where {INDEX_NAME} puts it")
+        self._headers = {name: header for name, header in self._headers.items() if not name.endswith(BUFFERS)}
+        if tied and EMBEDDING.hf not in self._headers and OUTPUT_LAYER.hf in self._headers:
+            self._headers[EMBEDDING.hf] = self._headers.pop(OUTPUT_LAYER.hf)
 
     def _index(self) -> dict[str, str]:
         """Tensor name -> file name of a sharded directory; empty for a single file."""
@@ -161,9 +190,11 @@ class HfWeights:
             return {}
         if not (self.root / INDEX_NAME).is_file():
             raise HuggingFaceError(f"{self.root}: no weights; expected {SINGLE_NAME} or {INDEX_NAME} with its shards")
-        index = _read_json(self.root / INDEX_NAME).get("weight_map")
+        index = read_object(self.root / INDEX_NAME).get("weight_map")
         if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
             raise HuggingFaceError(f"{self.root / INDEX_NAME}: no weight_map from tensors to files")
+        if strange := [name for name in index.values() if not name.endswith(".safetensors") or "\0" in name or Path(name).name != name]:
+            raise HuggingFaceError(f"{self.root / INDEX_NAME}: {shown(strange[0])} is no safetensors file beside it")
         return index
 
     def _read_header(self, path: Path) -> None:
@@ -173,7 +204,7 @@ class HfWeights:
                     if name in self._headers:
                         raise HuggingFaceError(f"{path}: tensor {name} is stored in another file too; keep one")
                     header = file.get_slice(name)
-                    self._headers[name] = (path, tuple(header.get_shape()), header.get_dtype())
+                    self._headers[name] = _Header(path, name, tuple(header.get_shape()), header.get_dtype())
         except OSError:
             raise HuggingFaceError(f"{path}: the file is missing or cannot be read") from None
         except SafetensorError as error:
@@ -185,7 +216,7 @@ class HfWeights:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the file's header alone."""
-        return self._headers[name][1]
+        return self._headers[name].shape
 
     def dtype(self, name: str) -> str:
         """Torch's name of a tensor's dtype, from the file's header alone.
@@ -193,7 +224,7 @@ class HfWeights:
         Raises:
             HuggingFaceError: not one of ``DTYPES``.
         """
-        stored = self._headers[name][2]
+        stored = self._headers[name].dtype
         if stored not in DTYPES:
             raise HuggingFaceError(f"{self.root}: tensor {name} is {stored}; give unquantised weights, {', '.join(DTYPES.values())}")
         return DTYPES[stored]
@@ -205,8 +236,9 @@ class HfWeights:
             HuggingFaceError: it cannot be read, or holds NaN or infinity.
         """
         try:
-            with safe_open(str(self._headers[name][0]), framework="pt") as file:
-                tensor = file.get_tensor(name)
+            header = self._headers[name]
+            with safe_open(str(header.file), framework="pt") as file:
+                tensor = file.get_tensor(header.name)
         except (OSError, SafetensorError) as error:
             raise HuggingFaceError(f"{self.root}: tensor {name} cannot be read ({error})") from None
         if not tensor.isfinite().all():

@@ -8,6 +8,7 @@ The names are those of ``hf_model/modeling_hydra_head.py``, which travels with a
 from __future__ import annotations
 
 import dataclasses
+import typing
 from typing import Any
 
 from hydra_mcore.config import HydraOptions, ModelCard, ModelShape
@@ -23,10 +24,21 @@ from hydra_mcore.convert.families import (
     qk_norms,
 )
 from hydra_mcore.convert.hf_code import AUTO_MAP
+from hydra_mcore.files import checked
 from hydra_mcore.heads import HeadMap, LayerHeads
 
 MODEL_TYPE = "hydra_head"
-FAMILY = Family(MODEL_TYPE, qk_norm=True, qkv_bias=False, head_dim=None, required_values=UNSUPPORTED_UNLESS)
+FAMILY = Family(MODEL_TYPE, qk_norm=True, qkv_bias=False, required_values=UNSUPPORTED_UNLESS)
+KEYS = {
+    **dict.fromkeys(("qk_norm", "qkv_bias"), bool),
+    "fa_heads": list[list[int]],
+    **typing.get_type_hints(HydraOptions),
+    "teacher": dict[str, str],
+    "stage": str,
+    "stages": list[dict[str, Any]],
+}
+"""As ``families.CONFIG_KEYS``: what no other family has."""
+_TRAINING = {"stage": str, "sequence_length": int, "batch_size": int, "iterations": int}
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -103,14 +115,15 @@ def teacher_type(card: ModelCard) -> str:
 
 
 def from_config(raw: dict[str, Any], shape: ModelShape) -> ModelCard:
-    """The model card behind a HydraHead config.json whose shape has been read.
+    """The model card behind a HydraHead config.json that transformers takes, the types of its values checked.
 
     Raises:
-        KeyError, TypeError, ValueError: a key is missing, or a value is not one that ``to_config`` writes.
+        KeyError, InputError: a key is missing, or a value is not one that ``to_config`` writes.
     """
     fa_heads = [(layer_idx, head_idx) for layer_idx, heads in enumerate(raw["fa_heads"]) for head_idx in heads]
-    if len(raw["fa_heads"]) != shape.num_layers:
-        raise ValueError(f"fa_heads lists {len(raw['fa_heads'])} layers, num_hidden_layers is {shape.num_layers}")
+    for stage in raw["stages"]:
+        for key, hint in _TRAINING.items():
+            checked(stage[key], hint, f"stages: {key}")
     return ModelCard(
         shape=shape,
         head_map=HeadMap.from_fa(fa_heads, shape.num_layers, shape.num_heads, shape.num_kv_groups),

@@ -10,6 +10,7 @@ decay and write gates, short convolutions, fusion norms) keeps the start that it
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hydra_mcore.config import ConfigError, HydraOptions, ModelCard
-from hydra_mcore.convert.target import HEAD_MAP_NAME, TOKENIZER_DIR, check_target, copy_tokenizer, new_folder
+from hydra_mcore.convert.target import HEAD_MAP_NAME, check_target, new_folder
+from hydra_mcore.convert.tokenizer_files import TOKENIZER_DIR
 from hydra_mcore.errors import InputError
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.build import build_model, load_model, save_weights
@@ -60,7 +62,8 @@ def hybridize(
     scaled = calibration_tokens_bs is not None and options.fusion in SCALED_FUSIONS
     inherit(teacher, student, head_output_rms(teacher, calibration_tokens_bs) if scaled else None)
     with new_folder(student_dir, sum(parameter.nbytes for parameter in student.parameters())) as folder:
-        copy_tokenizer(Path(teacher_dir) / TOKENIZER_DIR, folder / TOKENIZER_DIR)
+        if (tokenizer := Path(teacher_dir) / TOKENIZER_DIR).is_dir():
+            shutil.copytree(tokenizer, folder / TOKENIZER_DIR)
         head_map.save(folder / HEAD_MAP_NAME)
         save_weights([student], student_card, folder)
     return student_card

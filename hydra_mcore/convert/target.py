@@ -13,20 +13,7 @@ from pathlib import Path
 from hydra_mcore.errors import InputError
 from hydra_mcore.model.build import TRACKER
 
-TOKENIZER_DIR = "tokenizer"
 HEAD_MAP_NAME = "head_map.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "needles.json",
-)
 
 
 def check_target(target_dir: str | Path, num_bytes: int = 0) -> None:
@@ -62,12 +49,3 @@ def new_folder(target_dir: str | Path, num_bytes: int = 0) -> Iterator[Path]:
         raise InputError(f"{target}: cannot be written, {error.strerror or error}; nothing is left of it") from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-
-
-def copy_tokenizer(source_dir: str | Path, target_dir: str | Path) -> None:
-    """Copy the tokenizer's files that ``source_dir`` has."""
-    present = [Path(source_dir) / name for name in TOKENIZER_FILES if (Path(source_dir) / name).is_file()]
-    if present:
-        Path(target_dir).mkdir(parents=True, exist_ok=True)
-    for path in present:
-        shutil.copyfile(path, Path(target_dir) / path.name)

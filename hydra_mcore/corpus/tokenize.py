@@ -26,6 +26,7 @@ from tokenizers import Tokenizer
 
 from hydra_mcore.corpus.sources import Batch
 from hydra_mcore.errors import InputError
+from hydra_mcore.tokenizer import open_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,13 +63,8 @@ def load_fast_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         InputError: no tokenizer, or none that the ``tokenizers`` library runs.
     """
-    from transformers import AutoTokenizer
-
     beside = Path(name) / "tokenizer"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(beside if beside.is_dir() else name)
-    except (OSError, ValueError) as error:
-        raise InputError(f"tokenizer {name}: does not load ({str(error).strip().splitlines()[0]})") from None
+    tokenizer = open_tokenizer(beside if beside.is_dir() else name)
     if not tokenizer.is_fast:
         raise InputError(f"tokenizer {name}: has no fast form, which the workers need; convert it to a tokenizer.json")
     return tokenizer

@@ -28,7 +28,7 @@ from hydra_mcore.evaluation.ruler.source import Source, tokenizer_fingerprint
 from hydra_mcore.evaluation.ruler.wording import load_wording
 from hydra_mcore.evaluation.scoring import check_seed, score_prompts
 from hydra_mcore.model.runtime import from_first_rank
-from hydra_mcore.selection.probes import tokenizer_in
+from hydra_mcore.tokenizer import open_tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 
@@ -124,7 +124,7 @@ class Papers:
 
     def _read(self, facts: ModelFacts) -> str:
         """The fingerprint of a model's tokenizer, and what prompts are made of with it."""
-        tokenizer = tokenizer_in(facts.tokenizer_dir)
+        tokenizer = open_tokenizer(facts.tokenizer_dir)
         fingerprint = tokenizer_fingerprint(tokenizer)
         if fingerprint not in self._sources:
             haystack = read_haystack(tokenizer, self.exam.haystack, self.exam.repeat_haystack)
@@ -164,7 +164,7 @@ def take_exam(papers: Papers, todo: Mapping[Contestant, Sequence[Piece]], record
             if not pieces:
                 continue
             bar.set_description(contestant.name)
-            tokenizer = tokenizer_in(contestant.facts.tokenizer_dir)
+            tokenizer = open_tokenizer(contestant.facts.tokenizer_dir)
             model = open_model(contestant.facts, DTYPES[contestant.dtype])
             for piece in pieces:
                 take = _predict if piece.task == TEXT else _answer

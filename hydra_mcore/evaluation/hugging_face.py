@@ -16,13 +16,13 @@ from transformers.utils import ModelOutput, logging
 
 from hydra_mcore.config import ConfigError
 from hydra_mcore.convert.hf_code import model_class
-from hydra_mcore.convert.hf_io import HuggingFaceError
+from hydra_mcore.convert.hf_io import CONFIG_NAME, HuggingFaceError, read_object
 from hydra_mcore.convert.hydra_family import MODEL_TYPE
 from hydra_mcore.evaluation.forward import LOGITS_AT_ONCE
 from hydra_mcore.model.rotary import yarn_scaling
 
 # What transformers raises for a directory that it cannot use; safetensors' own is for files cut short.
-_MISFIT = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
+_MISFIT = (OSError, ValueError, TypeError, AttributeError, AssertionError, RuntimeError, LookupError, ImportError, SafetensorError)
 
 
 def load_config(folder: Path, yarn: float | None = None) -> PreTrainedConfig:
@@ -32,7 +32,7 @@ def load_config(folder: Path, yarn: float | None = None) -> PreTrainedConfig:
         InputError: transformers does not know the model without code of the directory, or YaRN cannot stretch it.
     """
     try:
-        values, _ = PreTrainedConfig.get_config_dict(folder)
+        values = read_object(folder / CONFIG_NAME)
         if values.get("model_type") == MODEL_TYPE:
             config = model_class().config_class.from_pretrained(folder)
         else:

@@ -19,6 +19,7 @@ from hydra_mcore.evaluation.models import EvaluatedModel, ModelFacts
 from hydra_mcore.evaluation.parallel import ParallelModel
 from hydra_mcore.model.build import build_model, latest_iteration, load_weights
 from hydra_mcore.model.rotary import yarn_scaling
+from hydra_mcore.tokenizer import has_tokenizer
 
 BLOCK_BYTES, BLOCKS = 2**16, 32  # of a large file so many blocks are read, evenly spaced: 2 MiB, whatever its size
 
@@ -125,6 +126,6 @@ def _stretched(card: ModelCard, folder: Path, yarn: float | None) -> ModelCard:
 
 def _with_tokenizer(folder: Path) -> Path:
     """The folder; raises InputError unless a tokenizer is in it."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+    if not has_tokenizer(folder):
         raise InputError(f"{folder}: no tokenizer there; copy the Hugging Face tokenizer files to it")
     return folder

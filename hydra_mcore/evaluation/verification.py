@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hydra_mcore.config import ModelCard
+from hydra_mcore.convert.hf_code import check_model_code
 from hydra_mcore.convert.hf_export import export_hf
 from hydra_mcore.convert.hf_import import check_tensors, combined_fingerprint, fingerprint_of
 from hydra_mcore.convert.hf_io import HfWeights, read_config
@@ -151,12 +152,15 @@ def load_hf(folder: Path, card: ModelCard, run_its_code: bool = False) -> PreTra
     """A Hugging Face directory's model in float32, on the GPU if there is one.
 
     Raises:
-        InputError: it is not of the card's shape, or its tensors are not those that its config.json asks for.
+        InputError: it is not of the card's shape, its tensors are not those that its config.json asks for, or the code to run is
+            not ours.
     """
     described = read_config(folder)
     if difference := card.difference(dataclasses.asdict(described.shape), ""):
         raise InputError(f"{folder} is another model: {difference}")
-    check_tensors(HfWeights(folder), tensor_rules(described), described)
+    check_tensors(HfWeights(folder, described.shape.tied_embeddings), tensor_rules(described), described)
+    if run_its_code:
+        check_model_code(folder, described.source["config"].get("auto_map"))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=run_its_code, local_files_only=True)
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -170,7 +174,7 @@ def hf_logits(model: PreTrainedModel, ids_bs: Tensor) -> Tensor:
 
 def rounding(hf_dir: Path, checkpoint: Path, card: ModelCard) -> str:
     """A difference of dtypes between a directory and a checkpoint, which may be why they differ; empty if there is none."""
-    weights, stored = HfWeights(hf_dir), StoredTensors(checkpoint)
+    weights, stored = HfWeights(hf_dir, card.shape.tied_embeddings), StoredTensors(checkpoint)
     names = set(weights.names())
     for rule in tensor_rules(card).values():
         if rule.hf in names and weights.dtype(rule.hf) != (ours := dtype_name(stored.dtype(rule.stored))):

@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from hydra_mcore.errors import InputError
@@ -27,6 +26,7 @@ from hydra_mcore.selection.capabilities import BUILT_IN, GENERAL, RETRIEVAL
 from hydra_mcore.selection.general import general_pairs
 from hydra_mcore.selection.jsonl import Pair, encode, load_pairs
 from hydra_mcore.selection.needles import RULER_FORMAT, TASKS, NeedleFormat, build_prompts
+from hydra_mcore.tokenizer import open_tokenizer
 
 EVALUATION_SEEDS = 1_000_000  # the first of them: selection stays below, so no map is chosen on prompts it is judged by
 TOKENS_A_FORWARD = 16_384  # pairs are cut into batches of about this many tokens
@@ -182,16 +182,7 @@ def load_tokenizer(checkpoint_dir: str | Path) -> Tokenizer:
     folder = Path(checkpoint_dir) / "tokenizer"
     if not folder.is_dir():
         raise InputError(f"{folder}: no tokenizer beside the checkpoint; copy the Hugging Face tokenizer files there")
-    return tokenizer_in(folder)
-
-
-def tokenizer_in(folder: Path) -> Tokenizer:
-    """The tokenizer whose files lie in a folder; raises InputError when they do not load."""
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # and no question whether to
-    except Exception as error:  # of damaged files transformers raises whatever it runs into
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise InputError(f"{folder}: the tokenizer does not load ({reason})") from None
+    return open_tokenizer(folder)
 
 
 def load_format(checkpoint_dir: str | Path, path: str | Path | None = None) -> NeedleFormat:

@@ -185,6 +185,8 @@ def check_settings(known: argparse.Namespace, card: ModelCard, ranks: int) -> No
     start, end = known.profile_step_start, known.profile_step_end
     if known.profile and not 0 <= start < end <= known.train_iters:
         raise ConfigError(f"profile-step-start {start} to profile-step-end {end} is no window of the {known.train_iters} steps of training")
+    if known.trust_remote_code or known.metadata_path:
+        raise ConfigError("trust-remote-code and tokenizer-metadata would run code that a folder brings along; leave them out")
     if known.save_retain_interval:
         raise ConfigError("save-retain-interval deletes checkpoints unsafely; use keep-last and keep-every")
     if known.fp16:

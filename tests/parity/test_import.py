@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from hydra_mcore.config import ModelCard
 from hydra_mcore.convert import hf_import
 from hydra_mcore.convert.families import EMBEDDING, FAMILIES
+from hydra_mcore.convert.hf_export import export_hf
 from hydra_mcore.convert.hf_import import import_hf
 from hydra_mcore.convert.hf_io import HuggingFaceError, read_config
 from hydra_mcore.convert.tensors import tensor_rules
@@ -145,6 +146,63 @@ def test_missing_keys_mean_what_the_family_says(tmp_path):
     assert not shape.qk_norm and not shape.qkv_bias and not shape.tied_embeddings
 
 
+AS_PEOPLE_HAVE_THEM = {
+    "no rope_theta, as Llama 2": ("llama", {"rope_parameters": None}, lambda c: c.pop("rope_parameters")),
+    "rope_theta beside it": ("qwen3", {}, lambda c: c.update(rope_theta=c.pop("rope_parameters")["rope_theta"], rope_scaling=None)),
+    "kv heads null": ("llama", {"num_key_value_heads": 6}, lambda c: c.update(num_key_value_heads=None)),
+    "kv heads null in Qwen": ("qwen2", {"num_key_value_heads": 6}, lambda c: c.update(num_key_value_heads=None)),
+    "native length missing": ("qwen3", {"max_position_embeddings": 32768}, lambda c: c.pop("max_position_embeddings")),
+    "norm epsilon missing": ("qwen2", {}, lambda c: c.pop("rms_norm_eps")),
+    "yarn without a native length": (
+        "qwen3",
+        {"rope_parameters": {"rope_theta": 5000.0, "rope_type": "yarn", "factor": 4.0}},
+        lambda c: c["rope_parameters"].pop("original_max_position_embeddings"),
+    ),
+    "windows on no layer": (
+        "qwen2",
+        {},
+        lambda c: c.update(use_sliding_window=True, max_window_layers=3, layer_types=None, sliding_window=8),
+    ),
+    "windows without a size": ("qwen3", {}, lambda c: c.update(use_sliding_window=True, max_window_layers=0, sliding_window=None)),
+    "windows that layer_types rule out": ("qwen3", {}, lambda c: c.update(use_sliding_window=True, max_window_layers=0, sliding_window=8)),
+    "layer_types null": ("qwen3", {}, lambda c: c.update(layer_types=None)),
+    "silu by its other name": ("llama", {}, lambda c: c.update(hidden_act="swish")),
+    "keys that mean nothing here": ("llama", {}, lambda c: c.update(pretraining_tp=1, torch_dtype="float32", x={"y": [None]}, id2label=[])),
+}
+
+
+@pytest.mark.parametrize(("family", "changes", "edit"), AS_PEOPLE_HAVE_THEM.values(), ids=list(AS_PEOPLE_HAVE_THEM))
+def test_configs_as_people_have_them(tmp_path, family, changes, edit):
+    settings = {key: value for key, value in changes.items() if value is not None}
+    truth = tiny_model(family, tmp_path / "hf", **({"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}} | settings))
+    edit_config(tmp_path / "hf", edit)
+    card = import_hf(tmp_path / "hf", tmp_path / "out")
+    tokens_bs = random_tokens(length=60)
+    with torch.no_grad():
+        expected, found = truth(tokens_bs).logits, logits_of(tmp_path / "out", tokens_bs)
+    assert (found - expected).abs().max() < 1e-4
+    assert card.shape.native_length == truth.config.max_position_embeddings
+    export_hf(tmp_path / "out", tmp_path / "back")
+    assert (tmp_path / "back" / "config.json").read_text() == json.dumps(
+        json.loads((tmp_path / "hf" / "config.json").read_text()), indent=2
+    ) + "\n"
+
+
+def test_a_tied_model_may_store_its_output_layer_alone_and_buffers_are_no_weights(tmp_path):
+    truth = tiny_qwen3(tmp_path / "plain", tie_word_embeddings=True)
+    truth.save_pretrained(tmp_path / "hf")
+    buffers = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.arange(8.0) for layer in range(3)}
+    edit_tensors(tmp_path / "hf", lambda t: t.update(buffers | {HEAD: t.pop(EMBEDDING.hf)}))
+    cards = [import_hf(tmp_path / name, tmp_path / f"{name}.out") for name in ("plain", "hf")]
+    assert cards[0].fingerprint == cards[1].fingerprint
+    tokens_bs = random_tokens(length=20)
+    with torch.no_grad():
+        assert (logits_of(tmp_path / "hf.out", tokens_bs) - truth(tokens_bs).logits).abs().max() < 1e-4
+    edit_config(tmp_path / "hf", lambda c: c.update(tie_word_embeddings=False))
+    with pytest.raises(HuggingFaceError, match=r"tensor model\.embed_tokens\.weight is missing"):
+        import_hf(tmp_path / "hf", tmp_path / "untied")
+
+
 def edit_config(hf_dir: Path, change: Callable[[dict], object]) -> None:
     raw = json.loads((hf_dir / "config.json").read_text())
     change(raw)
@@ -173,7 +231,10 @@ BAD_DIRECTORIES = {
     "config not an object": (lambda d: (d / "config.json").write_text("[]"), ["config.json", "object"]),
     "other family": (lambda d: edit_config(d, lambda c: c.update(model_type="gpt2")), ["model_type", "'gpt2'", "qwen3", "hydra_head"]),
     "moe": (lambda d: edit_config(d, lambda c: c.update(model_type="qwen3_moe")), ["'qwen3_moe'"]),
-    "sliding window": (lambda d: edit_config(d, lambda c: c.update(use_sliding_window=True)), ["use_sliding_window", "True"]),
+    "sliding window": (
+        lambda d: edit_config(d, lambda c: c.update(use_sliding_window=True, max_window_layers=1, layer_types=None, sliding_window=8)),
+        ["layer_types", "'sliding_attention'", "use_sliding_window"],
+    ),
     "sliding layer": (lambda d: edit_config(d, lambda c: c["layer_types"].__setitem__(1, "sliding_attention")), ["layer_types"]),
     "rope scaling": (
         lambda d: edit_config(d, lambda c: c.update(rope_scaling={"type": "dynamic"}, rope_parameters={"rope_theta": 1e4})),
@@ -185,21 +246,23 @@ BAD_DIRECTORIES = {
         lambda d: edit_config(d, lambda c: c["rope_parameters"].update(partial_rotary_factor=0.5)),
         ["partial_rotary_factor 0.5"],
     ),
-    "no theta": (lambda d: edit_config(d, lambda c: c.pop("rope_parameters")), ["rope_theta", "missing"]),
     "attention bias": (lambda d: edit_config(d, lambda c: c.update(attention_bias=True)), ["attention_bias"]),
     "activation": (lambda d: edit_config(d, lambda c: c.update(hidden_act="gelu")), ["hidden_act", "'gelu'"]),
     "quantised": (lambda d: edit_config(d, lambda c: c.update(quantization_config={})), ["quantization_config"]),
-    "key missing": (lambda d: edit_config(d, lambda c: c.pop("hidden_size")), ["'hidden_size'", "missing"]),
+    "key missing": (lambda d: edit_config(d, lambda c: c.pop("hidden_size")), ["shape (61, 40)", "config.json lacks hidden_size"]),
     "key not a number": (lambda d: edit_config(d, lambda c: c.update(num_hidden_layers="3")), ["num_hidden_layers", "'3'"]),
     "groups": (lambda d: edit_config(d, lambda c: c.update(num_key_value_heads=4)), ["num_key_value_heads 4", "6"]),
-    "odd head": (lambda d: edit_config(d, lambda c: c.update(head_dim=15)), ["head_dim 15"]),
+    "odd head": (lambda d: edit_config(d, lambda c: c.update(head_dim=15)), ["head_dim", "15", "even"]),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), ["no weights"]),
     "cut short": (cut_short, ["model.safetensors", "cut short"]),
     "not safetensors": (lambda d: (d / "model.safetensors").write_bytes(b"x" * 100), ["model.safetensors", "not safetensors"]),
     "missing tensor": (lambda d: edit_tensors(d, lambda t: t.pop(K1)), [K1, "missing"]),
     "missing output layer": (lambda d: edit_tensors(d, lambda t: t.pop(HEAD)), [HEAD, "missing"]),
     "extra tensor": (lambda d: edit_tensors(d, lambda t: t.update({"model.bias": torch.ones(3)})), ["model.bias", "not part"]),
-    "one layer more": (lambda d: edit_config(d, lambda c: c.update(num_hidden_layers=2)), ["model.layers.2.", "not part"]),
+    "one layer more": (
+        lambda d: edit_config(d, lambda c: c.update(num_hidden_layers=2, layer_types=None)),
+        ["model.layers.2.", "not part"],
+    ),
     "mis-shaped": (lambda d: edit_tensors(d, lambda t: t.update({O2: t[O2].T.contiguous()})), [O2, "(96, 40)", "(40, 96)"]),
     "nan": (lambda d: edit_tensors(d, lambda t: put(t, O2, float("nan"))), [O2, "NaN"]),
     "infinity": (lambda d: edit_tensors(d, lambda t: put(t, O2, float("-inf"))), [O2, "infinity"]),

@@ -40,9 +40,10 @@ from hydra_mcore.selection.figures import knock_out_curves
 from hydra_mcore.selection.journal import JournalWriter, read_journal
 from hydra_mcore.selection.jsonl import load_pairs
 from hydra_mcore.selection.needles import build_prompts
-from hydra_mcore.selection.probes import load_format, tokenizer_in
+from hydra_mcore.selection.probes import load_format
 from hydra_mcore.selection.report import write_report as write_selection_report
 from hydra_mcore.selection.score import HeadScores
+from hydra_mcore.tokenizer import open_tokenizer
 from hydra_mcore.train.checkpoints import VERSIONS, note_versions
 from hydra_mcore.train.tracking import _run_record
 from tests.support.contestants import TINY
@@ -415,7 +416,7 @@ def test_damaged_tokenizers_are_one_line(tmp_path: Path, name: str, sample: int 
     contents = [*list(damaged_bytes(text.encode(), count=4 if sample else 100)), *(as_text(odd).encode() for odd in ODD)]
     if name == "tokenizer_config.json":
         contents += damaged_texts(text, sample and 10)
-    assert survey(tmp_path / name, contents, lambda: tokenizer_in(tmp_path)) == []
+    assert survey(tmp_path / name, contents, lambda: open_tokenizer(tmp_path)) == []
 
 
 @every_amount

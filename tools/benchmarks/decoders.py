@@ -8,7 +8,6 @@ import itertools
 import resource
 import statistics
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,15 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from hydra_mcore.config import HydraOptions, ModelCard, ModelShape
 from hydra_mcore.convert.families import SHAPE_KEYS
-from hydra_mcore.convert.hf_code import copy_model_code
-from hydra_mcore.convert.hf_io import CONFIG_NAME
-from hydra_mcore.convert.hydra_family import to_config
+from hydra_mcore.convert.hf_code import model_class
+from hydra_mcore.convert.hf_io import CONFIG_NAME, read_object
+from hydra_mcore.convert.hydra_family import MODEL_TYPE, to_config
 from hydra_mcore.errors import InputError
-from hydra_mcore.files import write_json
 from hydra_mcore.heads import HeadMap
 from tools.benchmarks.measure import Point, in_turn, timed
 
@@ -142,34 +140,27 @@ def random_decoders(shape: ModelShape, maps: Sequence[Sequence[int]], device: st
     Maps that have a label in common make one model.
     """
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as parent:
-        # Always this name: transformers keeps a copy of the code in its cache, below the folder's name.
-        configs = [_student_config(Path(parent) / "hydra_head", shape, fa, dtype) for fa in maps]
-        students = {
-            label(config): AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=getattr(torch, dtype))
-            for config in configs
-        }
+    configs = [_student_config(shape, fa, dtype) for fa in maps]
+    students = {label(config): model_class()._from_config(config, dtype=getattr(torch, dtype)) for config in configs}
     sizes = {key: getattr(shape, name) for name, key in SHAPE_KEYS.items()}
     teacher = Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=shape.head_dim, tie_word_embeddings=shape.tied_embeddings))
     models = {"teacher": teacher.to(getattr(torch, dtype)), **students}
     return [Decoder(name, model, device) for name, model in models.items()]
 
 
-def _student_config(folder: Path, shape: ModelShape, fa: Sequence[int], dtype: str) -> PretrainedConfig:
-    """Of the code in ``folder``, as an export writes it."""
+def _student_config(shape: ModelShape, fa: Sequence[int], dtype: str) -> PretrainedConfig:
+    """As an export writes it."""
     pairs = [(layer_idx, head_idx) for layer_idx in range(shape.num_layers) for head_idx in fa]
     head_map = HeadMap.from_fa(pairs, shape.num_layers, shape.num_heads, shape.num_kv_groups)
-    copy_model_code(folder)
     card = ModelCard(shape=shape, head_map=head_map, options=HydraOptions(), fingerprint="")
-    write_json(folder / CONFIG_NAME, to_config(card, dtype))
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=True)
+        return model_class().config_class(**to_config(card, dtype))
     except ValueError as error:
         raise InputError(str(error)) from None
 
 
 def stored_decoders(teacher_dir: Path, hf_dirs: Sequence[Path], device: str, dtype: str) -> list[Decoder]:
-    """The models of Hugging Face folders, on the code that an exported one carries.
+    """The models of Hugging Face folders, exported ones on this package's copy of their code.
 
     Raises:
         InputError: a folder that holds no model.
@@ -182,8 +173,9 @@ def stored_decoders(teacher_dir: Path, hf_dirs: Sequence[Path], device: str, dty
 def _load(folder: Path, dtype: str) -> PreTrainedModel:
     if not (folder / CONFIG_NAME).is_file():
         raise InputError(f"{folder}: no {CONFIG_NAME}, so no model; give a folder that tools/convert.py export wrote, or a teacher's")
+    kind = model_class() if read_object(folder / CONFIG_NAME).get("model_type") == MODEL_TYPE else AutoModelForCausalLM
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=True)
+        return kind.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: {str(error).splitlines()[0]}") from None
 

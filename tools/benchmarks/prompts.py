@@ -22,7 +22,7 @@ from hydra_mcore.evaluation.ruler.wording import RULER
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.build import build_model
 from hydra_mcore.model.runtime import process_groups
-from hydra_mcore.selection.probes import tokenizer_in
+from hydra_mcore.tokenizer import open_tokenizer
 from tools.benchmarks.prepared_data import train_tokenizer, write_corpus
 
 SEED = 1_000_000
@@ -37,7 +37,7 @@ def prompt_rows(tokenizer: Path | None, lengths: Sequence[int], prompts: int, fo
     """
     corpus, text = write_corpus(folder / "library.jsonl", megabytes=4), folder / "library.txt"
     text.write_text("\n\n".join(json.loads(line)["text"] for line in corpus.open()), encoding="utf-8")
-    known = tokenizer_in(tokenizer or train_tokenizer(corpus, folder / "tokenizer"))
+    known = open_tokenizer(tokenizer or train_tokenizer(corpus, folder / "tokenizer"))
     haystack = read_haystack(known, text, repeat=True)
     for task in TASKS:
         source = Source(known, RULER, haystack)

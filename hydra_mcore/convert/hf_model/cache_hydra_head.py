@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 
 class HydraHeadCacheLayer(CacheLayerMixin):
@@ -87,3 +87,18 @@ class HydraHeadCache(Cache):
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(layers=[HydraHeadCacheLayer() for _ in range(config.num_hidden_layers)])
+
+
+def as_ours(cache: Cache, config: PretrainedConfig) -> None:
+    """Let a ``DynamicCache`` that is still empty hold what these models remember; whoever made it goes on with it.
+
+    Raises:
+        ValueError: neither that nor a cache of these models.
+    """
+    layers = getattr(cache, "layers", ())
+    if layers and all(isinstance(layer, HydraHeadCacheLayer) for layer in layers):
+        return
+    if not isinstance(cache, DynamicCache) or cache.offloading or cache.get_seq_length():
+        kind = type(cache).__name__ + (" that offloads" if getattr(cache, "offloading", False) else "")
+        raise ValueError(f"past_key_values is a {kind}; give a HydraHeadCache, an empty DynamicCache, or none and use_cache=True")
+    cache.layers, cache.layer_class_to_replicate = HydraHeadCache(config).layers, None

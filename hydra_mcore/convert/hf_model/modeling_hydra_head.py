@@ -19,12 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .cache_hydra_head import HydraHeadCache
+from .cache_hydra_head import HydraHeadCache, as_ours
+from .chunked_delta_rule import chunked_delta_rule  # noqa: F401  transformers 5.0 copies what this file imports, no more
 from .configuration_hydra_head import HydraHeadConfig
 from .heads_hydra_head import (
     Call,
@@ -141,7 +143,6 @@ class HydraHeadPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Random projections, identity convolutions, open gates, long memory; not called for modules whose parameters are loaded."""
-        init = nn.init
         if isinstance(module, OutputGate):
             init.normal_(module.weight, std=1e-3)
             init.ones_(module.bias)
@@ -154,8 +155,9 @@ class HydraHeadPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.RMSNorm):
             init.ones_(module.weight)
         elif isinstance(module, ShortConv):
-            init.zeros_(module.weight)
-            init.ones_(module.weight[..., -1])
+            identity = torch.zeros_like(module.weight)
+            identity[..., -1] = 1
+            init.copy_(module.weight, identity)  # whole: of a loaded weight, transformers 5.0 knows the whole alone
         elif isinstance(module, GatedDeltaHeads):
             for start_at_zero in (module.A_log, module.decay_proj.weight, module.write_proj.weight, module.write_proj.bias):
                 init.zeros_(start_at_zero)
@@ -195,7 +197,8 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
         Args:
             attention_mask: [b, t], 0 at padding, which may stand anywhere, over all tokens including the cached ones.
             position_ids: [b, s] or [1, s]; by default tokens are counted from 0, padding left out.
-            past_key_values: a ``HydraHeadCache``, which is updated; made here when ``use_cache`` asks for one.
+            past_key_values: a ``HydraHeadCache``, or a ``DynamicCache`` that is still empty, which becomes one; updated in place.
+                Made here when ``use_cache`` asks for one.
             use_cache: by default ``config.use_cache``, but not while training.
 
         Raises:
@@ -210,7 +213,9 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
             use_cache = False
         elif use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None:
+        if past_key_values is not None:
+            as_ours(past_key_values, self.config)
+        elif use_cache:
             past_key_values = HydraHeadCache(self.config)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -230,9 +235,7 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
     def _describe(
         self, x_bsm: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past_key_values: HydraHeadCache | None
     ) -> Call:
-        """Check mask and cache, and find the positions."""
-        if past_key_values is not None and not isinstance(past_key_values, HydraHeadCache):
-            raise ValueError(f"past_key_values is a {type(past_key_values).__name__}; give a HydraHeadCache, or none and use_cache=True")
+        """Check the mask, and find the positions."""
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         b, s, _ = x_bsm.shape
         real_bt = None
@@ -300,9 +303,10 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):
         )
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        """Where ``generate`` would make its dynamic cache, make ours."""
-        wanted = generation_config.use_cache is not False and generation_config.cache_implementation in (None, "dynamic")
-        if wanted and model_kwargs.get("past_key_values") is None:
+        """Where ``generate`` would make its dynamic cache, make ours; without the use of a cache, a given one is left alone."""
+        if generation_config.use_cache is False:
+            model_kwargs["past_key_values"] = None
+        elif model_kwargs.get("past_key_values") is None and generation_config.cache_implementation in (None, "dynamic"):
             model_kwargs["past_key_values"] = HydraHeadCache(self.config)
         else:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)

@@ -1,0 +1,40 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The one place that loads a tokenizer. Code that a folder or the hub brings along is never run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hydra_mcore.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # files of which a tokenizer has one at least
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether the files of a tokenizer lie in a folder."""
+    return any((Path(folder) / name).is_file() for name in VOCABULARIES)
+
+
+def open_tokenizer(name: str | Path, local_files_only: bool = False) -> PreTrainedTokenizerBase:
+    """A Hugging Face tokenizer: of a folder, or of a name on the hub.
+
+    Args:
+        local_files_only: what is not on this machine is not asked for.
+
+    Raises:
+        InputError: none there, one that does not load, or one that needs code of its own.
+    """
+    from transformers import AutoTokenizer  # not at the top: a worker that tokenizes starts without it
+
+    try:
+        return AutoTokenizer.from_pretrained(str(name), trust_remote_code=False, local_files_only=local_files_only)
+    except Exception as error:  # of broken files transformers and its libraries raise whatever they run into
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    if "custom code" in reason:
+        raise InputError(f"tokenizer {name}: needs code of its own, which is never run; convert it to a tokenizer.json that needs none")
+    raise InputError(f"tokenizer {name}: does not load ({reason}); give a folder with its files")
