@@ -132,7 +132,13 @@ def test_broken_files_are_refused_in_one_line(tmp_path, name, text):
 
 def test_a_student_loses_the_generation_settings_that_its_cache_cannot_do(tmp_path):
     hf = source(tmp_path, "qwen2", "gpt2")
-    settings = {"cache_implementation": "static", "prompt_lookup_num_tokens": 3, "temperature": 0.7, "do_sample": True, "eos_token_id": [5, 6]}
+    settings = {
+        "cache_implementation": "static",
+        "prompt_lookup_num_tokens": 3,
+        "temperature": 0.7,
+        "do_sample": True,
+        "eos_token_id": [5, 6],
+    }
     (hf / "generation_config.json").write_text(json.dumps(settings))
     import_hf(hf, tmp_path / "teacher")
     export_hf(tmp_path / "teacher", tmp_path / "back")
