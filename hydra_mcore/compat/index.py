@@ -9,6 +9,7 @@ records, which are checked and only then made into torch's own.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import math
@@ -89,10 +90,13 @@ class _Unpickler(pickle.Unpickler):
         return _KNOWN[module, name]
 
 
-def read_index(path: Path) -> dcp.Metadata:
+def read_index(path: Path, sha256: str = "") -> dcp.Metadata:
     """The index at ``path``: which tensors and objects there are, and where their bytes lie.
 
     What torch notes for its own next save (plans) is left out.
+
+    Args:
+        sha256: its checksum, empty where it is not known.
 
     Raises:
         InputError: not the index of a checkpoint, a damaged one, or one made to do harm: it asks for a class or an instruction that
@@ -100,6 +104,8 @@ def read_index(path: Path) -> dcp.Metadata:
     """
     try:
         data = path.read_bytes()
+        if sha256 and hashlib.sha256(data).hexdigest() != sha256:
+            raise ValueError("its checksum is another")
         _check_instructions(data)
         return _Index(_Unpickler(io.BytesIO(data)).load(), len(data)).metadata()
     except OSError as error:
@@ -176,7 +182,7 @@ def _chunk(record: Any) -> dcp.ChunkStorageMetadata:
 def _stored(key: Any, info: Any) -> tuple[dcp.MetadataIndex, _StorageInfo]:
     index, place = _fields(key, "MetadataIndex"), _fields(info, "_StorageInfo")
     name, offset, length = _of(place["relative_path"], str), _of(place["offset"], int), _of(place["length"], int)
-    if Path(name).name != name or "\0" in name:
+    if not name or Path(name).name != name or "\0" in name:
         raise ValueError(f"{name[:80]!r} is no file of its folder")
     if min(offset, length) < 0 or place.get("transform_descriptors"):
         raise ValueError(f"no plain bytes in {name[:80]}")

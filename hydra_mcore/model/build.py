@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from hydra_mcore.compat.index import read_index
+from hydra_mcore.compat.saving import INDEX_CHECKSUM
 from hydra_mcore.config import ConfigError, HydraOptions, ModelCard, ModelShape
 from hydra_mcore.errors import InputError
 from hydra_mcore.files import read_json
@@ -190,9 +191,9 @@ def check_complete(folder: Path) -> None:
         raise CutShort(f"{folder}: the checkpoint is cut short ({_FIX})")
     if (folder / "common.pt").exists():
         raise ConfigError(f"{folder}: common.pt has no place in a checkpoint of ours and could run code; remove it")
-    read_json(folder / "metadata.json", ConfigError)
-    index = folder / _INDEX
-    for name, size in _needed_lengths(index, index.stat().st_mtime_ns, index.stat().st_size).items():
+    index, notes = folder / _INDEX, read_json(folder / "metadata.json", ConfigError)
+    checksum = notes.get(INDEX_CHECKSUM) if isinstance(notes, dict) else None  # none where an older version saved
+    for name, size in _needed_lengths(index, str(checksum or ""), index.stat().st_mtime_ns, index.stat().st_size).items():
         path = folder / name
         if not path.is_file() or path.stat().st_size < size:
             raise CutShort(f"{path}: the checkpoint is cut short ({_FIX})")
@@ -212,10 +213,10 @@ def trainings(card: ModelCard, checkpoint_dir: str | Path) -> list[dict[str, Any
 
 
 @functools.lru_cache(maxsize=64)  # a training looks before and after each save, and an index can have a million entries
-def _needed_lengths(index: Path, _modified: int, _size: int) -> dict[str, int]:
+def _needed_lengths(index: Path, checksum: str, _modified: int, _size: int) -> dict[str, int]:
     """Name of each file that an index names -> the bytes that it must have."""
     try:
-        stored = read_index(index).storage_data
+        stored = read_index(index, checksum).storage_data
     except InputError as error:
         raise ConfigError(f"{error} ({_FIX})") from None
     needed: dict[str, int] = {}
