@@ -24,18 +24,21 @@ import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.rerun_state_machine import RerunDiagnostic
+from megatron.core.safe_globals import safe_numpy_load
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from hydra_mcore.compat.index import read_index
 from hydra_mcore.compat.reading import check_entry
 from hydra_mcore.config import ConfigError
 from hydra_mcore.errors import InputError
+from hydra_mcore.evaluation.hugging_face import HuggingFaceModel
 from hydra_mcore.model.build import TRACKER, build_model, iterations, latest_iteration, load_model, teacher_card, write_checkpoint
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.model.streaming import StoredTensors
 from hydra_mcore.train.checkpoints import resumable, tidy
 from tests.support.planted_code import INDEX, Program, plant, raw_index, replace_entry, saved, unprotected_load, write_index
 from tests.support.stages import SHAPE
+from tests.support.tiny_hf import tiny_qwen3
 
 CARD = teacher_card(SHAPE, "f" * 64)
 OBJECTS = {
@@ -414,3 +417,22 @@ def test_the_other_index(model: Path, text: str) -> None:
     (model / "iter_0000000" / "metadata.json").write_text(text, "utf-8", "surrogateescape")
     said = refusal(lambda: load_model(model))
     assert "\n" not in said and (said or text == '{"sharded_backend": 3}')
+
+
+def test_a_pickle_of_weights_in_a_hugging_face_directory(groups: None, tmp_path: Path) -> None:
+    tiny_qwen3(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(saved({"lm_head.weight": Program(tmp_path / "ran")}))
+    with pytest.raises(InputError, match="could run code; get them as safetensors"):
+        HuggingFaceModel(tmp_path, torch.float32)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_pickle_in_the_folder_of_data_indices(tmp_path: Path) -> None:
+    """Megatron allows pickles where it reads its indices, by an unpickler of its own."""
+    (tmp_path / "index.npy").write_bytes(pickle.dumps(Program(tmp_path / "ran")))
+    np.save(tmp_path / "objects.npy", np.array([Program(tmp_path / "ran")], dtype=object), allow_pickle=True)
+    for name in ("index.npy", "objects.npy"):
+        with pytest.raises((pickle.UnpicklingError, ValueError)):
+            safe_numpy_load(tmp_path / name, allow_pickle=True, mmap_mode="r")
+    assert not (tmp_path / "ran").exists()
