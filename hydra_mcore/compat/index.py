@@ -24,6 +24,8 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from hydra_mcore.errors import InputError
 
+LARGEST = 2**31  # bytes; a trained model of 32B parameters has an index of 50 MB
+
 
 class _Record:
     """Stands for an object in an index, whose class it has as its name."""
@@ -103,6 +105,8 @@ def read_index(path: Path, sha256: str = "") -> dcp.Metadata:
             has no place there, names files outside its folder, or tensors larger than their files.
     """
     try:
+        if path.stat().st_size > LARGEST:
+            raise ValueError("no index is that large")
         data = path.read_bytes()
         if sha256 and hashlib.sha256(data).hexdigest() != sha256:
             raise ValueError("its checksum is another")

@@ -30,8 +30,9 @@ SMALL = 2**20  # an entry up to so many bytes is read at once
 
 # The classes in torch.save's files that our checkpoints hold, beside those of Megatron's settings.
 _PLAIN = frozenset({
-    "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter", "torch.Size", "torch.device", "collections.OrderedDict",
-    "builtins.set", "_codecs.encode", "numpy._core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype", "torch.storage.UntypedStorage",
+    "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3", "torch._utils._rebuild_parameter", "torch.Size", "torch.device",
+    "torch.storage.UntypedStorage", "numpy._core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype", "_codecs.encode",
+    "collections.OrderedDict", "builtins.set",
 })  # fmt: skip
 
 
@@ -105,10 +106,11 @@ def _restricted_index(original: Callable[..., Metadata]) -> Callable[..., Metada
 
 
 def _restricted_bytes(original: Callable[..., None]) -> Callable[..., None]:
+    torch.serialization.add_safe_globals(_megatron_classes())  # Megatron itself adds all but two
+
     @functools.wraps(original)
     def load_bytes(self: Any, read_item: Any, value: io.BytesIO) -> None:
-        with torch.serialization.safe_globals(_megatron_classes()):
-            found = torch.load(value, map_location="cpu", weights_only=True)
+        found = torch.load(value, map_location="cpu", weights_only=True)
         if self.flatten_state_dict:
             set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], found)
         else:

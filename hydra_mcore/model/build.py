@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -238,11 +240,12 @@ def _unreadable(folder: Path, error: BaseException) -> BaseException:
     """What to raise in place of an error that came while a checkpoint was read; torch wraps the cause, Ctrl-C too."""
     failures = error.failures if isinstance(error, CheckpointException) else {}
     cause = next((cause for cause, _ in failures.values()), error)
-    if isinstance(cause, InputError):
-        return ConfigError(f"{cause} ({_FIX})")
     if not isinstance(cause, Exception):
         return cause
-    return ConfigError(f"{folder}: cannot be loaded ({type(cause).__name__}: {_first_line(cause)})")
+    what = f"{cause} ({_FIX})" if isinstance(cause, InputError) else f"{folder}: cannot be loaded ({_first_line(cause)})"
+    if (rank := os.environ.get("RANK", "0")) != "0":
+        print(f"rank {rank}: {what}", file=sys.stderr, flush=True)  # the first rank reads other parts, and may find them whole
+    return ConfigError(what)
 
 
 def _sharded_state(models: list[MegatronModule]) -> dict[str, Any]:

@@ -125,4 +125,7 @@ def test_training(trained: Path, tmp_path: Path, victim: str, place: str) -> Non
     ((code, said),) = run_ranks(_train, 1, arguments(folder, stage, run, 6))
     lines = [line for line in said.splitlines() if line.startswith("train: ")]
     assert not marker.exists() and checkpoint.is_dir()
+    if place == "rerun_state_machine_state":  # Megatron does not take it up again
+        assert code == 0, said
+        return
     assert code == 2 and len(lines) == 1 and "could run code" in lines[0] and "Traceback" not in said, said

@@ -255,6 +255,23 @@ def test_a_list_of_parts_in_many_tensors_does_not_grow(small: Path) -> None:
     assert time.monotonic() - start < 5
 
 
+def test_an_index_without_end(small: Path) -> None:
+    with (small / INDEX).open("ab") as file:
+        file.truncate(2**40)  # takes no room on the disk
+    with pytest.raises(InputError, match="no index is that large"):
+        read_index(small / INDEX)
+
+
+def test_tensors_of_all_kinds_are_read(tmp_path: Path) -> None:
+    kinds = [torch.bool, torch.uint8, torch.int64, torch.float16, torch.bfloat16, torch.float64, torch.complex64, torch.float8_e4m3fn]
+    state = {str(kind): torch.ones(3, 2).to(kind) for kind in kinds} | {"none": torch.empty(0, 4), "one": torch.tensor(7.0)}
+    state |= {"part": torch.arange(100.0)[10:20], "turned": torch.arange(6.0).view(2, 3).T, "large": torch.rand(600_000)}
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(tmp_path / "iter_0000001"), no_dist=True)
+    found = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    dcp.load(found, storage_reader=dcp.FileSystemReader(tmp_path / "iter_0000001"), no_dist=True)
+    assert all(torch.equal(found[name].to(torch.complex128), true.to(torch.complex128)) for name, true in state.items())
+
+
 def test_a_long_name_is_still_an_index(small: Path) -> None:
     index = raw_index(small)
     index.storage_meta.checkpoint_id = "x" * 70_000  # written with another instruction than short names
@@ -380,6 +397,16 @@ def test_a_file_of_zeros_or_none(model: Path, kind: str) -> None:
         with pytest.raises(ConfigError, match="damaged at byte" if kind == "zeros" else "cut short") as error:
             read(model)
         assert "\n" not in str(error.value)
+
+
+def test_a_rank_that_alone_finds_damage_says_so(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    file = model / "iter_0000000" / "__0_0.distcp"
+    file.write_bytes(bytes(file.stat().st_size))
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ConfigError):
+        load_model(model)
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("rank 1: "))
+    assert "__0_0.distcp: damaged at byte" in line
 
 
 @pytest.mark.parametrize(
