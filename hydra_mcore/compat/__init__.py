@@ -10,6 +10,7 @@ group           installed when                      mends
 ``datasets``    the package has no Makefile (wheel) ``make`` is run for helpers that are there
 ``optimizer``   always; more without TE and Apex    saving and resuming the distributed optimizer
 ``saving``      always                              kills, signals and failures during a save
+``reading``     always                              checkpoints that are damaged, or made to run code
 ``cpu``         torch sees no GPU                   CUDA calls, device names, generators
 ==============  ==================================  ============================================
 """
@@ -52,7 +53,7 @@ def install() -> tuple[Patch, ...]:
     if found != MEGATRON_VERSION:
         raise RuntimeError(f"hydra_mcore needs megatron-core {MEGATRON_VERSION}, found {found}: pip install -e .")
     # Here and not at the top: importing this package must stay free of side effects.
-    from hydra_mcore.compat import cpu, datasets, optimizer, patching, saving
+    from hydra_mcore.compat import cpu, datasets, optimizer, patching, reading, saving
 
     _quiet()
     if is_cpu_only():
@@ -65,6 +66,7 @@ def install() -> tuple[Patch, ...]:
     if optimizer.needed():
         patching.apply(optimizer.PATCHES)
     patching.apply(saving.PATCHES)
+    patching.apply(reading.PATCHES)
     return applied()
 
 

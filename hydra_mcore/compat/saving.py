@@ -2,15 +2,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What Megatron's checkpoint saving lacks when a process is killed, a signal comes, or the background writer dies.
 
-Small files are written whole or not at all. A background save runs in a process of its own (``--async-save
---use-persistent-ckpt-worker``, started by a fork server): it must not outlive its trainer and write into a restarted
-run's files, must not die of a signal that asks the trainer to save, and its death must not make the trainer wait forever.
+Small files are written whole or not at all, and the last of them holds the checksum of the index. A background save runs in a
+process of its own (``--async-save --use-persistent-ckpt-worker``, started by a fork server): it must not outlive its trainer and
+write into a restarted run's files, must not die of a signal that asks the trainer to save, and its death must not make the trainer
+wait forever.
 """
 
 import builtins
 import contextlib
 import ctypes
+import dataclasses
 import functools
+import hashlib
+import json
 import multiprocessing
 import os
 import queue
@@ -22,6 +26,7 @@ import types
 from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.managers import SyncManager
+from pathlib import Path
 from typing import Any, TextIO
 
 import torch
@@ -34,6 +39,7 @@ _ASYNC = "megatron.training.async_utils"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # what asks a trainer to stop
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl()
 _POLL_S = 1.0
+INDEX_CHECKSUM = "index_sha256"  # a key of metadata.json
 
 
 @contextlib.contextmanager
@@ -59,6 +65,18 @@ def _make_getattr(original: Callable[[Any, str], Any]) -> Callable[[Any, str], A
         return _open if found is builtins.open else found
 
     return lookup
+
+
+def _make_save_config(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def save_config(config: Any, checkpoint_dir: str | os.PathLike[str]) -> None:
+        """The original, with the checksum of the index beside it; tensors have their own where they lie."""
+        with open(Path(checkpoint_dir) / ".metadata", "rb") as index:
+            checksum = hashlib.file_digest(index, "sha256").hexdigest()
+        with _write_whole(Path(checkpoint_dir) / "metadata.json") as file:
+            json.dump({**dataclasses.asdict(config), INDEX_CHECKSUM: checksum}, file)
+
+    return save_config
 
 
 def _queue_in_process(original: Callable[..., None]) -> Callable[..., None]:
@@ -186,6 +204,14 @@ PATCHES = (
         reason="The tracker is truncated, then written: a kill in between leaves a folder of complete checkpoints that no "
         "run goes on from. The same holds for metadata.json.",
         make=_make_getattr,
+    ),
+    Patch(
+        target="megatron.core.dist_checkpointing.core:save_config",
+        caller="megatron.core.dist_checkpointing.core:save_config",
+        marker="json.dump(asdict(config), f)",
+        reason="A flipped bit in the index gives a tensor another type, place or name, and nothing tells.",
+        make=_make_save_config,
+        rebind=("megatron.core.dist_checkpointing.serialization",),
     ),
     Patch(
         target=f"{_STRATEGIES}.torch:TorchDistSaveShardedStrategy.save",

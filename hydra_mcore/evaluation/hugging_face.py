@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +73,8 @@ class HuggingFaceModel:
         options = {"config": config, "dtype": dtype, "output_loading_info": True, "trust_remote_code": False}
         try:
             model, loading = loader.from_pretrained(folder, **options)
+        except UnpicklingError:  # transformers' reader of *.bin files takes tensors alone
+            raise HuggingFaceError(f"{folder}: its *.bin weights are damaged or could run code; get them as safetensors") from None
         except _MISFIT as error:
             raise HuggingFaceError(f"{folder}: its weights do not fit its config.json ({_first_line(error)})") from None
         if loading["missing_keys"]:

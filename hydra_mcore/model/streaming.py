@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 from hydra_mcore.config import ConfigError, ModelCard
-from hydra_mcore.model.build import build_model, latest_iteration, write_checkpoint
+from hydra_mcore.model.build import build_model, latest_iteration, readable, write_checkpoint
 
 Read = Callable[[str, tuple[int, ...]], Tensor]
 
@@ -148,9 +148,9 @@ class StoredTensors:
         return self._entry(name).properties.dtype
 
     def read(self, name: str) -> Tensor:
-        """A whole tensor on the CPU; raises ConfigError if there is no such tensor."""
+        """A whole tensor on the CPU; raises ConfigError if there is no such tensor, or its bytes are damaged."""
         tensor = torch.empty(self.shape(name), dtype=self.dtype(name))
-        with _alone():
+        with _alone(), readable(self.folder):
             dcp.load({name: tensor}, storage_reader=self._reader, no_dist=True)
         return tensor
 

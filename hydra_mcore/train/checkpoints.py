@@ -32,7 +32,7 @@ from hydra_mcore.compat.saving import stop_writer
 from hydra_mcore.config import ConfigError, ModelCard, StageOptions
 from hydra_mcore.errors import InputError
 from hydra_mcore.files import NO_ROOM, checked, read_json, write_json
-from hydra_mcore.model.build import TRACKER, check_complete, iterations, latest_iteration, write_tracker
+from hydra_mcore.model.build import TRACKER, CutShort, check_complete, iterations, latest_iteration, readable, tracker_mark, write_tracker
 from hydra_mcore.model.runtime import from_first_rank
 
 VERSIONS = "versions.json"
@@ -62,7 +62,7 @@ def resumable(save: Path) -> Path | None:
         with contextlib.suppress(ConfigError):
             check_complete(folder)
             return folder
-    if (save / TRACKER).is_file() and (save / TRACKER).read_text().strip():
+    if tracker_mark(save):
         raise problem
     return None
 
@@ -82,9 +82,11 @@ def tidy(save: Path) -> None:
     for folder in iterations(save).values():
         try:
             check_complete(folder)
-        except ConfigError:
+        except CutShort:
             print(f"{folder}: removed, its save was not finished", flush=True)
             _remove(folder)
+        except ConfigError as error:
+            print(f"{error}; left where it is", flush=True)
 
 
 def prune(save: Path, keep_last: int, keep_every: int) -> Path | None:
@@ -138,16 +140,21 @@ def checkpoint_care(save: Path, options: StageOptions, args: Namespace, config: 
     """While a stage trains: room is looked for at the start and before each save, old checkpoints go, a failed save stops it.
 
     Raises:
+        ConfigError: the checkpoint to go on from is damaged.
         SaveFailed: no room for a checkpoint, or a write failed; nothing of that save is left, the one before is.
     """
-    stock = training.save_checkpoint
+    stock, stock_load = training.save_checkpoint, training.load_checkpoint
 
     def save_checkpoint(iteration: int, *rest: Any, **keywords: Any) -> None:
         from_first_rank(partial(_make_room, save, iteration, options))
         stock(iteration, *rest, **keywords)
 
+    def load_checkpoint(*rest: Any, **keywords: Any) -> Any:
+        with readable(save):
+            return stock_load(*rest, **keywords)
+
     config.pre_wrap_hooks.append(partial(_look_for_room, save, args))
-    training.save_checkpoint = save_checkpoint
+    training.save_checkpoint, training.load_checkpoint = save_checkpoint, load_checkpoint
     try:
         yield
     except CheckpointException as error:  # torch's, a BaseException
@@ -157,7 +164,7 @@ def checkpoint_care(save: Path, options: StageOptions, args: Namespace, config: 
             raise
         _fail(save, args.rank, error)
     finally:
-        training.save_checkpoint = stock
+        training.save_checkpoint, training.load_checkpoint = stock, stock_load
         stop_writer()
         if args.rank == 0:
             prune(save, options.keep_last, options.keep_every)

@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from hydra_mcore import compat
-from hydra_mcore.compat import cpu, datasets, optimizer, patching, saving
+from hydra_mcore.compat import cpu, datasets, optimizer, patching, reading, saving
 from tests.support.launch import model_parallel, run_ranks
 
-ALL = (*cpu.PATCHES, *datasets.PATCHES, *optimizer.BUCKET_PATCHES, *optimizer.PATCHES, *saving.PATCHES)
+ALL = (*cpu.PATCHES, *datasets.PATCHES, *optimizer.BUCKET_PATCHES, *optimizer.PATCHES, *saving.PATCHES, *reading.PATCHES)
 DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
 
 
@@ -111,11 +111,11 @@ def test_a_machine_with_a_gpu_is_left_alone() -> None:
         import torch
         torch.cuda.is_available = lambda: True
         from hydra_mcore import compat
-        from hydra_mcore.compat import cpu, datasets, optimizer, patching, saving
+        from hydra_mcore.compat import cpu, datasets, optimizer, patching, reading, saving
         before = [patching.resolve(patch.target) for patch in cpu.PATCHES if patch.target.startswith("torch")]
         installed = compat.install()
         assert before == [patching.resolve(patch.target) for patch in cpu.PATCHES if patch.target.startswith("torch")]
-        assert installed == (*datasets.PATCHES, *optimizer.BUCKET_PATCHES, *optimizer.PATCHES, *saving.PATCHES), installed
+        assert installed == (*datasets.PATCHES, *optimizer.BUCKET_PATCHES, *optimizer.PATCHES, *saving.PATCHES, *reading.PATCHES), installed
 
         from megatron.core.optimizer import distrib_optimizer
         distrib_optimizer.HAVE_APEX_OR_TE = True
