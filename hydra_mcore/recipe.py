@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recipe files: YAML that becomes command-line flags, for the stages of training and for the commands around them.
 
-``python -m hydra_mcore.recipe has SECTION FILE...`` tells the job scripts whether there is something to do: exit status 0 or 1.
+``python -m hydra_mcore.recipe has SECTION FILE...`` tells the job scripts, with yes or no, whether there is something to do.
 """
 
 from __future__ import annotations
@@ -215,18 +215,19 @@ def parse_with_recipe(parser: argparse.ArgumentParser, command: str, argv: list[
         parser.exit(2, f"{parser.prog}: {error}\n")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Answer the job scripts: 0 where the recipe has the section, 1 where it has none; a broken recipe is one line and 2."""
+def main(argv: list[str] | None = None) -> None:
+    """Answer the job scripts with yes, no or broken; a broken recipe is one line on stderr and exit status 2."""
     parser = argparse.ArgumentParser(prog="python -m hydra_mcore.recipe", description="whether a recipe has a section for a command")
     parser.add_argument("ask", choices=["has"])
     parser.add_argument("section", choices=COMMAND_SECTIONS)
     parser.add_argument("config", nargs="+", metavar="FILE")
     args = parser.parse_args(argv)
     try:
-        return 0 if Recipe.load(args.config, args.section).values else 1
+        print("yes" if Recipe.load(args.config, args.section).values else "no")
     except ConfigError as error:
-        parser.exit(2, f"recipe: {error}\n")
+        print("broken")
+        parser.exit(2, f"{error}\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -104,7 +104,7 @@ class FlagParser(argparse.ArgumentParser):
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
         if reason := unused(action):
-            raise argparse.ArgumentError(action, f"has no effect here ({reason}); leave it out")
+            raise argparse.ArgumentError(action, f"cannot be used here ({reason}); leave it out")
         return super()._get_values(action, arg_strings)
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
@@ -169,10 +169,10 @@ def _check_range(name: str, action: argparse.Action, values: list[float]) -> Non
     default = action.default if isinstance(action.default, int | float) else None
     ours = action.container.title.startswith("hydra_mcore")  # StageOptions says which of ours may be 0
     positive = default != 0 and not ours and any(fnmatchcase(name, pattern) for pattern in POSITIVE)
-    low, high = RANGES.get(name, (min(default or 0, 1 if positive else 0), LARGEST_INT))
+    low, high = RANGES.get(name, (default if default and default < 0 else int(positive), LARGEST_INT))
     for value in values:
         if not low <= value <= high:  # so written, NaN is refused too
-            raise ConfigError(f"{name} is {str(value)[:40]}; it must be a number from {low} to {high}")
+            raise ConfigError(f"{name} is {str(value)[:40]}; it must be a number of at least {low} and at most {high}")
 
 
 def _check_split(split: str | None) -> None:
