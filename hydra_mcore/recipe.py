@@ -92,6 +92,8 @@ class Recipe:
             return {switches[0].dest: [name] if name else []}
         if value is not None and all(action.nargs == 0 for action in actions):
             raise ConfigError(f"recipe {self.name}: {key!r} takes true or false, not {_shown(value)}")
+        if isinstance(value, list) and actions[0].nargs is None:
+            raise ConfigError(f"recipe {self.name}: {key!r} takes one value, not a list")
         items = value if isinstance(value, list) else [] if value is None else [value]
         return {actions[0].dest: [actions[0].option_strings[0], *(self._text(key, item) for item in items)]}
 

@@ -22,11 +22,11 @@ from hydra_mcore.files import LARGEST_INT
 # wildcards; a title in brackets stands for Megatron's whole argument group. The first line that matches gives the reason.
 UNUSED = {
     "each layer has one dense MLP": """
-        [moe] moe-* expert-* use-grouped-gemm-* overlap-moe-* overlap-dispatch-* ep-overlap-* high-priority-a2a-comm-stream""",
+        [moe] moe-* *expert-* use-grouped-gemm-* overlap-moe-* overlap-dispatch-* ep-overlap-* high-priority-a2a-*""",
     "the layer splits a sequence among ranks in its own way": """
         hybrid-context-parallel hierarchical-context-parallel-sizes max-seqlen-per-dp-cp-rank cp-comm-type""",
     "attention and recurrence are HydraHead's; their choices are made with tools/convert.py hybridize": """
-        [mla] [experimental_attention_variant] multi-latent-attention experimental-attention-variant dsa-* linear-* mamba-*
+        [mla] [experimental_attention_variant] multi-latent-attention experimental-attention-variant *dsa-* linear-* mamba-*
         disable-mamba-* is-hybrid-model hybrid-* attention-output-gate attention-backend attention-softmax-in-fp32
         flash-attention-version use-flash-attn softmax-type qk-l2-norm qk-clip* window-* apply-query-key-layer-scaling""",
     "the model's form and its rotary angles come from the card of the checkpoint": """
@@ -36,8 +36,8 @@ UNUSED = {
         padded-vocab-size no-pad-vocab-size vocab-extra-ids bert-* no-bias-gelu-fusion onnx-safe mtp-* use-mup mup-* spec yaml-cfg""",
     "weights come from a checkpoint": "init-method-* embedding-init-method-std data-parallel-random-init",
     "the layers are not Transformer Engine's": """
-        [Transformer-Engine] [kitchen] *fp8* *fp4* first-last-layers-bf16 num-layers-at-* tp-comm-* no-tp-comm-* delay-wgrad-compute
-        use-te-* te-rng-tracker use-transformer-engine-* *kitchen-* symmetric-ar-type fused-residual-rmsnorm use-fused-weighted-*
+        [Transformer-Engine] *fp8* *fp4* first-last-layers-bf16 no-stream-ckpt-dequant num-layers-at-* tp-comm-* no-tp-comm-*
+        delay-wgrad-compute use-te-* te-rng-tracker use-transformer-engine-* *kitchen-* symmetric-ar-type fused-residual-rmsnorm use-fused-weighted-*
         cpu-offloading-* fine-grained-* offload-modules min-offloaded-* delay-offload-* delta-offload-* activation-offload-*
         log-max-attention-logit *cuda-graph cuda-graph-*""",
     "the losses are fused with the output layer, and carry no loss scale": """
@@ -179,7 +179,7 @@ def _check_split(split: str | None) -> None:
     parts = (split or "1").replace(" ", "").split(",")
     numbers = [float(part) for part in parts if re.fullmatch(r"\d+\.?\d*|\.\d+", part)]
     if len(numbers) != len(parts) or len(parts) > 3 or not 0 < numbers[0] <= sum(numbers) < 1e9:
-        raise ConfigError(f"split is {split!r}; it must be up to three numbers with commas, the first one more than 0 (training)")
+        raise ConfigError(f"split is {str(split)[:40]!r}; it must be up to three numbers with commas, the first one more than 0 (training)")
 
 
 def refusal(error: Exception, args: argparse.Namespace) -> ConfigError:
