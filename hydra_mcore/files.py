@@ -86,7 +86,7 @@ def check_writable(folder: str | Path, what: str, error: type[InputError] = Inpu
         there = next(part for part in (path.absolute(), *path.absolute().parents) if part.exists() or part.is_symlink())
         if not there.is_dir():
             problem = f"{there} is {'a link to nothing' if there.is_symlink() and not there.exists() else 'no folder'}"
-        elif not os.access(there, os.W_OK | os.X_OK):
+        elif not os.access(there, os.W_OK | os.X_OK, effective_ids=True):
             problem = f"{there} cannot be written"
     except OSError as found:  # a name that is too long, a folder on the way that may not be searched
         problem = found.strerror or str(found)

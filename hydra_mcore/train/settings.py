@@ -37,9 +37,9 @@ UNUSED = {
     "weights come from a checkpoint": "init-method-* embedding-init-method-std data-parallel-random-init",
     "the layers are not Transformer Engine's": """
         [Transformer-Engine] *fp8* *fp4* first-last-layers-bf16 no-stream-ckpt-dequant num-layers-at-* tp-comm-* no-tp-comm-*
-        delay-wgrad-compute use-te-* te-rng-tracker use-transformer-engine-* *kitchen-* symmetric-ar-type fused-residual-rmsnorm use-fused-weighted-*
-        cpu-offloading-* fine-grained-* offload-modules min-offloaded-* delay-offload-* delta-offload-* activation-offload-*
-        log-max-attention-logit *cuda-graph cuda-graph-*""",
+        delay-wgrad-compute use-te-* te-rng-tracker use-transformer-engine-* *kitchen-* symmetric-ar-type fused-residual-rmsnorm
+        use-fused-weighted-* cpu-offloading-* fine-grained-* offload-modules min-offloaded-* delay-offload-* delta-offload-*
+        activation-offload-* log-max-attention-logit *cuda-graph cuda-graph-*""",
     "the losses are fused with the output layer, and carry no loss scale": """
         cross-entropy-* fp16-lm-cross-entropy *loss-scale *loss-scale-window hysteresis defer-embedding-* wgrad-deferral-limit""",
     "training does not generate text; see tools/evaluate.py": """
@@ -152,9 +152,9 @@ def check_values(parser: argparse.ArgumentParser, known: argparse.Namespace, car
         name, value = flag_name(action), getattr(known, action.dest)
         if name in fixed and value != getattr(card, action.dest):
             shown = action.dest.replace("_", "-") if action.nargs == 0 else name
-            raise ConfigError(f"{shown} is {value}, and the card of the model says {getattr(card, action.dest)}; leave it out")
+            raise ConfigError(f"{shown} is {str(value)[:40]}, and the card of the model says {getattr(card, action.dest)}; leave it out")
         if name in SUPPORTED and value not in (None, *SUPPORTED[name]):
-            raise ConfigError(f"{name} is {value}; the stages train with {' or '.join(SUPPORTED[name])}")
+            raise ConfigError(f"{name} is {str(value)[:40]}; the stages train with {' or '.join(SUPPORTED[name])}")
         if value is not None and action.nargs != 0 and action.type in (int, float) and not unused(action):
             _check_range(name, action, value if isinstance(value, list) else [value])
     _check_split(known.split)
