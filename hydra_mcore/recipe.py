@@ -157,7 +157,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
-            raise ConfigError(f"recipe {path}: longer than {MAX_BYTES} bytes, so no recipe")
+            raise ConfigError(f"longer than {MAX_BYTES} bytes, so no recipe")
         raw = _with_dashes(yaml.load(content.decode("utf-8"), _Loader) or {})
     except OSError as error:
         raise ConfigError(f"recipe {path}: {error.strerror}") from None

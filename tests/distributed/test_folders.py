@@ -93,42 +93,24 @@ def _train(*argv: str) -> tuple[int, str]:
 
 
 def _argv(folder: Path, run: str, *flags: str, stage: str = "extend") -> list[str]:
-    argv = ["--stage", stage, "--run-dir", str(folder / run), "--start-from", str(folder / "read" / "student"), *FLAGS]
-    return [
-        *argv,
-        "--teacher",
-        str(folder / "read" / "teacher"),
-        "--data-path",
-        str(folder / "read" / "data"),
-        "--train-iters",
-        "3",
-        *flags,
-    ]
+    read = folder / "read"
+    argv = ["--stage", stage, "--run-dir", str(folder / run), "--start-from", str(read / "student"), "--teacher", str(read / "teacher")]
+    return [*argv, *FLAGS, "--data-path", str(read / "data"), "--train-iters", "3", *flags]
 
 
-@pytest.mark.parametrize(
-    ("run", "flags", "said"),
-    [
-        ("read/run", (), "run-dir {root}/read/run/extend: {root}/read cannot be written"),
-        ("own/run", ("--data-cache-path", "{root}/read/cache"), "data-cache-path {root}/read/cache: {root}/read cannot be written"),
-        (
-            "own/run",
-            ("--tensorboard-dir", "{root}/read/data.idx"),
-            "tensorboard-dir {root}/read/data.idx: {root}/read/data.idx is no folder",
-        ),
-        (
-            "own/run",
-            ("--wandb-project", "p", "--wandb-save-dir", "{root}/read"),
-            "wandb-save-dir {root}/read: {root}/read cannot be written",
-        ),
-    ],
-)
-def test_it_is_said_before_anything_is_built(folder: Path, run: str, flags: tuple[str, ...], said: str) -> None:
-    argv = _argv(folder, run, *(flag.format(root=folder) for flag in flags))
-    code, lines = run_ranks(_bound, 1, _train, *argv)[0]
-    problems = [line for line in lines.splitlines() if line.startswith("train: ")]
-    assert code == 2 and len(problems) == 1 and problems[0].startswith(f"train: {said.format(root=folder)}; change"), lines
-    assert not (folder / run).exists()
+def test_it_is_said_before_anything_is_built(folder: Path) -> None:
+    read = folder / "read"
+    cases = {
+        ("read/run",): f"run-dir {read}/run/extend: {read} cannot be written",
+        ("own/run", "--data-cache-path", f"{read}/cache"): f"data-cache-path {read}/cache: {read} cannot be written",
+        ("own/run", "--tensorboard-dir", f"{read}/data.idx"): f"tensorboard-dir {read}/data.idx: {read}/data.idx is no folder",
+        ("own/run", "--wandb-project", "p", "--wandb-save-dir", f"{read}"): f"wandb-save-dir {read}: {read} cannot be written",
+    }
+    found = run_ranks(_bound, 1, lambda: [_train(*_argv(folder, *case)) for case in cases])[0]
+    for (code, said), expected in zip(found, cases.values(), strict=True):
+        problems = [line for line in said.splitlines() if line.startswith("train: ")]
+        assert code == 2 and problems == [f"train: {expected}; change its permissions, or choose another folder"], said
+    assert not (read / "run").exists() and not (folder / "own" / "run").exists()
 
 
 @pytest.mark.slow
