@@ -313,8 +313,9 @@ class StageOptions:
         for name, choices in _literal_choices(type(self)).items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
-        if not (self.kl_temperature > 0 and self.kl_weight >= 0 and self.ce_weight >= 0):
-            raise ConfigError("kl_temperature must be positive and the loss weights not negative")
+        for name, least in (("kl_temperature", 1e-6), ("kl_weight", 0), ("ce_weight", 0)):
+            if not getattr(self, name) >= least:  # so written, NaN is refused too
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be a number of at least {least}")
         if self.keep_last < 1 or self.keep_every < 0:
             raise ConfigError(f"keep_last is {self.keep_last} and keep_every {self.keep_every}; keep at least the last checkpoint")
         for name in ("head_statistics_interval", "needle_interval", "needle_length"):

@@ -117,6 +117,25 @@ def named(path: Path) -> Iterator[None]:
         raise
 
 
+def check_writable(folder: str | Path, what: str, error: type[InputError] = InputError) -> None:
+    """Refuse a folder that nobody could write to, or make; nothing is written to find out.
+
+    Raises:
+        InputError: of class ``error``, naming the folder, what it is (``what``) and what stands in the way.
+    """
+    path, problem = Path(folder), ""
+    try:
+        there = next(part for part in (path.absolute(), *path.absolute().parents) if part.exists() or part.is_symlink())
+        if not there.is_dir():
+            problem = f"{there} is {'a link to nothing' if there.is_symlink() and not there.exists() else 'no folder'}"
+        elif not os.access(there, os.W_OK | os.X_OK, effective_ids=True):
+            problem = f"{there} cannot be written"
+    except OSError as found:  # a name that is too long, a folder on the way that may not be searched
+        problem = found.strerror or str(found)
+    if problem:
+        raise error(f"{what} {path}: {problem}; change its permissions, or choose another folder")
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name beside a file to write to, renamed onto it at the end; every writer has a name of its own."""

@@ -1,12 +1,18 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Recipe files: YAML that becomes command-line flags, for the stages of training and for the commands around them."""
+"""Recipe files: YAML that becomes command-line flags, for the stages of training and for the commands around them.
+
+``python -m hydra_mcore.recipe has SECTION FILE...`` tells the job scripts, with yes or no, whether there is something to do.
+"""
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import difflib
+import re
 import sys
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +24,10 @@ from hydra_mcore.config import ConfigError
 
 STAGE_SECTIONS = ("align", "distill", "extend")
 COMMAND_SECTIONS = ("prepare", "import", "select", "hybridize", "evaluate", "export")
+MAX_BYTES = 2**18  # a recipe takes a few thousand; what is longer is another file, and YAML takes seconds to read it
+MAX_LEVELS = 5  # sections, lists in them, and lists of what they merge; aliases of aliases of aliases only fill the memory
+MAX_ALIASES = 100
+MAX_TEXT = 4096  # of a value: as long as a path may be
 
 
 @dataclass(frozen=True)
@@ -49,60 +59,137 @@ class Recipe:
         return cls(" + ".join(map(str, paths)), sections if section in COMMAND_SECTIONS else {**top, **sections})
 
     def over(self, defaults: dict[str, Any]) -> Recipe:
-        """This recipe laid over ``defaults``, so that its false switches off what they switch on."""
-        own = {str(key).replace("_", "-") for key in self.values}
-        kept = {key: value for key, value in defaults.items() if key.replace("_", "-") not in own}
-        return Recipe(self.name, {**kept, **self.values})
+        """This recipe laid over ``defaults``, so that its false switches off what they switch on; its null stands for the default."""
+        own = {str(key).replace("_", "-"): value for key, value in self.values.items() if value is not None}
+        return Recipe(self.name, {**defaults, **own})
 
     def to_flags(self, parser: argparse.ArgumentParser) -> list[str]:
         """Flatten into command-line flags that ``parser`` knows; raises ConfigError for an unknown key."""
-        flags: list[str] = []
+        flags: dict[str, list[str]] = {}  # by what they set: a flag may have two names, and what it means by default a third
         for key, value in self.values.items():
-            flags += self._flag(parser, str(key), value)
-        return flags
+            found = self._flag(parser, str(key), value)
+            flags |= {} if value is None else found
+        return [word for words in flags.values() for word in words]
 
-    def _flag(self, parser: argparse.ArgumentParser, key: str, value: Any) -> list[str]:
+    def _flag(self, parser: argparse.ArgumentParser, key: str, value: Any) -> dict[str, list[str]]:
         known = parser._option_string_actions  # argparse offers no public list of its options
         by_flag = known.get("--" + key.replace("_", "-"))
         by_dest = [action for action in known.values() if action.dest == key.replace("-", "_")]
         actions = [by_flag] if by_flag is not None else by_dest
         if isinstance(value, dict):
-            raise ConfigError(f"recipe {self.name}: {key!r} is no stage, so it takes a value, not lines under it")
+            raise ConfigError(f"recipe {self.name}: {_shown(key)} is no stage, so it takes a value, not lines under it")
         if not actions:
             near = difflib.get_close_matches(key.replace("_", "-"), [name[2:] for name in known], n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"recipe {self.name}: unknown key {key!r}{hint}")
+            raise ConfigError(f"recipe {self.name}: unknown key {_shown(key)}{hint}")
         if isinstance(value, bool):
             switches = [action for action in actions if action.nargs == 0]
             if not switches:
                 raise ConfigError(f"recipe {self.name}: {key!r} takes a value, not {str(value).lower()}")
-            if by_flag is not None:
-                return [switches[0].option_strings[0]] if value else []
-            return next(([action.option_strings[0]] for action in switches if action.const == value), [])
-        if value is None:
-            return []
-        if all(action.nargs == 0 for action in actions):
-            raise ConfigError(f"recipe {self.name}: {key!r} takes true or false, not {value!r}")
-        items = value if isinstance(value, list) else [value]
-        return [actions[0].option_strings[0], *(str(item) for item in items)]
+            name = switches[0].option_strings[0] if value else None
+            if by_flag is None:
+                name = next((action.option_strings[0] for action in switches if action.const == value), None)
+            return {switches[0].dest: [name] if name else []}
+        if value is not None and all(action.nargs == 0 for action in actions):
+            raise ConfigError(f"recipe {self.name}: {key!r} takes true or false, not {_shown(value)}")
+        if isinstance(value, list) and actions[0].nargs is None:
+            raise ConfigError(f"recipe {self.name}: {key!r} takes one value, not a list")
+        items = value if isinstance(value, list) else [] if value is None else [value]
+        return {actions[0].dest: [actions[0].option_strings[0], *(self._text(key, item) for item in items)]}
+
+    def _text(self, key: str, item: Any) -> str:
+        """A value as the command line has it; raises ConfigError for what is none, or would be read as a flag of its own."""
+        if isinstance(item, bool) or not isinstance(item, str | int | float | datetime.date):
+            kind = "a list" if isinstance(item, list | tuple | set | dict) else "null" if item is None else _shown(item)
+            raise ConfigError(f"recipe {self.name}: {key!r} takes text or a number, not {kind}")
+        text = str(item)
+        if text.startswith("-") and not re.match(r"-[\d.]|-inf|-nan", text):
+            raise ConfigError(f"recipe {self.name}: {key!r} is {_shown(text)}, which would be read as a flag; write a path as ./-name")
+        if len(text) > MAX_TEXT or any(unicodedata.category(letter) in ("Cc", "Cs") for letter in text):
+            raise ConfigError(f"recipe {self.name}: {key!r} is {_shown(text)}; no flag takes control characters, or text of that length")
+        return text
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as recipes use it: no key twice, no more levels or aliases than a recipe needs, ``3:1`` is text and no sexagesimal number."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._levels: dict[int, int] = {}  # of the nodes composed so far, what their aliases stand for included
+        self._aliases = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        line = self.peek_event().start_mark.line + 1
+        self._aliases += self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        levels = 0 if isinstance(node, yaml.ScalarNode) else 1 + max((self._levels[id(part)] for part in parts), default=0)
+        self._levels[id(node)] = levels
+        if levels > MAX_LEVELS or self._aliases > MAX_ALIASES:
+            raise ConfigError(f"line {line}: nested deeper, or with more aliases, than a recipe needs")
+        return node
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise ConfigError(f"line {key.start_mark.line + 1}: expected 'key: value' lines, with plain words as keys")
+            name, line = key.value.replace("_", "-"), key.start_mark.line + 1
+            if name in lines:
+                raise ConfigError(f"{_shown(name)} stands there twice, on line {lines[name]} and on line {line}; keep one")
+            lines[name] = line
+        return node
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float | str:
+        if ":" in node.value:
+            return node.value
+        return self.construct_yaml_int(node) if node.tag.endswith("int") else self.construct_yaml_float(node)
+
+
+for _tag in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.construct_number)
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
-    """A recipe file's keys, its sections as dicts; raises ConfigError for a broken file."""
+    """A recipe file's keys, written with dashes, its sections as dicts; raises ConfigError for a broken file."""
     try:
-        raw = yaml.safe_load(path.read_text()) or {}
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ConfigError(f"longer than {MAX_BYTES} bytes, so no recipe")
+        raw = _with_dashes(yaml.load(content.decode("utf-8"), _Loader) or {})
     except OSError as error:
         raise ConfigError(f"recipe {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe {path}: not YAML ({str(error).splitlines()[0]})") from None
+    except ConfigError as error:
+        raise ConfigError(f"recipe {path}: {error}") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise ConfigError(f"recipe {path}: not YAML (line {mark.line + 1}: {error.problem})") from None
+    except RecursionError:
+        raise ConfigError(f"recipe {path}: nested deeper than a recipe needs") from None
+    except (yaml.YAMLError, ValueError) as error:  # also a date that is none, a number of thousands of digits
+        raise ConfigError(f"recipe {path}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"recipe {path}: expected 'key: value' lines")
     for name in STAGE_SECTIONS + COMMAND_SECTIONS:
-        if not isinstance(raw.setdefault(name, {}) or {}, dict):
+        section = raw.get(name)
+        if not isinstance({} if section is None else section, dict):
             what = "a stage" if name in STAGE_SECTIONS else "a command"
             raise ConfigError(f"recipe {path}: {name!r} is {what}, expected 'key: value' lines under it")
-        raw[name] = raw[name] or {}
+        raw[name] = _with_dashes(section or {})
     return raw
+
+
+def _with_dashes(raw: Any) -> Any:
+    """The keys of a mapping as flags are written, so that one flag has one name whatever file it stands in."""
+    return {str(key).replace("_", "-"): value for key, value in raw.items()} if isinstance(raw, dict) else raw
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: short, also where aliases make it endless."""
+    text = repr(value) if isinstance(value, str | int | float | datetime.date) else f"a {type(value).__name__}"
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def with_recipe(argv: list[str], command: str, parser: argparse.ArgumentParser) -> list[str]:
@@ -128,3 +215,21 @@ def parse_with_recipe(parser: argparse.ArgumentParser, command: str, argv: list[
         return parser.parse_args(with_recipe(sys.argv[1:] if argv is None else argv, command, parser))
     except ConfigError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Answer the job scripts with yes, no or broken; a broken recipe is one line on stderr and exit status 2."""
+    parser = argparse.ArgumentParser(prog="python -m hydra_mcore.recipe", description="whether a recipe has a section for a command")
+    parser.add_argument("ask", choices=["has"])
+    parser.add_argument("section", choices=COMMAND_SECTIONS)
+    parser.add_argument("config", nargs="+", metavar="FILE")
+    args = parser.parse_args(argv)
+    try:
+        print("yes" if Recipe.load(args.config, args.section).values else "no")
+    except ConfigError as error:
+        print("broken")
+        parser.exit(2, f"{error}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -35,13 +35,25 @@ for recipe in "${recipes[@]}"; do
     [[ -f $recipe ]] || fail "no recipe $recipe in $PWD"
 done
 
-# has SECTION: whether the recipe has a section for a command
-has() { grep -q "^$1:" "${recipes[@]}"; }
-
 container=()
 [[ -z $HYDRA_CONTAINER ]] || container=(
     --container-image="$HYDRA_CONTAINER" --container-mounts="$PWD:$PWD${HYDRA_MOUNTS:+,$HYDRA_MOUNTS}" --container-workdir="$PWD"
 )
+
+# has SECTION: whether the recipe has a section for a command. Python reads it, in the job's container; outside of jobs a container
+# cannot be asked: then yes, and the job itself will see.
+has() {
+    local answer step=()
+    if [[ $HYDRA_CONTAINER ]]; then
+        [[ ${SLURM_JOB_ID:-} && ! $dry_run ]] || return 0
+        step=(srun --nodes=1 --ntasks=1 "${container[@]}")
+    fi
+    if ! answer=$("${step[@]}" "$HYDRA_PYTHON" -m hydra_mcore.recipe has "$1" "${recipes[@]}"); then
+        [[ $answer == broken ]] || fail "$HYDRA_PYTHON (HYDRA_PYTHON) cannot read recipes; run make env, or name another"
+        exit 2
+    fi
+    [[ $answer == yes ]]
+}
 
 # alone ARGUMENT...: one Python process on the first node
 alone() { launch srun --nodes=1 --ntasks=1 "${container[@]}" "$HYDRA_PYTHON" "$@"; }
@@ -57,9 +69,8 @@ ranks() {
     fi
     # a node's ranks are children of its one task, which must not be bound to a core of its own
     launch srun --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 "${container[@]}" bash slurm/node.sh \
-        "$HYDRA_PYTHON" -m torch.distributed.run --nnodes="${SLURM_NNODES:-NODES}" \
-        --nproc-per-node="${HYDRA_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}" --master-addr="$address" --master-port="$port" \
-        --rdzv-id="${SLURM_JOB_ID:-JOB}.${SLURM_RESTART_COUNT:-0}" --rdzv-conf=timeout=900 --max-restarts=0 "$@"
+        "$HYDRA_PYTHON" -m torch.distributed.run --nnodes="${SLURM_NNODES:-NODES}" --master-addr="$address" \
+        --master-port="$port" --rdzv-id="${SLURM_JOB_ID:-JOB}.${SLURM_RESTART_COUNT:-0}" --rdzv-conf=timeout=900 --max-restarts=0 "$@"
 }
 
 # launch COMMAND...: run a step of the job; a job that must stop does not come back from here

@@ -14,4 +14,8 @@
 #SBATCH --output=%x-%j.out
 [[ -f slurm/common.sh ]] || { echo "prepare: start it in the repository's root, or with sbatch --chdir" >&2 && exit 2; }
 source slurm/common.sh
-alone tools/prepare_data.py --config "${recipes[@]}" "${flags[@]}"
+if has prepare; then
+    alone tools/prepare_data.py --config "${recipes[@]}" "${flags[@]}"
+else
+    say "the recipe has no section prepare: nothing to do"
+fi

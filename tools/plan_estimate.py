@@ -41,8 +41,8 @@ FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompu
 # Flags that change memory or time in ways that are not worked out here.
 NOT_PLANNED = (
     "num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank", "pipeline_model_parallel_layout",
-    "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", "fp8", "fp4", "use_megatron_fsdp", "use_torch_fsdp2",
-    "optimizer_cpu_offload", "use_precision_aware_optimizer",
+    "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", "optimizer_cpu_offload",
+    "use_precision_aware_optimizer",
 )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Run a stage: python -m hydra_mcore.train --stage align|distill|extend --config recipe.yaml [any Megatron flag].
+"""Run a stage: python -m hydra_mcore.train --stage align|distill|extend --config recipe.yaml [Megatron's flags].
 
 Alone or under torchrun. A stage starts from the previous one's checkpoint in the run folder, and continues its own
 when there is one. Flags on the command line win over the recipe.

@@ -6,23 +6,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from megatron.training.arguments import add_megatron_arguments
 
 from hydra_mcore.config import CARD_NAME, ConfigError, ModelCard, StageOptions, add_stage_flags
 from hydra_mcore.corpus.manifest import expand_blend
+from hydra_mcore.files import check_writable
 from hydra_mcore.heads import HeadLayout
 from hydra_mcore.model.build import latest_iteration, trainings
 from hydra_mcore.ops.sequence import SequencePart
 from hydra_mcore.recipe import Recipe
 from hydra_mcore.train.checkpoints import difference, resumable
+from hydra_mcore.train.settings import FlagParser, check_values
 from hydra_mcore.train.stages import STAGES, default_flags, start_dir
 
 # Our layer brings its own modules, so Megatron's local implementation serves around it; the optimizer format is
@@ -61,6 +62,7 @@ ENGINE_CPU: dict[str, Any] = {
     "disable-jit-fuser": True,
 }
 
+CACHE = "cache"  # in the run folder, for all stages: Megatron's indices of the data, which it would else write beside the data
 EARLY = {"tensorboard", "wandb", CARD_NAME + ".partial"}  # what a run that was stopped at its very start may leave
 
 
@@ -77,17 +79,6 @@ class Plan:
     flags: list[str]
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are ConfigErrors, without Megatron's hundreds of lines of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        unknown = message.removeprefix("unrecognized arguments: ")
-        if unknown != message:
-            near = difflib.get_close_matches(unknown.split()[0], list(self._option_string_actions), n=1)
-            message = f"unknown flag {unknown.split()[0]}" + (f"; did you mean {near[0]}?" if near else "")
-        raise ConfigError(message)
-
-
 def resolve(argv: list[str]) -> Plan:
     """Lay command line over model card over recipe over stage defaults, and check what can be checked now.
 
@@ -95,52 +86,62 @@ def resolve(argv: list[str]) -> Plan:
         ConfigError: an unknown key or flag, a layout that does not fit the model, a missing or broken checkpoint,
             an output folder that holds another run.
     """
-    parser, flags, options = recipe_flags(argv, with_gpu=torch.cuda.is_available())
+    parser, recipe, options = recipe_flags(argv, with_gpu=torch.cuda.is_available())
     _check_folders(options)
     start = start_dir(options)
     latest_iteration(start)
     card = dataclasses.replace(ModelCard.load(start), stage=options.stage)
-    if (start / "tokenizer").is_dir():
-        flags += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(start / "tokenizer")]
     save = Path(options.run_dir) / options.stage
     resume = _check_output(save, card)
-    flags += ["--save", str(save), "--tensorboard-dir", str(save / "tensorboard")] + (["--load", str(save)] if resume else [])
-    known, flags = model_flags(parser, flags, argv, card, ranks=int(os.environ.get("WORLD_SIZE", "1")))
+    recipe = recipe.over(_places(options, start, save))
+    known, flags = model_flags(parser, recipe, argv, card, ranks=int(os.environ.get("WORLD_SIZE", "1")))
+    _check_writable(known, save)
+    flags += ["--save", str(save)] + (["--load", str(save)] if resume else [])
     card = dataclasses.replace(card, stages=[*trainings(card, start), _this_stage(known)])
     finished = resume is not None and int(resume.name.removeprefix("iter_")) >= known.train_iters
     return Plan(options, card, start, save, resume is not None, finished, _without_missing_wandb(known, flags + _shard_flags(known)))
 
 
-def recipe_flags(argv: list[str], with_gpu: bool) -> tuple[argparse.ArgumentParser, list[str], StageOptions]:
-    """What recipe and command line ask for, before the model is known: the parser, the flags under ``argv``, the stage's options.
+def recipe_flags(argv: list[str], with_gpu: bool) -> tuple[argparse.ArgumentParser, Recipe, StageOptions]:
+    """What is asked for before the model is known: the parser, the recipe over its defaults, the options of recipe and command line.
 
     Raises:
-        ConfigError: an unknown key or flag, or no stage.
+        ConfigError: an unknown key or flag, one that does nothing here, or no stage.
     """
-    parser = add_stage_flags(add_megatron_arguments(OneLineParser(prog="python -m hydra_mcore.train", allow_abbrev=False)))
-    first = OneLineParser(allow_abbrev=False, add_help=False)
+    parser = add_stage_flags(add_megatron_arguments(FlagParser(prog="python -m hydra_mcore.train", allow_abbrev=False)))
+    first = FlagParser(allow_abbrev=False, add_help=False)
     first.add_argument("--stage", choices=tuple(STAGES), required=True)
     first.add_argument("--config", nargs="+")
     chosen, _ = first.parse_known_args(argv)
     recipe = Recipe.load(chosen.config, chosen.stage) if chosen.config else Recipe("command line")
     engine = ENGINE | (ENGINE_GPU if with_gpu else ENGINE_CPU)
-    flags = recipe.over(engine | default_flags(chosen.stage)).to_flags(parser)
-    known = parser.parse_args(flags + argv)
-    return parser, flags, StageOptions(**{field.name: getattr(known, field.name) for field in dataclasses.fields(StageOptions)})
+    recipe = recipe.over(engine | default_flags(chosen.stage))
+    known = parser.parse_args(recipe.to_flags(parser) + argv)
+    return parser, recipe, StageOptions(**{field.name: getattr(known, field.name) for field in dataclasses.fields(StageOptions)})
 
 
 def model_flags(
-    parser: argparse.ArgumentParser, flags: list[str], argv: list[str], card: ModelCard, ranks: int
+    parser: argparse.ArgumentParser, recipe: Recipe, argv: list[str], card: ModelCard, ranks: int
 ) -> tuple[argparse.Namespace, list[str]]:
     """All flags of a stage on so many ranks, the model's own among them: parsed, and as they are.
 
     Raises:
-        ConfigError: settings that do not fit the model or the ranks.
+        ConfigError: settings that no stage trains with, or that do not fit the model or the ranks.
     """
-    flags = flags + Recipe(CARD_NAME, card.shape.to_recipe()).to_flags(parser)
-    known = parser.parse_args(flags + argv)
+    shape = Recipe(CARD_NAME, card.shape.to_recipe())
+    flags = recipe.over(shape.values).to_flags(parser) + argv
+    known = parser.parse_args(flags)
+    check_values(parser, known, parser.parse_args(shape.to_flags(parser)), shape.values)
     check_settings(known, card, ranks)
-    return known, [*flags, "--max-position-embeddings", str(max(known.seq_length, card.shape.native_length)), *argv]
+    return known, [*flags, "--max-position-embeddings", str(max(known.seq_length, card.shape.native_length))]
+
+
+def _places(options: StageOptions, start: Path, save: Path) -> dict[str, Any]:
+    """Where a stage finds and puts things, unless told otherwise: all of it below the run folder."""
+    places = {"tensorboard-dir": str(save / "tensorboard"), "data-cache-path": str(Path(options.run_dir) / CACHE)}
+    if (start / "tokenizer").is_dir():
+        places |= {"tokenizer-type": "HuggingFaceTokenizer", "tokenizer-model": str(start / "tokenizer")}
+    return places
 
 
 def _this_stage(known: argparse.Namespace) -> dict[str, Any]:
@@ -168,6 +169,18 @@ def _check_output(save: Path, card: ModelCard) -> Path | None:
         elif save.exists() and any(path.name not in EARLY for path in save.iterdir()):
             raise ConfigError(f"{save} is not empty and no run of ours; choose another run-dir or empty it")
     return resumable(save)
+
+
+def _check_writable(known: argparse.Namespace, save: Path) -> None:
+    """Raise ConfigError for a folder that training could not write to."""
+    for name, folder in (
+        ("run-dir", save),
+        ("data-cache-path", known.data_cache_path),
+        ("tensorboard-dir", known.tensorboard_dir),
+        ("wandb-save-dir", known.wandb_project and known.wandb_save_dir),
+    ):
+        if folder:
+            check_writable(folder, name, ConfigError)
 
 
 def check_settings(known: argparse.Namespace, card: ModelCard, ranks: int) -> None:

@@ -36,6 +36,7 @@ from hydra_mcore.train.needles import NeedlePanels, make_panels  # noqa: E402
 from hydra_mcore.train.pair import TransferStep  # noqa: E402
 from hydra_mcore.train.pipeline import teacher_in_the_pipeline  # noqa: E402
 from hydra_mcore.train.profile import profiled_steps  # noqa: E402
+from hydra_mcore.train.settings import refusal  # noqa: E402
 from hydra_mcore.train.stages import STAGES  # noqa: E402
 from hydra_mcore.train.tracking import tracked  # noqa: E402
 from hydra_mcore.train.watch import Watch, alert, watched  # noqa: E402
@@ -64,12 +65,12 @@ def run_stage(argv: list[str]) -> None:
 def _validated(plan: Plan) -> tuple[Any, GPTModelConfig]:
     """Megatron's own parse and validation, which write nothing yet; its refusals become one line."""
     sys.argv = [sys.argv[0], *plan.flags]
+    args = parse_args(extra_args_provider=add_stage_flags)
     try:
-        args = parse_args(extra_args_provider=add_stage_flags)
         validate_args(args)
         config = gpt_config_from_args(args)
-    except (AssertionError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"Megatron refuses these settings: {(str(error) or 'see its arguments').splitlines()[0]}") from None
+    except Exception as error:  # it asserts, and falls over, in many ways, and has built nothing yet
+        raise refusal(error, args) from None
     config.vocab_size, config.should_pad_vocab = plan.card.shape.vocab_size, False
     config.rotary_base = plan.card.shape.rope_theta
     apply_card(config, plan.card, plan.options.stage, plan.options.fa_balance)

@@ -83,6 +83,85 @@ def test_only_the_sections_that_a_recipe_has_are_run(tmp_path: Path) -> None:
     assert f"--config {files[0]} {files[1]}" in bash("slurm/evaluate.sh", "--dry-run", HYDRA_RECIPE=" ".join(files)).stdout
 
 
+@pytest.mark.parametrize(
+    ("sections", "lines"),
+    [
+        ("\"prepare\": {a: 1}\n'import' : {a: 1}\n? hybridize\n: {a: 1}\n", 2),  # a section is one however its name is written
+        ("# import:\ntext: |\n  prepare:\n  select:\nhybridize:\nimport: {}\n", 0),  # and no other line is
+    ],
+)
+def test_sections_are_what_yaml_says(sections: str, lines: int, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(sections)
+    assert len(bash("slurm/select.sh", "--dry-run", str(tmp_path / "recipe.yaml")).stdout.splitlines()) == lines
+    said = bash("slurm/prepare.sh", "--dry-run", str(tmp_path / "recipe.yaml")).stdout
+    assert ("tools/prepare_data.py" in said) == ('"prepare"' in sections)
+
+
+def test_a_recipe_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("select: {a: 1}\nimport: {a: 1}\nselect: {b: 1}\n")
+    for script in ("pipeline", "select"):
+        done = bash(f"slurm/{script}.sh", "--dry-run", str(tmp_path / "recipe.yaml"))
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert "recipe.yaml: 'select' stands there twice, on line 1 and on line 3; keep one" in done.stderr
+    done = bash("slurm/evaluate.sh", "--dry-run", str(tmp_path / "recipe.yaml"), HYDRA_PYTHON="/nowhere/python")
+    assert done.returncode == 2 and "cannot read recipes; run make env" in done.stderr
+
+
+def test_outside_of_jobs_a_container_is_not_asked_for_sections(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("run-dir: a\n")
+    site = {"HYDRA_CONTAINER": "image.sqsh", "HYDRA_PYTHON": "/in/the/container/python"}
+    assert bash("slurm/pipeline.sh", "--dry-run", str(tmp_path / "recipe.yaml"), **site).stdout.count("sbatch ") == 6
+    done = bash("slurm/prepare.sh", str(tmp_path / "recipe.yaml"))  # in the job, the answer is no
+    assert done.returncode == 0 and "no section prepare: nothing to do" in done.stdout
+
+
+GPU_LIST = "#!/bin/sh\necho 'GPU 0: H100 (UUID: GPU-a)'\necho '  MIG 1g.10gb Device 0: (UUID: MIG-a)'\necho 'GPU 1: H100 (UUID: GPU-b)'\n"
+
+
+@pytest.mark.parametrize(
+    ("variables", "nvidia_smi", "ranks"),
+    [
+        ({"SLURM_GPUS_ON_NODE": "4"}, GPU_LIST, "4"),
+        ({}, GPU_LIST, "2"),  # SLURM says nothing: the node itself is asked
+        ({"SLURM_GPUS_ON_NODE": ""}, GPU_LIST, "2"),
+        ({"SLURM_GPUS_ON_NODE": "gpu:8"}, GPU_LIST, "2"),
+        ({"CUDA_VISIBLE_DEVICES": "3"}, GPU_LIST, "1"),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,GPU-7c", "SLURM_GPUS_ON_NODE": "8"}, GPU_LIST, "3"),
+        ({"HYDRA_RANKS_PER_NODE": "1", "SLURM_GPUS_ON_NODE": "4"}, GPU_LIST, "1"),
+        ({"HYDRA_GPUS_PER_NODE": "8"}, GPU_LIST, "2"),  # what is asked for is not what a node has
+        ({"HYDRA_GPUS_PER_NODE": "0"}, "#!/bin/sh\nexit 9\n", "1"),
+        ({"HYDRA_GPUS_PER_NODE": "0", "CUDA_VISIBLE_DEVICES": ""}, GPU_LIST, "1"),
+        ({}, "#!/bin/sh\nexit 9\n", None),
+        ({"HYDRA_GPUS_PER_NODE": "8", "CUDA_VISIBLE_DEVICES": "NoDevFiles"}, GPU_LIST, None),
+        ({"SLURM_GPUS_ON_NODE": "0"}, GPU_LIST, None),
+        ({"HYDRA_RANKS_PER_NODE": "two"}, GPU_LIST, None),
+        ({"HYDRA_RANKS_PER_NODE": "0"}, GPU_LIST, None),
+    ],
+    ids=str,
+)
+def test_each_node_counts_its_own_gpus(variables: dict[str, str], nvidia_smi: str, ranks: str | None, tmp_path: Path) -> None:
+    if ranks is None and list(Path("/dev").glob("nvidia[0-9]*")) and not variables:
+        pytest.skip("this machine has GPUs")
+    (tmp_path / "nvidia-smi").write_text(nvidia_smi)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    outside = {name: value for name, value in OUTSIDE.items() if name != "CUDA_VISIBLE_DEVICES"}
+    environment = {**outside, "PATH": f"{tmp_path}:{OUTSIDE['PATH']}", "SLURM_NODEID": "0", **variables}
+    command = [BASH, "slurm/node.sh", BASH, "-c", "echo $PET_NPROC_PER_NODE"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=30)
+    if ranks is None:
+        assert done.returncode == 2 and not done.stdout and done.stderr.count("\n") == 1 and "HYDRA_RANKS_PER_NODE" in done.stderr
+    else:
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"{ranks}\n", "")
+
+
+@pytest.mark.slow
+def test_torchrun_takes_the_count_from_the_node(tmp_path: Path) -> None:
+    (tmp_path / "rank.py").write_text("import os; print(os.environ['LOCAL_WORLD_SIZE'], end=' ', flush=True)")
+    command = ["-m", "torch.distributed.run", "--nnodes=1", "--master-addr=127.0.0.1", "--master-port=0", str(tmp_path / "rank.py")]
+    done = bash("slurm/node.sh", sys.executable, *command, SLURM_NODEID="0", HYDRA_RANKS_PER_NODE="3")
+    assert done.stdout.split() == ["3"] * 3, done.stderr
+
+
 def test_without_a_recipe_it_is_the_example() -> None:
     assert " --stage extend --config examples/qwen3-1.7b/recipe.yaml\n" in bash("slurm/stage3.sh", "--dry-run").stdout
 
@@ -153,7 +232,7 @@ def node(tmp_path: Path) -> Iterator[subprocess.Popen]:
     (tmp_path / "torchrun.py").write_text(TORCHRUN)
     (tmp_path / "rank.py").write_text(RANK)
     command = ["bash", "slurm/node.sh", sys.executable, *(str(tmp_path / name) for name in ("torchrun.py", "rank.py", ""))]
-    process = subprocess.Popen(command, cwd=ROOT, env={**OUTSIDE, "SLURM_NODEID": "0"}, start_new_session=True)
+    process = subprocess.Popen(command, cwd=ROOT, env={**OUTSIDE, "SLURM_NODEID": "0", "HYDRA_RANKS_PER_NODE": "1"}, start_new_session=True)
     yield process
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

@@ -5,13 +5,16 @@
 from __future__ import annotations
 
 import argparse
+import datetime
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hydra_mcore.config import ConfigError
-from hydra_mcore.recipe import Recipe, with_recipe
+from hydra_mcore.recipe import Recipe, main, with_recipe
 
 
 def flag_parser() -> argparse.ArgumentParser:
@@ -49,6 +52,9 @@ def flag_parser() -> argparse.ArgumentParser:
         ({"lr": None}, []),
         ({}, []),
         ({"swiglu": True, "num-layers": 2}, ["--swiglu", "--num-layers", "2"]),
+        ({"lr": -1e-3}, ["--lr", "-0.001"]),
+        ({"lr-decay-style": datetime.date(2026, 1, 2)}, ["--lr-decay-style", "2026-01-02"]),
+        ({"disable-bias-linear": True, "add-bias-linear": True}, []),  # two names of one flag: the later one counts
     ],
 )
 def test_recipes_become_flags(values: dict[str, Any], flags: list[str]):
@@ -69,6 +75,18 @@ def test_recipes_become_flags(values: dict[str, Any], flags: list[str]):
         ({"swiglu": "yes"}, "'swiglu' takes true or false, not 'yes'"),
         ({"add-bias-linear": [True]}, "'add-bias-linear' takes true or false"),
         ({"lr": {"max": 1}}, "'lr' is no stage"),
+        ({"lr": [1, 2]}, "'lr' takes one value, not a list"),
+        ({"lr": []}, "'lr' takes one value, not a list"),
+        ({"num-layer": None}, "unknown key 'num-layer'"),
+        ({"data-path": [None]}, "'data-path' takes text or a number, not null"),
+        ({"data-path": [["a"]]}, "'data-path' takes text or a number, not a list"),
+        ({"data-path": [True]}, "'data-path' takes text or a number, not True"),
+        ({"data-path": ["a", "--swiglu"]}, "'data-path' is '--swiglu', which would be read as a flag"),
+        ({"lr-decay-style": "-h"}, "'lr-decay-style' is '-h', which would be read as a flag"),
+        ({"lr-decay-style": "a\nb"}, "'lr-decay-style' is 'a.nb'; no flag takes control characters"),
+        ({"lr-decay-style": "\ud800"}, "'lr-decay-style' is '.ud800'; no flag takes control characters"),
+        ({"lr-decay-style": "x" * 5000}, "'lr-decay-style' is 'x{56}[.]{3}; no flag takes"),
+        ({"lr-decay-style": b"x"}, "'lr-decay-style' takes text or a number, not a bytes"),
         ({"aline": {"lr": 1}}, "'aline' is no stage"),
     ],
 )
@@ -117,6 +135,72 @@ def test_files_that_are_no_recipe(tmp_path, content, message):
     with pytest.raises(ConfigError, match=message) as refused:
         recipe(tmp_path, content)
     assert "r.yaml" in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("lr: 1\nseed: 2\nlr: 1\n", "'lr' stands there twice, on line 1 and on line 3; keep one"),
+        ("seq-length: 1\nseq_length: 2\n", "'seq-length' stands there twice, on line 1 and on line 2"),
+        ("align: {lr: 1}\nalign:\n  seed: 1\n", "'align' stands there twice, on line 1 and on line 2"),
+        ("'select': {a: 1}\n# words\nselect: {b: 1}\n", "'select' stands there twice, on line 1 and on line 3"),
+        ('align: {}\n"align": {}\n', "'align' stands there twice, on line 1 and on line 2"),
+        ('align:\n  lr: 1\n  "lr": 2\n', "'lr' stands there twice, on line 2 and on line 3"),
+        ("align: {lr: 1, seed: 2, lr: 3}\n", "'lr' stands there twice, on line 1 and on line 1"),
+        ("select: {}\ndistill: &x {lr: 1, lr: 2}\nextend: *x\n", "'lr' stands there twice"),
+        ("x: &x {lr: 1}\nalign: {<<: *x, <<: *x}\n", "'<<' stands there twice"),
+        ("? [lr]\n: 1\n", "line 1: expected 'key: value' lines, with plain words as keys"),
+        ("lr: 1\n---\nlr: 2\n", "not YAML (line 2: but found another document)"),
+        ("align:\n\tlr: 1\n", "not YAML (line 2: found character"),
+        ("lr: &a 1\nseed: &a 2\n", "not YAML (line 2: second occurrence)"),
+        ("lr: *none\n", "not YAML (line 1: found undefined alias 'none')"),
+        ("lr: !!python/object/apply:os.system [exit]\n", "not YAML (line 1: could not determine a constructor for the tag"),
+        ("lr: 2026-13-45\n", "not YAML (month must be in 1..12)"),
+        ("lr: 1" + "0" * 5000, "not YAML (Exceeds the limit"),
+        ("lr: \0", "not YAML ("),
+        ("x: " + "[" * 5000, "nested deeper"),
+        ("{a: " * 5000, "nested deeper"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nd: &d [*c, *c]\ne: [*d, *d]\n", "line 1: nested deeper, or with more aliases"),
+        ("a: &a {x: 1}\nb: &b {<<: [*a, *a]}\nc: &c {<<: [*b, *b]}\nd: {<<: [*c, *c]}\n", "line 4: nested deeper, or with more aliases"),
+        ("a: &a 1\nb: [" + "*a, " * 200 + "]\n", "line 2: nested deeper, or with more aliases"),
+        ("a: x\n" * 100_000, "longer than 262144 bytes, so no recipe"),
+    ],
+)
+def test_recipes_that_would_lose_a_line_or_fill_the_memory(tmp_path: Path, content: str, said: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        recipe(tmp_path, content)
+    line = str(refused.value)
+    assert line.startswith(f"recipe {tmp_path}/r.yaml: {said}") and "\n" not in line and len(line) < 400, line
+
+
+def test_what_yaml_allows_in_a_recipe(tmp_path: Path) -> None:
+    content = "\ufeffx: &common {lr: 1, seed: 2}\nalign: {<<: *common, lr: 3, window_size: 3:1, data-path: [0.5, a]}\ndistill: *common\n"
+    assert recipe(tmp_path, content)["lr"] == 3 and recipe(tmp_path, content)["seed"] == 2
+    assert recipe(tmp_path, content)["window-size"] == "3:1"  # and not 181
+    assert recipe(tmp_path, content, "distill")["lr"] == 1
+    endless = recipe(tmp_path, "align: {data-path: &a [*a]}\n")
+    with pytest.raises(ConfigError, match="'data-path' takes text or a number, not a list"):
+        Recipe("r.yaml", endless).to_flags(flag_parser())
+
+
+def test_a_null_stands_for_the_default() -> None:
+    assert Recipe("r", {"lr": None, "swiglu": False, "num_layers": 3}).over({"lr": 1, "swiglu": True, "num-layers": 2}).values == {
+        "lr": 1,
+        "swiglu": False,
+        "num-layers": 3,
+    }
+
+
+@pytest.mark.parametrize(("sections", "answer"), [("select: {a: 1}", "yes"), ("select:", "no"), ("x: |\n  select: 1", "no")])
+def test_job_scripts_ask_for_sections(tmp_path: Path, capsys: pytest.CaptureFixture, sections: str, answer: str) -> None:
+    (tmp_path / "r.yaml").write_text(sections)
+    main(["has", "select", str(tmp_path / "r.yaml")])
+    assert capsys.readouterr().out == f"{answer}\n"
+
+
+def test_job_scripts_need_not_wait_for_torch() -> None:
+    code = "import sys, hydra_mcore.recipe; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
 def test_a_recipe_that_is_missing(tmp_path):
