@@ -25,6 +25,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from hydra_mcore.commands import one_line_errors
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 # Prompts of other evaluation seeds were looked at while teacher and recipe were made.
@@ -68,8 +70,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@one_line_errors("demo")
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    with sole_writer(args.out):
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
     if args.out.exists():
         if not (args.out / "report.md").exists() and not (args.out / "teacher").exists():
             sys.exit(f"demo: {args.out} is not empty and no demo of ours; choose another --out")
