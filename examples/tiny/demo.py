@@ -25,7 +25,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from hydra_mcore.commands import one_line_errors
+from hydra_mcore.commands import one_line_errors, sole_writer
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -213,8 +213,8 @@ def train(out: Path, student: Student, stage: str, ranks: int, position: int) ->
                 bar.total, bar.n = int(found[2]), int(found[1])
                 bar.set_postfix_str(f"loss {float(found[3]):.3f}")
         code = process.wait()
-    if code:
-        fail(path, code)
+        if code or bar.n < (bar.total or 0):  # a stage that a Ctrl-C has stopped ends well, but the next one is not to follow
+            fail(path, code)
 
 
 def evaluate(args: argparse.Namespace, steps: tqdm) -> None:

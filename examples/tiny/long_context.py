@@ -24,7 +24,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from examples.tiny.demo import EVALUATION_SEED, ROOT, Student, door, folder, make_students, train_all, write_data
-from hydra_mcore.commands import one_line_errors
+from hydra_mcore.commands import one_line_errors, sole_writer
 
 STAGES = ("align", "distill", "extend")
 STUDENTS = (

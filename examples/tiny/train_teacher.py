@@ -17,7 +17,7 @@ import argparse
 from pathlib import Path
 
 from examples.tiny.curriculum import EVALUATION_SEED, STEPS
-from hydra_mcore.commands import one_line_errors
+from hydra_mcore.commands import one_line_errors, sole_writer
 
 
 @one_line_errors("train_teacher")

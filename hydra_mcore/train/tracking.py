@@ -7,7 +7,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import json
 import os
 import secrets
 import sys
@@ -18,7 +17,8 @@ from typing import Any
 
 from megatron.training import global_vars, wandb_utils
 
-from hydra_mcore.files import write_json
+from hydra_mcore.errors import InputError
+from hydra_mcore.files import read_json, write_json
 from hydra_mcore.selection.figures import heat_map
 from hydra_mcore.train.arguments import Plan
 
@@ -77,11 +77,11 @@ class Tracker:
 
     @_harmless
     def describe(self, plan: Plan) -> None:
-        """Log what the run is made of, once a run: flags, model card, head map and its picture."""
+        """Log what the run is made of, once for each place that it is logged to: flags, model card, head map and its picture."""
         import wandb
 
-        record = json.loads((self.folder / RUN_FILE).read_text())
-        if record["described"]:
+        record = _record(self.folder)
+        if self.run.disabled or (place := self._place()) in record["described"]:
             return
         setup = self.folder / "setup"
         plan.card.save(setup)
@@ -92,7 +92,11 @@ class Tracker:
         artifact.add_dir(str(setup))
         self.run.log_artifact(artifact)
         self.log_figure("head map", setup / "head_map.png", step=0)
-        write_json(self.folder / RUN_FILE, record | {"described": True})
+        write_json(self.folder / RUN_FILE, record | {"described": [*record["described"], place]})
+
+    def _place(self) -> str:
+        """Where the run is logged to: a project of W&B, or offline files for one, which may never be synced."""
+        return f"{'offline' if self.run.offline else self.run.entity}/{self.run.project}"
 
     @_harmless
     def finish(self, exit_code: int = 0) -> None:
@@ -142,11 +146,7 @@ def _start(plan: Plan, args: argparse.Namespace) -> Tracker:
         os.environ.setdefault(f"WANDB_{name}_DIR", str(folder.resolve() / name.lower()))
     import wandb
 
-    try:
-        record = json.loads((folder / RUN_FILE).read_text())
-    except (OSError, ValueError):
-        record = {"id": os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4), "described": False}
-        write_json(folder / RUN_FILE, record)
+    record = _record(folder)
     card = plan.card
     about = {"fingerprint": card.fingerprint, "fa_heads": card.head_map.num_fa, "selection": card.head_map.strategy}
     settings = {
@@ -171,6 +171,18 @@ def _start(plan: Plan, args: argparse.Namespace) -> Tracker:
             print(f"W&B: logging offline ({_first_line(error)}); {mend}", file=sys.stderr)
         wandb.teardown()  # of what the attempt has left, or its run id counts as in use
         return Tracker(wandb.init(**settings, mode="offline"), folder)
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    """The id of the stage's run and the places that have its description; a new run where the file is missing or damaged."""
+    with contextlib.suppress(InputError):
+        found = read_json(folder / RUN_FILE)
+        if isinstance(found, dict) and isinstance(found.get("id"), str):
+            described = found.get("described")
+            return {"id": found["id"], "described": described if isinstance(described, list) else []}
+    record = {"id": os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4), "described": []}
+    write_json(folder / RUN_FILE, record)
+    return record
 
 
 @contextlib.contextmanager

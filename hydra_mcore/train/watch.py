@@ -152,7 +152,11 @@ def watched(watch: Watch) -> Iterator[None]:
             watch.log(watch.speed(steps) | watch.memory(), iteration)
         if watch.step.heads_due():
             watch.heads(iteration)
+        _leave_out_empty(losses, totals, iteration)
         watch.losses(losses, iteration)
+        # The line that Megatron adds after a start's first step leaves its interval open, so that the next line would count it
+        # again; where that line is due anyway it closes one.
+        keywords["is_first_iteration"] = keywords.get("is_first_iteration", False) and iteration % watch.args.log_interval != 0
         outcome = stock_log(losses, totals, rate, iteration, *rest, **keywords)
         grad_norm = rest[3]
         if grad_norm is not None and not math.isfinite(grad_norm):
@@ -172,6 +176,20 @@ def watched(watch: Watch) -> Iterator[None]:
         raise
     finally:
         training.training_log, training.post_training_step_callbacks = stock_log, stock_after
+
+
+def _leave_out_empty(losses: dict[str, Tensor], totals: dict[str, Any], iteration: int) -> None:
+    """Take out losses that are 0 / 0, where no token of the step counted, and keep the means of the interval as they are.
+
+    Others that are not finite never come here: training stops at them (``train.alerts.stop_together``).
+    """
+    empty = [name for name in losses if math.isnan(float(losses[name]))]
+    for name in empty:
+        del losses[name]
+        if name in totals and (steps := totals["advanced iterations"]):  # Megatron divides the sum by all steps, this one too
+            totals[name] *= (steps + 1) / steps
+    if empty and is_last_rank():
+        print(f" step {iteration}: no token counts in it (the loss mask is zero), so it has no loss", flush=True)
 
 
 def _plain(values_lh: np.ndarray) -> list[list[float | None]]:
