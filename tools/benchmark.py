@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from hydra_mcore.commands import one_line_errors
 from hydra_mcore.errors import InputError
 from tools.benchmarks.report import markdown, save_figure, save_json
 
@@ -41,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@one_line_errors("benchmark")
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
@@ -48,18 +50,15 @@ def main(argv: list[str] | None = None) -> None:
         from hydra_mcore.compat import install
 
         install()
-    from hydra_mcore.model.runtime import one_line_errors
-
-    with one_line_errors("benchmark"):
-        for flag, path in (("--json", args.json), ("--figure", args.figure)):
-            if path and not path.absolute().parent.is_dir():
-                raise InputError(f"{flag} {path}: no such folder; make it first")
-        report = args.run(args)
-        print(markdown(report))
-        if args.json:
-            save_json(args.json, argv, report)
-        if args.figure:
-            save_figure(args.figure, report)
+    for flag, path in (("--json", args.json), ("--figure", args.figure)):
+        if path and not path.absolute().parent.is_dir():
+            raise InputError(f"{flag} {path}: no such folder; make it first")
+    report = args.run(args)
+    print(markdown(report))
+    if args.json:
+        save_json(args.json, argv, report)
+    if args.figure:
+        save_figure(args.figure, report)
     if report.failure:
         sys.exit(f"benchmark: {report.failure}")
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from hydra_mcore.commands import one_line_errors
 from hydra_mcore.config import CARD_NAME, HydraOptions, add_flags  # light, so that --help is quick
 from hydra_mcore.recipe import parse_with_recipe
 
@@ -136,6 +137,7 @@ def export_from(args: argparse.Namespace) -> None:
     print(f"{card.stage} with {card.head_map.num_fa} FA heads of {card.shape.num_layers * card.shape.num_heads}: {args.out}")
 
 
+@one_line_errors("convert")
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)  # before the heavy imports, so that --help is quick
     if args.skip_existing and (Path(args.out) / args.mark).exists():  # a folder gets its name when it is complete
@@ -144,10 +146,10 @@ def main(argv: list[str] | None = None) -> None:
     from hydra_mcore.compat import install
 
     install()
-    from hydra_mcore.model.runtime import one_line_errors, process_groups
+    from hydra_mcore.model.runtime import process_groups
 
     warnings.filterwarnings("ignore", module=r"megatron\.")
-    with one_line_errors("convert"), process_groups(seed=args.seed):
+    with process_groups(seed=args.seed):
         args.run(args)
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from hydra_mcore.commands import one_line_errors
 from tools import doctor_files, doctor_machine, doctor_network, doctor_nodes, doctor_packages, doctor_slurm
 from tools.doctor_lines import Check, Line, examine, one_line
 
@@ -53,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@one_line_errors("doctor")
 def main(argv: list[str] | None = None) -> None:
     p = parser()
     args = p.parse_args(argv)

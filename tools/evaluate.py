@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from hydra_mcore.commands import one_line_errors
 from hydra_mcore.recipe import parse_with_recipe  # light, so that --help is quick
 from tools.layout_flags import add_layout_flags
 
@@ -93,19 +94,20 @@ def add_exam_flags(p: argparse.ArgumentParser) -> None:
     )
 
 
+@one_line_errors("evaluate")
 def main(argv: list[str] | None = None) -> None:
     args = parse_with_recipe(parser(), "evaluate", argv)
     from hydra_mcore.compat import install
 
     install()
-    from hydra_mcore.model.runtime import one_line_errors, process_groups
+    from hydra_mcore.model.runtime import process_groups
 
     layout = {
         "tp_size": args.tensor_model_parallel_size,
         "pp_size": args.pipeline_model_parallel_size,
         "cp_size": args.context_parallel_size,
     }
-    with one_line_errors("evaluate"), process_groups(**layout, alone=False):
+    with process_groups(**layout, alone=False):
         evaluate(args)
 
 

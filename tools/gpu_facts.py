@@ -11,10 +11,16 @@ import importlib.metadata
 import json
 import platform
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from hydra_mcore.commands import one_line_errors
 
 PACKAGES = ("torch", "triton", "megatron-core", "flash-linear-attention", "fla-core", "transformer-engine", "transformers", "numpy")
 
 
+@one_line_errors("gpu_facts")
 def main() -> None:
     p = argparse.ArgumentParser(prog="gpu_facts", description=__doc__, epilog="example: python tools/gpu_facts.py gpu > machine.json")
     p.add_argument("device", choices=("gpu", "cpu"), help="cpu: a rehearsal, no GPU is asked for")

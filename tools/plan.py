@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from hydra_mcore.commands import one_line_errors
 from tools.plan_gpus import GPUS  # facts only, so that --help is quick
 
 STAGES = ("align", "distill", "extend")
@@ -59,15 +60,13 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@one_line_errors("plan")
 def main(argv: list[str] | None = None) -> None:
     args, flags = parser().parse_known_args(argv)
     from hydra_mcore.compat import install
 
     install()
-    from hydra_mcore.model.runtime import one_line_errors
-
-    with one_line_errors("plan"):
-        (run_evaluation if args.stage == EVALUATE else run)(args, ["--config", *args.config, *flags])
+    (run_evaluation if args.stage == EVALUATE else run)(args, ["--config", *args.config, *flags])
 
 
 def run(args: argparse.Namespace, flags: list[str]) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from hydra_mcore.commands import one_line_errors
 from hydra_mcore.recipe import parse_with_recipe  # light, so that --help is quick
 
 EXAMPLES = """\
@@ -87,17 +88,15 @@ def count(text: str) -> int:
     return int(value)
 
 
+@one_line_errors("prepare_data")
 def main(argv: list[str] | None = None) -> None:
     args = parse_with_recipe(parser(), "prepare", argv)
     from hydra_mcore.compat import install
 
     install()
-    from hydra_mcore.model.runtime import one_line_errors
-
     logging.getLogger("megatron").setLevel(logging.ERROR)  # its notes are about training
     warnings.filterwarnings("ignore", message="Could not determine rank")
-    with one_line_errors("prepare_data"):
-        run(args)
+    run(args)
 
 
 def run(args: argparse.Namespace) -> None:

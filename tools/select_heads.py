@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from hydra_mcore.commands import one_line_errors, sole_writer
 from hydra_mcore.recipe import parse_with_recipe  # light, so that --help is quick
 from tools.layout_flags import add_layout_flags
 
@@ -116,6 +118,7 @@ def add_scoring_flags(p: argparse.ArgumentParser) -> None:
     add_layout_flags(machine, "the pairs")
 
 
+@one_line_errors("select_heads")
 def main(argv: list[str] | None = None) -> None:
     args = parse_with_recipe(parser(), "select", argv)
     if args.skip_existing and (args.out / "head_map.json").exists():
@@ -125,10 +128,10 @@ def main(argv: list[str] | None = None) -> None:
     from hydra_mcore.compat import install
 
     install()
-    from hydra_mcore.model.runtime import one_line_errors, process_groups
+    from hydra_mcore.model.runtime import process_groups
 
     layout = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size)
-    with one_line_errors("select_heads"), process_groups(*layout, alone=False):
+    with process_groups(*layout, alone=False):
         select(args)
 
 
@@ -146,16 +149,19 @@ def select(args: argparse.Namespace) -> None:
     findings: dict[str, Any] = {"scores": None, "knock_out": None, "by_length": {}}
     if args.scores:
         findings = known_findings(args, card, weights)
-    elif args.strategy in SCORED:
-        if args.dry_run:
-            return announce(args, card)
-        findings = score_teacher(args, card, weights)
+    scored = args.strategy in SCORED and not args.scores
+    if args.dry_run and scored:
+        return announce(args, card)
     if args.dry_run:
         total = card.shape.num_layers * card.shape.num_heads
         print(f"would keep {budget} of {total} heads ({args.strategy}); the teacher is not run")
         return
-    scores: HeadScores | None = findings["scores"]
-    from_first_rank(lambda: write(args, choose(args, card, budget, scores), **findings))
+    with contextlib.ExitStack() as stack:
+        from_first_rank(lambda: stack.enter_context(sole_writer(args.out)))
+        if scored:
+            findings = score_teacher(args, card, weights)
+        scores: HeadScores | None = findings["scores"]
+        from_first_rank(lambda: write(args, choose(args, card, budget, scores), **findings))
 
 
 def check_request(args: argparse.Namespace, card: ModelCard) -> int:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from hydra_mcore.commands import one_line_errors
 from tools.layout_flags import add_layout_flags  # light, so that --help is quick
 
 EXAMPLES = """\
@@ -54,15 +55,16 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@one_line_errors("tune_log_scale")
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     from hydra_mcore.compat import install
 
     install()
-    from hydra_mcore.model.runtime import one_line_errors, process_groups
+    from hydra_mcore.model.runtime import process_groups
 
     layout = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size)
-    with one_line_errors("tune_log_scale"), process_groups(*layout, alone=False, cp_size=args.context_parallel_size):
+    with process_groups(*layout, alone=False, cp_size=args.context_parallel_size):
         tune(args)
 
 

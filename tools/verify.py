@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from hydra_mcore.commands import one_line_errors  # light, so that --help is quick
+
 EXAMPLES = """\
 A check passes where KL(reference || found) is below 1e-6 nats a token and every token's likeliest successor is the same
 (or a tie that float32 cannot tell apart). All models run in float32, on the GPU if there is one, one after the other.
@@ -68,20 +70,20 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@one_line_errors("verify")
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    with tempfile.TemporaryDirectory(prefix="verify_") as work, contextlib.ExitStack() as stack:
+    with tempfile.TemporaryDirectory(prefix="verify_") as work:
         # transformers copies the code of an export before it runs it: not into the home folder, and not to stay
         os.environ.setdefault("HF_MODULES_CACHE", str(Path(work) / "modules"))
         warnings.filterwarnings("ignore", module=r"(megatron|torch\.distributed)\.")
         from hydra_mcore.compat import install
 
         install()
-        from hydra_mcore.model.runtime import one_line_errors, process_groups
+        from hydra_mcore.model.runtime import process_groups
 
-        for context in (one_line_errors("verify"), process_groups()):
-            stack.enter_context(context)
-        failed = run(args, Path(work))
+        with process_groups():
+            failed = run(args, Path(work))
     sys.exit(1 if failed else 0)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from hydra_mcore.commands import one_line_errors
 from hydra_mcore.selection.needles import NeedleFormat, build_prompt
 from hydra_mcore.tokenizer import open_tokenizer
 
@@ -52,6 +53,7 @@ def needle_documents() -> Iterator[dict[str, Any]]:
         yield {"prompt": prompt, "answer": answer, "choices": choices, "label": choices.index(answer)}
 
 
+@one_line_errors("make_needles")
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     lines = (json.dumps(document) + "\n" for document in needle_documents())

@@ -25,6 +25,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from hydra_mcore.commands import one_line_errors, sole_writer
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 # Prompts of other evaluation seeds were looked at while teacher and recipe were made.
@@ -68,8 +70,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@one_line_errors("demo")
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    with sole_writer(args.out):
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
     if args.out.exists():
         if not (args.out / "report.md").exists() and not (args.out / "teacher").exists():
             sys.exit(f"demo: {args.out} is not empty and no demo of ours; choose another --out")
@@ -205,8 +213,8 @@ def train(out: Path, student: Student, stage: str, ranks: int, position: int) ->
                 bar.total, bar.n = int(found[2]), int(found[1])
                 bar.set_postfix_str(f"loss {float(found[3]):.3f}")
         code = process.wait()
-    if code:
-        fail(path, code)
+        if code or bar.n < (bar.total or 0):  # a stage that a Ctrl-C has stopped ends well, but the next one is not to follow
+            fail(path, code)
 
 
 def evaluate(args: argparse.Namespace, steps: tqdm) -> None:

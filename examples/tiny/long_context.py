@@ -24,6 +24,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from examples.tiny.demo import EVALUATION_SEED, ROOT, Student, door, folder, make_students, train_all, write_data
+from hydra_mcore.commands import one_line_errors, sole_writer
 
 STAGES = ("align", "distill", "extend")
 STUDENTS = (
@@ -45,6 +46,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@one_line_errors("long_context")
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.summary:
@@ -56,7 +58,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.out.exists():
             steps.update(3 + len(STUDENTS))
         else:
-            train_students(args.out, args.seed, steps)
+            with sole_writer(args.out):
+                train_students(args.out, args.seed, steps)
         evaluate(args.out, args.seed, steps)
     print(f"report: {args.out / 'evaluation' / 'report.md'}")
 

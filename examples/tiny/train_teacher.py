@@ -17,8 +17,10 @@ import argparse
 from pathlib import Path
 
 from examples.tiny.curriculum import EVALUATION_SEED, STEPS
+from hydra_mcore.commands import one_line_errors, sole_writer
 
 
+@one_line_errors("train_teacher")
 def main() -> None:
     """Parse the command line, train, print the table."""
     parser = argparse.ArgumentParser(
@@ -47,7 +49,8 @@ def main() -> None:
     from examples.tiny.teacher_training import NATIVE_LENGTH, print_table, train
 
     torch.set_num_threads(args.threads)
-    model = train(args)
+    with sole_writer(args.output):
+        model = train(args)
     print_table(model, args.output, (NATIVE_LENGTH, 2 * NATIVE_LENGTH), args.prompts)
 
 

@@ -62,7 +62,7 @@ def install() -> tuple[Patch, ...]:
         patching.apply(cpu.PATCHES)
     if datasets.needed():
         patching.apply(datasets.PATCHES)
-    patching.apply(optimizer.BUCKET_PATCHES)
+    patching.apply(optimizer.GENERAL_PATCHES)
     if optimizer.needed():
         patching.apply(optimizer.PATCHES)
     patching.apply(saving.PATCHES)

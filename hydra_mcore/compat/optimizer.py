@@ -3,7 +3,7 @@
 """What DistributedOptimizer gets wrong when it is saved and resumed.
 
 ``PATCHES``: on torch's AdamW, that is without Transformer Engine and Apex, whatever the device.
-``BUCKET_PATCHES``: with any optimizer, as soon as gradients stand in more than one bucket.
+``GENERAL_PATCHES``: with any optimizer: gradients in more than one bucket, settings that were changed.
 """
 
 import functools
@@ -14,8 +14,11 @@ from typing import Any
 import torch
 
 from hydra_mcore.compat.patching import Patch
+from hydra_mcore.errors import InputError
 
 _MODULE = "megatron.core.optimizer.distrib_optimizer"
+_SCHEDULE = ("max_lr", "min_lr", "start_wd", "end_wd")  # of a group, what settings may change between two starts
+_STATE = ("params", "step", "lr", "weight_decay")  # what is not a setting; the scheduler sets the last two
 
 
 def _owned(optimizer: Any) -> list[tuple[dict[str, Any], torch.Tensor]]:
@@ -51,11 +54,34 @@ def _make_state_dict(original: Callable[[Any], dict[str, Any]]) -> Callable[[Any
     return state_dict
 
 
+def _groups_of_now(saved: list[dict[str, Any]], current: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Saved groups with the settings of the current group that holds the same kind of parameters.
+
+    Raises:
+        InputError: a current group that no saved one corresponds to.
+    """
+    from megatron.core.optimizer.optimizer import param_group_identifier_keys
+
+    kinds = [key for key in param_group_identifier_keys if key not in _SCHEDULE]
+    by_kind = {tuple(group.get(key) for key in kinds): group for group in saved}
+    merged = []
+    for group in current:
+        if (found := by_kind.get(tuple(group.get(key) for key in kinds))) is None:
+            raise InputError(
+                "the checkpoint's optimizer has other groups of parameters (a decoupled learning rate, other exceptions from weight "
+                "decay); set those flags as they were, or add no-load-optim to begin with fresh moments"
+            )
+        merged.append(found | {key: value for key, value in group.items() if key not in _STATE})
+    return merged
+
+
 def _make_load_state_dict(original: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
     @functools.wraps(original)
     def load_state_dict(self: Any, state_dict: Mapping[str, Any]) -> None:
-        """The original, then a step count of its own for every parameter."""
-        original(self, state_dict)
+        """The original with the settings of now, then a step count of its own for every parameter."""
+        inner = state_dict["optimizer"]
+        groups = _groups_of_now(inner["param_groups"], self.optimizer.param_groups)
+        original(self, {**state_dict, "optimizer": {**inner, "param_groups": groups}})
         for state in self.optimizer.state.values():
             if "step" in state:
                 state["step"] = state["step"].clone()
@@ -112,7 +138,7 @@ def _make_fully_reshardable(original: Callable[..., Any]) -> Callable[..., Any]:
     return sharded_param_state_fully_reshardable
 
 
-BUCKET_PATCHES = (
+GENERAL_PATCHES = (
     Patch(
         target=f"{_MODULE}:DistributedOptimizer.sharded_param_state_fully_reshardable",
         caller=f"{_MODULE}:DistributedOptimizer.sharded_param_state_fully_reshardable",
@@ -120,6 +146,15 @@ BUCKET_PATCHES = (
         reason="The gathered state has no padding between buckets, but is cut at padded places: from the second bucket on "
         "(tied embeddings in a pipeline, overlapped gradient reduction), parameters are saved shifted and the last one is cut.",
         make=_make_fully_reshardable,
+    ),
+    Patch(
+        target=f"{_MODULE}:DistributedOptimizer.load_state_dict",
+        caller=f"{_MODULE}:DistributedOptimizer.load_state_dict",
+        marker="{**param_groups_map[needed_groups], \"params\": inner_param_group['params']}",
+        reason="Groups are told apart by their learning rate, so a run with another one finds none (KeyError); betas and eps of the "
+        "command line are dropped without a word. And on torch's AdamW every parameter gets the same step tensor, which AdamW "
+        "increments once a parameter, so the bias correction of a resumed run is wrong.",
+        make=_make_load_state_dict,
     ),
 )
 
@@ -131,14 +166,6 @@ PATCHES = (
         reason="Asserts that one step count exists: fails on load, before any state exists, and on save on a rank "
         "that owns no trainable parameter (a frozen pipeline stage, a tiny shard).",
         make=_make_state_dict,
-    ),
-    Patch(
-        target=f"{_MODULE}:DistributedOptimizer.load_state_dict",
-        caller=f"{_MODULE}:DistributedOptimizer.load_state_dict",
-        marker='s["step"] = step',
-        reason="Gives every parameter the same step tensor. AdamW increments it once a parameter, so the bias "
-        "correction of a resumed run is wrong.",
-        make=_make_load_state_dict,
     ),
     Patch(
         target=f"{_MODULE}:DistributedOptimizer._set_main_param_and_optimizer_states",

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from hydra_mcore.commands import sole_writer
 from hydra_mcore.errors import InputError
 from hydra_mcore.model.build import TRACKER
 
@@ -35,17 +36,20 @@ def new_folder(target_dir: str | Path, num_bytes: int = 0) -> Iterator[Path]:
     """A folder to fill beside the target, which takes the target's name once the block ends well; else nothing is left.
 
     Raises:
-        InputError: the target cannot be written (``check_target``, for ``num_bytes``), or a write fails half-way.
+        InputError: the target cannot be written (``check_target``, for ``num_bytes``), another process fills it, or a write
+            fails half-way.
     """
     check_target(target_dir, num_bytes)
     target = Path(target_dir)
     beside = target.with_name(target.name + ".partial")
-    shutil.rmtree(beside, ignore_errors=True)  # of an attempt that was killed
     try:
-        beside.mkdir(parents=True)
-        yield beside
-        beside.replace(target)
+        with sole_writer(target):
+            shutil.rmtree(beside, ignore_errors=True)  # of an attempt that was killed
+            try:
+                beside.mkdir()
+                yield beside
+                beside.replace(target)
+            finally:
+                shutil.rmtree(beside, ignore_errors=True)
     except OSError as error:
         raise InputError(f"{target}: cannot be written, {error.strerror or error}; nothing is left of it") from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)

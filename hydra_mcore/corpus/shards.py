@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import math
 import os
 from collections import Counter
@@ -25,6 +24,7 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from tqdm import tqdm
 
+from hydra_mcore.commands import sole_writer
 from hydra_mcore.corpus.manifest import SUFFIXES, Manifest, Shard, ShardFile, finished_path, held_out_path, sha256, unfinished_path
 from hydra_mcore.corpus.sources import Batch, Document, Source, batches
 from hydra_mcore.corpus.tokenize import Encoder, encode_batches, fingerprint
@@ -75,7 +75,7 @@ def prepare(source: Source, encoder: Encoder, limits: Limits, out: Path, workers
     run = run_facts(source, encoder, limits)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(out):
+        with sole_writer(out):
             if finished_path(out).exists():
                 manifest = _checked(out, run)
             else:
@@ -247,18 +247,3 @@ class ShardWriter:
             files[suffix] = ShardFile(beside.stat().st_size, sha256(beside))
             beside.replace(f"{self.path}{suffix}")
         return Shard(self.path.name, self.documents, self.tokens, self.max_id, skipped, files, after)
-
-
-@contextlib.contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Keep a second process from writing the same prefix; the lock ends with the process, the file may stay."""
-    path = Path(f"{out}.lock")
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{out}: another process prepares it; wait for it or choose another --out") from None
-        except OSError:
-            pass  # a file system without locks
-        yield
-        path.unlink()

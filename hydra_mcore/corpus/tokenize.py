@@ -11,7 +11,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tokenizers import Tokenizer
 
+from hydra_mcore.commands import deaf_children
 from hydra_mcore.corpus.sources import Batch
 from hydra_mcore.errors import InputError
 from hydra_mcore.tokenizer import open_tokenizer
@@ -97,7 +97,8 @@ def encode_batches(batches: Iterable[Batch], encoder: Encoder, workers: int) -> 
     waiting: deque = deque()
     try:
         for batch in batches:
-            waiting.append((batch, pool.submit(_encode, [document.text for document in batch.documents])))
+            with deaf_children():  # a submit may start a worker
+                waiting.append((batch, pool.submit(_encode, [document.text for document in batch.documents])))
             if len(waiting) > AHEAD * workers:
                 yield _next(waiting)
         while waiting:
@@ -116,7 +117,6 @@ def _next(waiting: deque) -> tuple[Batch, list[np.ndarray]]:
 
 def _start_worker(encoder: Encoder) -> None:
     global _encode_texts
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _encode_texts = BatchEncoder(encoder)
 

@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a command line needs around a model: process groups without a training loop, and one-line errors."""
+"""What a command line needs around a model: process groups without a training loop."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import contextlib
 import datetime
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -76,27 +75,3 @@ def from_first_rank[T](make: Callable[[], T]) -> T:
     if isinstance(outcome[0], InputError):
         raise outcome[0]
     return outcome[0]
-
-
-@contextlib.contextmanager
-def one_line_errors(command: str) -> Iterator[None]:
-    """Turn bad input and a disk that refuses into one line on stderr and exit status 2, Ctrl-C into one and 130.
-
-    Other errors keep their traceback. Of several ranks that see the same bad input, the first one says it.
-    """
-    first_rank = int(os.environ.get("RANK", "0")) == 0
-    try:
-        yield
-    except InputError as error:
-        if first_rank:
-            print(f"{command}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        if first_rank:
-            print(f"{command}: stopped by Ctrl-C", file=sys.stderr)
-        sys.exit(130)
-    except BaseException as error:  # torch's CheckpointException is no Exception
-        if isinstance(error, SystemExit) or (refusal := disk_refusal(error)) is None:
-            raise
-        print(f"{command}: {disk_problem(refusal)}", file=sys.stderr)
-        sys.exit(2)

@@ -17,9 +17,11 @@ from __future__ import annotations
 import argparse
 import sys
 
+from hydra_mcore.commands import one_line_errors
 from hydra_mcore.config import add_stage_flags
 
 
+@one_line_errors("train")
 def main(argv: list[str] | None = None) -> None:
     """Run one stage, or print the help; exit status 2 with one line for bad input."""
     argv = sys.argv[1:] if argv is None else argv

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import shutil
 import sys
 from functools import partial
@@ -27,7 +26,6 @@ from megatron.training.models import GPTModelConfig  # noqa: E402
 
 from hydra_mcore.config import ConfigError, ModelCard, add_stage_flags  # noqa: E402
 from hydra_mcore.model.build import apply_card, contiguous_parts, load_weights, model_config  # noqa: E402
-from hydra_mcore.model.runtime import one_line_errors  # noqa: E402
 from hydra_mcore.train.alerts import DataWatch  # noqa: E402
 from hydra_mcore.train.arguments import Plan, resolve  # noqa: E402
 from hydra_mcore.train.checkpoints import checkpoint_care, note_versions, tidy  # noqa: E402
@@ -36,36 +34,62 @@ from hydra_mcore.train.needles import NeedlePanels, make_panels  # noqa: E402
 from hydra_mcore.train.pair import TransferStep  # noqa: E402
 from hydra_mcore.train.pipeline import teacher_in_the_pipeline  # noqa: E402
 from hydra_mcore.train.profile import profiled_steps  # noqa: E402
+from hydra_mcore.train.resume import (  # noqa: E402
+    alone_in,
+    check_settings_of_resume,
+    note_settings,
+    samples_of_now,
+    schedule_of_now,
+    settings_of,
+)
 from hydra_mcore.train.settings import refusal  # noqa: E402
 from hydra_mcore.train.stages import STAGES  # noqa: E402
+from hydra_mcore.train.stopping import saved_at_ctrl_c  # noqa: E402
 from hydra_mcore.train.tracking import tracked  # noqa: E402
 from hydra_mcore.train.watch import Watch, alert, watched  # noqa: E402
 
 
 def run_stage(argv: list[str]) -> None:
-    """Resolve, check and run one stage; exit status 2 with one line for bad input."""
-    with one_line_errors("train"):
-        plan = resolve(argv)
-        if plan.finished:
-            print(f"stage {plan.options.stage} is finished: {plan.save}")
+    """Resolve, check and run one stage.
+
+    Raises:
+        InputError: bad input, before anything is written; a folder that another run writes to.
+    """
+    if (plan := _unfinished(argv)) is None:
+        return
+    args, config, settings = _validated(plan)
+    check_data(args)
+    panels = make_panels(args, plan.start, plan.card.shape.vocab_size)
+    if plan.options.dry_run:
+        print(f"start: {plan.start}\nsave:  {plan.save}\nflags: {' '.join(plan.flags)}")
+        return
+    with alone_in(plan.save, args) as store:
+        if (now := _unfinished(argv)) is None:  # whoever had the folder until now may have saved
             return
-        args, config = _validated(plan)
-        check_data(args)
-        panels = make_panels(args, plan.start, plan.card.shape.vocab_size)
-        if plan.options.dry_run:
-            print(f"start: {plan.start}\nsave:  {plan.save}\nflags: {' '.join(plan.flags)}")
-            return
+        if now != plan:
+            plan, (args, config, settings) = now, _validated(now)
         if args.rank == 0:
-            _prepare_output(plan)
+            _prepare_output(plan, settings)
         with tracked(plan):
             set_global_variables(args)
-            _train(plan, args, config, panels)
+            with saved_at_ctrl_c(args):
+                _train(plan, args, config, panels, settings, store)
 
 
-def _validated(plan: Plan) -> tuple[Any, GPTModelConfig]:
-    """Megatron's own parse and validation, which write nothing yet; its refusals become one line."""
+def _unfinished(argv: list[str]) -> Plan | None:
+    """The plan of a stage; None, and a line, where nothing of it is left to do."""
+    plan = resolve(argv)
+    if plan.finished:
+        print(f"stage {plan.options.stage} is finished: {plan.save}")
+        return None
+    return plan
+
+
+def _validated(plan: Plan) -> tuple[Any, GPTModelConfig, dict[str, Any]]:
+    """Megatron's own parse and validation, which write nothing yet, and the settings as given; its refusals become one line."""
     sys.argv = [sys.argv[0], *plan.flags]
     args = parse_args(extra_args_provider=add_stage_flags)
+    settings = settings_of(args)
     try:
         validate_args(args)
         config = gpt_config_from_args(args)
@@ -74,28 +98,33 @@ def _validated(plan: Plan) -> tuple[Any, GPTModelConfig]:
     config.vocab_size, config.should_pad_vocab = plan.card.shape.vocab_size, False
     config.rotary_base = plan.card.shape.rope_theta
     apply_card(config, plan.card, plan.options.stage, plan.options.fa_balance)
-    return args, config
+    if plan.resume:
+        check_settings_of_resume(plan.save, settings, not (args.no_load_optim or args.finetune))
+    return args, config, settings
 
 
-def _prepare_output(plan: Plan) -> None:
+def _prepare_output(plan: Plan, settings: dict[str, Any]) -> None:
     """Put card, head map and tokenizer into the stage's folder; checkpoints follow as training saves them."""
     plan.save.mkdir(parents=True, exist_ok=True)
     plan.card.save(plan.save)
     tidy(plan.save)
     note_versions(plan.save)
+    note_settings(plan.save, settings, plan.resume)
     plan.card.head_map.save(plan.save / "head_map.json")
     if (plan.start / "tokenizer").is_dir():
         shutil.copytree(plan.start / "tokenizer", plan.save / "tokenizer", dirs_exist_ok=True)
 
 
-def _train(plan: Plan, args: Any, config: GPTModelConfig, panels: NeedlePanels | None) -> None:
+def _train(
+    plan: Plan, args: Any, config: GPTModelConfig, panels: NeedlePanels | None, settings: dict[str, Any], store: torch.distributed.Store
+) -> None:
     data = DataWatch(plan.options.data_timeout, lambda: f"rank {args.rank} reads {' '.join(args.data_path or [])}", alert)
     step = TransferStep(plan.options, partial(fetch_batch, args, data), lambda: args.curr_iteration + 1)
     config.pre_wrap_hooks.append(partial(_prepare_models, plan, config, step))
-    store = None if "RANK" in os.environ else torch.distributed.HashStore()
     watch = Watch(plan.card, args, step, data, panels)
     care = checkpoint_care(plan.save, plan.options, args, config)
-    with teacher_in_the_pipeline(step), care, watched(watch), profiled_steps(args, step):
+    resuming = schedule_of_now(plan.save, args, settings)
+    with teacher_in_the_pipeline(step), care, resuming, watched(watch), profiled_steps(args, step):
         pretrain(pretrain_cfg_container_from_args(args, config), _datasets, ModelType.encoder_or_decoder, step, store=store)
     if (writer := get_tensorboard_writer()) is not None:
         writer.close()  # its thread would die with the process, and the last values with it
@@ -136,7 +165,7 @@ def _build_teachers(plan: Plan, config: GPTModelConfig, students: list[GPTModel]
 
 
 def _datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple:
-    return build_datasets(get_args(), get_tokenizer(), num_samples, vp_stage)
+    return build_datasets(get_args(), get_tokenizer(), samples_of_now(num_samples, get_args()), vp_stage)
 
 
 _datasets.is_distributed = True

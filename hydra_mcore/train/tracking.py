@@ -79,11 +79,11 @@ class Tracker:
 
     @_harmless
     def describe(self, plan: Plan) -> None:
-        """Log what the run is made of, once a run: flags, model card, head map and its picture."""
+        """Log what the run is made of, once for each place that it is logged to: flags, model card, head map and its picture."""
         import wandb
 
         record = _run_record(self.folder / RUN_FILE) or _RunRecord(self.run.id)
-        if record.described:
+        if self.run.disabled or (place := self._place()) in record.described:
             return
         setup = self.folder / "setup"
         plan.card.save(setup)
@@ -94,7 +94,11 @@ class Tracker:
         artifact.add_dir(str(setup))
         self.run.log_artifact(artifact)
         self.log_figure("head map", setup / "head_map.png", step=0)
-        write_json(self.folder / RUN_FILE, asdict(replace(record, described=True)))
+        write_json(self.folder / RUN_FILE, asdict(replace(record, described=(*record.described, place))))
+
+    def _place(self) -> str:
+        """Where the run is logged to: a project of W&B, or offline files for one, which may never be synced."""
+        return f"{'offline' if self.run.offline else self.run.entity}/{self.run.project}"
 
     @_harmless
     def finish(self, exit_code: int = 0) -> None:
@@ -176,12 +180,14 @@ def _start(plan: Plan, args: argparse.Namespace) -> Tracker:
 
 @dataclass(frozen=True)
 class _RunRecord:
-    """What a stage's folder knows of its run."""
+    """What a stage's folder knows of its run: its id at W&B, and the places that have its description."""
 
     id: str
-    described: bool = False
+    described: tuple[str, ...] | bool = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.described, bool):  # of a version that did not note the place
+            object.__setattr__(self, "described", ())
         if not re.fullmatch(r"[\w-]{1,128}", self.id, re.ASCII):
             raise ValueError("id is no name of a run")
 

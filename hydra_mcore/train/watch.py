@@ -50,7 +50,7 @@ class Watch:
 
     def __init__(self, card: ModelCard, args: argparse.Namespace, step: TransferStep, data: DataWatch, panels: NeedlePanels | None) -> None:
         self.card, self.args, self.step, self.data, self.panels = card, args, step, data, panels
-        self.spikes, self.waited, self.started = LossSpikes(), 0.0, False
+        self.spikes, self.waited, self.started, self.empty = LossSpikes(), 0.0, False, 0
 
     def log(self, values: dict[str, float], iteration: int) -> None:
         """To TensorBoard and W&B, where this rank has them."""
@@ -128,6 +128,25 @@ class Watch:
             print(f" needles after {iteration} steps: {found}", flush=True)
         get_timers()("interval-time").start(barrier=True)
 
+    def leave_out_empty(self, losses: dict[str, Tensor], totals: dict[str, Any], iteration: int) -> None:
+        """Take out losses that are 0 / 0, where no token of the step counted: they are in no log and in no mean of an interval.
+
+        Others that are not finite never come here: training stops at them (``train.alerts.stop_together``).
+        """
+        empty = [name for name in losses if math.isnan(float(losses[name]))]
+        for name in empty:
+            del losses[name]
+        if empty and is_last_rank():
+            print(f" step {iteration}: no token counts in it (the loss mask is zero), so it has no loss", flush=True)
+        self.empty += bool(empty)
+        if iteration % self.args.log_interval == 0:
+            steps = totals.get("advanced iterations", 0) + 1
+            if 0 < self.empty < steps:  # Megatron adds this step's loss, and divides by all steps
+                for name in losses.keys() | {name for name in totals if not name.endswith(" iterations")}:
+                    last = losses.get(name, 0.0)
+                    totals[name] = (totals.get(name, 0.0) + last) * steps / (steps - self.empty) - last
+            self.empty = 0
+
     def losses(self, losses: dict[str, Tensor], iteration: int) -> None:
         """Say so when the loss jumps; Megatron hands the step's losses to the last pipeline stage."""
         name = f"{self.step.options.stage} loss"
@@ -152,7 +171,11 @@ def watched(watch: Watch) -> Iterator[None]:
             watch.log(watch.speed(steps) | watch.memory(), iteration)
         if watch.step.heads_due():
             watch.heads(iteration)
+        watch.leave_out_empty(losses, totals, iteration)
         watch.losses(losses, iteration)
+        # The line that Megatron adds after a start's first step leaves its interval open, so that the next line would count it
+        # again; where that line is due anyway it closes one.
+        keywords["is_first_iteration"] = keywords.get("is_first_iteration", False) and iteration % watch.args.log_interval != 0
         outcome = stock_log(losses, totals, rate, iteration, *rest, **keywords)
         grad_norm = rest[3]
         if grad_norm is not None and not math.isfinite(grad_norm):

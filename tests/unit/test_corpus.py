@@ -8,6 +8,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -238,8 +240,14 @@ def test_other_data_under_the_same_name(tmp_path: Path, texts: list[str], encode
 
 def test_two_processes_do_not_write_the_same_data(tmp_path: Path, encoder: Encoder) -> None:
     (tmp_path / "a.txt").write_text("x")
-    with shards._alone(tmp_path / "out"), pytest.raises(InputError, match="another process prepares it"):
-        prepare(FileSource([str(tmp_path)], "text"), encoder, Limits(), tmp_path / "out", 1)
+    held = (
+        "import sys\nfrom hydra_mcore.commands import sole_writer\nwith sole_writer(sys.argv[1]):\n    print(flush=True); sys.stdin.read()"
+    )
+    command, pipe = [sys.executable, "-c", held, str(tmp_path / "out")], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, cwd=Path(__file__).parents[2]) as holder:
+        holder.stdout.readline()
+        with pytest.raises(InputError, match=f"is being written by process {holder.pid} on "):
+            prepare(FileSource([str(tmp_path)], "text"), encoder, Limits(), tmp_path / "out", 1)
 
 
 def test_a_blend_of_prepared_data_is_its_shards_by_tokens(tmp_path: Path, texts: list[str], encoder: Encoder, serial: None) -> None:

@@ -20,13 +20,14 @@ import torch
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
+from hydra_mcore.commands import one_line_errors
 from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.records import Records
 from hydra_mcore.evaluation.report import write_report
 from hydra_mcore.evaluation.ruler.sets import _save
 from hydra_mcore.files import disk_problem, disk_refusal, replacing, write_json
 from hydra_mcore.model.build import write_tracker
-from hydra_mcore.model.runtime import from_first_rank, one_line_errors, process_groups
+from hydra_mcore.model.runtime import from_first_rank, process_groups
 from hydra_mcore.selection.journal import JournalWriter
 from hydra_mcore.selection.needles import RULER_FORMAT
 from hydra_mcore.selection.report import write_report as write_selection_report

@@ -14,7 +14,10 @@ from hydra_mcore.convert.hf_code import CODE_FILES
 ROOT = Path(__file__).parents[2]
 # From the ground up.  A room may import the floors below and, on its own floor, what stands before it.
 FLOORS = [
-    ["hydra_mcore.errors", "hydra_mcore.files", "hydra_mcore.heads", "hydra_mcore.config", "hydra_mcore.recipe", "hydra_mcore.tokenizer"],
+    [
+        *("hydra_mcore.errors", "hydra_mcore.files", "hydra_mcore.commands", "hydra_mcore.tokenizer"),
+        *("hydra_mcore.heads", "hydra_mcore.config", "hydra_mcore.recipe"),
+    ],
     ["hydra_mcore.ops", "hydra_mcore.compat"],
     ["hydra_mcore.model"],
     ["hydra_mcore.convert", "hydra_mcore.selection", "hydra_mcore.corpus"],
