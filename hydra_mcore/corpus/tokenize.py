@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tokenizers import Tokenizer
 
+from hydra_mcore.corpus.hub import check_name, first_line, unreachable
 from hydra_mcore.corpus.sources import Batch
 from hydra_mcore.errors import InputError
 
@@ -65,10 +66,16 @@ def load_fast_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     beside = Path(name) / "tokenizer"
+    folder = beside if beside.is_dir() else Path(name)
+    problem = ""
+    if not folder.is_dir():
+        check_name("tokenizer", str(name))
+        problem = unreachable()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(beside if beside.is_dir() else name)
-    except (OSError, ValueError) as error:
-        raise InputError(f"tokenizer {name}: does not load ({str(error).strip().splitlines()[0]})") from None
+        tokenizer = AutoTokenizer.from_pretrained(folder if folder.is_dir() else name, local_files_only=bool(problem))
+    except Exception as error:  # of the libraries between here and the hub, or of broken files
+        why = f"neither a folder nor in the cache, and {problem}" if problem else f"does not load ({first_line(error)})"
+        raise InputError(f"tokenizer {name}: {why}; give a folder with its files") from None
     if not tokenizer.is_fast:
         raise InputError(f"tokenizer {name}: has no fast form, which the workers need; convert it to a tokenizer.json")
     return tokenizer

@@ -85,14 +85,19 @@ def one_line_errors(command: str) -> Iterator[None]:
         yield
     except InputError as error:
         if first_rank:
-            print(f"{command}: {error}", file=sys.stderr)
+            print(f"{command}: {_one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.errno not in DISK_REFUSES:
             raise
-        print(f"{command}: {disk_problem(error)}", file=sys.stderr)
+        print(f"{command}: {_one_line(disk_problem(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         if first_rank:
             print(f"{command}: stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
+
+
+def _one_line(text: str) -> str:
+    """The text with what a name of a file may hold, but no line, as escapes: newlines, control characters, no UTF-8."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
