@@ -15,6 +15,7 @@ _CLOSING = r"""["'\p{Pe}\p{Pf}]"""
 # These end one wherever they stand: Unicode's Sentence_Terminal, which lacks Tibetan and Thai signs.
 _END = regex.compile(rf"[\p{{STerm}}\u0e5a\u0e5b\u0f0d-\u0f12--[.!?]]{_CLOSING}*\s*$", regex.V1)
 _CLOSED_LATER = regex.compile(rf"{_CLOSING}|[\p{{STerm}}\u0e5a\u0e5b\u0f0d-\u0f12--[.!?]]", regex.V1)
+_ONLY_CLOSING = regex.compile(r"[\p{Pe}\p{Pf}--[)\]}]]+\s*$", regex.V1)  # a token that ends what the one before it ended, if that did
 _EMPTY_LINE = regex.compile(r"\s*?\n\s*?\n")
 _WORD_END = regex.compile(r"[\u0f0b\u0f0c\u1361\u200b]$")  # Tibetan, Ethiopic, and the mark of a break that is not seen
 _GOES_ON = regex.compile(r"[\p{M}\u200c\u200d]")  # belongs to the character before
@@ -30,10 +31,11 @@ def what_ends(pieces: Pieces, ids: np.ndarray) -> np.ndarray:
     known, which = np.unique(ids, return_inverse=True)
     texts = pieces.decode(known[:, None].tolist())
     halves = np.asarray([not text or _HALF in text for text in texts])[which]
+    closing = np.asarray([bool(_ONLY_CLOSING.match(text)) for text in texts])[which]
     pairs, where = np.unique(np.stack([which[:-1], which[1:]]), axis=1, return_inverse=True)
     ends = np.asarray([break_between(texts[left], texts[right]) for left, right in pairs.T.tolist()], dtype=np.uint8)
     ends = np.append(ends[where.reshape(-1)], np.uint8(SENTENCE))
-    unclear = np.flatnonzero(halves[:-1] | halves[1:])  # where a token may hold a part of a character
+    unclear = np.flatnonzero(halves[:-1] | halves[1:] | closing[:-1])  # where two tokens alone do not tell
     ends[unclear] = _between_characters(pieces, ids, unclear)
     return ends
 
@@ -49,7 +51,7 @@ def break_between(left: str, right: str) -> int:
 
 
 def _between_characters(pieces: Pieces, ids: np.ndarray, places: np.ndarray) -> list[int]:
-    """What ends with the tokens at the places, where some tokens are no whole characters: read with their neighbours."""
+    """What ends with the tokens at the places, read with their neighbours: some may be parts of characters."""
     left = _whole(pieces, {int(at): [ids[max(0, at + 1 - size) : at + 1] for size in range(_BEFORE, 0, -1)] for at in places})
     right = _whole(pieces, {int(at): [ids[at + 1 : at + 1 + size] for size in range(1, _BEHIND + 1)] for at in left})
     both = {at: (*left[at], *right[at]) for at in right}
