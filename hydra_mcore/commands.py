@@ -49,8 +49,13 @@ def one_line_errors(command: str) -> Iterator[None]:
             if line is None:
                 raise
             if first_rank:
-                print(f"{command}: {line}", file=sys.stderr)
+                print(f"{command}: {_one_line(line)}", file=sys.stderr)
             sys.exit(status)
+
+
+def _one_line(text: str) -> str:
+    """The text with what a name of a file may hold, but no line, as escapes: newlines, control characters, no UTF-8."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 @contextlib.contextmanager

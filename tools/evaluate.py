@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,6 +83,8 @@ def add_exam_flags(p: argparse.ArgumentParser) -> None:
         'wording of the prompts: "ruler", "chat" (in the tokenizer\'s chat template) or a JSON file (default: the model\'s own, else ruler)'
     )
     exam.add_argument("--template", metavar="NAME", help=wording)
+    day = "YYYY-MM-DD, the day that chat templates take for today (default: that of the first run into --out)"
+    exam.add_argument("--date", type=date.fromisoformat, metavar="DAY", help=day)
     scoring = "of all tasks (default: teacher-forced where that is exact, else generation)"
     exam.add_argument("--scoring", choices=["teacher-forced", "generation"], help=scoring)
     exam.add_argument("--cache", type=Path, metavar="DIR", help="folder for the prompts, shared by any evaluations (default: OUT/prompts)")
@@ -120,7 +123,8 @@ def evaluate(args: argparse.Namespace) -> None:
     from hydra_mcore.evaluation.report import RESULTS_NAME, write_report
     from hydra_mcore.model.runtime import from_first_rank
 
-    papers, records = Papers(parse_exam(args)), Records(args.out)
+    records = Records(args.out)
+    papers = Papers(parse_exam(args, records))
     models = from_first_rank(lambda: check_request(args, records))
     dtype = args.dtype or ("bf16" if torch.cuda.is_available() else "float32")
     asked = dict(papers.enter(name, facts, dtype) for name, facts in models.items())
@@ -142,7 +146,7 @@ def evaluate(args: argparse.Namespace) -> None:
         print(f"\nreport: {args.out / 'report.md'}")
 
 
-def parse_exam(args: argparse.Namespace) -> Exam:
+def parse_exam(args: argparse.Namespace, records: Records) -> Exam:
     from hydra_mcore.evaluation.evaluate import Exam, named_tasks
 
     return Exam(
@@ -154,6 +158,7 @@ def parse_exam(args: argparse.Namespace) -> Exam:
         haystack=args.haystack,
         repeat_haystack=args.repeat_haystack,
         template=args.template,
+        today=lambda: records.today(args.date),
         text=not args.no_text,
         cache=args.cache or args.out / "prompts",
     )

@@ -59,7 +59,9 @@ def parser() -> argparse.ArgumentParser:
     source.add_argument("--dataset", metavar="NAME", help="a dataset of the Hugging Face hub, or a folder of one, streamed by datasets")
     p.add_argument("--dataset-config", metavar="NAME", help="configuration of the dataset, such as sample-100BT")
     p.add_argument("--split", default="train", metavar="NAME", help="split of the dataset (default train)")
-    p.add_argument("--revision", metavar="COMMIT", help="commit of the dataset on the hub (default: the newest, which is noted)")
+    p.add_argument(
+        "--revision", metavar="COMMIT", help="commit of the dataset on the hub (default: the one that --out notes, else the newest)"
+    )
     p.add_argument("--text-key", default="text", metavar="KEY", help="where a JSON object or a row has its text (default text)")
     p.add_argument("--out", type=Path, required=True, metavar="PREFIX", help="beginning of the names of all files that are written")
     whose = "Hugging Face tokenizer: a folder, a checkpoint from tools/convert.py, or a name on the hub"
@@ -101,6 +103,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Check everything that is quick to check, then prepare."""
+    from hydra_mcore.corpus.folders import listed
     from hydra_mcore.corpus.shards import Limits, prepare
     from hydra_mcore.corpus.tokenize import load_encoder
     from hydra_mcore.errors import InputError
@@ -109,6 +112,8 @@ def run(args: argparse.Namespace) -> None:
     if limits.max_tokens is not None and limits.max_tokens < limits.min_tokens:
         raise InputError(f"--max-tokens {limits.max_tokens} is below --min-tokens {limits.min_tokens}; no document is both")
     source = open_source(args)
+    if source.left_out:
+        print(f"left out of the folders: {listed(source.left_out)}")
     encoder = load_encoder(args.tokenizer, args.eod)
     if args.model:
         check_vocabulary(args.model, encoder)
@@ -123,11 +128,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def open_source(args: argparse.Namespace) -> Source:
+    from hydra_mcore.corpus.manifest import noted_revision
     from hydra_mcore.corpus.sources import DatasetSource, FileSource
     from hydra_mcore.errors import InputError
 
     if args.dataset:
-        return DatasetSource(args.dataset, args.dataset_config, args.split, args.revision, args.text_key)
+        revision = args.revision or noted_revision(args.out, args.dataset)
+        return DatasetSource(args.dataset, args.dataset_config, args.split, revision, args.text_key)
     if args.dataset_config or args.revision:
         raise InputError("--dataset-config and --revision belong to --dataset, not to --input")
     return FileSource(args.input, args.text_key)

@@ -151,6 +151,14 @@ def held_out_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.held_out.txt")
 
 
+def noted_revision(prefix: Path, dataset: str) -> str | None:
+    """The commit of a dataset at which data under the prefix was begun or finished; None where there is no such data."""
+    for path in (finished_path(prefix), unfinished_path(prefix)):
+        if path.exists() and (source := Manifest.load(path).run["source"]).get("dataset") == dataset:
+            return source["revision"]
+    return None
+
+
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,22 +9,28 @@ that is an error is not for the source to say.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import io
 import itertools
 import json
+import os
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from hydra_mcore.corpus.folders import LINES, NAMED_LINES, PACKING, TEXT, find_files, is_kind, shown
+from hydra_mcore.corpus.hub import SILENCE, check_name, first_line, unreachable
 from hydra_mcore.errors import InputError
 
-TEXT, PARQUET = (".txt",), (".parquet",)
-LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.bz2")
-SUFFIXES = TEXT + LINES + PARQUET
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
 ENDS = 2**16  # bytes at each end of a file that tell it from another one of the same size
 BATCH_CHARACTERS = 2**18  # the work that one call of a worker gets
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 Position = Any  # a JSON value; None is the start
 
@@ -45,7 +51,9 @@ class Batch(NamedTuple):
 
 
 class Source(Protocol):
-    """Where documents come from."""
+    """Where documents come from; ``left_out`` counts what is there beside them, by kind."""
+
+    left_out: Counter[str]
 
     def facts(self) -> dict[str, Any]:
         """JSON facts that tell this source from another one."""
@@ -70,23 +78,24 @@ def batches(source: Source, position: Position) -> Iterator[Batch]:
 class FileSource:
     """Files on this machine: a ``.txt`` is one document, a line of ``.jsonl`` and a row of ``.parquet`` one each.
 
+    ``left_out`` counts what folders hold beside them, by kind.
+
     Its positions are [file, documents (lines, rows) of it that are done].
 
     Args:
-        inputs: files, globs, or folders that are searched at any depth. Their order is kept, what they stand for is sorted.
+        inputs: files, globs, or folders that are searched at any depth, as ``find_files`` does.
         text_key: key of a JSON object, name of a Parquet column.
 
     Raises:
-        InputError: nothing found, a file that is named twice, a kind of file that is not known.
+        InputError: as ``find_files``.
     """
 
     def __init__(self, inputs: Sequence[str], text_key: str) -> None:
-        self.paths = [path for given in inputs for path in _found(given)]
-        self.text_key = text_key
-        if twice := next((path for path, other in itertools.pairwise(sorted(self.paths)) if path == other), None):
-            raise InputError(f"--input names {twice} twice; its documents would be doubled")
+        found = find_files(inputs)
+        self.paths, self.left_out, self.text_key = found.paths, found.left_out, text_key
 
     def facts(self) -> dict[str, Any]:
+        """Raises InputError for a file that cannot be read."""
         return {"files": [file_facts(path) for path in self.paths], "text_key": self.text_key}
 
     def documents(self, position: Position) -> Iterator[tuple[Document, Position]]:
@@ -100,78 +109,101 @@ class FileSource:
         """A file's documents beyond the first ``done``, each with its number, counted from 1."""
         import pyarrow
 
-        reader = _read_text if path.name.endswith(TEXT) else _read_lines if path.name.endswith(LINES) else _read_parquet
+        reader = _read_text if is_kind(path, TEXT) else _read_lines if is_kind(path, LINES + NAMED_LINES) else _read_parquet
         try:
             yield from reader(path, done, self.text_key)
         except (OSError, EOFError, pyarrow.ArrowException) as error:
-            raise InputError(f"{path}: cannot be read ({_first_line(error)})") from None
+            raise InputError(f"{path}: cannot be read ({first_line(error)})") from None
 
 
 class DatasetSource:
     """A dataset of the Hugging Face hub, or a local folder of one, streamed by ``datasets``.
 
-    On the hub it is held at one commit, so that a run that goes on next week reads the same documents. Its positions are
-    [documents done, what ``datasets`` calls the state of the stream].
+    On the hub it is held at one commit, so that a run that goes on next week reads the same documents. The hub is asked no sooner
+    than it must be: for the newest commit, where none is given, and for documents. Its positions are [documents done, what
+    ``datasets`` calls the state of the stream].
+
+    Args:
+        revision: a commit, branch or tag of the hub; None is the newest commit.
 
     Raises:
-        InputError: a dataset, configuration or split that cannot be opened.
+        InputError: neither a folder nor a name that the hub can have.
     """
 
     def __init__(self, name: str, config: str | None, split: str, revision: str | None, text_key: str) -> None:
-        from datasets import load_dataset
-        from huggingface_hub import HfApi
-
         self.name, self.config, self.split, self.text_key = name, config, split, text_key
-        self.revision = revision
         self.local = Path(name).is_dir()
-        try:
-            if not self.local:
-                self.revision = HfApi().dataset_info(name, revision=revision).sha
-            self.stream = load_dataset(name, config, split=split, streaming=True, revision=self.revision)
-        except _dataset_errors() as error:
-            raise InputError(f"dataset {name}: cannot be opened ({_first_line(error)}); check name, configuration and split") from None
+        if not self.local:
+            check_name("dataset", name)
+        self.revision = revision
+        self.left_out: Counter[str] = Counter()
+        if self.local:
+            links = sum(path.is_symlink() and path.is_dir() for path in Path(name).rglob("*"))
+            self.left_out += Counter({"linked folders, which datasets does not follow": links})
 
     def facts(self) -> dict[str, Any]:
+        """Raises InputError where the hub has no such dataset or does not answer, or for a file that cannot be read."""
+        if not self.local and not _COMMIT.fullmatch(self.revision or ""):
+            from huggingface_hub import HfApi
+
+            self._require_hub()
+            try:
+                self.revision = HfApi().dataset_info(self.name, revision=self.revision, timeout=SILENCE).sha
+            except Exception as error:  # of any of the libraries in between
+                raise self._cannot_be_opened(error) from None
         facts = {"dataset": self.name, "config": self.config, "split": self.split, "revision": self.revision, "text_key": self.text_key}
         if self.local:
             facts["files"] = [file_facts(path) for path in sorted(Path(self.name).rglob("*")) if path.is_file()]
         return facts
 
-    def documents(self, position: Position) -> Iterator[tuple[Document, Position]]:
-        """Raises InputError where the stream breaks off."""
-        done, state = position or (0, None)
-        if state is not None:
-            self.stream.load_state_dict(state)
+    @cached_property
+    def _stream(self) -> IterableDataset:
+        from datasets import load_dataset
+
+        if not self.local:
+            self._require_hub()
         try:
-            for number, row in enumerate(self.stream, start=done + 1):
+            return load_dataset(self.name, self.config, split=self.split, streaming=True, revision=self.revision)
+        except Exception as error:
+            raise self._cannot_be_opened(error) from None
+
+    def _require_hub(self) -> None:
+        if problem := unreachable():
+            raise InputError(f"dataset {self.name}: no such folder, and {problem}; give a folder, or a network")
+
+    def _cannot_be_opened(self, error: Exception) -> InputError:
+        return InputError(f"dataset {self.name}: cannot be opened ({first_line(error)}); check name, configuration and split")
+
+    def documents(self, position: Position) -> Iterator[tuple[Document, Position]]:
+        """Raises InputError where the dataset cannot be opened or the stream breaks off."""
+        done, state = position or (0, None)
+        stream = self._stream
+        if state is not None:
+            stream.load_state_dict(state)
+        try:
+            for number, row in enumerate(stream, start=done + 1):
                 where = f"dataset {self.name}, split {self.split}, document {number}"
-                yield _document(row.get(self.text_key), where, self.text_key), [number, self.stream.state_dict()]
-        except _dataset_errors() as error:
-            raise InputError(f"dataset {self.name}: the stream broke off ({_first_line(error)}); the same command goes on there") from None
+                yield _document(row.get(self.text_key), where, self.text_key), [number, stream.state_dict()]
+        except Exception as error:  # between here and the files of a dataset there are a dozen libraries with errors of their own
+            raise InputError(f"dataset {self.name}: the stream broke off ({first_line(error)}); the same command goes on there") from None
 
 
 def file_facts(path: Path) -> dict[str, Any]:
-    """A file's name, its size in bytes, and a sha256 of its size and both ends, which is quick whatever the size."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        digest.update(file.read(ENDS))
-        file.seek(max(0, size - ENDS))
-        digest.update(file.read(ENDS))
-    return {"path": str(path), "bytes": size, "ends_sha256": digest.hexdigest()}
+    """A file's name, its size in bytes, and a sha256 of its size and both ends, which is quick whatever the size.
 
-
-def _found(given: str) -> list[Path]:
-    """The files that a path, a folder or a glob stands for."""
-    if Path(given).is_dir():
-        paths = [path for path in sorted(Path(given).rglob("*")) if path.name.endswith(SUFFIXES) and path.is_file()]
-    else:
-        paths = [Path(given)] if Path(given).exists() else [Path(path) for path in sorted(glob.glob(given, recursive=True))]
-        if unknown := next((path for path in paths if not path.name.endswith(SUFFIXES)), None):
-            raise InputError(f"{unknown}: not a kind of file that is read; give {', '.join(SUFFIXES)}, or a folder with such files")
-    if not paths:
-        raise InputError(f"{given}: no data files; give {', '.join(SUFFIXES)} files, globs or folders")
-    return paths
+    Raises:
+        InputError: a file that cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest = hashlib.sha256(str(size).encode())
+            digest.update(file.read(ENDS))
+            file.seek(max(0, size - ENDS))
+            digest.update(file.read(ENDS))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    return {"path": shown(path), "bytes": size, "ends_sha256": digest.hexdigest()}
 
 
 def _read_text(path: Path, done: int, text_key: str) -> Iterator[tuple[Document, int]]:
@@ -182,7 +214,8 @@ def _read_text(path: Path, done: int, text_key: str) -> Iterator[tuple[Document,
 def _read_lines(path: Path, done: int, text_key: str) -> Iterator[tuple[Document, int]]:
     import pyarrow
 
-    with io.BufferedReader(pyarrow.input_stream(str(path), compression="detect")) as file:
+    # opened here, since pyarrow takes no name that is not UTF-8
+    with path.open("rb") as raw, io.BufferedReader(pyarrow.input_stream(raw, PACKING.get(path.suffix.lower()))) as file:
         for number, line in enumerate(itertools.islice(file, done, None), start=done + 1):
             if not line.strip():
                 continue
@@ -201,7 +234,7 @@ def _read_parquet(path: Path, done: int, text_key: str) -> Iterator[tuple[Docume
     import pyarrow
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(path) as file:
+    with path.open("rb") as raw, pyarrow.parquet.ParquetFile(raw) as file:
         if text_key not in file.schema_arrow.names:
             raise InputError(f"{path}: no column {text_key!r}; choose with --text-key among {', '.join(file.schema_arrow.names)}")
         row = 0
@@ -235,16 +268,3 @@ def _document(text: Any, where: str, text_key: str) -> Document:
     except UnicodeEncodeError:
         return Document("", where, "half of a surrogate pair")  # JSON can write it, no tokenizer can read it
     return Document(text, where, "" if text.strip() else "empty")
-
-
-def _dataset_errors() -> tuple[type[Exception], ...]:
-    """What goes wrong between here and the files of a dataset."""
-    from datasets.exceptions import DatasetsError
-    from httpx import HTTPError
-    from huggingface_hub.errors import HfHubHTTPError
-
-    return OSError, ValueError, DatasetsError, HfHubHTTPError, HTTPError  # a ValueError may be pyarrow's or of the JSON
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -24,6 +24,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from hydra_mcore.commands import deaf_children
+from hydra_mcore.corpus.hub import check_name, unreachable
 from hydra_mcore.corpus.sources import Batch
 from hydra_mcore.errors import InputError
 from hydra_mcore.tokenizer import open_tokenizer
@@ -64,7 +65,17 @@ def load_fast_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         InputError: no tokenizer, or none that the ``tokenizers`` library runs.
     """
     beside = Path(name) / "tokenizer"
-    tokenizer = open_tokenizer(beside if beside.is_dir() else name)
+    folder = beside if beside.is_dir() else Path(name)
+    problem = ""
+    if not folder.is_dir():
+        check_name("tokenizer", str(name))
+        problem = unreachable()
+    try:
+        tokenizer = open_tokenizer(folder if folder.is_dir() else name, local_files_only=bool(problem))
+    except InputError as error:
+        if not problem:
+            raise
+        raise InputError(f"tokenizer {name}: neither a folder nor in the cache, and {problem}; give a folder with its files") from error
     if not tokenizer.is_fast:
         raise InputError(f"tokenizer {name}: has no fast form, which the workers need; convert it to a tokenizer.json")
     return tokenizer

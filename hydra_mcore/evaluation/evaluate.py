@@ -5,8 +5,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import partial
 from pathlib import Path
 
@@ -58,6 +59,8 @@ class Exam:
     repeat_haystack: bool = False
     template: str | None = None
     """Wording of the prompts, as in ``load_wording``."""
+    today: Callable[[], date] = date.today
+    """The day that chat templates name."""
     text: bool = True
     """Whether the haystack is to be predicted, too."""
 
@@ -128,7 +131,7 @@ class Papers:
         fingerprint = tokenizer_fingerprint(tokenizer)
         if fingerprint not in self._sources:
             haystack = read_haystack(tokenizer, self.exam.haystack, self.exam.repeat_haystack)
-            wording = load_wording(self.exam.template, tokenizer, facts.tokenizer_dir)
+            wording = load_wording(self.exam.template, tokenizer, facts.tokenizer_dir, self.exam.today)
             self._sources[fingerprint] = Source(tokenizer, wording, haystack)
         return fingerprint
 

@@ -16,8 +16,10 @@ import json
 import os
 import sys
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from tokenize import TokenError
 from typing import Any, Literal
@@ -31,6 +33,7 @@ from hydra_mcore.evaluation.ruler.prompts import TASKS
 from hydra_mcore.evaluation.scoring import Score
 from hydra_mcore.files import from_fields, is_name, read_json, replacing
 
+DAY_NAME = "today"  # file with the day that chat templates took for today, in whose prompts it stands
 TEXT = "text"  # the "task" of predicting held-out text
 
 
@@ -157,6 +160,44 @@ class Records:
             asked = known.asked if (known := self._model(path)) else [time.time_ns(), place]
             raw = {"name": contestant.name, "asked": asked, "dtype": contestant.dtype, "tokenizer": contestant.tokenizer}
             _write(path, raw | {"facts": {name: str(value) if isinstance(value, Path) else value for name, value in facts.items()}})
+
+    @property
+    def day(self) -> date | None:
+        """The day that is noted; raises InputError for a file that holds none."""
+        path = self.root / DAY_NAME
+        try:
+            return date.fromisoformat(path.read_text(encoding="utf-8").strip())
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            raise InputError(f"{path}: holds no day; write the day of the prompts as YYYY-MM-DD, or remove the file") from None
+
+    def today(self, wanted: date | None) -> date:
+        """The day that this folder's prompts take for today, whatever the calendar says: noted by who asks first.
+
+        Args:
+            wanted: the day asked for; None is the one noted, else the calendar's.
+
+        Raises:
+            InputError: another day is noted, or no day.
+        """
+        if self.day is None:
+            path = self.root / DAY_NAME
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
+            beside.write_text(f"{wanted or date.today()}\n")
+            try:
+                os.link(beside, path)  # unlike a rename, it gives way to the job that was quicker
+            except FileExistsError:
+                pass
+            except OSError:  # a file system without hard links
+                beside.replace(path)
+            finally:
+                beside.unlink(missing_ok=True)
+        day = self.day
+        if wanted not in (None, day):
+            raise InputError(f"--date {wanted}: prompts in {self.root.parent} are of {day}; leave --date out, or choose another --out")
+        return day
 
     def check_wording(self, asked: Sequence[Piece]) -> None:
         """Raise InputError where prompts of a tokenizer are there in another wording: a report must not mix them."""

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
+from datetime import date
 from pathlib import Path
 
 from hydra_mcore.errors import InputError
@@ -13,7 +15,7 @@ from hydra_mcore.evaluation.perplexity import TextLoss
 from hydra_mcore.evaluation.records import Records
 from hydra_mcore.evaluation.results import Results, comparable, groups_of, lengths_of, to_json, uneven
 from hydra_mcore.evaluation.scoring import Score
-from hydra_mcore.files import read_json, replacing, shown, write_json
+from hydra_mcore.files import read_json, replacing, shown
 
 RESULTS_FORMAT = 2
 RESULTS_NAME, TABLE_NAME, ACCURACY_NAME, LOSS_NAME = "results.json", "report.md", "accuracy.png", "loss.png"
@@ -40,7 +42,8 @@ def write_report(out: Path, reference: str | None) -> str:
     Raises:
         InputError: no model of that name has a record.
     """
-    if not (results := comparable(Records(out).rows())):
+    records = Records(out)
+    if not (results := comparable(records.rows())):
         raise InputError(f"{out}: holds no finished piece to report")
     named = {line.name: line for line in results}
     if reference is not None and reference not in named:
@@ -50,17 +53,20 @@ def write_report(out: Path, reference: str | None) -> str:
         accuracy_figure(out / ACCURACY_NAME, results)
     if any(line.text for line in results):
         loss_figure(out / LOSS_NAME, results)
+    day = records.day
     with replacing(out / TABLE_NAME) as beside:
-        beside.write_text(markdown(results, compared), encoding="utf-8")
-    write_json(out / RESULTS_NAME, {"format": RESULTS_FORMAT, "models": to_json(results, compared)})
+        beside.write_text(markdown(results, compared, day), encoding="utf-8")
+    with replacing(out / RESULTS_NAME) as beside:
+        found = {"format": RESULTS_FORMAT, "date": None if day is None else str(day), "models": to_json(results, compared)}
+        beside.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return accuracy_tables(results)
 
 
-def markdown(results: Sequence[Results], reference: Results) -> str:
+def markdown(results: Sequence[Results], reference: Results, day: date | None = None) -> str:
     """The whole report: accuracy by task group, loss, the short-context check, every task by itself."""
     parts = ["# Evaluation"]
     if lengths_of(results):
-        parts += [_how_scored(results), accuracy_tables(results), f"![accuracy against length]({ACCURACY_NAME})"]
+        parts += [_how_scored(results, day), accuracy_tables(results), f"![accuracy against length]({ACCURACY_NAME})"]
     if any(line.text for line in results):
         parts += _losses(results) + _short_context(results, reference)
     if lengths_of(results):
@@ -78,7 +84,7 @@ def accuracy_tables(results: Sequence[Results]) -> str:
     return "\n\n".join(tables)
 
 
-def _how_scored(results: Sequence[Results]) -> str:
+def _how_scored(results: Sequence[Results], day: date | None) -> str:
     pieces = [piece for line in results for (task, length) in line.scores if (piece := line.pieces[task, length])]
     counts, seeds = (sorted({getattr(piece, name) for piece in pieces}) for name in ("count", "seed"))
     generated = sorted({piece.task for piece in pieces if piece.scoring == "generation"})
@@ -88,6 +94,8 @@ def _how_scored(results: Sequence[Results]) -> str:
         f"{'Scored by greedy decoding: ' + ', '.join(generated) + '; the others' if generated else 'Scored'} by teacher forcing, "
         "which gives what greedy decoding would where one text alone is right."
     )
+    if day is not None:
+        said += f" The chat template says that today is {day}."
     if unlike := uneven(results):
         said += (
             f" Not all models answered the same questions: {', '.join(f'{task} @{short(length)}' for task, length in unlike)}; "

@@ -105,7 +105,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
         ({"a.txt": b"x"}, "--input {}/a.txt --min-tokens 9 --max-tokens 8", "--max-tokens 8 is below --min-tokens 9"),
         ({"a.txt": b"x"}, "--input {}/a.txt --dataset-config x", "belong to --dataset"),
         ({"a.txt": b"x"}, "--input {}/a.txt --out {}/a.txt/out", "a.txt: File exists; mend that"),
-        ({}, "--dataset nobody/nothing", "dataset nobody/nothing: cannot be opened"),
+        ({}, "--dataset nobody/nothing", "dataset nobody/nothing: no such folder, and the hub is not asked (HF_HUB_OFFLINE"),
         ({"set/a.parquet": b"PAR1"}, "--dataset {}/set", "set: "),
         ({"set/a.jsonl": b'{"text": "x"}\n{"te'}, "--dataset {}/set", "set: the stream broke off"),
         ({"set/a.jsonl": b'{"txt": "x"}\n'}, "--dataset {}/set", "set, split train, document 1: no text under 'text'"),

@@ -5,8 +5,7 @@
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,23 +15,22 @@ from numpy.random import Generator
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from hydra_mcore.errors import InputError
+from hydra_mcore.evaluation.ruler.breaks import CHARACTER, NOTHING, SENTENCE, WORD, what_ends
 from hydra_mcore.evaluation.ruler.pieces import Pieces
 from hydra_mcore.selection.probes import read_haystack as read_ids
 
-LONGEST_SENTENCE = 1000  # tokens on average: needles stand between sentences, and their depths must come out even
-_SENTENCE_END = re.compile(r"""[.!?]["')\]\u2019\u201d]*$""")  # where white space follows
-_CHINESE_END = re.compile("[\u3002\uff01\uff1f]$")  # where anything does
-_EMPTY_LINE = re.compile(r"\s*?\n\s*?\n")
+LONGEST_SENTENCE = 1000  # tokens on average: a text of longer ones counts as one without sentences
+ASTRAY = 0.025  # of a prompt: where no sentence ends within so much of a depth, a needle stands between words
 
 
 @dataclass(frozen=True, eq=False)
 class Haystack:
-    """Text as token ids, and where its sentences end."""
+    """Text as token ids, and where its sentences and words end."""
 
     ids: np.ndarray
     """int32 [n]."""
     ends: np.ndarray
-    """int64 [m], ascending: how many tokens end with a sentence; the last is n."""
+    """uint8 [n]: what ends with each token, as ``what_ends`` says."""
     text: str
     """What the ids say: no answer may stand in it."""
     repeat: bool
@@ -44,60 +42,61 @@ class Haystack:
         return hashlib.sha256(self.ids.astype("<i4").tobytes() + bytes([self.repeat])).hexdigest()
 
     def part(self, size: int, rng: Generator) -> tuple[np.ndarray, np.ndarray]:
-        """``size`` tokens from the start of a random sentence on, and the places in them before which a sentence starts.
+        """``size`` tokens from the start of a random sentence on, and uint8 [size]: what ends before each of them.
 
         Raises:
             InputError: the text is shorter, and may not repeat.
         """
-        starts = np.concatenate([[0], self.ends[:-1]])
+        starts = np.concatenate([[0], np.flatnonzero(self.ends[:-1] == SENTENCE) + 1])
         if not self.repeat:
             if size > len(self.ids):
                 raise InputError(f"the haystack has {len(self.ids)} tokens, a prompt needs {size}; give a longer one, or --repeat-haystack")
             starts = starts[starts + size <= len(self.ids)]
         start = int(rng.choice(starts))
-        rounds = np.arange((start + size) // len(self.ids) + 1) * len(self.ids)
-        places = np.concatenate([[0], np.add.outer(rounds, self.ends).ravel() - start])
-        ids = self.ids[np.arange(start, start + size) % len(self.ids)]
-        return ids, places[(places >= 0) & (places <= max(0, size - 1))]
+        which = np.arange(start, start + size) % len(self.ids)
+        return self.ids[which], self.ends[which - 1]
 
 
 def read_haystack(tokenizer: Tokenizer, path: str | Path | None, repeat: bool = False) -> Haystack | None:
     """The text of a UTF-8 file; None without a path, which does for tasks that need no text.
 
     Raises:
-        InputError: the file cannot be read, is not UTF-8, is empty, or has hardly any sentences.
+        InputError: the file cannot be read, is not UTF-8 or is empty.
     """
     if path is None:
         return None
     ids = read_ids(tokenizer, path).astype(np.int32)
-    ends = _sentence_ends(Pieces(tokenizer), ids)
-    if len(ends) * LONGEST_SENTENCE < len(ids):
-        raise InputError(f"haystack {path}: {len(ends)} sentences in {len(ids)} tokens; needles go between sentences, so give it prose")
+    ends = what_ends(Pieces(tokenizer), ids)
+    for smaller in (WORD, CHARACTER):
+        if np.count_nonzero(ends == SENTENCE) * LONGEST_SENTENCE < len(ids):
+            ends[ends == smaller] = SENTENCE
     return Haystack(ids, ends, tokenizer.decode(ids, clean_up_tokenization_spaces=False), repeat)
 
 
 def repeated(line: str, pieces: Pieces) -> Haystack:
     """One line, as often as needed."""
     ids = np.asarray(pieces.ids(line), dtype=np.int32)
-    return Haystack(ids, np.asarray([len(ids)]), line, repeat=True)
+    return Haystack(ids, np.asarray([NOTHING] * (len(ids) - 1) + [SENTENCE], dtype=np.uint8), line, repeat=True)
 
 
-def _sentence_ends(pieces: Pieces, ids: np.ndarray) -> np.ndarray:
-    """Behind which tokens a sentence or a paragraph ends, so that a needle with a space before it fits in."""
-    known, which = np.unique(ids, return_inverse=True)
-    texts = pieces.decode(known[:, None].tolist())
+def nearest(ends: np.ndarray, depths: Sequence[float]) -> list[int]:
+    """For each of n depths the place of a needle in a part of a haystack: how many of its tokens stand before the needle.
 
-    def such(test: Callable[[str], object]) -> np.ndarray:
-        return np.asarray([bool(test(text)) for text in texts])[which]
+    The nearest place between sentences; where that is ``ASTRAY`` between words, and where there are none either, characters.
 
-    sentences = such(_SENTENCE_END.search)[:-1] & such(lambda text: text[:1].isspace())[1:]
-    here = sentences | such(_CHINESE_END.search)[:-1] | such(_EMPTY_LINE.match)[1:]
-    return np.append(np.flatnonzero(here) + 1, len(ids))
+    Args:
+        ends: uint8 [size], what ends before each token.
+    """
+    return [_nearest(ends, depth * len(ends)) for depth in depths]
 
 
-def nearest(places: np.ndarray, depths: Sequence[float], size: int) -> np.ndarray:
-    """int64 [n]: of the ``places`` in ``size`` tokens the one nearest to each of n depths."""
-    return places[np.abs(places[:, None] - np.asarray(depths) * size).argmin(0)]
+def _nearest(ends: np.ndarray, wanted: float) -> int:
+    for least in (SENTENCE, WORD, CHARACTER):
+        places = np.flatnonzero(ends >= least)
+        place = int(places[np.abs(places - wanted).argmin()])
+        if abs(place - wanted) <= ASTRAY * len(ends):
+            break
+    return place
 
 
 def woven(filler: np.ndarray, needles: Sequence[Sequence[int]], places: Sequence[int]) -> tuple[np.ndarray, list[tuple[int, int]]]:

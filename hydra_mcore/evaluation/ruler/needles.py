@@ -85,7 +85,7 @@ def needle_prompt(task: str, length: int, source: Source, depths: Sequence[float
         body, spans = woven(filler, [*others[:index], *needles, *others[index:]], places)
         return frame.prompt(body, spans[index : index + 1])
     filler, ends = haystack.part(frame.space - taken, rng)
-    body, spans = woven(filler, needles, nearest(ends, depths, len(filler)))
+    body, spans = woven(filler, needles, nearest(ends, depths))
     return frame.prompt(body, spans[: plan.asked])
 
 

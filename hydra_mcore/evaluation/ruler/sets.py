@@ -23,7 +23,7 @@ from hydra_mcore.evaluation.ruler.tracking import HOPS, chain_prompt
 from hydra_mcore.evaluation.ruler.words import common_words, frequent_words
 from hydra_mcore.files import checked, parse_json, replacing
 
-VERSION = 1  # of the generators: sets of another one are made anew
+VERSION = 2  # of the generators: sets of another one are made anew
 
 
 def prompt_set(task: str, length: int, count: int, seed: int, source: Source, cache_dir: Path | None = None) -> PromptSet:

@@ -40,7 +40,7 @@ def chain_prompt(length: int, source: Source, depths: Sequence[float], rng: Gene
     frame.require(sum(map(len, chain)) + 1)
     noise = repeated("\n" + source.wording.noise.strip(), source.pieces)
     filler, ends = noise.part(frame.space - sum(map(len, chain)), rng)
-    body, spans = woven(filler, chain, nearest(ends, sorted(depths), len(filler)))
+    body, spans = woven(filler, chain, nearest(ends, sorted(depths)))
     return frame.prompt(body, spans)
 
 

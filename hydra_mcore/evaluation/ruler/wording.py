@@ -7,18 +7,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from hydra_mcore.errors import InputError
+from hydra_mcore.evaluation.ruler.chat import chat_around
 from hydra_mcore.files import from_fields, is_name, read_json
 from hydra_mcore.selection.needles import NeedleFormat
 from hydra_mcore.selection.probes import load_format
-
-_MARK = "hydra-mcore-question"  # stands for the question while a chat template is rendered
 
 
 def fill(template: str, **words: str) -> str:
@@ -136,38 +137,28 @@ RULER = Wording(
 )
 
 
-def load_wording(name_or_path: str | None, tokenizer: Tokenizer, model_dir: Path) -> Wording:
+def load_wording(name_or_path: str | None, tokenizer: Tokenizer, model_dir: Path, today: Callable[[], date] = date.today) -> Wording:
     """The wording that a user names.
 
     Args:
         name_or_path: "ruler"; "chat", RULER's within the tokenizer's chat template, without thinking; a JSON file with fields of
             ``Wording`` (RULER's where it has none) or with a needle format; None for the model's own needles.json, else RULER's.
         model_dir: a checkpoint, or the folder of its tokenizer.
+        today: the day that chat templates take for today, asked where one names it.
 
     Raises:
-        InputError: no chat template; a file that is missing or no wording.
+        InputError: no chat template that can be used; a file that is missing or no wording.
     """
     if name_or_path == "ruler":
         return RULER
     if name_or_path == "chat":
-        return dataclasses.replace(RULER, name="chat", chat=_chat(tokenizer))
+        return dataclasses.replace(RULER, name="chat", chat=chat_around(tokenizer, today))
     if name_or_path is not None:
         return _from_file(Path(name_or_path))
     for folder in (Path(model_dir) / "tokenizer", Path(model_dir)):
         if (folder / "needles.json").is_file():
             return _from_format(load_format(model_dir, folder / "needles.json"))
     return RULER
-
-
-def _chat(tokenizer: Tokenizer) -> tuple[str, str]:
-    if not tokenizer.chat_template:
-        raise InputError("wording chat: the tokenizer has no chat template; use --template ruler")
-    messages = [{"role": "user", "content": _MARK}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-    before, *after = text.split(_MARK)
-    if len(after) != 1:
-        raise InputError("wording chat: the chat template does not show the user's words once; use --template ruler")
-    return before, after[0]
 
 
 def _from_format(fmt: NeedleFormat) -> Wording:
