@@ -22,7 +22,7 @@ from megatron.training import training
 from hydra_mcore.commands import sole_writer
 from hydra_mcore.config import ConfigError
 from hydra_mcore.errors import InputError
-from hydra_mcore.files import DISK_REFUSES, disk_problem, read_json, write_json
+from hydra_mcore.files import disk_problem, disk_refusal, read_json, write_json
 
 SETTINGS = "settings.json"
 WAIT_S = 60.0  # for a job that SLURM has asked to end: KillWait's default is half of it
@@ -65,9 +65,9 @@ def _refusal(stack: contextlib.ExitStack, save: Path) -> str:
     except InputError as error:
         return str(error)
     except OSError as error:
-        if error.errno not in DISK_REFUSES:
+        if (refusal := disk_refusal(error)) is None:
             raise
-        return disk_problem(error)
+        return disk_problem(refusal)
     return ""
 
 
