@@ -68,7 +68,8 @@ def damaged_texts(content: str, sample: int | None = None, seed: int = 0) -> lis
 def survey(path: Path, contents: list[bytes], use: Callable[[], Any]) -> list[str]:
     """Put each content in a file's place, then a folder and nothing, and use it. What was wrong with the outcome, if anything.
 
-    A use ends well, or in one InputError of one short line, or with what the disk says; memory is bounded. At the end the file is what it was.
+    A use ends well, or in one InputError of one short line, or with what the disk says; memory is bounded. At the end the file is
+    what it was.
     """
     valid, problems = path.read_bytes(), []
     for content in contents:
