@@ -76,8 +76,8 @@ def survey(path: Path, contents: list[bytes], use: Callable[[], Any]) -> list[st
         path.write_bytes(content)
         if problem := outcome(use):
             problems.append(f"{problem} <- {content[:300]!r}")
-    path.unlink()
     for what, make in (("no file", lambda: None), ("a folder", path.mkdir)):
+        path.unlink(missing_ok=True)
         make()
         if problem := outcome(use):
             problems.append(f"{problem} <- {what}")
