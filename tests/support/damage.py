@@ -21,7 +21,7 @@ from hydra_mcore.files import disk_refusal
 DEEP, LONE = "@deep@", "@lone@"  # stand for what json.dumps does not write
 ODD = (
     *(None, True, False, "x", "", [], {}, [[1]], {"x": 1}, 0, -1, 1.5, 1e15, 1e19, 10**400),
-    *(float("nan"), float("inf"), -float("inf"), DEEP, LONE, "a" * 200_000, "\0", "../../x", "$x$ $\\frac{$\n<b>"),
+    *(float("nan"), float("inf"), -float("inf"), DEEP, LONE, "a" * 200_000, "\0", "../../x", "$\\frac{$", "a\n<b>"),
 )
 MEMORY = 1 << 30  # bytes beyond what the process has: no damaged file may make a reader want more
 
