@@ -194,6 +194,7 @@ def described(models: list[str], yarn: list[str], longest: int) -> dict[str, Mod
     """
     from hydra_mcore.errors import InputError
     from hydra_mcore.evaluation.loading import describe
+    from hydra_mcore.files import is_name, shown
 
     found: dict[str, ModelFacts] = {}
     factors = dict(parse_yarn(text) for text in yarn)
@@ -201,6 +202,8 @@ def described(models: list[str], yarn: list[str], longest: int) -> dict[str, Mod
         name, named, folder = model.partition("=")
         if not named:
             name, folder = Path(model).resolve().name, model
+        if not is_name(name):
+            raise InputError(f"--models {shown(model)}: a name is one short line; give another with NAME=DIR")
         if name in found:
             raise InputError(f"--models: two are named {name!r}; name them apart with NAME=DIR")
         found[name] = describe(folder)

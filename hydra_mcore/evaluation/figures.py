@@ -87,7 +87,7 @@ def short(length: int) -> str:
 
 def _style(index: int, line: Results) -> dict[str, Any]:
     return {
-        "label": line.name,
+        "label": line.name.replace("$", r"\$"),  # which would begin a formula
         "color": COLORS[index % len(COLORS)],
         "marker": MARKERS[(index + index // len(COLORS)) % len(MARKERS)],
         "markersize": 5,

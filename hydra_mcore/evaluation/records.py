@@ -268,7 +268,7 @@ def _whole(path: Path, piece: Piece) -> bool:
         return True
     try:
         found = np.lib.format.open_memmap(tokens, mode="r")  # which never unpickles and allocates nothing
-    except (OSError, ValueError, SyntaxError, TokenError) as error:
+    except (OSError, ValueError, OverflowError, SyntaxError, TokenError) as error:
         raise InputError(f"{tokens}: no array of token ids ({str(error).splitlines()[0][:100]})") from None
     return found.dtype == np.int32 and found.shape == (piece.count, piece.length - 1)
 

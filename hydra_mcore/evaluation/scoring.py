@@ -23,6 +23,7 @@ from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.forward import rows_a_forward
 from hydra_mcore.evaluation.models import EvaluatedModel
 from hydra_mcore.evaluation.ruler.prompts import Prompt
+from hydra_mcore.files import LARGEST_INT
 from hydra_mcore.selection.probes import EVALUATION_SEEDS
 
 Z95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
@@ -65,6 +66,8 @@ def check_seed(seed: int) -> None:
     if seed < EVALUATION_SEEDS:
         others = "smaller ones belong to training and head selection"
         raise InputError(f"seed {seed}: evaluation uses {EVALUATION_SEEDS} and above; {others}")
+    if seed > LARGEST_INT:
+        raise InputError(f"seed {seed}: give one of at most {LARGEST_INT}, which every JSON reader keeps exact")
 
 
 def score_prompts(model: EvaluatedModel, prompts: Sequence[Prompt], tokenizer: Tokenizer, by_generation: bool) -> Iterator[list[float]]:

@@ -21,7 +21,7 @@ from hydra_mcore.files import disk_refusal
 DEEP, LONE = "@deep@", "@lone@"  # stand for what json.dumps does not write
 ODD = (
     *(None, True, False, "x", "", [], {}, [[1]], {"x": 1}, 0, -1, 1.5, 1e15, 1e19, 10**400),
-    *(float("nan"), float("inf"), -float("inf"), DEEP, LONE, "a" * 200_000, "\0", "../../x", "$x$ $\\frac{$\n<b>"),
+    *(float("nan"), float("inf"), -float("inf"), DEEP, LONE, "a" * 200_000, "\0", "../../x", "$\\frac{$", "a\n<b>"),
 )
 MEMORY = 1 << 30  # bytes beyond what the process has: no damaged file may make a reader want more
 
@@ -68,15 +68,16 @@ def damaged_texts(content: str, sample: int | None = None, seed: int = 0) -> lis
 def survey(path: Path, contents: list[bytes], use: Callable[[], Any]) -> list[str]:
     """Put each content in a file's place, then a folder and nothing, and use it. What was wrong with the outcome, if anything.
 
-    A use ends well, or in one InputError of one short line, or with what the disk says; memory is bounded. At the end the file is what it was.
+    A use ends well, or in one InputError of one short line, or with what the disk says; memory is bounded. At the end the file is
+    what it was.
     """
     valid, problems = path.read_bytes(), []
     for content in contents:
         path.write_bytes(content)
         if problem := outcome(use):
             problems.append(f"{problem} <- {content[:300]!r}")
-    path.unlink()
     for what, make in (("no file", lambda: None), ("a folder", path.mkdir)):
+        path.unlink(missing_ok=True)
         make()
         if problem := outcome(use):
             problems.append(f"{problem} <- {what}")

@@ -370,11 +370,13 @@ def test_arrays_that_are_no_token_ids(tmp_path: Path) -> None:
     others = dict(arrays(tmp_path / "made"))
     for name, content in others.items():
         path.write_bytes(content)
-        assert outcome(lambda: use_records(path)) == "", name
+        assert outcome(lambda: use_rows(path)) == "", name
         assert not any(path in row.likeliest.values() for row in Records(tmp_path).rows()), name
     path = piece_file("text-200*.npy")(tmp_path)
     assert any(path in row.likeliest.values() for row in Records(tmp_path).rows())
-    assert survey(path, [*others.values(), *damaged_bytes(path.read_bytes(), count=10)], lambda: use_records(path)) == []
+    assert survey(path, [*others.values(), *damaged_bytes(path.read_bytes(), count=10)], lambda: use_rows(path)) == []
+    path.write_bytes(others["objects"])
+    assert outcome(lambda: use_records(path)) == ""
     assert not Path("/tmp/hydra-mcore-bomb").exists()
 
 

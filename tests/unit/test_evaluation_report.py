@@ -92,6 +92,13 @@ def table_row(text: str, start: str) -> list[str]:
     return line.strip("| ").split(" | ")
 
 
+def test_a_name_is_no_formula(tmp_path: Path) -> None:
+    records, other = Records(tmp_path), contestant("$\\frac{$ <b>")
+    records.register([other])
+    records.keep(other, PIECE, [1, 1, 1, 0], None)
+    assert "| $\\frac{$ <b> |" in write_report(tmp_path, None) and (tmp_path / "accuracy.png").stat().st_size
+
+
 def test_tables(out: Path) -> None:
     said = write_report(out, None)
     text = (out / "report.md").read_text()

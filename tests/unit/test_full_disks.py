@@ -21,21 +21,22 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from hydra_mcore.commands import one_line_errors
+from hydra_mcore.corpus.manifest import Manifest
 from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.records import Records
 from hydra_mcore.evaluation.report import write_report
 from hydra_mcore.evaluation.ruler.sets import _save
-from hydra_mcore.files import disk_problem, disk_refusal, replacing, write_json
+from hydra_mcore.files import disk_problem, disk_refusal, named, replacing, write_json
 from hydra_mcore.model.build import write_tracker
 from hydra_mcore.model.runtime import from_first_rank, process_groups
+from hydra_mcore.selection.figures import heat_map
 from hydra_mcore.selection.journal import JournalWriter
 from hydra_mcore.selection.needles import RULER_FORMAT
-from hydra_mcore.selection.report import write_report as write_selection_report
 from hydra_mcore.train.checkpoints import note_versions
 from tests.unit import test_damaged_files as damaged
 from tests.unit.test_config import card
 from tests.unit.test_evaluation_report import TEACHER, keep_all, text_loss, text_piece
-from tests.unit.test_selection_report import KNOCK_OUT, chosen, made_scores
+from tests.unit.test_selection_report import made_scores
 
 
 @contextlib.contextmanager
@@ -53,20 +54,15 @@ def keep_text(folder: Path) -> None:
     Records(folder).keep(TEACHER, text_piece(200), text_loss(200, [3, 2, 4], [3, 2, 4]), np.zeros((2, 199)))
 
 
-def report_heads(folder: Path) -> None:
-    scores = made_scores()
-    write_selection_report(folder, scores, chosen(scores), model_name="x", knock_out=KNOCK_OUT)
-
-
 WRITERS: dict[str, Callable[[Path], object]] = {
     "head map": damaged.write_map,
     "card": lambda folder: card().save(folder),
-    "tracker": lambda folder: write_tracker(folder, 3),
+    "tracker": lambda folder: write_tracker(folder, 10**60),
     "versions": note_versions,
     "needles": lambda folder: RULER_FORMAT.save(folder / "needles.json"),
     "scores": lambda folder: made_scores().save(folder / "scores.json"),
-    "selection report": report_heads,
-    "manifest": damaged.write_manifest,
+    "figure of heads": lambda folder: heat_map(folder / "heads.png", card().head_map, None, "x"),
+    "manifest": lambda folder: Manifest({"source": {}}).save(folder / "data.json"),
     "journal": lambda folder: JournalWriter(folder, damaged.RUN, "replica0").add("a" * 99, [1.0] * 9),
     "record of a model": lambda folder: Records(folder).register([TEACHER]),
     "record of text": keep_text,
@@ -84,7 +80,7 @@ def files_in(folder: Path) -> dict[Path, bytes]:
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, writer: str, size: int, capsys: pytest.CaptureFixture[str]) -> None:
     if writer == "report":
         keep_all(Records(tmp_path))
-    elif writer not in ("journal", "manifest"):
+    elif writer != "journal":
         WRITERS[writer](tmp_path)
     before = files_in(tmp_path)
     with pytest.raises(SystemExit) as stopped, one_line_errors("command"), limited(size):
@@ -96,7 +92,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, writer: str, s
     )
     after = files_in(tmp_path)
     assert before.items() <= after.items(), "what was there is there"
-    if writer not in ("journal", "manifest"):
+    if writer != "journal":
         assert after == before, "and nothing else"
 
 
@@ -163,16 +159,17 @@ def test_other_errors_keep_their_traceback(error: Exception) -> None:
 
 
 def test_the_first_rank_tells_the_others_of_its_disk(tmp_path: Path) -> None:
-    with process_groups(), pytest.raises(InputError, match=f"^{tmp_path}/x: File too large"), limited(0):
-        from_first_rank(lambda: write_json(tmp_path / "x", [1]))
+    def make() -> None:
+        with limited(0):
+            write_json(tmp_path / "x", [1])
+
+    with process_groups(), pytest.raises(InputError, match=f"^{tmp_path}/x: File too large"):
+        from_first_rank(make)
 
 
 def test_dev_full(tmp_path: Path) -> None:
-    (tmp_path / "log").symlink_to("/dev/full")
-    journal = JournalWriter(tmp_path, damaged.RUN, "replica0")
-    journal.path = tmp_path / "log"
-    with pytest.raises(OSError) as caught:
-        journal.add("x", 1)
+    with pytest.raises(OSError) as caught, named(tmp_path / "log"), open("/dev/full", "w") as file:
+        file.write("x")
     assert disk_problem(caught.value) == f"{tmp_path}/log: No space left on device; make room"
 
 

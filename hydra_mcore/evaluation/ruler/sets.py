@@ -79,7 +79,7 @@ def _save(path: Path, prompts: Sequence[Prompt]) -> None:
     ids = np.concatenate([ids for prompt in prompts for ids in (prompt.ids, prompt.answer_ids)])
     about = json.dumps(facts)
     with replacing(path) as beside:
-        beside.write_bytes(save({"ids": ids}, {"facts": about, "sha256": _checksum(ids, about)}))
+        beside.write_bytes(save({"ids": ids, "sha256": _checksum(ids, about)}, {"facts": about}))
 
 
 def _load(path: Path) -> tuple[Prompt, ...] | None:
@@ -88,10 +88,10 @@ def _load(path: Path) -> tuple[Prompt, ...] | None:
         return None
     try:
         with safe_open(path, framework="numpy") as stored:
-            ids, about = stored.get_tensor("ids"), stored.metadata()
-        if about["sha256"] != _checksum(ids, about["facts"]):
+            ids, checksum, about = stored.get_tensor("ids"), stored.get_tensor("sha256"), stored.metadata()["facts"]
+        if not np.array_equal(checksum, _checksum(ids, about)):
             raise ValueError("its checksum is another")
-        facts = checked(parse_json(about["facts"], "facts"), list[_Facts], "facts")
+        facts = checked(parse_json(about, "facts"), list[_Facts], "facts")
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         print(f"{path}: damaged ({str(error).splitlines()[0][:100]}); its prompts are made again", file=sys.stderr)
         return None
@@ -103,8 +103,8 @@ def _load(path: Path) -> tuple[Prompt, ...] | None:
     return tuple(prompts)
 
 
-def _checksum(ids: np.ndarray, facts: str) -> str:
-    return hashlib.sha256(facts.encode() + str(ids.dtype).encode() + ids.tobytes()).hexdigest()
+def _checksum(ids: np.ndarray, facts: str) -> np.ndarray:
+    return np.frombuffer(hashlib.sha256(facts.encode() + str(ids.dtype).encode() + ids.tobytes()).digest(), dtype=np.uint8)
 
 
 _Facts = tuple[int, int, int, tuple[str, ...], tuple[tuple[int, int], ...], tuple[float, ...]]
