@@ -20,6 +20,7 @@ from hydra_mcore.errors import InputError
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # a full disk, a quota, a limit on files
 DISK_REFUSES = NO_ROOM | {errno.EROFS, errno.EACCES, errno.EPERM}  # or a disk or folder that is not ours to write
 LARGEST_INT = 2**53  # what every JSON reader keeps exact; no size of a model, no count of tokens comes near it
+DEEPEST = 50  # lists and objects inside each other where anything may stand: what is written and compared calls itself
 
 
 def read_json(path: str | Path, error: type[InputError] = InputError, what: str = "") -> Any:
@@ -113,6 +114,8 @@ def checked(value: Any, hint: Any, name: str, error: type[InputError] = InputErr
     """A value from a file as what a type hint asks for; raises ``error`` where it is something else (see ``from_fields``)."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
+        if _deeper(value, DEEPEST):
+            raise error(f"{name}: lists are nested too deeply")
         return value
     if origin in (typing.Union, types.UnionType):
         return _one_of(value, args, name, error)
@@ -145,6 +148,11 @@ def _one_of(value: Any, hints: tuple[Any, ...], name: str, error: type[InputErro
         except error as found:
             problem = found
     raise problem
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels == 0 or any(_deeper(item, levels - 1) for item in items)
 
 
 def shown(value: Any) -> str:

@@ -144,6 +144,9 @@ def main(argv: list[str] | None = None) -> None:
     from hydra_mcore.compat import install
 
     install()
+    from transformers.utils.logging import set_verbosity_error
+
+    set_verbosity_error()  # a command has its own output, and its refusals are one line
     from hydra_mcore.model.runtime import one_line_errors, process_groups
 
     warnings.filterwarnings("ignore", module=r"megatron\.")
