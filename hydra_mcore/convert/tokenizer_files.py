@@ -36,12 +36,14 @@ TEXT = (
     " It's  don't WE'LL 1234567 3.14 -5\r\n\n\ta=b(c) ...!? #x_y naïve café e\u0301 Ünïcödé \ufb01 ½ ① „Ä“ «х» Привет Γειά "  # noqa: RUF001
     "שלום سلام हिन्दी বাংলা தமிழ் မြန်မာ ไทย 你好\uff0c世界。こんにちは 한국어 👍🏽 👨\u200d👩\u200d👧 \u200b\u00a0\u3000end \n"
 )
-# What asks for a cache that can be cut, has a form of its own, or for maps of attention: a HydraHead model has none of it.
+# What asks for a cache that can be cut or has a form of its own, for maps of attention, or for code from the hub: a HydraHead
+# model has none of the first two, and its export shall need no code but its own.
 NOT_OURS = (
     *("cache_implementation", "cache_config", "max_cache_len", "return_legacy_cache", "compile_config", "output_attentions"),
     *("prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit", "use_mtp", "speculation_type", "is_assistant"),
     *("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_ensemble_weight"),
     *("assistant_lookbehind", "target_lookbehind", "penalty_alpha", "dola_layers", "low_memory"),
+    *("num_beam_groups", "diversity_penalty", "constraints", "force_words_ids"),
 )
 
 
