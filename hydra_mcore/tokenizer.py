@@ -31,10 +31,13 @@ def open_tokenizer(name: str | Path, local_files_only: bool = False) -> PreTrain
     """
     from transformers import AutoTokenizer  # not at the top: a worker that tokenizes starts without it
 
+    reason = ""
     try:
-        return AutoTokenizer.from_pretrained(str(name), trust_remote_code=False, local_files_only=local_files_only)
+        tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False, local_files_only=local_files_only)
     except Exception as error:  # of broken files transformers and its libraries raise whatever they run into
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-    if "custom code" in reason:
-        raise InputError(f"tokenizer {name}: needs code of its own, which is never run; convert it to a tokenizer.json that needs none")
-    raise InputError(f"tokenizer {name}: does not load ({reason}); give a folder with its files")
+    if "custom code" in reason or (not reason and tokenizer.init_kwargs.get("auto_map")):
+        raise InputError(f"tokenizer {name}: needs code of its own, which is never run; convert it to a tokenizer.json without auto_map")
+    if reason:
+        raise InputError(f"tokenizer {name}: does not load ({reason}); give a folder with its files")
+    return tokenizer

@@ -146,7 +146,11 @@ def main(argv: list[str] | None = None) -> None:
     from hydra_mcore.compat import install
 
     install()
+    from transformers.utils.logging import set_verbosity_error
+
     from hydra_mcore.model.runtime import process_groups
+
+    set_verbosity_error()  # a command has its own output, and its refusals are one line
 
     warnings.filterwarnings("ignore", module=r"megatron\.")
     with process_groups(seed=args.seed):

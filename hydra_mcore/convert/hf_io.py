@@ -147,7 +147,7 @@ def read_object(path: Path) -> dict[str, Any]:
     raw = read_json(path, HuggingFaceError)
     if not isinstance(raw, dict):
         raise HuggingFaceError(f"{path}: expected a JSON object")
-    return raw
+    return checked(raw, dict[str, Any], str(path), HuggingFaceError)
 
 
 class _Header(NamedTuple):

@@ -6,13 +6,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from hydra_mcore.convert.hf_io import CONFIG_NAME
+from hydra_mcore.convert.hf_io import CONFIG_NAME, read_object
 from hydra_mcore.errors import InputError
-from hydra_mcore.files import read_json, write_json
+from hydra_mcore.files import write_json
 from hydra_mcore.tokenizer import has_tokenizer, open_tokenizer
 
 TOKENIZER_DIR = "tokenizer"
@@ -37,12 +36,14 @@ TEXT = (
     " It's  don't WE'LL 1234567 3.14 -5\r\n\n\ta=b(c) ...!? #x_y naïve café e\u0301 Ünïcödé \ufb01 ½ ① „Ä“ «х» Привет Γειά "  # noqa: RUF001
     "שלום سلام हिन्दी বাংলা தமிழ் မြန်မာ ไทย 你好\uff0c世界。こんにちは 한국어 👍🏽 👨\u200d👩\u200d👧 \u200b\u00a0\u3000end \n"
 )
-# What asks for a cache that can be cut, has a form of its own, or for maps of attention: a HydraHead model has none of it.
+# What asks for a cache that can be cut or has a form of its own, for maps of attention, or for code from the hub: a HydraHead
+# model has none of the first two, and its export shall need no code but its own.
 NOT_OURS = (
     *("cache_implementation", "cache_config", "max_cache_len", "return_legacy_cache", "compile_config", "output_attentions"),
     *("prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit", "use_mtp", "speculation_type", "is_assistant"),
     *("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_ensemble_weight"),
     *("assistant_lookbehind", "target_lookbehind", "penalty_alpha", "dola_layers", "low_memory"),
+    *("num_beam_groups", "diversity_penalty", "constraints", "force_words_ids"),
 )
 
 
@@ -55,7 +56,7 @@ def import_tokenizer(hf_dir: str | Path, folder: Path) -> None:
     _check_generation(Path(hf_dir))
     copy_tokenizer(hf_dir, folder)
     if has_tokenizer(hf_dir):
-        config = read_json(Path(hf_dir) / CONFIG_NAME)
+        config = read_object(Path(hf_dir) / CONFIG_NAME)
         write_json(folder / CONFIG_NAME, {key: config[key] for key in CHOICE if key in config})
         if problem := difference(open_tokenizer(hf_dir), open_tokenizer(folder)):
             raise InputError(f"{hf_dir}: its tokenizer and the checkpoint's copy {folder.name}/ differ: {problem}; {_SAVE_ANEW}")
@@ -70,7 +71,7 @@ def export_tokenizer(checkpoint_dir: str | Path, folder: Path, is_teacher: bool)
     copy_tokenizer(own, folder)
     if not is_teacher and (folder / GENERATION).is_file():
         write_json(
-            folder / GENERATION, {key: value for key, value in _settings(folder / GENERATION).items() if key not in NOT_OURS}, indent=2
+            folder / GENERATION, {key: value for key, value in read_object(folder / GENERATION).items() if key not in NOT_OURS}, indent=2
         )
     if not has_tokenizer(own):
         return
@@ -78,7 +79,7 @@ def export_tokenizer(checkpoint_dir: str | Path, folder: Path, is_teacher: bool)
     if not difference(ours, open_tokenizer(folder)):
         return
     # of another model_type transformers chooses another class, unless told
-    settings = _settings(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
+    settings = read_object(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
     write_json(folder / SETTINGS, settings | {"tokenizer_class": type(ours).__name__}, indent=2)
     if problem := difference(ours, open_tokenizer(folder)):
         raise InputError(f"{own}: this tokenizer and that of the export {folder.with_suffix('').name} differ: {problem}; {_SAVE_ANEW}")
@@ -112,18 +113,11 @@ def _check_generation(hf_dir: Path) -> None:
     """Raise InputError for a generation_config.json that transformers cannot use, so that no export could."""
     if not (path := hf_dir / GENERATION).is_file():
         return
-    _settings(path)
+    read_object(path)
     try:
         GenerationConfig.from_pretrained(hf_dir, local_files_only=True)
     except Exception as error:  # whatever its checks run into
         raise InputError(f"{path}: transformers cannot use it ({str(error).strip().splitlines()[-1]}); correct or remove it") from None
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    raw = read_json(path)
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: expected a JSON object")
-    return raw
 
 
 _SAVE_ANEW = "load it with transformers and save it anew with save_pretrained"

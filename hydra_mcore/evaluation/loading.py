@@ -126,6 +126,6 @@ def _stretched(card: ModelCard, folder: Path, yarn: float | None) -> ModelCard:
 
 def _with_tokenizer(folder: Path) -> Path:
     """The folder; raises InputError unless a tokenizer is in it."""
-    if not has_tokenizer(folder):
+    if not (has_tokenizer(folder) or (folder / "tokenizer_config.json").is_file()):  # which may name one that needs no vocabulary
         raise InputError(f"{folder}: no tokenizer there; copy the Hugging Face tokenizer files to it")
     return folder

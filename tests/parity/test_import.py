@@ -4,6 +4,7 @@
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -90,12 +91,14 @@ def test_fingerprint_names_the_values_not_their_layout(tmp_path):
 
 def test_tokenizer_files_travel_and_others_do_not(tmp_path):
     tiny_qwen3(tmp_path / "hf")
-    for name in ("tokenizer.json", "needles.json", "notes.txt"):
-        (tmp_path / "hf" / name).write_text(name)
+    for name in ("tokenizer.json", "needles.json"):
+        shutil.copy(Path(__file__).parents[2] / "examples" / "tiny" / "teacher" / name, tmp_path / "hf")
+    (tmp_path / "hf" / "notes.txt").write_text("notes")
     import_hf(tmp_path / "hf", tmp_path / "out")
     folder = tmp_path / "out" / "tokenizer"
-    assert sorted(path.name for path in folder.iterdir()) == ["generation_config.json", "needles.json", "tokenizer.json"]
-    assert (folder / "needles.json").read_text() == "needles.json"
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "generation_config.json", "needles.json", "tokenizer.json"]
+    assert (folder / "needles.json").read_text() == (tmp_path / "hf" / "needles.json").read_text()
+    assert json.loads((folder / "config.json").read_text()) == {"model_type": "qwen3"}
 
 
 def stored_dtype(checkpoint_dir: Path) -> torch.dtype:

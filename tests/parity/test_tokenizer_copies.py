@@ -59,7 +59,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("family", "kind", "settings"), CASES.values(), ids=list(CASES))
+QUICK = ("qwen2 that says Llama", "llama of old")
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "settings"),
+    [pytest.param(*case, id=name, marks=() if name in QUICK else pytest.mark.slow) for name, case in CASES.items()],
+)
 def test_ids_are_those_of_the_source(tmp_path, family, kind, settings):
     hf = source(tmp_path, family, kind, **settings)
     import_hf(hf, tmp_path / "teacher")

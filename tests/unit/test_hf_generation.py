@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedModel
 
 from hydra_mcore.convert.hf_code import AUTO_MAP, CODE_FILES, PACKAGE
 from tests.support.hf_model import TINY, each_variant, fresh, load, random_model, random_tokens, scramble, write_config
@@ -108,9 +108,36 @@ def test_a_second_turn_goes_on_from_the_returned_cache(model):
     assert torch.equal(generate(model, conversation, past_key_values=out.past_key_values), generate(model, conversation))
 
 
-def test_static_caches_and_assistants_are_refused(model):
+@pytest.mark.parametrize("options", [{}, {"config": True}], ids=["of no layers", "of the model's layers"])
+def test_an_empty_dynamic_cache_becomes_ours(model, options):
+    """It is what transformers' own models take; whoever made it may go on with it."""
+
+    def cache() -> DynamicCache:
+        return DynamicCache(config=model.config) if options else DynamicCache()
+
+    first, second = random_tokens(1, 9), random_tokens(1, 5, seed=2)
+    expected = generate(model, first)
+    for ours in (cache(), None):
+        assert torch.equal(generate(model, first, past_key_values=ours), expected)
+    assert torch.equal(generate(model, first, past_key_values=cache(), use_cache=False), expected)
+    mine, whole = cache(), torch.cat([first, second], dim=1)
+    with torch.no_grad():
+        steps = [model(part, past_key_values=mine, use_cache=use_cache).logits for part, use_cache in ((first, True), (second, False))]
+        torch.testing.assert_close(torch.cat(steps, dim=1), model(whole).logits, rtol=0, atol=1e-12)
+    assert mine.get_seq_length() == 14
+    out = model.generate(first, max_new_tokens=6, do_sample=False, past_key_values=(turn := cache()), pad_token_id=0)
+    longer = torch.cat([out, second], dim=1)
+    assert torch.equal(generate(model, longer, past_key_values=turn), generate(model, longer))
+
+
+def test_other_caches_and_assistants_are_refused(model):
     with pytest.raises(ValueError, match="is a StaticCache; give a HydraHeadCache"):
         generate(model, random_tokens(1, 5), cache_implementation="static")
+    filled = DynamicCache()
+    filled.update(torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 3, 16), 0)
+    for other, kind in ((filled, "DynamicCache;"), (((), ()), "tuple"), (3, "int")):
+        with torch.no_grad(), pytest.raises(ValueError, match=f"past_key_values is a {kind}"):
+            model(random_tokens(1, 5), past_key_values=other)
     with pytest.raises(ValueError, match="assisted generation is not supported"):
         generate(model, random_tokens(1, 5), assistant_model=model)
 

@@ -194,5 +194,5 @@ def test_a_checkpoint_without_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no tokenizer beside the checkpoint"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer").mkdir()
-    with pytest.raises(InputError, match="the tokenizer does not load"):
+    with pytest.raises(InputError, match="does not load"):
         load_tokenizer(tmp_path)

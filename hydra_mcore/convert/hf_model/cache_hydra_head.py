@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a HydraHead model remembers of the tokens it has read; built on transformers' cache classes (tested with 5.23).
+"""What a HydraHead model remembers of the tokens it has read; built on transformers' cache classes (tested with 5.0 to 5.24).
 
 FA heads keep keys and values of the kv groups that live in their branch; GDN heads keep a state of constant size.
 """

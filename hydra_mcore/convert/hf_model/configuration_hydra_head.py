@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Configuration of HydraHead models (arXiv 2606.20097) for transformers; tested with transformers 5.23."""
+"""Configuration of HydraHead models (arXiv 2606.20097) for transformers; tested with transformers 5.0 to 5.24."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class HydraHeadConfig(PretrainedConfig):
     """
 
     model_type = "hydra_head"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
 
     def __init__(
         self,

@@ -6,7 +6,7 @@
     x (normed) -------|                                                        |--> norm and scale per head --> o_proj
                       +-- GDN heads: q k v, delta rule on a constant state ----+
 
-Needs torch and transformers only (tested with transformers 5.23); flash-linear-attention is used on a GPU where it is
+Needs torch and transformers only (tested with transformers 5.0 to 5.24); flash-linear-attention is used on a GPU where it is
 installed. Shape suffixes: b batch, s tokens of this call, t all tokens so far, h heads, d head dimension, m model width.
 """
 
@@ -38,6 +38,8 @@ from .heads_hydra_head import (
     repeat_groups,
     rotary_frequencies,
 )
+
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"  # its name since transformers 5.24
 
 
 class HydraHeadAttention(nn.Module):
@@ -136,7 +138,7 @@ class HydraHeadPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["HydraHeadDecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
     _is_stateful = True  # a cache that cannot be cut rules out assisted generation
 
@@ -190,6 +192,7 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        cache: HydraHeadCache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Read s tokens after those that the cache holds.
@@ -199,6 +202,7 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
             position_ids: [b, s] or [1, s]; by default tokens are counted from 0, padding left out.
             past_key_values: a ``HydraHeadCache``, or a ``DynamicCache`` that is still empty, which becomes one; updated in place.
                 Made here when ``use_cache`` asks for one.
+            cache: what transformers calls ``past_key_values`` since 5.24.
             use_cache: by default ``config.use_cache``, but not while training.
 
         Raises:
@@ -213,6 +217,7 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
             use_cache = False
         elif use_cache is None:
             use_cache = self.config.use_cache and not self.training
+        past_key_values = cache if past_key_values is None else past_key_values
         if past_key_values is not None:
             as_ours(past_key_values, self.config)
         elif use_cache:
@@ -228,8 +233,8 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
         x_bsm = self.norm(x_bsm)
         return BaseModelOutputWithPast(
             last_hidden_state=x_bsm,
-            past_key_values=past_key_values if use_cache else None,
             hidden_states=(*hidden_states, x_bsm) if output_hidden_states else None,
+            **{CACHE: past_key_values if use_cache else None},
         )
 
     def _describe(
@@ -275,6 +280,7 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: HydraHeadCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """As ``HydraHeadModel.forward``; ``labels`` [b, s] (-100: ignored) give a loss, ``logits_to_keep`` spares logits.
@@ -290,6 +296,7 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            cache=cache,
             return_dict=True,
             **kwargs,
         )
@@ -298,15 +305,13 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits_bsw, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits_bsw, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
-        )
+        return CausalLMOutputWithPast(loss=loss, logits=logits_bsw, hidden_states=outputs.hidden_states, **{CACHE: getattr(outputs, CACHE)})
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Where ``generate`` would make its dynamic cache, make ours; without the use of a cache, a given one is left alone."""
         if generation_config.use_cache is False:
-            model_kwargs["past_key_values"] = None
-        elif model_kwargs.get("past_key_values") is None and generation_config.cache_implementation in (None, "dynamic"):
-            model_kwargs["past_key_values"] = HydraHeadCache(self.config)
+            model_kwargs[CACHE] = None
+        elif model_kwargs.get(CACHE) is None and generation_config.cache_implementation in (None, "dynamic"):
+            model_kwargs[CACHE] = HydraHeadCache(self.config)
         else:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
