@@ -28,7 +28,8 @@ UNUSED = {
     "attention and recurrence are HydraHead's; their choices are made with tools/convert.py hybridize": """
         [mla] [experimental_attention_variant] multi-latent-attention experimental-attention-variant *dsa-* linear-* mamba-*
         disable-mamba-* is-hybrid-model hybrid-* attention-output-gate attention-backend attention-softmax-in-fp32
-        flash-attention-version use-flash-attn softmax-type qk-l2-norm qk-clip* window-* apply-query-key-layer-scaling""",
+        flash-attention-version use-flash-attn fp32-residual-connection softmax-type
+        qk-l2-norm qk-clip* window-* apply-query-key-layer-scaling""",
     "the model's form and its rotary angles come from the card of the checkpoint": """
         [heterogeneous architecture] rotary-interleaved rotary-percent rotary-seq-len-* use-rotary-* use-rope-scaling rope-* no-rope-freq
         no-position-embedding *yarn-* relative-attention-* mrope-section max-position-embeddings openai-gelu squared-relu quick-geglu
@@ -83,12 +84,12 @@ RANGES = {  # where it is not 0, or 1 for what is positive, to 2**53; a list's i
     "data-timeout": (1e-3, 1e9),
     "distributed-timeout-minutes": (1, 10**6),
     "distributed-timeout-seconds-after-init": (1, 10**8),
-    "lr": (0, 3.4e38),
+    "lr": (0, 1e37),
     "lr-warmup-fraction": (0, 1),
-    "min-lr": (0, 3.4e38),
+    "min-lr": (0, 1e37),
     "num-dataset-builder-threads": (1, 1024),
     "num-workers": (0, 1024),
-    "seed": (0, 2**31 - 1),
+    "seed": (1, 2**31 - 1),
 }
 
 
