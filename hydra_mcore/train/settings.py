@@ -77,7 +77,7 @@ MAX_SEQUENCES = 2**31 - 1  # of a stage: Megatron lists all of them, in memory, 
 POSITIVE = (
     "seq-length train-iters *-size *-interval *-minutes *-mins *-instances *-layers *-per-* *-threads *-count ddp-num-buckets".split()
 )
-RANGES = {  # where it is not 0, or 1 for what is positive, to 2**53; a list's items one by one
+RANGES = {  # where it is not from 0, or 1 for what is positive, to 2**53; that of a list is of each item
     "adam-beta1": (0, 1 - 1e-12),
     "adam-beta2": (0, 1 - 1e-12),
     "adam-eps": (1e-300, 1),
@@ -195,8 +195,10 @@ def refusal(error: Exception, args: argparse.Namespace) -> ConfigError:
 
 
 def _condition(path: str, line: int) -> str:
-    """The condition in the source that ended in an error on this line: of an assert, or of the ``if`` around a raise."""
+    """The condition in the source that ended in an error on this line, of an assert or of the ``if`` around a raise; else the line."""
     source = "".join(linecache.getlines(path))
     around = [node for node in ast.walk(ast.parse(source)) if getattr(node, "lineno", line + 1) <= line <= getattr(node, "end_lineno", 0)]
     tests = [node.test for node in around if isinstance(node, ast.Assert | ast.If)]  # walked from the outside in
-    return " ".join(ast.unparse(tests[-1]).split()) if tests else ""
+    if tests and any(isinstance(node, ast.Assert | ast.Raise) for node in around):
+        return " ".join(ast.unparse(tests[-1]).split())
+    return linecache.getline(path, line).strip()

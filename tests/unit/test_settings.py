@@ -197,7 +197,7 @@ def crashed(args):
         ("bare", "args.min_lr <= args.lr (min-lr 1.0, lr 0.5)"),
         ("worded", "too high (min-lr 1.0, lr 0.5)"),
         ("raised", "no good (lr 0.5)"),
-        ("crashed", "integer modulo by zero"),
+        ("crashed", "integer modulo by zero (lr 0.5)"),
     ],
 )
 def test_a_refusal_of_megatron_names_flags(name: str, said: str, tmp_path: Path) -> None:
