@@ -65,7 +65,7 @@ distributed-timeout-minutes 0; distributed-timeout-minutes 100000000; data-timeo
 keep-last 0; keep-every -1; needle-length -1; profile-ranks -1; ddp-bucket-size 0"""
 
 
-@pytest.mark.parametrize("argv", [case.strip() for line in BAD.split("\n")[1:] for case in line.split(";")])
+@pytest.mark.parametrize("argv", [case.strip() for line in BAD.split("\n")[1:] for case in line.split(";") if case.strip()])
 def test_values_are_refused_by_name(parser: argparse.ArgumentParser, card: argparse.Namespace, argv: str) -> None:
     name, *values = argv.split()
     with pytest.raises(ConfigError) as refused:
