@@ -103,7 +103,7 @@ class Recipe:
             kind = "a list" if isinstance(item, list | tuple | set | dict) else "null" if item is None else _shown(item)
             raise ConfigError(f"recipe {self.name}: {key!r} takes text or a number, not {kind}")
         text = str(item)
-        if text.startswith("-") and not re.match(r"-[\d.]|-inf|-nan", text):
+        if text.startswith("-") and not re.fullmatch(r"-\d+|-\d*\.\d+", text):  # what argparse takes for a negative number
             raise ConfigError(f"recipe {self.name}: {key!r} is {_shown(text)}, which would be read as a flag; write a path as ./-name")
         if len(text) > MAX_TEXT or any(unicodedata.category(letter) in ("Cc", "Cs") for letter in text):
             raise ConfigError(f"recipe {self.name}: {key!r} is {_shown(text)}; no flag takes control characters, or text of that length")

@@ -28,7 +28,8 @@ UNUSED = {
     "attention and recurrence are HydraHead's; their choices are made with tools/convert.py hybridize": """
         [mla] [experimental_attention_variant] multi-latent-attention experimental-attention-variant *dsa-* linear-* mamba-*
         disable-mamba-* is-hybrid-model hybrid-* attention-output-gate attention-backend attention-softmax-in-fp32
-        flash-attention-version use-flash-attn softmax-type qk-l2-norm qk-clip* window-* apply-query-key-layer-scaling""",
+        flash-attention-version use-flash-attn fp32-residual-connection softmax-type
+        qk-l2-norm qk-clip* window-* apply-query-key-layer-scaling""",
     "the model's form and its rotary angles come from the card of the checkpoint": """
         [heterogeneous architecture] rotary-interleaved rotary-percent rotary-seq-len-* use-rotary-* use-rope-scaling rope-* no-rope-freq
         no-position-embedding *yarn-* relative-attention-* mrope-section max-position-embeddings openai-gelu squared-relu quick-geglu
@@ -76,19 +77,19 @@ MAX_SEQUENCES = 2**31 - 1  # of a stage: Megatron lists all of them, in memory, 
 POSITIVE = (
     "seq-length train-iters *-size *-interval *-minutes *-mins *-instances *-layers *-per-* *-threads *-count ddp-num-buckets".split()
 )
-RANGES = {  # where it is not 0, or 1 for what is positive, to 2**53; a list's items one by one
+RANGES = {  # where it is not from 0, or 1 for what is positive, to 2**53; that of a list is of each item
     "adam-beta1": (0, 1 - 1e-12),
     "adam-beta2": (0, 1 - 1e-12),
     "adam-eps": (1e-300, 1),
     "data-timeout": (1e-3, 1e9),
     "distributed-timeout-minutes": (1, 10**6),
     "distributed-timeout-seconds-after-init": (1, 10**8),
-    "lr": (0, 3.4e38),
+    "lr": (0, 1e37),
     "lr-warmup-fraction": (0, 1),
-    "min-lr": (0, 3.4e38),
+    "min-lr": (0, 1e37),
     "num-dataset-builder-threads": (1, 1024),
     "num-workers": (0, 1024),
-    "seed": (0, 2**31 - 1),
+    "seed": (1, 2**31 - 1),
 }
 
 
@@ -194,8 +195,10 @@ def refusal(error: Exception, args: argparse.Namespace) -> ConfigError:
 
 
 def _condition(path: str, line: int) -> str:
-    """The condition in the source that ended in an error on this line: of an assert, or of the ``if`` around a raise."""
+    """The condition in the source that ended in an error on this line, of an assert or of the ``if`` around a raise; else the line."""
     source = "".join(linecache.getlines(path))
     around = [node for node in ast.walk(ast.parse(source)) if getattr(node, "lineno", line + 1) <= line <= getattr(node, "end_lineno", 0)]
     tests = [node.test for node in around if isinstance(node, ast.Assert | ast.If)]  # walked from the outside in
-    return " ".join(ast.unparse(tests[-1]).split()) if tests else ""
+    if tests and any(isinstance(node, ast.Assert | ast.Raise) for node in around):
+        return " ".join(ast.unparse(tests[-1]).split())
+    return linecache.getline(path, line).strip()

@@ -63,6 +63,7 @@ def _refused(rank: int, argv: list[str]) -> tuple[int, str]:
         (("--start-from", "nowhere"), "nowhere: no complete checkpoint"),
         (("--train-iters", "2"), "lr-warmup-iters 2 must be fewer than the 2 steps"),
         (("--global-batch-size", "3"), "Megatron refuses these settings: eval_global_batch_size (3) must be divisible"),
+        (("--min-lr", "1"), "Megatron refuses these settings: args.min_lr <= args.lr (min-lr 1.0, lr 1e-05)"),
         (("--fp16",), "fp16 is not supported"),
         (("--lr", "fast"), "argument --lr: invalid float value: 'fast'"),
     ],
@@ -170,7 +171,7 @@ def test_checkpoint_from_another_head_map(folder: Path) -> None:
 @pytest.mark.parametrize(("stage", "where"), [("align", r"align loss of layer \d"), ("extend", r"first seen in (the|layer)")])
 def test_loss_that_is_not_finite(folder: Path, stage: str, where: str) -> None:
     run = f"nan-{stage}"
-    line = refusal(folder, "--lr", "1e38", "--min-lr", "1e38", "--save-interval", "1", stage=stage, run=run)
+    line = refusal(folder, "--lr", "1e37", "--min-lr", "1e37", "--save-interval", "1", stage=stage, run=run)
     found = re.search(rf"step (\d+): the .*{where}", line)
     assert found and "the last complete checkpoint is kept" in line
     assert int((folder / run / stage / TRACKER).read_text()) == int(found[1]) - 1
