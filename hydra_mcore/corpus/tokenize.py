@@ -65,14 +65,13 @@ def load_fast_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    beside = Path(name) / "tokenizer"
-    folder = beside if beside.is_dir() else Path(name)
-    problem = ""
-    if not folder.is_dir():
-        check_name("tokenizer", str(name))
+    beside = os.path.join(name, "tokenizer")
+    folder, problem = beside if name and os.path.isdir(beside) else str(name), ""
+    if not os.path.isdir(folder):
+        check_name("tokenizer", folder)
         problem = unreachable()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder if folder.is_dir() else name, local_files_only=bool(problem))
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=bool(problem))
     except Exception as error:  # of the libraries between here and the hub, or of broken files
         why = f"neither a folder nor in the cache, and {problem}" if problem else f"does not load ({first_line(error)})"
         raise InputError(f"tokenizer {name}: {why}; give a folder with its files") from None

@@ -70,8 +70,10 @@ def test_sentences_of_every_script(script: str, kind: str) -> None:
     [
         ("end.", " Next", SENTENCE), ("3.", "14", CHARACTER), ("है।", " वह", SENTENCE), ("है।", "”", CHARACTER), ("है।”", "वह", SENTENCE),
         ("。", "」", CHARACTER), ("！", "！", CHARACTER), ("。」", "次", SENTENCE), ("क", "ा", NOTHING), ("न", "्", NOTHING),
-        ("e", "\u0301", NOTHING), ("👩\u200d", "👧", NOTHING), ("word", " word", WORD), ("ไทย", "ไทย", CHARACTER), ("ไทย", "\u200bไทย", WORD),
-        ("བོད་", "ཡིག", WORD), ("ቤቱ፡", "አሮጌ", WORD), ("line", "\n\nnext", SENTENCE), ("line", "\nnext", WORD), ("؟", " و", SENTENCE), ("a", "", CHARACTER),
+        ("e", "\u0301", NOTHING), ("👩\u200d", "👧", NOTHING), ("word", " word", WORD), ("ไทย", "ไทย", CHARACTER),
+        ("ไทย", "\u200bไทย", WORD),
+        ("བོད་", "ཡིག", WORD), ("ቤቱ፡", "አሮጌ", WORD), ("line", "\n\nnext", SENTENCE), ("line", "\nnext", WORD),
+        ("؟", " و", SENTENCE), ("a", "", CHARACTER),
     ],
 )  # fmt: skip
 def test_what_ends_between_two_texts(left: str, right: str, ends: int) -> None:
