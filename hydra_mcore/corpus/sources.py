@@ -158,8 +158,9 @@ class DatasetSource:
 
     @cached_property
     def _stream(self) -> IterableDataset:
-        from datasets import load_dataset
+        from datasets import load_dataset, logging
 
+        logging.set_verbosity(logging.CRITICAL)  # it logs the traceback of an error that it raises as well
         if not self.local:
             self._require_hub()
         try:
