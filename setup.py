@@ -37,6 +37,7 @@ setup(
         "pyyaml>=6.0",
         "tqdm>=4.66",
         "wonderwords>=2.2",  # the word lists that RULER draws from
+        "regex>=2024.5",  # Unicode's sentence terminators; transformers brings it along
         "psutil>=5.9",  # megatron.core's checkpoint writer imports it and does not ask for it
     ],
     extras_require={

@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from pathlib import Path
 
 from hydra_mcore.errors import InputError
 
@@ -18,7 +18,7 @@ def check_name(what: str, name: str) -> None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    if Path(name).is_file():
+    if os.path.isfile(name):
         raise InputError(f"{what} {name}: is a file; give its folder, or a name on the hub")
     try:
         validate_repo_id(name)

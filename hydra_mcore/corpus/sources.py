@@ -132,7 +132,7 @@ class DatasetSource:
 
     def __init__(self, name: str, config: str | None, split: str, revision: str | None, text_key: str) -> None:
         self.name, self.config, self.split, self.text_key = name, config, split, text_key
-        self.local = Path(name).is_dir()
+        self.local = os.path.isdir(name)
         if not self.local:
             check_name("dataset", name)
         self.revision = revision
@@ -158,8 +158,9 @@ class DatasetSource:
 
     @cached_property
     def _stream(self) -> IterableDataset:
-        from datasets import load_dataset
+        from datasets import load_dataset, logging
 
+        logging.set_verbosity(logging.CRITICAL)  # it logs the traceback of an error that it raises as well
         if not self.local:
             self._require_hub()
         try:

@@ -64,14 +64,13 @@ def load_fast_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         InputError: no tokenizer, or none that the ``tokenizers`` library runs.
     """
-    beside = Path(name) / "tokenizer"
-    folder = beside if beside.is_dir() else Path(name)
-    problem = ""
-    if not folder.is_dir():
-        check_name("tokenizer", str(name))
+    beside = os.path.join(name, "tokenizer")
+    folder, problem = beside if name and os.path.isdir(beside) else str(name), ""
+    if not os.path.isdir(folder):
+        check_name("tokenizer", folder)
         problem = unreachable()
     try:
-        tokenizer = open_tokenizer(folder if folder.is_dir() else name, local_files_only=bool(problem))
+        tokenizer = open_tokenizer(folder, local_files_only=bool(problem))
     except InputError as error:
         if not problem:
             raise

@@ -37,6 +37,7 @@ SCRIPTS = {
     "Greek": "Το σπίτι είναι παλιό. Κανείς δεν μένει εκεί! ",
     "Vai": "ꕉꕜꕮ꘎ ꔔꘋ꘎ ",
 }
+SOME_KINDS = [pytest.param(kind, marks=[pytest.mark.slow] if kind in ("qwen", "byte") else []) for kind in KINDS]
 TERMINATOR = r"[\p{STerm}\u0f0d-\u0f12]"
 
 
@@ -48,11 +49,11 @@ def ends_of(kind: str, text: str) -> list[tuple[str, int]]:
     return [(pieces.decode([ids[: at + 1].tolist()])[0], int(end)) for at, end in enumerate(what_ends(pieces, ids))]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SOME_KINDS)
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_sentences_of_every_script(script: str, kind: str) -> None:
     """Every terminator ends one, nothing else does, and no character is cut; most of these tokenizers give bytes for them."""
-    text = SCRIPTS[script] * 3
+    text = SCRIPTS[script] * 2
     found = [(before.strip(), end) for before, end in ends_of(kind, text)]
     sentences = {before for before, end in found if end == SENTENCE and before != text.strip()}
     expected = {
@@ -60,7 +61,7 @@ def test_sentences_of_every_script(script: str, kind: str) -> None:
         for match in regex.finditer(rf"{TERMINATOR}++[\p{{Pe}}\p{{Pf}}]*+(?=(\s)|.)", text)
         if match[1] or not regex.search(r"[.!?]\W*$", match[0])
     } - {text.strip()}
-    assert sentences == expected and len(expected) > 2
+    assert sentences == expected and len(expected) > 1
     assert all(text.startswith(before) for before, end in found if end > NOTHING)
 
 
@@ -68,9 +69,11 @@ def test_sentences_of_every_script(script: str, kind: str) -> None:
     ("left", "right", "ends"),
     [
         ("end.", " Next", SENTENCE), ("3.", "14", CHARACTER), ("है।", " वह", SENTENCE), ("है।", "”", CHARACTER), ("है।”", "वह", SENTENCE),
-        ("。", "」", CHARACTER), ("！", "！", CHARACTER), ("。」", "次", SENTENCE), ("क", "ा", NOTHING), ("न", "्", NOTHING), ("e", "\u0301", NOTHING),
-        ("👩\u200d", "👧", NOTHING), ("word", " word", WORD), ("ไทย", "ไทย", CHARACTER), ("ไทย", "\u200bไทย", WORD), ("བོད་", "ཡིག", WORD),
-        ("ቤቱ፡", "አሮጌ", WORD), ("line", "\n\nnext", SENTENCE), ("line", "\nnext", WORD), ("؟", " و", SENTENCE), ("a", "", CHARACTER),
+        ("。", "」", CHARACTER), ("！", "！", CHARACTER), ("。」", "次", SENTENCE), ("क", "ा", NOTHING), ("न", "्", NOTHING),
+        ("e", "\u0301", NOTHING), ("👩\u200d", "👧", NOTHING), ("word", " word", WORD), ("ไทย", "ไทย", CHARACTER),
+        ("ไทย", "\u200bไทย", WORD),
+        ("བོད་", "ཡིག", WORD), ("ቤቱ፡", "አሮጌ", WORD), ("line", "\n\nnext", SENTENCE), ("line", "\nnext", WORD),
+        ("؟", " و", SENTENCE), ("a", "", CHARACTER),
     ],
 )  # fmt: skip
 def test_what_ends_between_two_texts(left: str, right: str, ends: int) -> None:
@@ -94,29 +97,28 @@ def haystack_of(kind: str, text: str, tmp_path: Path) -> Haystack:
 
 FLAT = "the grass is green and the sky is blue and here we go, there and back again, " * 8
 LAYOUTS = {
-    "one huge paragraph": FLAT * 60,
-    "huge paragraphs": "\n\n".join([FLAT * 12] * 5),
-    "tiny paragraphs": "\n\n".join([FLAT[:70]] * 600),
-    "mixed": "\n\n".join([FLAT * 12, *[FLAT[:70]] * 60] * 4),
-    "no spaces": "wörd" * 6000,
-    "Thai": "บ้านหลังนี้เก่า มีคนอยู่ที่นั่น " * 250,
-    "Hindi": SCRIPTS["Hindi"] * 200,
+    "one huge paragraph": FLAT * 25,
+    "huge paragraphs": "\n\n".join([FLAT * 12] * 2),
+    "tiny paragraphs": "\n\n".join([FLAT[:70]] * 200),
+    "mixed": "\n\n".join([FLAT * 8, *[FLAT[:70]] * 40] * 2),
+    "no spaces": "wörd" * 1500,
+    "Thai": "บ้านหลังนี้เก่า มีคนอยู่ที่นั่น " * 80,
+    "Hindi": SCRIPTS["Hindi"] * 40,
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", ["gpt2", "byte"])
+@pytest.mark.parametrize("kind", ["gpt2", pytest.param("byte", marks=pytest.mark.slow)])
 def test_depths_are_even_whatever_the_paragraphs(layout: str, kind: str, tmp_path: Path) -> None:
     source = Source(small_tokenizer(kind), RULER, haystack_of(kind, LAYOUTS[layout], tmp_path))
     count = 20
-    for length in (2048, 6144) if kind == "gpt2" else (6144,):
-        prompts = list(draw_prompts("niah_single_2", length, count, 1_000_000, source))
-        found = np.sort([prompt.depths[0] for prompt in prompts])
-        assert np.abs(found - (np.arange(count) + 0.5) / count).max() < ASTRAY + 0.01  # and what a word takes
-        for prompt in prompts:
-            (start, end), decode = prompt.spans[0], source.tokenizer.decode
-            assert f": {prompt.answers[0]}." in decode(prompt.ids) and not decode(prompt.ids[:start]).endswith("\ufffd")
-            assert not decode(prompt.ids[end:]).startswith("\ufffd")
+    prompts = list(draw_prompts("niah_single_2", 2048, count, 1_000_000, source))
+    found = np.sort([prompt.depths[0] for prompt in prompts])
+    assert np.abs(found - (np.arange(count) + 0.5) / count).max() < ASTRAY + 0.01  # and what a word takes
+    for prompt in prompts:
+        (start, end), decode = prompt.spans[0], source.tokenizer.decode
+        assert f": {prompt.answers[0]}." in decode(prompt.ids) and not decode(prompt.ids[:start]).endswith("\ufffd")
+        assert not decode(prompt.ids[end:]).startswith("\ufffd")
 
 
 @pytest.mark.parametrize("text", ["".join(f"word{number} " for number in range(4000)), "".join(f"w{number}" for number in range(4000))])
@@ -134,11 +136,11 @@ def test_the_nearest_place_is_between_sentences_if_one_is_near_enough() -> None:
 
 
 def test_sentences_found_before_are_found_alike(tmp_path: Path) -> None:
-    """Prompts of English prose are those of the first version wherever a sentence was near enough."""
+    """Needles in English prose stand where the first version of the prompts had them: a sentence was always near enough."""
     text = "".join(
         f'This is sentence {number} of a book. Is it? "Yes!" (It is.) {"And so on. " * (number % 4)}\n\n' for number in range(800)
     )
     found = haystack_of("gpt2", text, tmp_path)
     source = Source(small_tokenizer("gpt2"), RULER, found)
-    digest = "".join(f"{prompt.spans[0][0]}," for prompt in draw_prompts("niah_single_2", 2048, 12, 1_000_000, source))
-    assert digest == "DIGEST"
+    places = "".join(f"{prompt.spans[0][0]}," for prompt in draw_prompts("niah_single_2", 2048, 12, 1_000_000, source))
+    assert places == "287,1856,448,1222,922,764,1073,606,135,1549,1708,1396,"

@@ -126,15 +126,18 @@ def test_each_prompt_takes_another_part_of_the_text(sources: dict[str, Source]) 
 
 
 def test_needles_stand_between_sentences(sources: dict[str, Source]) -> None:
+    """Nearly all: where none ends near a depth, between words."""
     for kind in KINDS:
+        between_words = 0
         for prompt in prompt_set("niah_multivalue", 4096, 4, 1_000_000, sources[kind]).prompts:
             decode = sources[kind].tokenizer.decode
             for start, end in prompt.spans:
                 before, behind = decode(prompt.ids[start - 30 : start]), decode(prompt.ids[end - 1 : end + 300])
                 behind = re.sub(r" One of the special magic numbers for .*? is: \d+\.", "", behind)  # at the same place
                 paragraph = re.match(r"\.[^\S\n]*\n\s*\n", behind)
-                assert paragraph or re.search(r"""[.!?]["')\]]*\s*$|afterwards\.\n$""", before), before
+                between_words += not (paragraph or re.search(r"""[.!?]["')\]]*\s*$|afterwards\.\n$""", before))
                 assert re.match(r"\.\s", behind), behind
+        assert between_words <= 3
 
 
 @pytest.mark.parametrize("task", TASKS)
