@@ -104,7 +104,6 @@ def _train(_rank: int, argv: list[str]) -> tuple[int | str | None, str]:
     return 0, said.getvalue()
 
 
-QUICK = {("extend", "common_state"), ("extend", "optimizer.state.exp_avg")}
 VICTIMS = [
     *(("extend", place) for place in (INDEX, "common.pt", "common_state", "rng_state", "rerun_state_machine_state", TENSOR)),
     ("extend", "optimizer.state.exp_avg"),
@@ -112,9 +111,8 @@ VICTIMS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("victim", "place"), [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow, id="-".join(case)) for case in VICTIMS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("victim", "place"), VICTIMS)
 def test_training(trained: Path, tmp_path: Path, victim: str, place: str) -> None:
     """A start from a planted checkpoint, with a planted teacher, and going on from one."""
     folder, marker = Path(shutil.copytree(trained, tmp_path / "run")), tmp_path / "ran"

