@@ -40,7 +40,10 @@ def text_models(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 COMMANDS = {
-    "hybridize": ("tools/convert.py hybridize --teacher {teacher} --heads {head_map.json} --out {out}", "teacher"),
+    "hybridize": (
+        "tools/convert.py hybridize --teacher {teacher} --heads {head_map.json} --calibration-text {text.txt} --out {out}",
+        "teacher",
+    ),
     "export": ("tools/convert.py export --checkpoint {student} --out {out}", "student"),
     "select": ("tools/select_heads.py --teacher {teacher} --out {out} --pairs 1 --length 128", "teacher"),
     "evaluate": ("tools/evaluate.py --models {student} --out {out} --lengths 64 --prompts 1 --no-text --haystack {text.txt}", "student"),
