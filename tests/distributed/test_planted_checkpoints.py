@@ -48,7 +48,7 @@ COMMANDS = {
     "select": ("tools/select_heads.py --teacher {teacher} --out {out} --pairs 1 --length 128", "teacher"),
     "evaluate": ("tools/evaluate.py --models {student} --out {out} --lengths 64 --prompts 1 --no-text --haystack {text.txt}", "student"),
     "verify": ("tools/verify.py {student} --length 32", "student"),
-    "tune": ("tools/tune_log_scale.py --checkpoint {student} --text {text.txt} --length 600 --windows 1", "student"),
+    "tune": ("tools/tune_log_scale.py --checkpoint {student} --text {text.txt} --length 600 --windows 2", "student"),
 }
 
 
