@@ -29,8 +29,12 @@ __all__ = ["MEGATRON_VERSION", "Patch", "applied", "install", "is_cpu_only"]
 
 MEGATRON_VERSION = "0.19.2"
 
-# Said at import, or while training, on every machine without TE and Apex; no user can act on them.
-_NOISE = (r".*Apex (is|are) not installed", r"Only transformer-engine>=1\.7\.0 supports MoE")
+# Said at import, at loading, or while training on every machine without TE and Apex; no user can act on them.
+_NOISE = (
+    r".*Apex (is|are) not installed",
+    r"Only transformer-engine>=1\.7\.0 supports MoE",
+    r"torch\.distributed is disabled, unavailable or uninitialized, assuming the intent is to load",  # each rank by itself
+)
 
 
 def is_cpu_only() -> bool:

@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The index of a checkpoint (``.metadata``, a pickle) read without doing what it says.
 
-A pickle is a program for a small machine, and torch runs it as it is. Here its instructions must be those that torch writes into
-an index, in which the machine cannot be made to take memory that the file does not have; the objects that they make are inert
-records, which are checked and only then made into torch's own.
+A pickle is a program for a small machine, and torch runs it as it is. Here its instructions must be those that torch
+writes into an index, by which the machine cannot be made to take memory that the file does not have. The objects that
+they make are inert records, which are checked and only then made into torch's own.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def read_index(path: Path, sha256: str = "") -> dcp.Metadata:
         sha256: its checksum, empty where it is not known.
 
     Raises:
-        InputError: not the index of a checkpoint, a damaged one, or one made to do harm: it asks for a class or an instruction that
-            has no place there, names files outside its folder, or tensors larger than their files.
+        InputError: not the index of a checkpoint, a damaged one, or one made to do harm: it asks for a class or an
+            instruction that has no place there, names files outside its folder, or tensors larger than their files.
     """
     try:
         if path.stat().st_size > LARGEST:

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What reading a checkpoint lacks where its files are damaged, or were made to do harm; on every machine.
 
-A checkpoint travels between people. torch runs its index and its small objects (common state, random numbers, ...) as pickles, and
-copies a tensor's bytes without looking at the CRC-32 that its writer put beside them.
+A checkpoint travels between people. torch runs its index and its small objects (common state, random numbers, ...) as
+pickles, and copies a tensor's bytes without looking at the CRC-32 that its writer put beside them.
 """
 
 from __future__ import annotations

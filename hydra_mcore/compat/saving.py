@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What Megatron's checkpoint saving lacks when a process is killed, a signal comes, or the background writer dies.
 
-Small files are written whole or not at all, and the last of them holds the checksum of the index. A background save runs in a
-process of its own (``--async-save --use-persistent-ckpt-worker``, started by a fork server): it must not outlive its trainer and
-write into a restarted run's files, must not die of a signal that asks the trainer to save, and its death must not make the trainer
-wait forever.
+Small files are written whole or not at all, and metadata.json holds the checksum of the index. A background save runs in
+a process of its own (``--async-save --use-persistent-ckpt-worker``, started by a fork server): it must not outlive its
+trainer and write into a restarted run's files, must not die of a signal that asks the trainer to save, and its death must
+not make the trainer wait forever.
 """
 
 import builtins

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 
 from hydra_mcore.compat.patching import original
 from hydra_mcore.compat.saving import INDEX_CHECKSUM
+from hydra_mcore.model.build import write_tracker
 
 INDEX = ".metadata"
 
@@ -27,6 +29,16 @@ class Program:
 
     def __reduce__(self) -> Any:
         return Path.touch, (self.marker,)
+
+
+def small_checkpoint(root: Path) -> Path:
+    """A checkpoint of a few hundred bytes of tensors, for many thousand damages; its index has no checksum."""
+    folder = root / "iter_0000002"
+    state = {"w": torch.arange(24.0).view(4, 6), "v": torch.arange(5, dtype=torch.bfloat16)}
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
+    (folder / "metadata.json").write_text("{}")
+    write_tracker(root, 2)
+    return folder
 
 
 def raw_index(folder: Path) -> Any:
