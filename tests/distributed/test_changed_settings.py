@@ -32,7 +32,7 @@ def train(folder: Path, run: str, *flags: str, ranks: int = 1) -> tuple[int, str
     """Exit status and output of the first rank."""
     argv = ["--stage", "extend", "--run-dir", str(folder / run), "--start-from", str(folder / "student")]
     argv += ["--data-path", str(folder / "data"), "--data-cache-path", str(folder / "cache"), *FLAGS, *SCHEDULE, *flags]
-    return run_ranks(_train, ranks, argv)[0]
+    return run_ranks(_train, ranks, argv, timeout=240)[0]
 
 
 def _train(rank: int, argv: list[str]) -> tuple[int, str]:

@@ -40,7 +40,7 @@ def said(folder: Path, run: str, *flags: str, stage: str = "extend", ranks: int 
     """What the last rank prints."""
     argv = ["--stage", stage, "--run-dir", str(folder / run), "--start-from", str(folder / "student"), "--teacher", str(folder / "teacher")]
     argv += ["--data-path", str(folder / data), "--data-cache-path", str(folder / "cache"), *FLAGS, "--micro-batch-size", "1"]
-    return run_ranks(_said, ranks, [*argv, *flags])[-1]
+    return run_ranks(_said, ranks, [*argv, *flags], timeout=240)[-1]
 
 
 def _said(rank: int, argv: list[str]) -> str:
