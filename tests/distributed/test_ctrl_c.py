@@ -53,14 +53,14 @@ TRAIN = ("-m", "hydra_mcore.train", "--stage", "align", "--run-dir", "OUT/run", 
 VERIFY = ("tools/verify.py", "OUT/teacher")
 SELECT = ("tools/select_heads.py", "--teacher", "OUT/teacher", "--out", "OUT/heads")
 EVALUATE = ("tools/evaluate.py", "--models", "teacher=OUT/teacher", "--lengths", "64", "--no-text", "--out", "OUT/evaluation")
-slow = pytest.mark.slow
+pytestmark = pytest.mark.slow  # tests/unit/test_commands.py has the quick part
 
 
 @pytest.mark.parametrize(
     ("name", "command"),
-    [("train", TRAIN), *(pytest.param(*case, marks=slow) for case in (("convert", IMPORT), ("verify", VERIFY), ("select_heads", SELECT)))],
+    [("train", TRAIN), ("convert", IMPORT), ("verify", VERIFY), ("select_heads", SELECT)],
 )
-@pytest.mark.parametrize("library", ["libtorch_cpu", pytest.param("_multiarray_umath", marks=slow), pytest.param("libarrow", marks=slow)])
+@pytest.mark.parametrize("library", ["libtorch_cpu", "_multiarray_umath", "libarrow"])
 def test_while_it_imports(tmp_path: Path, name: str, command: tuple[str, ...], library: str) -> None:
     process = begin(tmp_path, *command)
     try:
@@ -70,7 +70,6 @@ def test_while_it_imports(tmp_path: Path, name: str, command: tuple[str, ...], l
     interrupt(process, tmp_path, name)
 
 
-@slow
 @pytest.mark.parametrize("moment", ["workers start", "work"])
 def test_prepare_data_with_workers(tmp_path: Path, moment: str) -> None:
     write_lines(tmp_path / "in.jsonl", [text * 40 for text in make_texts()] * 20)
@@ -85,14 +84,12 @@ def test_prepare_data_with_workers(tmp_path: Path, moment: str) -> None:
     assert not (tmp_path / "out.lock").exists()
 
 
-@slow
 def test_convert_while_it_writes(tmp_path: Path) -> None:
     process = begin(tmp_path, *IMPORT)
     wait(process, lambda: (tmp_path / "teacher.lock").exists(), tmp_path)
     interrupt(process, tmp_path, "convert")
 
 
-@slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_evaluation_on_several_ranks(tmp_path: Path, ranks: int) -> None:
