@@ -181,7 +181,6 @@ def test_a_smaller_batch_goes_on_with_validation_too(folder: Path) -> None:
 REFUSED = [
     (("--no-save-optim",), "leave it out, or add no-load-optim"),
     (("--data-parallel-random-init",), "data_parallel_random_init value from checkpoint (False)"),
-    (("--decoupled-lr", "1e-4"), "other groups of parameters (a decoupled learning rate"),
 ]
 
 
