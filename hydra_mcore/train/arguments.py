@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import os
 from dataclasses import dataclass
@@ -237,6 +238,11 @@ def _shard_flags(known: argparse.Namespace) -> list[str]:
 def _without_missing_wandb(known: argparse.Namespace, flags: list[str]) -> list[str]:
     """Training goes on without Weights & Biases where it is not installed."""
     if known.wandb_project and importlib.util.find_spec("wandb") is None:
-        print("wandb is not installed: logging to the console and TensorBoard only")
+        _say_that_wandb_is_missing()
         return [*flags, "--wandb-project", ""]
     return flags
+
+
+@functools.cache  # once, though a stage resolves its flags again when it has its folder
+def _say_that_wandb_is_missing() -> None:
+    print("wandb is not installed: logging to the console and TensorBoard only")

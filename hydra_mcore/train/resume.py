@@ -103,7 +103,7 @@ def note_settings(save: Path, now: dict[str, Any], resume: bool) -> None:
 
 
 @contextlib.contextmanager
-def schedule_of_now(save: Path, args: argparse.Namespace, settings: Mapping[str, Any]) -> Iterator[None]:
+def schedule_of_now(save: Path, args: argparse.Namespace) -> Iterator[None]:
     """While open, a checkpoint is loaded under the schedules of the command line instead of failing where they differ.
 
     Megatron counts a schedule in samples. All flags of ours count steps, so the place within the schedule is the step's
@@ -112,7 +112,7 @@ def schedule_of_now(save: Path, args: argparse.Namespace, settings: Mapping[str,
     Raises:
         ConfigError: Megatron cannot go on with these settings.
     """
-    stock, changed = training.load_checkpoint, changes(save, settings)
+    stock = training.load_checkpoint
 
     def load_checkpoint(model: Any, optimizer: Any, scheduler: Any, *rest: Any, **keywords: Any) -> tuple[int, int]:
         scheduler.override_opt_param_scheduler = not scheduler.use_checkpoint_opt_param_scheduler
@@ -120,7 +120,7 @@ def schedule_of_now(save: Path, args: argparse.Namespace, settings: Mapping[str,
             iteration, flops = stock(model, optimizer, scheduler, *rest, **keywords)
         except AssertionError as error:
             reason = (str(error).splitlines() or ["an assertion"])[0]
-            raise ConfigError(f"{save}: Megatron cannot go on with these settings ({reason}); changed: {changed or 'nothing'}") from None
+            raise ConfigError(f"{save}: Megatron cannot go on with these settings ({reason}); set that flag as it was") from None
         if scheduler.use_checkpoint_opt_param_scheduler:
             for group in optimizer.param_groups:
                 group["max_lr"], group["min_lr"] = scheduler.max_lr, scheduler.min_lr

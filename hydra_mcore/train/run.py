@@ -73,7 +73,7 @@ def run_stage(argv: list[str]) -> None:
         with tracked(plan):
             set_global_variables(args)
             with saved_at_ctrl_c(args):
-                _train(plan, args, config, panels, settings, store)
+                _train(plan, args, config, panels, store)
 
 
 def _unfinished(argv: list[str]) -> Plan | None:
@@ -115,15 +115,13 @@ def _prepare_output(plan: Plan, settings: dict[str, Any]) -> None:
         shutil.copytree(plan.start / "tokenizer", plan.save / "tokenizer", dirs_exist_ok=True)
 
 
-def _train(
-    plan: Plan, args: Any, config: GPTModelConfig, panels: NeedlePanels | None, settings: dict[str, Any], store: torch.distributed.Store
-) -> None:
+def _train(plan: Plan, args: Any, config: GPTModelConfig, panels: NeedlePanels | None, store: torch.distributed.Store) -> None:
     data = DataWatch(plan.options.data_timeout, lambda: f"rank {args.rank} reads {' '.join(args.data_path or [])}", alert)
     step = TransferStep(plan.options, partial(fetch_batch, args, data), lambda: args.curr_iteration + 1)
     config.pre_wrap_hooks.append(partial(_prepare_models, plan, config, step))
     watch = Watch(plan.card, args, step, data, panels)
     care = checkpoint_care(plan.save, plan.options, args, config)
-    resuming = schedule_of_now(plan.save, args, settings)
+    resuming = schedule_of_now(plan.save, args)
     with teacher_in_the_pipeline(step), care, resuming, watched(watch), profiled_steps(args, step):
         pretrain(pretrain_cfg_container_from_args(args, config), _datasets, ModelType.encoder_or_decoder, step, store=store)
     if (writer := get_tensorboard_writer()) is not None:

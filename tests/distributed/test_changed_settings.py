@@ -14,6 +14,7 @@ from hydra_mcore.train.resume import SETTINGS
 from tests.support.launch import run_ranks
 from tests.support.stages import FLAGS, logged, make_run
 
+pytestmark = pytest.mark.slow  # tests/unit/test_resume_settings.py has the quick part
 STOP, STEPS = 3, 6
 SCHEDULE = ("--train-iters", str(STEPS), "--save-interval", str(STOP), "--micro-batch-size", "1", "--lr-decay-style", "cosine")
 SCHEDULE += ("--lr", "1e-3", "--min-lr", "1e-5")
@@ -32,7 +33,7 @@ def train(folder: Path, run: str, *flags: str, ranks: int = 1) -> tuple[int, str
     """Exit status and output of the first rank."""
     argv = ["--stage", "extend", "--run-dir", str(folder / run), "--start-from", str(folder / "student")]
     argv += ["--data-path", str(folder / "data"), "--data-cache-path", str(folder / "cache"), *FLAGS, *SCHEDULE, *flags]
-    return run_ranks(_train, ranks, argv)[0]
+    return run_ranks(_train, ranks, argv, timeout=240)[0]
 
 
 def _train(rank: int, argv: list[str]) -> tuple[int, str]:
@@ -80,7 +81,7 @@ def test_another_rate_and_other_moments_take_effect(folder: Path) -> None:
     assert found[NORM][STOP + 1] == whole[NORM][STOP + 1] and found[NORM][STOP + 2] != whole[NORM][STOP + 2]
 
 
-@pytest.mark.parametrize("batch", ["4", pytest.param("16", marks=pytest.mark.slow), pytest.param("2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("batch", ["4", "16", "2"])
 def test_another_batch_size_keeps_the_place_in_the_schedule(folder: Path, batch: str) -> None:
     code, output, found = resumed(folder, "--global-batch-size", batch)
     assert code == 0 and changed(output) == f"global-batch-size 8 -> {batch}"
@@ -116,7 +117,6 @@ RATES = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("flags", RATES, ids=" ".join)
 def test_schedules_are_those_of_a_run_that_always_had_them(folder: Path, flags: tuple[str, ...]) -> None:
     code, output, found = resumed(folder, *flags)
@@ -125,7 +125,6 @@ def test_schedules_are_those_of_a_run_that_always_had_them(folder: Path, flags: 
     assert {step: found[LR][step] for step in rates if step > STOP} == {step: rate for step, rate in rates.items() if step > STOP}
 
 
-@pytest.mark.slow
 def test_the_checkpoints_schedule_can_be_kept(folder: Path) -> None:
     code, _, found = resumed(folder, "--use-checkpoint-opt-param-scheduler", "--lr", "5e-4", "--lr-decay-style", "linear")
     assert code == 0 and found[LR] == values(folder, "whole")[LR]
@@ -159,7 +158,6 @@ EFFECTS = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("flags", "after"), EFFECTS, ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")
 def test_what_else_may_change(folder: Path, flags: tuple[str, ...], after: int | None) -> None:
     if "STUDENT" in flags:
@@ -173,7 +171,6 @@ def test_what_else_may_change(folder: Path, flags: tuple[str, ...], after: int |
     assert [step for step in near if not near[step]][:1] == ([STOP + after] if after else [])
 
 
-@pytest.mark.slow
 def test_a_smaller_batch_goes_on_with_validation_too(folder: Path) -> None:
     flags = ("--split", "80,20,0", "--eval-iters", "2", "--eval-interval", "1")
     assert train(folder, "validated", *flags, "--exit-interval", str(STOP))[0] == 0
@@ -184,11 +181,10 @@ def test_a_smaller_batch_goes_on_with_validation_too(folder: Path) -> None:
 REFUSED = [
     (("--no-save-optim",), "leave it out, or add no-load-optim"),
     (("--data-parallel-random-init",), "data_parallel_random_init value from checkpoint (False)"),
-    (("--decoupled-lr", "1e-4"), "other groups of parameters (a decoupled learning rate"),
 ]
 
 
-@pytest.mark.parametrize(("flags", "said"), [REFUSED[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in REFUSED[1:])])
+@pytest.mark.parametrize(("flags", "said"), REFUSED)
 def test_what_may_not_change_is_one_line(folder: Path, flags: tuple[str, ...], said: str) -> None:
     code, output, _ = resumed(folder, *flags)
     lines = [line for line in output.splitlines() if line.startswith("train: ")]
@@ -198,7 +194,6 @@ def test_what_may_not_change_is_one_line(folder: Path, flags: tuple[str, ...], s
     assert train(folder, run.parent.name)[0] == 0  # as it was, it goes on
 
 
-@pytest.mark.slow
 def test_a_checkpoint_without_the_optimizer(folder: Path) -> None:
     train(folder, "bare", "--no-save-optim", "--exit-interval", str(STOP))
     code, output = train(folder, "bare")
@@ -207,7 +202,6 @@ def test_a_checkpoint_without_the_optimizer(folder: Path) -> None:
     assert code == 0 and values(folder, "bare")[LR] == values(folder, "whole")[LR]
 
 
-@pytest.mark.slow
 def test_all_at_once_on_another_layout(folder: Path) -> None:
     flags = ("--lr", "5e-4", "--global-batch-size", "4", "--train-iters", "9", "--tensor-model-parallel-size", "2")
     code, output, found = resumed(folder, *flags, ranks=4)

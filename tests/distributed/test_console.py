@@ -15,6 +15,7 @@ import torch
 from tests.support.launch import run_ranks
 from tests.support.stages import FLAGS, SHAPE, gradients, logged, make_run
 
+pytestmark = pytest.mark.slow  # tests/unit/test_resume_settings.py has the quick part
 LINE = re.compile(r" iteration +(\d+)/.* extend loss: (\S+) ")
 
 
@@ -40,7 +41,7 @@ def said(folder: Path, run: str, *flags: str, stage: str = "extend", ranks: int 
     """What the last rank prints."""
     argv = ["--stage", stage, "--run-dir", str(folder / run), "--start-from", str(folder / "student"), "--teacher", str(folder / "teacher")]
     argv += ["--data-path", str(folder / data), "--data-cache-path", str(folder / "cache"), *FLAGS, "--micro-batch-size", "1"]
-    return run_ranks(_said, ranks, [*argv, *flags])[-1]
+    return run_ranks(_said, ranks, [*argv, *flags], timeout=240)[-1]
 
 
 def _said(rank: int, argv: list[str]) -> str:
@@ -51,7 +52,7 @@ def _said(rank: int, argv: list[str]) -> str:
     return output.getvalue()
 
 
-@pytest.mark.parametrize("interval", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("interval", [1, 2, 3])
 def test_each_line_is_the_mean_of_its_own_interval(folder: Path, interval: int) -> None:
     flags, run = ("--train-iters", "6", "--log-interval", str(interval), "--save-interval", "3"), f"every-{interval}"
     output = said(folder, run, *flags, "--exit-interval", "3") + said(folder, run, *flags)
@@ -69,11 +70,11 @@ def test_each_line_is_the_mean_of_its_own_interval(folder: Path, interval: int) 
     ("stage", "ranks", "flags"),
     [
         ("extend", 1, ()),
-        pytest.param("distill", 4, ("--context-parallel-size", "2"), marks=pytest.mark.slow),
-        pytest.param("distill", 2, ("--calculate-per-token-loss",), marks=pytest.mark.slow),
-        pytest.param("extend", 4, ("--context-parallel-size", "2", "--calculate-per-token-loss"), marks=pytest.mark.slow),
-        pytest.param("distill", 4, ("--pipeline-model-parallel-size", "2", "--context-parallel-size", "2"), marks=pytest.mark.slow),
-        pytest.param("align", 2, ("--context-parallel-size", "2"), marks=pytest.mark.slow),
+        ("distill", 4, ("--context-parallel-size", "2")),
+        ("distill", 2, ("--calculate-per-token-loss",)),
+        ("extend", 4, ("--context-parallel-size", "2", "--calculate-per-token-loss")),
+        ("distill", 4, ("--pipeline-model-parallel-size", "2", "--context-parallel-size", "2")),
+        ("align", 2, ("--context-parallel-size", "2")),
     ],
 )
 def test_steps_in_which_no_token_counts(folder: Path, stage: str, ranks: int, flags: tuple[str, ...]) -> None:
