@@ -82,6 +82,8 @@ def _texts(line: bytes) -> list[str]:
         fields = json.loads(line.decode("utf-8-sig"))  # editors on Windows open a file with a byte order mark
     except UnicodeDecodeError:
         raise ValueError("not UTF-8 text; save the file as UTF-8") from None
+    except RecursionError:
+        raise ValueError("not JSON that can be read (nested too deeply)") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg} at column {error.colno}); write one object a line") from None
     if not isinstance(fields, dict):

@@ -171,7 +171,7 @@ def _from_format(fmt: NeedleFormat) -> Wording:
 
 def _from_file(path: Path) -> Wording:
     if not path.is_file():
-        raise InputError(f"wording {path}: No such file; the built-in ones are ruler and chat")
+        raise InputError(f"wording {path}: No such file or directory; the built-in ones are ruler and chat")
     fields = read_json(path, what="wording")
     if not isinstance(fields, dict):
         raise InputError(f"wording {path}: not a wording, which is a list of keys and values")
