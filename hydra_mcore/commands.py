@@ -15,10 +15,10 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 
 from hydra_mcore.errors import InputError
-from hydra_mcore.files import disk_problem, disk_refusal
+from hydra_mcore.files import disk_problem, disk_refusal, named
 
 INTERRUPTED = 130  # a shell's status for Ctrl-C: 128 + SIGINT
 _HELD = frozenset({errno.EACCES, errno.EAGAIN})
@@ -121,19 +121,19 @@ def sole_writer(path: str | Path, wait_s: float = 0.0) -> Iterator[None]:
         waiting = True
         time.sleep(_POLL_S)
     with file:
-        file.truncate(0)
-        file.write(_this_process() + "\n")
-        file.flush()
         try:
+            with named(place):
+                file.truncate(0)
+                file.write(_this_process().encode() + b"\n")
             yield
         finally:
             place.unlink(missing_ok=True)
 
 
-def _locked(place: Path) -> TextIO | None:
+def _locked(place: Path) -> BinaryIO | None:
     """The lock's file, locked; None while somebody else has it."""
     while True:
-        file = place.open("a")
+        file = place.open("ab", buffering=0)  # nothing is left to be written, and to fail, when it is closed
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -90,9 +90,10 @@ class Manifest:
     def load(cls, path: Path) -> Manifest:
         """Raises ConfigError for a file that is no manifest."""
         raw = read_json(path, ConfigError)
-        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-            found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
-            raise ConfigError(f"{path}: format {shown(found)}, this version reads {FORMAT}; prepare the data again")
+        if not isinstance(raw, dict) or "format" not in raw:
+            raise ConfigError(f"{path}: no manifest of tools/prepare_data.py; choose another name, or remove the file")
+        if raw["format"] != FORMAT:
+            raise ConfigError(f"{path}: format {shown(raw['format'])}, this version reads {FORMAT}; prepare the data again")
         file = from_fields(_ManifestFile, raw, str(path), ConfigError)
         raw.pop("checksum", None)
         if file.checksum not in ("", _checksum(raw)):

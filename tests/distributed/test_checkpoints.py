@@ -46,6 +46,7 @@ def _disturbed(rank: int, argv: list[str], at: int, act: Callable[[], None]) -> 
     from megatron.training import training
 
     from hydra_mcore.train import run as door
+    from hydra_mcore.train.__main__ import main
 
     step, prepare = training.train_step, door._prepare_models
     calls = iter(range(1, 100))
@@ -67,7 +68,7 @@ def _disturbed(rank: int, argv: list[str], at: int, act: Callable[[], None]) -> 
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
         try:
-            door.run_stage(argv)
+            main(argv)
         except SystemExit as stop:
             return stop.code or 0, said.getvalue()
     return 0, said.getvalue()

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from hydra_mcore.commands import one_line_errors
+from hydra_mcore.commands import one_line_errors, sole_writer
 from hydra_mcore.corpus.manifest import Manifest
 from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.records import Records
@@ -69,6 +69,13 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "prompts": lambda folder: _save(folder / "set.safetensors", damaged.PROMPTS),
     "report": lambda folder: write_report(folder, None),
 }
+
+
+def test_a_lock_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"), one_line_errors("command"), limited(0), sole_writer(tmp_path / "out"):
+        pytest.fail("held")
+    assert capsys.readouterr().err == f"command: {tmp_path}/out.lock: File too large; raise the limit on the size of files (ulimit -f)\n"
+    assert not list(tmp_path.iterdir())
 
 
 def files_in(folder: Path) -> dict[Path, bytes]:
