@@ -113,7 +113,8 @@ def named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.errno is not None:  # one that a library made of words is shown as those words
+            error.filename = error.filename or str(path)
         raise
 
 

@@ -161,9 +161,18 @@ def test_ctrl_c_is_one_line_and_leaves_no_lock(tmp_path: Path, work: str) -> Non
 
 
 def test_the_second_ctrl_c_does_not_wait_for_the_end_of_the_first(tmp_path: Path) -> None:
-    work = "\n        ".join(("try:", "    time.sleep(60)", "finally:", "    print('cleaning', flush=True)", "    time.sleep(60)"))
+    work = "\n        ".join(
+        (
+            "try:",
+            "    print('trying', flush=True)",
+            "    time.sleep(60)",
+            "finally:",
+            "    print('cleaning', flush=True)",
+            "    time.sleep(60)",
+        )
+    )
     process = python(MAIN.format(work=work), tmp_path / "out")
-    assert process.stdout.readline() == "held\n"
+    assert [process.stdout.readline() for _ in range(2)] == ["held\n", "trying\n"]
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "cleaning\n"
     process.send_signal(signal.SIGINT)
