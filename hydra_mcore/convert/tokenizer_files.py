@@ -87,13 +87,12 @@ def export_tokenizer(checkpoint_dir: str | Path, folder: Path, is_teacher: bool)
 
 def copy_tokenizer(source_dir: str | Path, target_dir: str | Path) -> None:
     """Copy the tokenizer's files that ``source_dir`` has."""
-    for path in (Path(source_dir) / name for name in TOKENIZER_FILES):
-        target = Path(target_dir) / path.name
-        target.parent.mkdir(parents=True, exist_ok=True) if path.exists() else None
-        if path.is_file():
-            shutil.copyfile(path, target)
-        elif path.is_dir():
-            shutil.copytree(path, target)
+    present = [path for name in TOKENIZER_FILES if (path := Path(source_dir) / name).exists()]
+    if present:
+        Path(target_dir).mkdir(parents=True, exist_ok=True)
+    for path in present:
+        copy = shutil.copytree if path.is_dir() else shutil.copyfile
+        copy(path, Path(target_dir) / path.name)
 
 
 def difference(left: PreTrainedTokenizerBase, right: PreTrainedTokenizerBase) -> str:
