@@ -194,7 +194,7 @@ def _with_a_broken_client(rank: int, argv: list[str]) -> str:
 
 def test_alerts_reach_the_run(folder: Path) -> None:
     """A learning rate that ends in a loss that is not finite."""
-    flags = ("--lr", "1e38", "--min-lr", "1e38", "--head-statistics-interval", "0")
+    flags = ("--lr", "1e37", "--min-lr", "1e37", "--head-statistics-interval", "0")
     assert run_ranks(_exit_status, 1, argv_of(folder, "alerts", *flags)) == [2]
     (part,) = read_runs(folder / "alerts" / "extend" / "wandb")
     (alert,) = part.alerts
