@@ -154,7 +154,6 @@ class ModelShape:
             "disable-bias-linear": True,
             "add-qkv-bias": self.qkv_bias,
             "attention-dropout": 0.0,
-            "hidden-dropout": 0.0,
         }
 
 

@@ -41,6 +41,7 @@ ENGINE: dict[str, Any] = {
     "no-masked-softmax-fusion": True,
     "no-gradient-accumulation-fusion": True,
     "no-check-for-nan-in-loss-and-grad": True,  # ours lets all ranks stop together, with one line (train.alerts)
+    "hidden-dropout": 0.0,  # Megatron's default is 0.1
     "micro-batch-size": 1,
     "eval-iters": 0,
     "eval-interval": 1000,
