@@ -219,7 +219,12 @@ def parse_with_recipe(parser: argparse.ArgumentParser, command: str, argv: list[
 
 def main(argv: list[str] | None = None) -> None:
     """Answer the job scripts with yes, no or broken; a broken recipe is one line on stderr and exit status 2."""
-    parser = argparse.ArgumentParser(prog="python -m hydra_mcore.recipe", description="whether a recipe has a section for a command")
+    parser = argparse.ArgumentParser(
+        prog="python -m hydra_mcore.recipe",
+        description="whether a recipe has a section for a command",
+        epilog="example:\n  python -m hydra_mcore.recipe has prepare examples/qwen3-1.7b/recipe.yaml",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("ask", choices=["has"])
     parser.add_argument("section", choices=COMMAND_SECTIONS)
     parser.add_argument("config", nargs="+", metavar="FILE")

@@ -171,5 +171,5 @@ def test_saves_are_asynchronous_on_a_gpu_unless_the_recipe_says_no(tmp_path: Pat
     recipe.write_text("async-save: false\n")
     argv = ["--stage", "align", "--run-dir", "runs/a", "--teacher", "runs/a/teacher"]
     for with_gpu, config, expected in ((True, [], True), (False, [], False), (True, ["--config", str(recipe)], False)):
-        parser, flags, _ = recipe_flags([*argv, *config], with_gpu)
-        assert parser.parse_args(flags).async_save == expected
+        parser, found, _ = recipe_flags([*argv, *config], with_gpu)
+        assert parser.parse_args(found.to_flags(parser)).async_save == expected

@@ -281,11 +281,17 @@ KINDS = {
 }
 
 
-@every_amount
-@pytest.mark.parametrize("kind", KINDS)
+QUICK_KINDS = [kind for kind in KINDS if "reported" not in kind]  # whole reports of damaged files are drawn in the slow suite
+
+
+@pytest.mark.parametrize(
+    ("kind", "sample"),
+    [
+        *(pytest.param(kind, QUICK, id=f"{kind}, sample") for kind in QUICK_KINDS),
+        *(pytest.param(kind, None, id=f"{kind}, all", marks=pytest.mark.slow) for kind in KINDS),
+    ],
+)
 def test_damage_is_one_line(tmp_path: Path, kind: str, sample: int | None) -> None:
-    if sample and "reported" in kind:
-        pytest.skip("whole reports of damaged files are drawn in the slow suite")
     path, use = KINDS[kind].write(tmp_path), KINDS[kind].use
     assert outcome(lambda: use(path)) == "", "the valid file is valid"
     text = path.read_text()

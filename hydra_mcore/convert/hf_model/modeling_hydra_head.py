@@ -310,7 +310,7 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Where ``generate`` would make its dynamic cache, make ours; without the use of a cache, a given one is left alone."""
         if generation_config.use_cache is False:
-            model_kwargs[CACHE] = None
+            model_kwargs.pop(CACHE, None)
         elif model_kwargs.get(CACHE) is None and generation_config.cache_implementation in (None, "dynamic"):
             model_kwargs[CACHE] = HydraHeadCache(self.config)
         else:
