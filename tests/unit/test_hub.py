@@ -23,6 +23,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 
 from hydra_mcore.corpus import hub, sources, tokenize
+from hydra_mcore.corpus.manifest import Manifest
 from hydra_mcore.corpus.sources import DatasetSource
 from hydra_mcore.corpus.tokenize import load_fast_tokenizer
 from hydra_mcore.errors import InputError
@@ -215,9 +216,9 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     write_lines(tmp_path / "set" / "a.jsonl", make_texts())
     rest = ["--tokenizer", str(TOKENIZER), "--out", str(tmp_path / "out"), "--workers", "1", "--shard-tokens", "3000"]
     main(["--dataset", str(tmp_path / "set"), *rest])
-    raw = json.loads((tmp_path / "out.json").read_text())
-    raw["run"]["source"] = {"dataset": "nobody/nothing", "config": None, "split": "train", "revision": COMMIT, "text_key": "text"}
-    (tmp_path / "out.json").write_text(json.dumps(raw))
+    manifest = Manifest.load(tmp_path / "out.json")
+    manifest.run["source"] = {"dataset": "nobody/nothing", "config": None, "split": "train", "revision": COMMIT, "text_key": "text"}
+    manifest.save(tmp_path / "out.json")
     return ["--dataset", "nobody/nothing", *rest]
 
 
