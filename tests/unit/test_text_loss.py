@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Iterator
 
@@ -16,6 +17,7 @@ from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.forward import TOKENS_A_FORWARD
 from hydra_mcore.evaluation.parallel import ParallelModel
 from hydra_mcore.evaluation.perplexity import LONG_WINDOWS, TEXT_TOKENS, TextLoss, edges, text_windows, window_losses
+from hydra_mcore.files import from_fields
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.build import teacher_card
 from hydra_mcore.model.runtime import process_groups
@@ -111,4 +113,4 @@ def test_text_that_does_not_do_is_refused(tokens: int, length: int, message: str
 def test_bits_per_byte() -> None:
     loss = TextLoss(3, ((math.log(2),), (math.log(8),)), text_bytes=16)
     assert loss.nll == pytest.approx(math.log(4)) and loss.bits_per_byte == pytest.approx(4 * 2 / 16)
-    assert TextLoss.from_dict(loss.to_dict()) == loss
+    assert from_fields(TextLoss, json.loads(json.dumps(loss.to_dict())), "loss") == loss

@@ -92,6 +92,7 @@ def test_offline_first_then_online(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 )
 def test_a_damaged_record_begins_a_new_run(tmp_path: Path, text: str, kept: bool) -> None:
     (tmp_path / "run.json").write_bytes(text.encode("latin-1"))
-    record = tracking._record(tmp_path)
-    assert (record["id"] == "abc") == kept and isinstance(record["id"], str) and isinstance(record["described"], list)
-    assert tracking._record(tmp_path)["id"] == record["id"]
+    record = tracking._run_record(tmp_path / "run.json")
+    assert (record is not None) == kept
+    if record:
+        assert record.id == "abc" and isinstance(record.described, tuple)
