@@ -162,7 +162,7 @@ def killed_at(step: int, job: Callable[[], object]) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
-@pytest.mark.parametrize("kind", ["jsonl", "dataset"])
+@pytest.mark.parametrize("kind", ["jsonl", pytest.param("dataset", marks=pytest.mark.slow)])
 def test_killed_before_any_step_the_same_bytes_come_out(
     kind: str, tmp_path: Path, texts: list[str], encoder: Encoder, serial: None
 ) -> None:

@@ -129,6 +129,7 @@ def test_what_makes_a_scoring_run_another_one(tiny_teacher: Path, tmp_path: Path
     assert len(found) == 2
 
 
+@pytest.mark.slow
 def test_quick_and_rough_ways_rank_alike(tiny_teacher: Path, selected: Path, tmp_path: Path) -> None:
     exact = scores_of(selected)
     rough = HeadScores.load(run(tiny_teacher, tmp_path / "rough", "--method", "attribution", "--knock-out", "0", *SMALL) / "scores.json")
