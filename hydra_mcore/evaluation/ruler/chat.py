@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from datetime import date, datetime, time, tzinfo
-from unittest.mock import patch
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import chat_template_utils
@@ -63,5 +62,8 @@ def _today_is(day: date) -> Iterator[None]:
         def now(cls, tz: tzinfo | None = None) -> datetime:
             return datetime.combine(day, time(), tz)
 
-    with patch.object(chat_template_utils, "datetime", Midnight):
+    stock, chat_template_utils.datetime = chat_template_utils.datetime, Midnight
+    try:
         yield
+    finally:
+        chat_template_utils.datetime = stock
