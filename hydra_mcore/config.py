@@ -222,7 +222,7 @@ class ModelCard:
 
 
 @dataclass(kw_only=True, frozen=True)
-class _Training:
+class Training:
     """An entry of ``ModelCard.stages``."""
 
     stage: str
@@ -252,7 +252,7 @@ class _CardFile:
     options: HydraOptions
     head_map: Any
     source: dict[str, Any]
-    stages: list[_Training]
+    stages: list[Training]
 
     def card(self) -> ModelCard:
         """The card; raises ConfigError (or HeadMapError) where its parts are not of one model."""

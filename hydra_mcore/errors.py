@@ -7,3 +7,8 @@ from __future__ import annotations
 
 class InputError(ValueError):
     """Something a user gave that cannot be used; one line that names the cause and the fix. Commands exit with status 2 on it."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says first, in at most 200 characters; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

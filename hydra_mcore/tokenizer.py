@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hydra_mcore.errors import InputError
+from hydra_mcore.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,7 +35,7 @@ def open_tokenizer(name: str | Path, local_files_only: bool = False) -> PreTrain
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False, local_files_only=local_files_only)
     except Exception as error:  # of broken files transformers and its libraries raise whatever they run into
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(error)
     if "custom code" in reason or (not reason and tokenizer.init_kwargs.get("auto_map")):
         raise InputError(f"tokenizer {name}: needs code of its own, which is never run; convert it to a tokenizer.json without auto_map")
     if reason:

@@ -66,6 +66,7 @@ def install() -> tuple[Patch, ...]:
         patching.apply(cpu.PATCHES)
     if datasets.needed():
         patching.apply(datasets.PATCHES)
+    patching.apply(datasets.INDEX_PATCHES)
     patching.apply(optimizer.GENERAL_PATCHES)
     if optimizer.needed():
         patching.apply(optimizer.PATCHES)

@@ -22,7 +22,7 @@ import torch
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from hydra_mcore.errors import InputError
+from hydra_mcore.errors import InputError, first_line
 
 LARGEST = 2**31  # bytes; a trained model of 32B parameters has an index of 50 MB
 
@@ -115,8 +115,7 @@ def read_index(path: Path, sha256: str = "") -> dcp.Metadata:
     except OSError as error:
         raise InputError(f"{path}: the checkpoint's index cannot be read ({error.strerror})") from None
     except Exception as error:  # a damaged pickle raises anything
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise InputError(f"{path}: the checkpoint's index is damaged or no index ({reason})") from None
+        raise InputError(f"{path}: the checkpoint's index is damaged or no index ({first_line(error)})") from None
 
 
 def _check_instructions(data: bytes) -> None:

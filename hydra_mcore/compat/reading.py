@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.utils import _ReaderView
 
 from hydra_mcore.compat.index import read_index
 from hydra_mcore.compat.patching import Patch
-from hydra_mcore.errors import InputError
+from hydra_mcore.errors import InputError, first_line
 
 SMALL = 2**20  # an entry up to so many bytes is read at once
 
@@ -87,8 +87,7 @@ def _checked_slice(original: Callable[..., Any]) -> Callable[..., Any]:
         try:
             check_entry(entry, place.length)
         except Exception as error:  # a damaged zip or pickle raises anything
-            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-            raise InputError(f"{file.name}: damaged at byte {place.offset} ({reason})") from None
+            raise InputError(f"{file.name}: damaged at byte {place.offset} ({first_line(error)})") from None
         entry.seek(0)
         return entry
 

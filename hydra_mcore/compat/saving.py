@@ -32,11 +32,8 @@ from typing import Any, TextIO
 import torch
 
 from hydra_mcore.compat.patching import Patch, original
-from hydra_mcore.files import replacing
 
 _STRATEGIES = "megatron.core.dist_checkpointing.strategies"
-_DATASETS = "megatron.core.datasets"
-_INDEX_REASON = "An index of the data that is half written, by a run that was killed or still writes, looks finished to the next run."
 _WRITER = f"{_STRATEGIES}.async_utils:PersistentAsyncCaller"
 _ASYNC = "megatron.training.async_utils"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # what asks a trainer to stop
@@ -80,20 +77,6 @@ def _make_save_config(original: Callable[..., None]) -> Callable[..., None]:
             json.dump({**dataclasses.asdict(config), INDEX_CHECKSUM: checksum}, file)
 
     return save_config
-
-
-class _WholeArrays:
-    """numpy, for a module that saves arrays which other runs may be looking for: beside, then rename."""
-
-    def __init__(self, numpy: types.ModuleType) -> None:
-        self._numpy = numpy
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._numpy, name)
-
-    def save(self, path: str, array: Any, **keywords: Any) -> None:
-        with replacing(Path(path)) as beside, beside.open("wb") as file:
-            self._numpy.save(file, array, **keywords)
 
 
 def _queue_in_process(original: Callable[..., None]) -> Callable[..., None]:
@@ -214,20 +197,6 @@ def stop_writer() -> None:
 
 
 PATCHES = (
-    Patch(
-        target=f"{_DATASETS}.gpt_dataset:numpy",
-        caller=f"{_DATASETS}.gpt_dataset:GPTDataset._build_document_sample_shuffle_indices",
-        marker="numpy.save(path_to_shuffle_index",
-        reason=_INDEX_REASON,
-        make=_WholeArrays,
-    ),
-    Patch(
-        target=f"{_DATASETS}.blended_dataset:numpy",
-        caller=f"{_DATASETS}.blended_dataset:BlendedDataset._build_indices",
-        marker="numpy.save(path_to_dataset_sample_index",
-        reason=_INDEX_REASON,
-        make=_WholeArrays,
-    ),
     Patch(
         target="megatron.core.msc_utils:MaybeMultiStorageClient.__getattr__",
         caller="megatron.training.checkpointing:save_checkpoint",

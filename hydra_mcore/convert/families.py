@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from hydra_mcore.config import LARGEST as LARGEST_SHAPE
 from hydra_mcore.config import ModelShape
 from hydra_mcore.convert.mapping import Columns, InEachBlock, Stacked, WeightMapping, Whole
 
@@ -80,8 +81,8 @@ ROPE_KEYS = {
 }
 """The same of rope_scaling and rope_parameters; other keys mean nothing to the rope types that we compute."""
 
-LARGEST = {"num_hidden_layers": 2**12, "num_attention_heads": 2**12, "num_key_value_heads": 2**12, "head_dim": 2**14}
-"""Sizes that no model reaches: what asks for more is refused before memory is asked for."""
+LARGEST = {SHAPE_KEYS.get(name, name): largest for name, largest in LARGEST_SHAPE.items()}
+"""Key of config.json -> the largest size that a model may ask for."""
 
 UNSUPPORTED_UNLESS = {"hidden_act": ("silu", "swish"), "num_experts": (None, 0), "quantization_config": (None,)}
 _NO_BIAS = {**UNSUPPORTED_UNLESS, "attention_bias": (False,), "mlp_bias": (False,)}

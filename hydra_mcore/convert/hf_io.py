@@ -18,7 +18,7 @@ from hydra_mcore.convert.families import CONFIG_KEYS, EMBEDDING, FAMILIES, LARGE
 from hydra_mcore.convert.hf_code import model_class
 from hydra_mcore.convert.target import HEAD_MAP_NAME
 from hydra_mcore.errors import InputError
-from hydra_mcore.files import LARGEST_INT, checked, read_json, shown
+from hydra_mcore.files import checked, read_json, shown
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.build import teacher_card
 from hydra_mcore.model.rotary import ROPE_TYPES, rotary_frequencies
@@ -73,8 +73,8 @@ def _card(raw: dict[str, Any]) -> ModelCard:
         if (rope_type := rope.get("rope_type", rope.get("type", "default"))) not in ("default", *ROPE_TYPES):
             raise InputError(f"{key} has rope_type {rope_type!r}; supported are {', '.join(ROPE_TYPES)}, so take another teacher")
     for key in (*SHAPE_KEYS.values(), "head_dim"):
-        if (value := given.get(key)) is not None and not 1 <= value <= LARGEST.get(key, LARGEST_INT):
-            raise InputError(f"{key} is {value}; it must be a positive whole number" + (f" up to {LARGEST[key]}" if key in LARGEST else ""))
+        if (value := given.get(key)) is not None and not 1 <= value <= LARGEST[key]:
+            raise InputError(f"{key} is {value}; it must be a positive whole number up to {LARGEST[key]}")
     config = _completed(family, given)
     if other := sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"}):
         raise InputError(f"layer_types {other[0]!r} is not supported; every layer must be 'full_attention' (see use_sliding_window)")

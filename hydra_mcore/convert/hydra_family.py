@@ -11,7 +11,7 @@ import dataclasses
 import typing
 from typing import Any
 
-from hydra_mcore.config import HydraOptions, ModelCard, ModelShape
+from hydra_mcore.config import HydraOptions, ModelCard, ModelShape, Training
 from hydra_mcore.convert.families import (
     HF_ATTENTION,
     O_PROJ,
@@ -38,7 +38,6 @@ KEYS = {
     "stages": list[dict[str, Any]],
 }
 """As ``families.CONFIG_KEYS``: what no other family has."""
-_TRAINING = {"stage": str, "sequence_length": int, "batch_size": int, "iterations": int}
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -121,9 +120,7 @@ def from_config(raw: dict[str, Any], shape: ModelShape) -> ModelCard:
         KeyError, InputError: a key is missing, or a value is not one that ``to_config`` writes.
     """
     fa_heads = [(layer_idx, head_idx) for layer_idx, heads in enumerate(raw["fa_heads"]) for head_idx in heads]
-    for stage in raw["stages"]:
-        for key, hint in _TRAINING.items():
-            checked(stage[key], hint, f"stages: {key}")
+    checked(raw["stages"], list[Training], "stages")
     return ModelCard(
         shape=shape,
         head_map=HeadMap.from_fa(fa_heads, shape.num_layers, shape.num_heads, shape.num_kv_groups),

@@ -41,7 +41,7 @@ def is_kind(path: Path, suffixes: tuple[str, ...]) -> bool:
     return path.name.lower().endswith(suffixes)
 
 
-def shown(path: Path) -> str:
+def printable(path: Path) -> str:
     """A path as text that can be written anywhere: bytes that are not UTF-8 become escapes."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
@@ -163,7 +163,7 @@ def _once(paths: Iterable[Path], left_out: Counter[str]) -> list[Path]:
 
 def _ending(path: Path) -> str:
     """.md, .tar.gz, or in words that there is none."""
-    *_, before, last = ("", "", *(ending.lower() for ending in Path(shown(path)).suffixes))
+    *_, before, last = ("", "", *(ending.lower() for ending in Path(printable(path)).suffixes))
     return (before if last in PACKED else "") + last or "without an ending"
 
 

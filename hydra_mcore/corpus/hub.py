@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import threading
 
-from hydra_mcore.errors import InputError
+from hydra_mcore.errors import InputError, first_line
 
 ANSWER = 10  # seconds that the hub has to answer at all
 SILENCE = 60  # seconds without a byte, after which a request that it began to answer has failed
@@ -48,7 +48,3 @@ def unreachable() -> str:
     asking.join(ANSWER)
     problem = answers[0] if answers else f"no answer in {ANSWER} seconds"
     return problem and f"the hub does not answer ({constants.ENDPOINT}: {problem})"
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -21,9 +21,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from hydra_mcore.corpus.folders import LINES, NAMED_LINES, PACKING, TEXT, find_files, is_kind, shown
-from hydra_mcore.corpus.hub import SILENCE, check_name, first_line, unreachable
-from hydra_mcore.errors import InputError
+from hydra_mcore.corpus.folders import LINES, NAMED_LINES, PACKING, TEXT, find_files, is_kind, printable
+from hydra_mcore.corpus.hub import SILENCE, check_name, unreachable
+from hydra_mcore.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -204,7 +204,7 @@ def file_facts(path: Path) -> dict[str, Any]:
             digest.update(file.read(ENDS))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    return {"path": shown(path), "bytes": size, "ends_sha256": digest.hexdigest()}
+    return {"path": printable(path), "bytes": size, "ends_sha256": digest.hexdigest()}
 
 
 def _read_text(path: Path, done: int, text_key: str) -> Iterator[tuple[Document, int]]:

@@ -19,6 +19,7 @@ from hydra_mcore.config import ConfigError
 from hydra_mcore.convert.hf_code import model_class
 from hydra_mcore.convert.hf_io import CONFIG_NAME, HuggingFaceError, read_object
 from hydra_mcore.convert.hydra_family import MODEL_TYPE
+from hydra_mcore.errors import first_line
 from hydra_mcore.evaluation.forward import LOGITS_AT_ONCE
 from hydra_mcore.model.rotary import yarn_scaling
 
@@ -39,7 +40,7 @@ def load_config(folder: Path, yarn: float | None = None) -> PreTrainedConfig:
         else:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except _MISFIT as error:
-        raise HuggingFaceError(f"{folder}: transformers cannot read its config.json ({_first_line(error)})") from None
+        raise HuggingFaceError(f"{folder}: transformers cannot read its config.json ({first_line(error)})") from None
     if yarn is None:
         return config
     rope = getattr(config, "rope_parameters", None)
@@ -76,7 +77,7 @@ class HuggingFaceModel:
         except UnpicklingError:  # transformers' reader of *.bin files takes tensors alone
             raise HuggingFaceError(f"{folder}: its *.bin weights are damaged or could run code; get them as safetensors") from None
         except _MISFIT as error:
-            raise HuggingFaceError(f"{folder}: its weights do not fit its config.json ({_first_line(error)})") from None
+            raise HuggingFaceError(f"{folder}: its weights do not fit its config.json ({first_line(error)})") from None
         if loading["missing_keys"]:
             name = min(loading["missing_keys"])
             raise HuggingFaceError(f"{folder}: its weights do not fit its config.json (no tensor {name}); copy it again")
@@ -136,7 +137,3 @@ class HuggingFaceModel:
             return self.model(inputs_embeds=trunk.last_hidden_state).logits
         finally:
             del self.model.base_model.forward
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hydra_mcore.errors import InputError
+from hydra_mcore.errors import InputError, first_line
 from hydra_mcore.evaluation.models import ModelFacts
 from hydra_mcore.evaluation.perplexity import TextLoss
 from hydra_mcore.evaluation.ruler.prompts import TASKS
@@ -269,7 +269,7 @@ def _whole(path: Path, piece: Piece) -> bool:
     try:
         found = np.lib.format.open_memmap(tokens, mode="r")  # which never unpickles and allocates nothing
     except (OSError, ValueError, OverflowError, SyntaxError, TokenError) as error:
-        raise InputError(f"{tokens}: no array of token ids ({str(error).splitlines()[0][:100]})") from None
+        raise InputError(f"{tokens}: no array of token ids ({first_line(error)})") from None
     return found.dtype == np.int32 and found.shape == (piece.count, piece.length - 1)
 
 

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from hydra_mcore.compat.index import read_index
 from hydra_mcore.compat.saving import INDEX_CHECKSUM
 from hydra_mcore.config import ConfigError, HydraOptions, ModelCard, ModelShape
-from hydra_mcore.errors import InputError
+from hydra_mcore.errors import InputError, first_line
 from hydra_mcore.files import read_json, replacing
 from hydra_mcore.heads import HeadLayout, HeadMap
 from hydra_mcore.model.layer_specs import hydra_block_spec
@@ -92,7 +92,7 @@ def transformer_config(shape: ModelShape, dtype: torch.dtype, tp_size: int = 1, 
             hetereogenous_dist_checkpoint=True,
         )
     except ValueError as error:
-        raise ConfigError(f"{_first_line(error)}; choose another --tensor-model-parallel-size") from None
+        raise ConfigError(f"{first_line(error)}; choose another --tensor-model-parallel-size") from None
 
 
 def model_config(card: ModelCard, stage: str, transformer: TransformerConfig) -> GPTModelConfig:
@@ -241,7 +241,7 @@ def _unreadable(folder: Path, error: BaseException) -> BaseException:
     cause = next((cause for cause, _ in failures.values()), error)
     if not isinstance(cause, Exception):
         return cause
-    what = f"{cause} ({_FIX})" if isinstance(cause, InputError) else f"{folder}: cannot be loaded ({_first_line(cause)})"
+    what = f"{cause} ({_FIX})" if isinstance(cause, InputError) else f"{folder}: cannot be loaded ({first_line(cause)})"
     if (rank := os.environ.get("RANK", "0")) != "0":
         print(f"rank {rank}: {what}", file=sys.stderr, flush=True)  # the first rank reads other parts, and may find them whole
     return ConfigError(what)
@@ -314,7 +314,3 @@ def write_checkpoint(
         card.save(root)
         write_tracker(root, 0)
     torch.distributed.barrier()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -21,7 +21,7 @@ from megatron.training import training
 
 from hydra_mcore.commands import sole_writer
 from hydra_mcore.config import ConfigError
-from hydra_mcore.errors import InputError
+from hydra_mcore.errors import InputError, first_line
 from hydra_mcore.files import disk_problem, disk_refusal, read_json, write_json
 
 SETTINGS = "settings.json"
@@ -119,8 +119,7 @@ def schedule_of_now(save: Path, args: argparse.Namespace) -> Iterator[None]:
         try:
             iteration, flops = stock(model, optimizer, scheduler, *rest, **keywords)
         except AssertionError as error:
-            reason = (str(error).splitlines() or ["an assertion"])[0]
-            raise ConfigError(f"{save}: Megatron cannot go on with these settings ({reason}); set that flag as it was") from None
+            raise ConfigError(f"{save}: Megatron cannot go on with these settings ({first_line(error)}); set that flag as it was") from None
         if scheduler.use_checkpoint_opt_param_scheduler:
             for group in optimizer.param_groups:
                 group["max_lr"], group["min_lr"] = scheduler.max_lr, scheduler.min_lr

@@ -19,7 +19,7 @@ from typing import Any
 
 from megatron.training import global_vars, wandb_utils
 
-from hydra_mcore.errors import InputError
+from hydra_mcore.errors import InputError, first_line
 from hydra_mcore.files import from_fields, read_json, write_json
 from hydra_mcore.selection.figures import heat_map
 from hydra_mcore.train.arguments import Plan
@@ -37,7 +37,7 @@ def _harmless(method: Callable[..., Any]) -> Callable[..., Any]:
             return method(self, *args, **keywords)
         except Exception as error:
             if not self.complained:
-                print(f"W&B: {method.__name__} failed, training goes on ({_first_line(error)})", file=sys.stderr)
+                print(f"W&B: {method.__name__} failed, training goes on ({first_line(error)})", file=sys.stderr)
             self.complained = True
 
     return call
@@ -130,7 +130,7 @@ def _set_writer(plan: Plan, args: argparse.Namespace) -> None:
         try:
             global_vars._GLOBAL_WANDB_WRITER = tracker = _start(plan, args)
         except Exception as error:
-            print(f"W&B: no run ({_first_line(error)}); logging to the console and TensorBoard only", file=sys.stderr)
+            print(f"W&B: no run ({first_line(error)}); logging to the console and TensorBoard only", file=sys.stderr)
         else:
             tracker.describe(plan)
 
@@ -173,7 +173,7 @@ def _start(plan: Plan, args: argparse.Namespace) -> Tracker:
             return Tracker(wandb.init(**settings), folder)
         except Exception as error:  # no key, no network, no such entity: a list of W&B's errors would never be complete
             mend = f"send it later with: wandb sync {settings['dir']}"
-            print(f"W&B: logging offline ({_first_line(error)}); {mend}", file=sys.stderr)
+            print(f"W&B: logging offline ({first_line(error)}); {mend}", file=sys.stderr)
         wandb.teardown()  # of what the attempt has left, or its run id counts as in use
         return Tracker(wandb.init(**settings, mode="offline"), folder)
 
@@ -216,7 +216,3 @@ def _nobody_to_ask() -> Iterator[None]:
 
 def _no_artifact(*args: Any, **keywords: Any) -> None:
     """Megatron logs every checkpoint as an artifact that only names its path, unguarded, while it saves."""
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

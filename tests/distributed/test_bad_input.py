@@ -13,6 +13,7 @@ from hydra_mcore.config import ModelCard
 from hydra_mcore.errors import InputError
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.build import TRACKER
+from tests.support.commands import training_ended
 from tests.support.launch import run_ranks
 from tests.support.stages import FLAGS, make_run
 
@@ -26,25 +27,10 @@ def refusal(folder: Path, *flags: str, stage: str = "extend", run: str = "run") 
     """The one line on stderr of a run that must end with exit status 2."""
     argv = ["--stage", stage, "--run-dir", str(folder / run), "--teacher", str(folder / "teacher"), *FLAGS]
     argv += ["--start-from", str(folder / "student"), "--data-path", str(folder / "data"), *flags]
-    code, said = run_ranks(_refused, 1, argv)[0]
+    code, said = run_ranks(training_ended, 1, argv)[0]
     lines = [line for line in said.splitlines() if line.startswith("train: ")]
     assert code == 2 and len(lines) == 1 and "Traceback" not in said, said
     return lines[0]
-
-
-def _refused(rank: int, argv: list[str]) -> tuple[int, str]:
-    import contextlib
-    import io
-
-    from hydra_mcore.train.__main__ import main
-
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said):
-        try:
-            main(argv)
-        except SystemExit as stop:
-            return stop.code, said.getvalue()
-    return 0, said.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -97,7 +83,7 @@ def _refused_among(rank: int, ranks: int, folder: Path, flags: tuple[str, ...]) 
 
     os.environ["WORLD_SIZE"] = str(ranks)
     argv = ["--stage", "extend", "--run-dir", str(folder / "run"), "--start-from", str(folder / "student"), *FLAGS, *flags]
-    return _refused(rank, argv)
+    return training_ended(rank, argv)
 
 
 def test_align_has_no_per_token_loss(folder: Path) -> None:

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Signals, failing disks and dying writers, with whole stages: training stops in time, says why, and goes on where it was."""
 
-import contextlib
-import io
 import os
 import resource
 import shutil
@@ -17,6 +15,7 @@ import pytest
 
 from hydra_mcore.model.build import TRACKER, iterations, latest_iteration
 from hydra_mcore.train import checkpoints
+from tests.support.commands import ended
 from tests.support.launch import run_ranks
 from tests.support.stages import FLAGS, make_run, run_stage
 
@@ -65,13 +64,7 @@ def _disturbed(rank: int, argv: list[str], at: int, act: Callable[[], None]) -> 
     training.train_step, door._prepare_models = train_step, prepare_models
     if at < 0:
         act()
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said):
-        try:
-            main(argv)
-        except SystemExit as stop:
-            return stop.code or 0, said.getvalue()
-    return 0, said.getvalue()
+    return ended(main, argv)
 
 
 def tell_everybody(name: signal.Signals) -> None:

@@ -13,6 +13,7 @@ import pytest
 from hydra_mcore.errors import InputError
 from hydra_mcore.files import check_writable
 from hydra_mcore.model.build import TRACKER
+from tests.support.commands import training_ended
 from tests.support.launch import run_ranks
 from tests.support.stages import FLAGS, make_run
 
@@ -77,21 +78,6 @@ def test_whether_a_folder_can_be_written(folder: Path) -> None:
         )
 
 
-def _train(*argv: str) -> tuple[int, str]:
-    import contextlib
-    import io
-
-    from hydra_mcore.train.__main__ import main
-
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said):
-        try:
-            main(list(argv))
-        except SystemExit as stop:
-            return stop.code, said.getvalue()
-    return 0, said.getvalue()
-
-
 def _argv(folder: Path, run: str, *flags: str, stage: str = "extend") -> list[str]:
     read = folder / "read"
     argv = ["--stage", stage, "--run-dir", str(folder / run), "--start-from", str(read / "student"), "--teacher", str(read / "teacher")]
@@ -106,7 +92,7 @@ def test_it_is_said_before_anything_is_built(folder: Path) -> None:
         ("own/run", "--tensorboard-dir", f"{read}/data.idx"): f"tensorboard-dir {read}/data.idx: {read}/data.idx is no folder",
         ("own/run", "--wandb-project", "p", "--wandb-save-dir", f"{read}"): f"wandb-save-dir {read}: {read} cannot be written",
     }
-    found = run_ranks(_bound, 1, lambda: [_train(*_argv(folder, *case)) for case in cases])[0]
+    found = run_ranks(_bound, 1, lambda: [training_ended(0, _argv(folder, *case)) for case in cases])[0]
     for (code, said), expected in zip(found, cases.values(), strict=True):
         problems = [line for line in said.splitlines() if line.startswith("train: ")]
         assert code == 2 and problems == [f"train: {expected}; change its permissions, or choose another folder"], said
@@ -118,7 +104,7 @@ def test_data_that_may_only_be_read_is_indexed_below_the_run_folder(folder: Path
     before = {path: path.stat().st_mtime_ns for path in (folder / "read").rglob("*")}
     first: dict[str, int] = {}
     for stage in ("align", "distill"):
-        assert run_ranks(_bound, 1, _train, *_argv(folder, "own/reads", stage=stage), timeout=250)[0][0] == 0
+        assert run_ranks(_bound, 1, training_ended, 0, _argv(folder, "own/reads", stage=stage), timeout=250)[0][0] == 0
         assert (folder / "own" / "reads" / stage / TRACKER).read_text() == "3"
         indices = {path.name: path.stat().st_mtime_ns for path in (folder / "own" / "reads" / "cache").iterdir()}
         first = first or indices
@@ -133,7 +119,7 @@ def test_two_runs_build_one_cache_at_once(folder: Path) -> None:
     def both(rank: int) -> None:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             os.environ.pop(name)
-        code, said = _train(*_argv(folder, f"own/at-once-{rank}", "--data-cache-path", shared))
+        code, said = training_ended(rank, _argv(folder, f"own/at-once-{rank}", "--data-cache-path", shared))
         assert code == 0, said
 
     run_ranks(both, 2, timeout=250)
@@ -158,3 +144,17 @@ def test_an_index_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         module.numpy.save(str(tmp_path / "index.npy"), np.arange(3), allow_pickle=True)
         assert module.numpy.load(tmp_path / "index.npy").tolist() == [0, 1, 2]
         (tmp_path / "index.npy").unlink()
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-9], lambda data: b"", lambda data: bytes(len(data)), lambda _: b"cos\nsystem\n(S'true'\ntR."]
+)
+def test_a_damaged_index_is_named(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    from megatron.core.datasets import blended_dataset, gpt_dataset
+
+    path = tmp_path / "index.npy"
+    np.save(path, np.arange(30))
+    path.write_bytes(damage(path.read_bytes()))
+    for module in (gpt_dataset, blended_dataset):
+        with pytest.raises(InputError, match=r"index\.npy: a damaged index of the data \(.+\); remove its folder, it is made again"):
+            module.safe_numpy_load(str(path), allow_pickle=True, mmap_mode="r")

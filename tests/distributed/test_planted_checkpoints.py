@@ -17,6 +17,7 @@ from hydra_mcore.convert.inherit import hybridize
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.build import latest_iteration
 from hydra_mcore.model.runtime import process_groups
+from tests.support.commands import training_ended
 from tests.support.launch import run_ranks
 from tests.support.planted_code import INDEX, plant
 from tests.support.stages import FLAGS, make_run
@@ -92,24 +93,9 @@ def arguments(folder: Path, stage: str, run: str, iterations: int) -> list[str]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_run(tmp_path_factory.mktemp("trained"))
-    ((code, said),) = run_ranks(_train, 1, arguments(folder, "extend", "run", 3))
+    ((code, said),) = run_ranks(training_ended, 1, arguments(folder, "extend", "run", 3))
     assert code == 0, said
     return folder
-
-
-def _train(_rank: int, argv: list[str]) -> tuple[int | str | None, str]:
-    import contextlib
-    import io
-
-    from hydra_mcore.train.__main__ import main
-
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said):
-        try:
-            main(argv)
-        except SystemExit as stop:
-            return stop.code, said.getvalue()
-    return 0, said.getvalue()
 
 
 VICTIMS = [
@@ -128,7 +114,7 @@ def test_training(trained: Path, tmp_path: Path, victim: str, place: str) -> Non
     checkpoint = latest_iteration(save)
     stage, run = ("extend", "run") if victim == "extend" else ("distill", "other")
     plant(checkpoint, place, marker)
-    ((code, said),) = run_ranks(_train, 1, arguments(folder, stage, run, 6))
+    ((code, said),) = run_ranks(training_ended, 1, arguments(folder, stage, run, 6))
     lines = [line for line in said.splitlines() if line.startswith("train: ")]
     assert not marker.exists() and checkpoint.is_dir()
     if place == "rerun_state_machine_state":  # Megatron does not take it up again

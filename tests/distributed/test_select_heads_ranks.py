@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ import pytest
 
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.selection.score import HeadScores
+from tests.support.commands import ended
 from tests.support.launch import run_ranks
 from tools.select_heads import main
 
@@ -30,13 +29,7 @@ def on_ranks(world_size: int, *flags: str) -> list[tuple[int, str]]:
     """Exit status and stderr of every rank."""
 
     def worker(rank: int) -> tuple[int, str]:
-        said = io.StringIO()
-        with contextlib.redirect_stderr(said):
-            try:
-                main(list(flags))
-            except SystemExit as stop:
-                return stop.code, said.getvalue()
-        return 0, said.getvalue()
+        return ended(main, flags)
 
     return run_ranks(worker, world_size)
 

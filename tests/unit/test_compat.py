@@ -20,7 +20,8 @@ from hydra_mcore import compat
 from hydra_mcore.compat import cpu, datasets, optimizer, patching, reading, saving
 from tests.support.launch import model_parallel, run_ranks
 
-ALL = (*cpu.PATCHES, *datasets.PATCHES, *optimizer.GENERAL_PATCHES, *optimizer.PATCHES, *saving.PATCHES, *reading.PATCHES)
+EVERYWHERE = (*datasets.PATCHES, *datasets.INDEX_PATCHES, *optimizer.GENERAL_PATCHES, *optimizer.PATCHES, *saving.PATCHES, *reading.PATCHES)
+ALL = (*cpu.PATCHES, *EVERYWHERE)
 DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
 
 
@@ -115,7 +116,8 @@ def test_a_machine_with_a_gpu_is_left_alone() -> None:
         before = [patching.resolve(patch.target) for patch in cpu.PATCHES if patch.target.startswith("torch")]
         installed = compat.install()
         assert before == [patching.resolve(patch.target) for patch in cpu.PATCHES if patch.target.startswith("torch")]
-        ours = (*datasets.PATCHES, *optimizer.GENERAL_PATCHES, *optimizer.PATCHES, *saving.PATCHES, *reading.PATCHES)
+        ours = (*datasets.PATCHES, *datasets.INDEX_PATCHES, *optimizer.GENERAL_PATCHES, *optimizer.PATCHES)
+        ours += (*saving.PATCHES, *reading.PATCHES)
         assert installed == ours, installed
 
         from megatron.core.optimizer import distrib_optimizer

@@ -24,7 +24,7 @@ from hydra_mcore.convert.families import SHAPE_KEYS
 from hydra_mcore.convert.hf_code import model_class
 from hydra_mcore.convert.hf_io import CONFIG_NAME, read_object
 from hydra_mcore.convert.hydra_family import MODEL_TYPE, to_config
-from hydra_mcore.errors import InputError
+from hydra_mcore.errors import InputError, first_line
 from hydra_mcore.heads import HeadMap
 from tools.benchmarks.measure import Point, in_turn, timed
 
@@ -177,7 +177,7 @@ def _load(folder: Path, dtype: str) -> PreTrainedModel:
     try:
         return kind.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{folder}: {first_line(error)}") from None
 
 
 def prefills(decoders: Sequence[Decoder], lengths: Sequence[int], repeats: int) -> list[Point]:

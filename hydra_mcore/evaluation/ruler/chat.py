@@ -11,7 +11,7 @@ from datetime import date, datetime, time, tzinfo
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import chat_template_utils
 
-from hydra_mcore.errors import InputError
+from hydra_mcore.errors import InputError, first_line
 
 _MARK = "hydra-mcore-question"  # stands for the question while a chat template is rendered
 _OTHER_DAYS = (date(2001, 1, 1), date(2019, 11, 23))  # that have nothing in common
@@ -46,8 +46,7 @@ def _rendered(tokenizer: Tokenizer, day: date) -> str:
                 for _ in range(_RENDERINGS)
             }
     except Exception as error:  # a template is code of its own
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"wording chat: the chat template fails ({first}); use --template ruler") from None
+        raise InputError(f"wording chat: the chat template fails ({first_line(error)}); use --template ruler") from None
     if len(texts) > 1:
         raise InputError("wording chat: the chat template is another text each time; use --template ruler")
     return texts.pop()

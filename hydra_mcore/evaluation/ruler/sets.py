@@ -15,7 +15,7 @@ from numpy.random import Generator
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from hydra_mcore.errors import InputError
+from hydra_mcore.errors import InputError, first_line
 from hydra_mcore.evaluation.ruler.needles import PLANS, needle_prompt
 from hydra_mcore.evaluation.ruler.prompts import TASKS, Prompt, PromptSet
 from hydra_mcore.evaluation.ruler.source import Source
@@ -93,7 +93,7 @@ def _load(path: Path) -> tuple[Prompt, ...] | None:
             raise ValueError("its checksum is another")
         facts = checked(parse_json(about, "facts"), list[_Facts], "facts")
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
-        print(f"{path}: damaged ({str(error).splitlines()[0][:100]}); its prompts are made again", file=sys.stderr)
+        print(f"{path}: damaged ({first_line(error)}); its prompts are made again", file=sys.stderr)
         return None
     prompts, at = [], 0
     for size, answer_size, room, answers, spans, depths in facts:
