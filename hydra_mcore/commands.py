@@ -1,6 +1,9 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What every command does at its edges: one line for bad input and Ctrl-C, and one writer at a time. Light, to be imported first."""
+"""What every command does at its edges: one line for bad input and Ctrl-C, and one writer at a time.
+
+Light, to be imported first.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +33,9 @@ _POLL_S = 0.2
 def one_line_errors(command: str) -> Iterator[None]:
     """Turn bad input and a disk that refuses into one line on stderr and exit status 2, Ctrl-C into one and 130.
 
-    Other errors keep their traceback. Of several ranks that see the same bad input, the first one says it. It decorates a
-    command's ``main``, so that it holds for the seconds of imports too. Whatever a Ctrl-C ends in counts as one (an import
-    or a network that it broke raise errors of their own); a second one ends the process at once.
+    Other errors keep their traceback. Of several ranks that see the same bad input, the first one says it. It decorates
+    a command's ``main``, so that it holds for the seconds of imports too. Whatever a Ctrl-C ends in counts as one (an
+    import or a network that it broke raise errors of their own); a second one ends the process at once.
     """
     first_rank = int(os.environ.get("RANK", "0")) == 0
     with _noticing_ctrl_c() as pressed:
@@ -60,7 +63,9 @@ def _one_line(text: str) -> str:
 
 @contextlib.contextmanager
 def _noticing_ctrl_c() -> Iterator[list[int]]:
-    """The list fills with the Ctrl-Cs that come: the first one raises KeyboardInterrupt, the second ends the process."""
+    """The list fills with the Ctrl-Cs that come: the first one raises KeyboardInterrupt, the second ends the
+    process.
+    """
     pressed: list[int] = []
 
     def press(number: int, _frame: object) -> None:
@@ -69,7 +74,10 @@ def _noticing_ctrl_c() -> Iterator[list[int]]:
             os._exit(INTERRUPTED)
         raise KeyboardInterrupt
 
-    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
     if ours:  # not where somebody else answers it, or nobody (a job in a script's background)
         signal.signal(signal.SIGINT, press)
     try:
@@ -81,7 +89,9 @@ def _noticing_ctrl_c() -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def deaf_children() -> Iterator[None]:
-    """Processes that are started meanwhile never see a Ctrl-C, which a terminal sends to all of them: their parent answers it."""
+    """Processes that are started meanwhile never see a Ctrl-C, which a terminal sends to all of them: their parent
+    answers it.
+    """
     from multiprocessing import resource_tracker
 
     resource_tracker.ensure_running()  # it would lift the mask when it starts
@@ -96,9 +106,10 @@ def deaf_children() -> Iterator[None]:
 def sole_writer(path: str | Path, wait_s: float = 0.0) -> Iterator[None]:
     """While open, nobody else who asks writes to ``path``: this process holds the lock of the file ``PATH.lock``.
 
-    The kernel ends the lock with the process, however that ends; an orderly end removes the file too. It is a POSIX lock: no
-    child inherits it, so a data loader that outlives a killed trainer for seconds does not hold it, and NFS (with its lock
-    service) and Lustre (mounted with ``flock``) know it on all nodes. Where a file system refuses locks, a line says so and
+    The kernel ends the lock with the process, however that ends; an orderly end removes the file too. It is a POSIX
+    lock: no child inherits it, so a data loader that outlives a killed trainer for seconds does not hold it, and NFS
+    (with its lock service) and Lustre (mounted with ``flock``) know it on all nodes. Where a file system refuses locks,
+    a line says so and
     the command goes on: it is as safe as without.
 
     Args:
@@ -117,7 +128,11 @@ def sole_writer(path: str | Path, wait_s: float = 0.0) -> Iterator[None]:
         if time.monotonic() >= deadline:
             raise InputError(f"{path}: is being written by {holder}; wait for its end, or stop it")
         if not waiting:
-            print(f"{path}: is being written by {holder}; waiting up to {wait_s:g} seconds for its end", file=sys.stderr, flush=True)
+            print(
+                f"{path}: is being written by {holder}; waiting up to {wait_s:g} seconds for its end",
+                file=sys.stderr,
+                flush=True,
+            )
         waiting = True
         time.sleep(_POLL_S)
     with file:
@@ -142,7 +157,10 @@ def _locked(place: Path) -> BinaryIO | None:
                 return None
             if error.errno not in _NO_LOCKS:
                 raise
-            line = f"{place}: this file system knows no locks ({error.strerror}), so nothing stops a second writer; see tools/doctor.py"
+            line = (
+                f"{place}: this file system knows no locks ({error.strerror}), so nothing stops a second writer; see"
+                " tools/doctor.py"
+            )
             print(line, file=sys.stderr, flush=True)
             return file
         with contextlib.suppress(FileNotFoundError):

@@ -48,7 +48,9 @@ class HydraOptions:
     fa_position: Literal["nope", "rope"] = "nope"
     """Positions of FA heads: none, or rotary [paper: nope]."""
     fa_log_scale: Literal["never", "extend", "always"] = "extend"
-    """When FA queries are multiplied by ln(t+a)/ln(a): never, from stage extend on (and at inference), or always [HALO, ours]."""
+    """When FA queries are multiplied by ln(t+a)/ln(a): never, from stage extend on (and at inference), or always [HALO,
+    ours].
+    """
     fa_log_scale_base: float = 500.0
     """The a of the log-position scale, in tokens [paper: 500]."""
     fa_gate: Literal["none", "elementwise", "headwise"] = "elementwise"
@@ -58,7 +60,9 @@ class HydraOptions:
     gdn_qk_norm: Literal["rms", "none"] = "rms"
     """RMSNorm of GDN queries and keys before rotary and L2 norm [HALO: rms]."""
     gdn_conv_kernel: int = 4
-    """Taps of the causal short convolution on q, k and v of GDN heads, identity at the start; 0 for none [paper keeps it; size ours]."""
+    """Taps of the causal short convolution on q, k and v of GDN heads, identity at the start; 0 for none [paper keeps
+    it; size ours].
+    """
     gdn_conv_activation: Literal["none", "silu"] = "none"
     """Activation after the short convolution; silu gives up the identity start [ours: none]."""
     gdn_write_max: float = 1.0
@@ -70,7 +74,8 @@ class HydraOptions:
     gdn_kv: Literal["per_head", "per_group"] = "per_head"
     """Keys and values of GDN heads: each its own copy, or shared in the group as in the teacher [paper: per_head]."""
     qkv: Literal["separate", "shared"] = "separate"
-    """K/V projections of the two branches: separate, or one for both, which implies gdn_kv per_group [paper: separate]."""
+    """K/V projections of the two branches: separate, or one for both, which implies gdn_kv per_group [paper: separate].
+    """
     gate_activation: Literal["sigmoid", "silu"] = "sigmoid"
     """Activation of the output gates [HALO: sigmoid]."""
     gate_order: Literal["before_norm", "after_norm"] = "before_norm"
@@ -120,7 +125,8 @@ class ModelShape:
     tied_embeddings: bool = True
     qk_norm: bool = True
     qkv_bias: bool = False
-    # as in Hugging Face's config.json, without rope_theta: {"rope_type": "linear", "factor": 2.0}; hash=False as it is a dict
+    # as in Hugging Face's config.json, without rope_theta: {"rope_type": "linear", "factor": 2.0}; hash=False as it is
+    # a dict
     rope_scaling: dict[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
@@ -130,7 +136,9 @@ class ModelShape:
         if self.num_heads % self.num_kv_groups:
             raise ConfigError(f"num_kv_groups {self.num_kv_groups} does not divide num_heads {self.num_heads}")
         if not (0 < self.rope_theta < math.inf and 0 < self.norm_epsilon < 1):  # so written, NaN is refused too
-            raise ConfigError(f"rope_theta {self.rope_theta} or norm_epsilon {self.norm_epsilon} is out of range; both are positive")
+            raise ConfigError(
+                f"rope_theta {self.rope_theta} or norm_epsilon {self.norm_epsilon} is out of range; both are positive"
+            )
 
     def to_recipe(self) -> dict[str, Any]:
         """The same facts as Megatron flags, in recipe form."""
@@ -163,7 +171,8 @@ class ModelCard:
 
     ``fingerprint`` names the pretrained weights the model descends from (sha256 over names, shapes and
     values in Hugging Face order), so a head map made for another teacher is noticed. ``source`` is what only the
-    Hugging Face directory knew and an export needs again: its config.json, the dtypes of its tensors. ``stages`` are the
+    Hugging Face directory knew and an export needs again: its config.json, the dtypes of its tensors. ``stages`` are
+        the
     trainings so far: stage, sequence_length, batch_size (sequences), iterations.
     """
 
@@ -195,18 +204,25 @@ class ModelCard:
         """Read a checkpoint's card; raises ConfigError (or HeadMapError) naming what is wrong."""
         path = Path(checkpoint_dir) / CARD_NAME
         if not path.is_file():
-            raise ConfigError(f"{checkpoint_dir}: no {CARD_NAME}, so not a hydra_mcore checkpoint; make one with tools/convert.py import")
+            raise ConfigError(
+                f"{checkpoint_dir}: no {CARD_NAME}, so not a hydra_mcore checkpoint; make one with tools/convert.py"
+                " import"
+            )
         raw = read_json(path, ConfigError)
         if not isinstance(raw, dict) or raw.get("format") != CARD_FORMAT:
             found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
-            raise ConfigError(f"{path}: format {shown(found)}, this version reads {CARD_FORMAT}; make the checkpoint again")
+            raise ConfigError(
+                f"{path}: format {shown(found)}, this version reads {CARD_FORMAT}; make the checkpoint again"
+            )
         try:
             return from_fields(_CardFile, raw, "the card", ConfigError).card()
         except InputError as error:
             raise type(error)(f"{path}: {error}") from None
 
     def difference(self, model: dict[str, Any], fingerprint: str) -> str:
-        """How a described model differs from this one: the first fact of its shape, else its weights; empty if neither does."""
+        """How a described model differs from this one: the first fact of its shape, else its weights; empty if neither
+        does.
+        """
         for name, theirs in model.items():
             mine = getattr(self.shape, name, None)
             if mine != theirs or isinstance(mine, bool) != isinstance(theirs, bool):
@@ -288,9 +304,13 @@ class StageOptions:
     kl_temperature: float = 1.0
     """Temperature of both distributions in the KL [HALO: 1]."""
     packed_documents: bool = False
-    """Documents packed into a row do not see each other: attention, recurrence, convolution and positions start anew at each."""
+    """Documents packed into a row do not see each other: attention, recurrence, convolution and positions start anew at
+    each.
+    """
     fa_balance: Literal["heads", "queries"] = "heads"
-    """FA heads on tensor-parallel ranks: whole heads, or left-over heads shared by all ranks, each for its part of the queries."""
+    """FA heads on tensor-parallel ranks: whole heads, or left-over heads shared by all ranks, each for its part of the
+    queries.
+    """
     keep_last: int = 2
     """How many of the newest checkpoints are kept."""
     keep_every: int = 0
@@ -316,12 +336,16 @@ class StageOptions:
             if not getattr(self, name) >= least:  # so written, NaN is refused too
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be a number of at least {least}")
         if self.keep_last < 1 or self.keep_every < 0:
-            raise ConfigError(f"keep_last is {self.keep_last} and keep_every {self.keep_every}; keep at least the last checkpoint")
+            raise ConfigError(
+                f"keep_last is {self.keep_last} and keep_every {self.keep_every}; keep at least the last checkpoint"
+            )
         for name in ("head_statistics_interval", "needle_interval", "needle_length"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it counts steps or tokens, 0 for none")
         if self.needle_prompts < 1 or not self.data_timeout > 0:
-            raise ConfigError(f"needle_prompts is {self.needle_prompts} and data_timeout {self.data_timeout}; both must be positive")
+            raise ConfigError(
+                f"needle_prompts is {self.needle_prompts} and data_timeout {self.data_timeout}; both must be positive"
+            )
 
 
 def field_docs(cls: type) -> dict[str, str]:
@@ -344,12 +368,16 @@ def add_flags(group: argparse._ArgumentGroup, cls: type) -> None:
             continue
         choices = typing.get_args(hints[item.name]) or None
         kind = str if choices else hints[item.name]
-        group.add_argument(flag, type=kind, choices=choices, default=item.default, help=help_text + " (default: %(default)r)")
+        group.add_argument(
+            flag, type=kind, choices=choices, default=item.default, help=help_text + " (default: %(default)r)"
+        )
 
 
 def add_stage_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """The flags of training that are ours; Megatron's stand beside them."""
-    parser.add_argument("--config", nargs="+", help="Recipe: YAML files of flags with a section for each stage; a later file wins.")
+    parser.add_argument(
+        "--config", nargs="+", help="Recipe: YAML files of flags with a section for each stage; a later file wins."
+    )
     add_flags(parser.add_argument_group("hydra_mcore: stages of the transfer"), StageOptions)
     return parser
 

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 
 class InputError(ValueError):
-    """Something a user gave that cannot be used; one line that names the cause and the fix. Commands exit with status 2 on it."""
+    """Something a user gave that cannot be used; one line that names the cause and the fix. Commands exit with status 2
+    on it.
+    """
 
 
 def first_line(error: BaseException) -> str:

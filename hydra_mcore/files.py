@@ -27,7 +27,9 @@ _GONE = {errno.ENOENT, errno.ESTALE}
 _FIXES = {
     **dict.fromkeys(NO_ROOM, "make room"),
     **dict.fromkeys(_NOT_OURS, "check its permissions, or choose another folder"),
-    **dict.fromkeys(_WRONG_KIND, "a file stands where a folder is needed, or a folder where a file is: choose another name"),
+    **dict.fromkeys(
+        _WRONG_KIND, "a file stands where a folder is needed, or a folder where a file is: choose another name"
+    ),
     **dict.fromkeys(_GONE, "was it removed? give the command again"),
     errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
     errno.ENAMETOOLONG: "choose a shorter name",
@@ -47,8 +49,8 @@ def read_json(path: str | Path, error: type[InputError] = InputError, what: str 
         what: what the file is to the user, as the error names it ("head map").
 
     Raises:
-        InputError: of class ``error``: no such file, not UTF-8, not JSON, nested too deeply, half of a surrogate pair (which
-            nothing could print or write again), a number of thousands of digits.
+        InputError: of class ``error``: no such file, not UTF-8, not JSON, nested too deeply, half of a surrogate pair
+            (which nothing could print or write again), a number of thousands of digits.
     """
     name = f"{what} {path}".lstrip()
     try:
@@ -103,7 +105,10 @@ def disk_refusal(error: BaseException) -> OSError | None:
             where = error.args[0][0][1] if isinstance(error, shutil.Error) else None
             return OSError(number, os.strerror(number), where)
     failures = [failure for failure, _ in getattr(error, "failures", {}).values()]
-    causes = [error.__cause__, error.__context__ if isinstance(error.__context__, OSError) and error.__context__.errno in NO_ROOM else None]
+    causes = [
+        error.__cause__,
+        error.__context__ if isinstance(error.__context__, OSError) and error.__context__.errno in NO_ROOM else None,
+    ]
     return next((refusal for cause in (*failures, *causes) if cause and (refusal := disk_refusal(cause))), None)
 
 
@@ -159,16 +164,16 @@ def _forget(beside: Path) -> None:
 def from_fields[T](cls: type[T], raw: Any, name: str, error: type[InputError] = InputError) -> T:
     """A dataclass of the values in a JSON object, each of the type that its field says.
 
-    ``true`` is no number, a whole number is a float too, no number may be NaN, infinite or beyond 2**53. Lists become tuples where
-    the field is a tuple, texts paths, objects dataclasses. What else holds of a value is for the dataclass itself
-    (``__post_init__``).
+    ``true`` is no number, a whole number is a float too, no number may be NaN, infinite or beyond 2**53. Lists become
+    tuples where the field is a tuple, texts paths, objects dataclasses. What else holds of a value is for the dataclass
+    itself (``__post_init__``).
 
     Args:
         name: what errors call the object.
 
     Raises:
-        InputError: of class ``error``: not an object, a key that is missing or unknown, a value of another type, or one that the
-            dataclass refuses with a ValueError.
+        InputError: of class ``error``: not an object, a key that is missing or unknown, a value of another type, or one
+            that the dataclass refuses with a ValueError.
     """
     if not isinstance(raw, dict):
         raise error(f"{name}: a list of keys and values is expected, not {shown(raw)}")
@@ -186,7 +191,9 @@ def from_fields[T](cls: type[T], raw: Any, name: str, error: type[InputError] = 
 
 
 def checked(value: Any, hint: Any, name: str, error: type[InputError] = InputError) -> Any:
-    """A value from a file as what a type hint asks for; raises ``error`` where it is something else (see ``from_fields``)."""
+    """A value from a file as what a type hint asks for; raises ``error`` where it is something else (see
+    ``from_fields``).
+    """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         if _deeper(value, DEEPEST):
@@ -206,12 +213,18 @@ def checked(value: Any, hint: Any, name: str, error: type[InputError] = InputErr
         if origin is tuple and args[-1] is not Ellipsis and len(value) != len(args):
             raise error(f"{name} has {len(value)} values instead of {len(args)}")
         kinds = [args[0]] * len(value) if origin is list or args[-1] is Ellipsis else args
-        return origin(checked(item, kind, f"{name}[{index}]", error) for index, (item, kind) in enumerate(zip(value, kinds, strict=True)))
+        return origin(
+            checked(item, kind, f"{name}[{index}]", error)
+            for index, (item, kind) in enumerate(zip(value, kinds, strict=True))
+        )
     if origin is dict and isinstance(value, dict):
         return {key: checked(item, args[1], f"{name}[{shown(key)}]", error) for key, item in value.items()}
     if hint in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
         if not abs(value) <= LARGEST_INT or (hint is int and value != int(value)):  # so written, NaN is refused too
-            raise error(f"{name} is {shown(value)}, which is no {'whole number' if hint is int else 'number'} that can be used here")
+            raise error(
+                f"{name} is {shown(value)}, which is no {'whole number' if hint is int else 'number'} that can be used"
+                " here"
+            )
         return hint(value)
     if hint in (bool, str, types.NoneType) and isinstance(value, hint):
         return value

@@ -72,7 +72,8 @@ class HeadMap:
     """The role of every head of a model, and how the choice was made.
 
     ``model`` and ``fingerprint`` are the configuration and the weights of the teacher that the map was made for (see
-    ``ModelCard``); empty means any model with these counts of heads. ``made_by`` is free provenance: probes, seeds, versions.
+    ``ModelCard``); empty means any model with these counts of heads. ``made_by`` is free provenance: probes, seeds,
+    versions.
     """
 
     num_heads: int
@@ -94,13 +95,20 @@ class HeadMap:
             layer.validate(layer_idx, self.num_heads)
 
     @classmethod
-    def from_fa(cls, fa_heads: Iterable[tuple[int, int]], num_layers: int, num_heads: int, num_kv_groups: int, **facts: Any) -> HeadMap:
+    def from_fa(
+        cls, fa_heads: Iterable[tuple[int, int]], num_layers: int, num_heads: int, num_kv_groups: int, **facts: Any
+    ) -> HeadMap:
         """A map from the (layer_idx, head_idx) pairs that keep full attention."""
         pairs = set(fa_heads)
         for layer_idx, head_idx in pairs:
             if not (0 <= layer_idx < num_layers and 0 <= head_idx < num_heads):
-                raise HeadMapError(f"head map: no head {head_idx} in layer {layer_idx} of a {num_layers} x {num_heads} model")
-        layers = tuple(LayerHeads.from_fa((h for layer, h in pairs if layer == layer_idx), num_heads) for layer_idx in range(num_layers))
+                raise HeadMapError(
+                    f"head map: no head {head_idx} in layer {layer_idx} of a {num_layers} x {num_heads} model"
+                )
+        layers = tuple(
+            LayerHeads.from_fa((h for layer, h in pairs if layer == layer_idx), num_heads)
+            for layer_idx in range(num_layers)
+        )
         return cls(num_heads=num_heads, num_kv_groups=num_kv_groups, layers=layers, **facts)
 
     @classmethod
@@ -147,7 +155,12 @@ class HeadMap:
                 raise HeadMapError(f"head map: key {name!r} is missing")
             counts[name] = checked(file.model[name], int, f"head map: {name}", HeadMapError)
         num_layers = counts.pop("num_layers")
-        facts = {"fingerprint": file.fingerprint, "model": file.model, "strategy": file.strategy, "made_by": file.made_by}
+        facts = {
+            "fingerprint": file.fingerprint,
+            "model": file.model,
+            "strategy": file.strategy,
+            "made_by": file.made_by,
+        }
         head_map = cls(**counts, layers=file.layers, **facts)
         if num_layers != head_map.num_layers:
             raise HeadMapError(f"head map: lists {head_map.num_layers} layers but says num_layers {num_layers}")
@@ -218,7 +231,10 @@ class HeadLayout:
 
     def __post_init__(self) -> None:
         if self.tp_size < 1 or self.num_heads % self.tp_size:
-            raise HeadMapError(f"tensor parallel size {self.tp_size} does not divide {self.num_heads} query heads; choose one that does")
+            raise HeadMapError(
+                f"tensor parallel size {self.tp_size} does not divide {self.num_heads} query heads; choose one that"
+                " does"
+            )
 
     @property
     def num_heads(self) -> int:
@@ -236,7 +252,9 @@ class HeadLayout:
             num_gdn = self._even_deal(len(self.layer.gdn))
         else:
             num_gdn = [self.num_heads // self.tp_size - len(fa) for fa in fa_of_rank]
-        return tuple(RankHeads(fa=fa, gdn=tuple(next(gdn) for _ in range(n))) for fa, n in zip(fa_of_rank, num_gdn, strict=True))
+        return tuple(
+            RankHeads(fa=fa, gdn=tuple(next(gdn) for _ in range(n))) for fa, n in zip(fa_of_rank, num_gdn, strict=True)
+        )
 
     @cached_property
     def shared_fa(self) -> tuple[int, ...]:

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recipe files: YAML that becomes command-line flags, for the stages of training and for the commands around them.
 
-``python -m hydra_mcore.recipe has SECTION FILE...`` tells the job scripts, with yes or no, whether there is something to do.
+``python -m hydra_mcore.recipe has SECTION FILE...`` tells the job scripts, with yes or no, whether there is something
+to do.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from hydra_mcore.config import ConfigError
 STAGE_SECTIONS = ("align", "distill", "extend")
 COMMAND_SECTIONS = ("prepare", "import", "select", "hybridize", "evaluate", "export")
 MAX_BYTES = 2**18  # a recipe takes a few thousand; what is longer is another file, and YAML takes seconds to read it
-MAX_LEVELS = 5  # sections, lists in them, and lists of what they merge; aliases of aliases of aliases only fill the memory
+MAX_LEVELS = (
+    5  # sections, lists in them, and lists of what they merge; aliases of aliases of aliases only fill the memory
+)
 MAX_ALIASES = 100
 MAX_TEXT = 4096  # of a value: as long as a path may be
 
@@ -59,13 +62,17 @@ class Recipe:
         return cls(" + ".join(map(str, paths)), sections if section in COMMAND_SECTIONS else {**top, **sections})
 
     def over(self, defaults: dict[str, Any]) -> Recipe:
-        """This recipe laid over ``defaults``, so that its false switches off what they switch on; its null stands for the default."""
+        """This recipe laid over ``defaults``, so that its false switches off what they switch on; its null stands for
+        the default.
+        """
         own = {str(key).replace("_", "-"): value for key, value in self.values.items() if value is not None}
         return Recipe(self.name, {**defaults, **own})
 
     def to_flags(self, parser: argparse.ArgumentParser) -> list[str]:
         """Flatten into command-line flags that ``parser`` knows; raises ConfigError for an unknown key."""
-        flags: dict[str, list[str]] = {}  # by what they set: a flag may have two names, and what it means by default a third
+        flags: dict[
+            str, list[str]
+        ] = {}  # by what they set: a flag may have two names, and what it means by default a third
         for key, value in self.values.items():
             found = self._flag(parser, str(key), value)
             flags |= {} if value is None else found
@@ -98,20 +105,31 @@ class Recipe:
         return {actions[0].dest: [actions[0].option_strings[0], *(self._text(key, item) for item in items)]}
 
     def _text(self, key: str, item: Any) -> str:
-        """A value as the command line has it; raises ConfigError for what is none, or would be read as a flag of its own."""
+        """A value as the command line has it; raises ConfigError for what is none, or would be read as a flag of its
+        own.
+        """
         if isinstance(item, bool) or not isinstance(item, str | int | float | datetime.date):
             kind = "a list" if isinstance(item, list | tuple | set | dict) else "null" if item is None else _shown(item)
             raise ConfigError(f"recipe {self.name}: {key!r} takes text or a number, not {kind}")
         text = str(item)
-        if text.startswith("-") and not re.fullmatch(r"-\d+|-\d*\.\d+", text):  # what argparse takes for a negative number
-            raise ConfigError(f"recipe {self.name}: {key!r} is {_shown(text)}, which would be read as a flag; write a path as ./-name")
+        if text.startswith("-") and not re.fullmatch(
+            r"-\d+|-\d*\.\d+", text
+        ):  # what argparse takes for a negative number
+            raise ConfigError(
+                f"recipe {self.name}: {key!r} is {_shown(text)}, which would be read as a flag; write a path as ./-name"
+            )
         if len(text) > MAX_TEXT or any(unicodedata.category(letter) in ("Cc", "Cs") for letter in text):
-            raise ConfigError(f"recipe {self.name}: {key!r} is {_shown(text)}; no flag takes control characters, or text of that length")
+            raise ConfigError(
+                f"recipe {self.name}: {key!r} is {_shown(text)}; no flag takes control characters, or text of that"
+                " length"
+            )
         return text
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as recipes use it: no key twice, no more levels or aliases than a recipe needs, ``3:1`` is text and no sexagesimal number."""
+    """YAML as recipes use it: no key twice, no more levels or aliases than a recipe needs, ``3:1`` is text and no
+    sexagesimal number.
+    """
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -123,7 +141,9 @@ class _Loader(yaml.SafeLoader):
         self._aliases += self.check_event(yaml.AliasEvent)
         node = super().compose_node(parent, index)
         parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
-        levels = 0 if isinstance(node, yaml.ScalarNode) else 1 + max((self._levels[id(part)] for part in parts), default=0)
+        levels = (
+            0 if isinstance(node, yaml.ScalarNode) else 1 + max((self._levels[id(part)] for part in parts), default=0)
+        )
         self._levels[id(node)] = levels
         if levels > MAX_LEVELS or self._aliases > MAX_ALIASES:
             raise ConfigError(f"line {line}: nested deeper, or with more aliases, than a recipe needs")
@@ -134,10 +154,14 @@ class _Loader(yaml.SafeLoader):
         lines: dict[str, int] = {}
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise ConfigError(f"line {key.start_mark.line + 1}: expected 'key: value' lines, with plain words as keys")
+                raise ConfigError(
+                    f"line {key.start_mark.line + 1}: expected 'key: value' lines, with plain words as keys"
+                )
             name, line = key.value.replace("_", "-"), key.start_mark.line + 1
             if name in lines:
-                raise ConfigError(f"{_shown(name)} stands there twice, on line {lines[name]} and on line {line}; keep one")
+                raise ConfigError(
+                    f"{_shown(name)} stands there twice, on line {lines[name]} and on line {line}; keep one"
+                )
             lines[name] = line
         return node
 
@@ -205,12 +229,18 @@ def with_recipe(argv: list[str], command: str, parser: argparse.ArgumentParser) 
         return argv
     recipe = Recipe.load(chosen.config, command)
     if not recipe.values:
-        raise ConfigError(f"recipe {' '.join(chosen.config)}: no section {command!r}; write one, or give the flags themselves")
+        raise ConfigError(
+            f"recipe {' '.join(chosen.config)}: no section {command!r}; write one, or give the flags themselves"
+        )
     return recipe.to_flags(parser) + rest
 
 
-def parse_with_recipe(parser: argparse.ArgumentParser, command: str, argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse a command's flags, its recipe's under its own; a recipe that cannot be used is one line and exit status 2."""
+def parse_with_recipe(
+    parser: argparse.ArgumentParser, command: str, argv: list[str] | None = None
+) -> argparse.Namespace:
+    """Parse a command's flags, its recipe's under its own; a recipe that cannot be used is one line and exit
+    status 2.
+    """
     try:
         return parser.parse_args(with_recipe(sys.argv[1:] if argv is None else argv, command, parser))
     except ConfigError as error:

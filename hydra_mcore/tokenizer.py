@@ -37,7 +37,10 @@ def open_tokenizer(name: str | Path, local_files_only: bool = False) -> PreTrain
     except Exception as error:  # of broken files transformers and its libraries raise whatever they run into
         reason = first_line(error)
     if "custom code" in reason or (not reason and tokenizer.init_kwargs.get("auto_map")):
-        raise InputError(f"tokenizer {name}: needs code of its own, which is never run; convert it to a tokenizer.json without auto_map")
+        raise InputError(
+            f"tokenizer {name}: needs code of its own, which is never run; convert it to a tokenizer.json without"
+            " auto_map"
+        )
     if reason:
         raise InputError(f"tokenizer {name}: does not load ({reason}); give a folder with its files")
     return tokenizer

@@ -9,7 +9,9 @@ The tests run on the CPU, also on a machine with a GPU, so that they mean the sa
 import os
 import tempfile
 
-REMOTE_CODE = tempfile.TemporaryDirectory(prefix="hf_modules_")  # transformers copies the code of exported models here, not home
+REMOTE_CODE = tempfile.TemporaryDirectory(
+    prefix="hf_modules_"
+)  # transformers copies the code of exported models here, not home
 ON_GPU = os.environ.get("HYDRA_TEST_DEVICE", "cpu") == "gpu"
 os.environ.update(
     OMP_NUM_THREADS="1",  # several ranks share few cores, and OpenMP's threads do not survive a fork

@@ -32,12 +32,21 @@ def parser() -> argparse.ArgumentParser:
     for name, section in sections.items():
         examples = "examples:\n" + section.EXAMPLES
         command = commands.add_parser(
-            name.replace("_", "-"), help=section.HELP, description=section.__doc__, epilog=examples, formatter_class=layout
+            name.replace("_", "-"),
+            help=section.HELP,
+            description=section.__doc__,
+            epilog=examples,
+            formatter_class=layout,
         )
         section.add_options(command)
         command.add_argument("--json", type=Path, metavar="FILE", help="write the tables and every measured time there")
         if name in DRAWN:
-            command.add_argument("--figure", type=Path, metavar="FILE", help="PNG of time against length, and memory where it is measured")
+            command.add_argument(
+                "--figure",
+                type=Path,
+                metavar="FILE",
+                help="PNG of time against length, and memory where it is measured",
+            )
         command.set_defaults(run=section.run, figure=None, plain=name in PLAIN)
     return p
 

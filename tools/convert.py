@@ -44,7 +44,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    importing = commands.add_parser("import", help="Hugging Face directory -> checkpoint", epilog=IMPORT_EXAMPLES, formatter_class=layout)
+    importing = commands.add_parser(
+        "import", help="Hugging Face directory -> checkpoint", epilog=IMPORT_EXAMPLES, formatter_class=layout
+    )
     importing.add_argument("--hf", required=True, metavar="DIR", help="directory with config.json and *.safetensors")
 
     hybridizing = commands.add_parser(
@@ -55,7 +57,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=layout,
     )
     hybridizing.add_argument("--teacher", required=True, metavar="DIR", help="checkpoint folder that import wrote")
-    hybridizing.add_argument("--heads", required=True, metavar="FILE", help="head map (JSON, from tools/select_heads.py)")
+    hybridizing.add_argument(
+        "--heads", required=True, metavar="FILE", help="head map (JSON, from tools/select_heads.py)"
+    )
     hybridizing.add_argument(
         "--fusion-scale",
         choices=("calibrated", "one"),
@@ -63,25 +67,42 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="where fusion scales start: at the size of the teacher's head outputs on the calibration text, or at 1",
     )
     hybridizing.add_argument("--calibration-text", metavar="FILE", help="UTF-8 text; its first 4096 tokens are used")
-    hybridizing.add_argument("--seed", type=int, default=1234, metavar="N", help="seed of the output gates' random start")
+    hybridizing.add_argument(
+        "--seed", type=int, default=1234, metavar="N", help="seed of the output gates' random start"
+    )
     add_flags(hybridizing.add_argument_group("the layer"), HydraOptions)
 
-    hybridizing.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the weights written")
+    hybridizing.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the weights written"
+    )
 
-    exporting = commands.add_parser("export", help="checkpoint -> Hugging Face directory", epilog=EXPORT_EXAMPLES, formatter_class=layout)
-    exporting.add_argument("--checkpoint", required=True, metavar="DIR", help="checkpoint folder of a teacher or of any stage")
+    exporting = commands.add_parser(
+        "export", help="checkpoint -> Hugging Face directory", epilog=EXPORT_EXAMPLES, formatter_class=layout
+    )
     exporting.add_argument(
-        "--max-shard-size", type=float, default=5.0, metavar="GB", help="largest safetensors file (default: %(default)s)"
+        "--checkpoint", required=True, metavar="DIR", help="checkpoint folder of a teacher or of any stage"
+    )
+    exporting.add_argument(
+        "--max-shard-size",
+        type=float,
+        default=5.0,
+        metavar="GB",
+        help="largest safetensors file (default: %(default)s)",
     )
     exporting.add_argument("--evaluation", metavar="FILE", help="report.md of tools/evaluate.py, for the model card")
 
-    for command, source, result in ((importing, "in the directory", "checkpoint"), (exporting, "at the source", "Hugging Face")):
+    for command, source, result in (
+        (importing, "in the directory", "checkpoint"),
+        (exporting, "at the source", "Hugging Face"),
+    ):
         exact = f"dtype of the weights written (default: as {source}, so nothing is rounded)"
         command.add_argument("--dtype", choices=("float32", "bfloat16"), help=exact)
         command.add_argument("--out", required=True, metavar="DIR", help=f"new {result} folder")
     hybridizing.add_argument("--out", required=True, metavar="DIR", help="new checkpoint folder")
     for name, command in commands.choices.items():
-        command.add_argument("--config", nargs="+", metavar="FILE", help=f"recipe: YAML files whose section {name} holds these flags")
+        command.add_argument(
+            "--config", nargs="+", metavar="FILE", help=f"recipe: YAML files whose section {name} holds these flags"
+        )
         command.add_argument("--skip-existing", action="store_true", help="do nothing where --out is complete already")
     importing.set_defaults(run=import_from, seed=0, mark=CARD_NAME)
     hybridizing.set_defaults(run=hybridize_from, mark=CARD_NAME)
@@ -121,7 +142,10 @@ def import_from(args: argparse.Namespace) -> None:
     from hydra_mcore.convert.hf_import import import_hf
 
     card = import_hf(args.hf, args.out, args.dtype and getattr(torch, args.dtype))
-    print(f"{card.stage} {card.fingerprint[:12]}, {card.shape.num_layers} layers x {card.shape.num_heads} heads: {args.out}")
+    print(
+        f"{card.stage} {card.fingerprint[:12]}, {card.shape.num_layers} layers x {card.shape.num_heads} heads:"
+        f" {args.out}"
+    )
 
 
 def export_from(args: argparse.Namespace) -> None:
@@ -133,8 +157,13 @@ def export_from(args: argparse.Namespace) -> None:
 
     if not args.max_shard_size > 0:
         raise InputError(f"--max-shard-size is {args.max_shard_size}; it counts GB, so it must exceed 0")
-    card = export_hf(args.checkpoint, args.out, args.dtype and getattr(torch, args.dtype), args.max_shard_size * 1e9, args.evaluation)
-    print(f"{card.stage} with {card.head_map.num_fa} FA heads of {card.shape.num_layers * card.shape.num_heads}: {args.out}")
+    card = export_hf(
+        args.checkpoint, args.out, args.dtype and getattr(torch, args.dtype), args.max_shard_size * 1e9, args.evaluation
+    )
+    print(
+        f"{card.stage} with {card.head_map.num_fa} FA heads of {card.shape.num_layers * card.shape.num_heads}:"
+        f" {args.out}"
+    )
 
 
 @one_line_errors("convert")

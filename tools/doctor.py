@@ -29,8 +29,9 @@ TOPICS = ("packages", "GPU", "machine", "network", "files", "SLURM", "services",
 COLOURS = {"ok": "32", "warn": "33", "fail": "31"}
 
 EXAMPLES = """\
-Every line says ok, warn (it works, worse than it could) or fail, what was found, and below it what to do. Nothing is changed
-and nothing waits forever. The exit status is 0 if nothing fails, 1 if something does, 2 for arguments that cannot be used.
+Every line says ok, warn (it works, worse than it could) or fail, what was found, and below it what to do. Nothing is
+changed and nothing waits forever. The exit status is 0 if nothing fails, 1 if something does, 2 for arguments that
+cannot be used.
 
 examples:
   this machine, and the folder that runs will be kept in
@@ -38,19 +39,37 @@ examples:
   all nodes of a job, with what must hold between them; the first node prints for all
       srun --nodes 4 --ntasks-per-node 1 python tools/doctor.py --run-dir /shared/runs
   the same without SLURM, on each node
-      torchrun --nnodes 4 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint FIRST:29500 tools/doctor.py --run-dir /shared/runs
+      torchrun --nnodes 4 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint FIRST:29500 tools/doctor.py \\
+          --run-dir /shared/runs
   only some topics, for machines; --network also tries the services outside
       python tools/doctor.py --only files SLURM --json doctor.json
 """
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="doctor", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--run-dir", type=Path, default=Path(), metavar="DIR", help="folder that runs are kept in (default: the current one)")
+    p = argparse.ArgumentParser(
+        prog="doctor", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--run-dir",
+        type=Path,
+        default=Path(),
+        metavar="DIR",
+        help="folder that runs are kept in (default: the current one)",
+    )
     p.add_argument("--json", type=Path, metavar="FILE", help="write all lines there too")
     p.add_argument("--network", action="store_true", help="also try to reach Hugging Face and W&B")
-    p.add_argument("--only", nargs="+", choices=TOPICS, metavar="TOPIC", default=TOPICS, help=f"one or more of: {', '.join(TOPICS)}")
-    p.add_argument("--limit", type=float, default=20.0, metavar="S", help="seconds that one check may take (default %(default)g)")
+    p.add_argument(
+        "--only",
+        nargs="+",
+        choices=TOPICS,
+        metavar="TOPIC",
+        default=TOPICS,
+        help=f"one or more of: {', '.join(TOPICS)}",
+    )
+    p.add_argument(
+        "--limit", type=float, default=20.0, metavar="S", help="seconds that one check may take (default %(default)g)"
+    )
     return p
 
 
@@ -65,7 +84,10 @@ def main(argv: list[str] | None = None) -> None:
     try:
         place = doctor_nodes.find_place(os.environ)
     except (OSError, KeyError, ValueError) as error:
-        p.error(f"this process was started on several nodes, but its place among them is unclear ({one_line(error)}); start it on one")
+        p.error(
+            f"this process was started on several nodes, but its place among them is unclear ({one_line(error)}); start"
+            " it on one"
+        )
     if place.speaks:
         args.run_dir = args.run_dir.absolute()
         sys.exit(first(args, place) if place.node == 0 else other(args, place))
@@ -86,7 +108,9 @@ def first(args: argparse.Namespace, place: doctor_nodes.Place) -> int:
     return int(counts["fail"] > 0)
 
 
-def from_all(own: Iterator[Entry], args: argparse.Namespace, place: doctor_nodes.Place, network: str) -> Iterator[Entry]:
+def from_all(
+    own: Iterator[Entry], args: argparse.Namespace, place: doctor_nodes.Place, network: str
+) -> Iterator[Entry]:
     """The report of all nodes, and what holds between them."""
     peers, port = doctor_nodes.meet(place, args.limit)
     arrivals = doctor_nodes.arrivals(peers, place, port, args.limit)
@@ -123,7 +147,9 @@ def backend(found: Sequence[doctor_machine.Gpu]) -> str:
     return "nccl" if found else "gloo"
 
 
-def chosen(args: argparse.Namespace, place: doctor_nodes.Place, found: list[doctor_machine.Gpu], problem: str) -> list[Check]:
+def chosen(
+    args: argparse.Namespace, place: doctor_nodes.Place, found: list[doctor_machine.Gpu], problem: str
+) -> list[Check]:
     """The checks of one node, in the order of their topics."""
     checks = [
         *doctor_packages.checks(bool(found), found[0].capability if found else ""),
@@ -142,7 +168,9 @@ def examined(checks: Iterable[Check], limit_s: float) -> Iterator[Entry]:
 
 
 def merged(by_node: dict[int, list[Entry]], place: doctor_nodes.Place) -> list[Entry]:
-    """One report of all nodes: a line that is ok everywhere as the first node has it, any other with the nodes that have it."""
+    """One report of all nodes: a line that is ok everywhere as the first node has it, any other with the nodes that
+    have it.
+    """
     good: dict[tuple[str, str], Entry] = {}
     nodes_of: dict[Entry, list[str]] = {}
     for node, entries in by_node.items():
@@ -169,7 +197,11 @@ def show(entries: Iterable[Entry]) -> Iterator[Entry]:
             print(f"\n{topic}")
         line = entry[1]
         verdict = f"{line.verdict:<4}"
-        print(f"  \x1b[{COLOURS[line.verdict]}m{verdict}\x1b[0m" if colour else f"  {verdict}", f"{line.what:<24} {line.found}", flush=True)
+        print(
+            f"  \x1b[{COLOURS[line.verdict]}m{verdict}\x1b[0m" if colour else f"  {verdict}",
+            f"{line.what:<24} {line.found}",
+            flush=True,
+        )
         if line.mend:
             print(f"{'':32}-> {line.mend}", flush=True)
         yield entry
@@ -180,7 +212,9 @@ def summary(entries: Sequence[Entry], found: Sequence[doctor_machine.Gpu], num_n
     where = f" on each of {num_nodes} nodes" if num_nodes > 1 else ""
     if found:
         lacking = [line.what for _, line in entries if line.verdict == "warn" and line.what in doctor_packages.FAST]
-        able = f"{doctor_machine.named(found)}{where}: all stages" + (f", slowly without {' and '.join(lacking)}" if lacking else "")
+        able = f"{doctor_machine.named(found)}{where}: all stages" + (
+            f", slowly without {' and '.join(lacking)}" if lacking else ""
+        )
     else:
         able = f"CPU only{where}: the tiny example and the tests; no GPU"
     failed = dict.fromkeys(line.what for _, line in entries if line.verdict == "fail")

@@ -50,14 +50,19 @@ def usable(folder: Path) -> bool:
 
 def run_folder(folder: Path, mounts: Path = Path("/proc/mounts")) -> Iterator[Line]:
     if not os.path.isdir(folder):  # pathlib's raises where a folder above it is closed
-        yield fail("run folder", f"{folder}: no such folder", f"mkdir -p {folder}, on a filesystem that all nodes share")
+        yield fail(
+            "run folder", f"{folder}: no such folder", f"mkdir -p {folder}, on a filesystem that all nodes share"
+        )
         return
     if not usable(folder):
         yield fail("run folder", f"{folder}: not writable", "choose a folder of yours, or have its permissions changed")
         return
     rows = [line.split()[:3] for line in mounts.read_text(encoding="utf-8").splitlines()]
     above = {str(folder.resolve()), *map(str, folder.resolve().parents)}
-    kind = max(((len(place), index, kind) for index, (_, place, kind) in enumerate(rows) if place in above), default=(0, 0, "unknown"))[2]
+    kind = max(
+        ((len(place), index, kind) for index, (_, place, kind) in enumerate(rows) if place in above),
+        default=(0, 0, "unknown"),
+    )[2]
     if kind in FLEETING:
         yield warn("run folder", f"{folder} ({kind}): ends with {FLEETING[kind]}", "put run folders on a disk")
     else:
@@ -65,7 +70,9 @@ def run_folder(folder: Path, mounts: Path = Path("/proc/mounts")) -> Iterator[Li
 
 
 def renames(folder: Path) -> Iterator[Line]:
-    """A checkpoint counts when a small file is renamed over an old one: whoever reads must see the old or the new one, whole."""
+    """A checkpoint counts when a small file is renamed over an old one: whoever reads must see the old or the new one,
+    whole.
+    """
     if not usable(folder):
         return
     with tempfile.TemporaryDirectory(prefix=".doctor_", dir=folder) as scratch:
@@ -78,7 +85,9 @@ def renames(folder: Path) -> Iterator[Line]:
         beside.write_bytes(b"end")
         os.replace(beside, target)
         if _status(reader):
-            yield fail("rename of files", "a reader saw a missing or half-written file", f"not atomic here: {LOCAL_DISK}")
+            yield fail(
+                "rename of files", "a reader saw a missing or half-written file", f"not atomic here: {LOCAL_DISK}"
+            )
         else:
             yield ok("rename of files", "over an existing one: atomic for readers")
         old, new = Path(scratch, "old"), Path(scratch, "new")
@@ -132,11 +141,17 @@ def writes(folder: Path) -> Iterator[Line]:
         seconds = time.monotonic() - start
         found = f"{BLOCK >> 20} MiB in {seconds:.2f} s"
         if seconds > SLOW_FSYNC_S:
-            yield warn("write and fsync", f"{found}: slow", "checkpoints will take long: a faster filesystem, or save less often")
+            yield warn(
+                "write and fsync",
+                f"{found}: slow",
+                "checkpoints will take long: a faster filesystem, or save less often",
+            )
         else:
             yield ok("write and fsync", found)
         if _status(_fork(lambda: _differs(path, content))):
-            yield fail("mmap", "cannot be read back so, or reads differ", f"datasets are read through mmap: {LOCAL_DISK}")
+            yield fail(
+                "mmap", "cannot be read back so, or reads differ", f"datasets are read through mmap: {LOCAL_DISK}"
+            )
         else:
             yield ok("mmap", "another process reads what was written")
 
@@ -153,7 +168,9 @@ def exclusive(folder: Path) -> Iterator[Line]:
     with tempfile.TemporaryDirectory(prefix=".doctor_", dir=folder) as scratch:
         winners = [_status(child) for child in [_fork(lambda: _create_all(scratch)) for _ in range(2)]]
     if sum(winners) != ROUNDS:
-        yield fail("exclusive creation", f"{sum(winners)} creators of {ROUNDS} files", f"O_EXCL does not hold: {LOCAL_DISK}")
+        yield fail(
+            "exclusive creation", f"{sum(winners)} creators of {ROUNDS} files", f"O_EXCL does not hold: {LOCAL_DISK}"
+        )
     else:
         yield ok("exclusive creation", "one creator a file")
 
@@ -182,7 +199,9 @@ def locks(folder: Path) -> Iterator[Line]:
                     lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except OSError as error:
                     yield warn(
-                        what, one_line(error), "the Hugging Face caches need it: HF_HOME on a local disk; for Lustre: mount -o flock"
+                        what,
+                        one_line(error),
+                        "the Hugging Face caches need it: HF_HOME on a local disk; for Lustre: mount -o flock",
                     )
                     continue
                 entered = _status(_fork(lambda lock=lock: try_lock(path, lock)))
@@ -211,7 +230,9 @@ def space(folder: Path) -> Iterator[Line]:
         return
     free, largest = shutil.disk_usage(folder).free, largest_checkpoint(folder)
     if largest and free < largest:
-        yield fail("space", f"{_size(free)} free, a checkpoint takes {_size(largest)}", "free space: the next save would fail")
+        yield fail(
+            "space", f"{_size(free)} free, a checkpoint takes {_size(largest)}", "free space: the next save would fail"
+        )
     elif free < 2 * largest or (not largest and free < MIN_SPACE):
         why = f"a checkpoint takes {_size(largest)}" if largest else "tools/plan.py says what a checkpoint takes"
         yield warn("space", f"{_size(free)} free; {why}", "keep room for two checkpoints at least")

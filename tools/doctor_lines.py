@@ -87,7 +87,11 @@ def examine(check: Check, limit_s: float) -> Iterator[Line]:
         try:
             while not done:
                 if not select.select([reader], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                    yield fail(check.name, f"no answer within {limit_s:g} s", "it hangs or is slow here: --limit gives it more seconds")
+                    yield fail(
+                        check.name,
+                        f"no answer within {limit_s:g} s",
+                        "it hangs or is slow here: --limit gives it more seconds",
+                    )
                     return
                 part = os.read(reader, 1 << 16)
                 *complete, buffered = (buffered + part).split(b"\n")
@@ -98,8 +102,12 @@ def examine(check: Check, limit_s: float) -> Iterator[Line]:
                         yield Line(**answer)
                 if not part:
                     said.seek(0)
-                    last_words = last_line(said.read().decode(errors="replace")) or "without a word: a crash, or out of memory"
-                    yield fail(check.name, f"its process died ({last_words})", "reinstall the package that this check is about")
+                    last_words = (
+                        last_line(said.read().decode(errors="replace")) or "without a word: a crash, or out of memory"
+                    )
+                    yield fail(
+                        check.name, f"its process died ({last_words})", "reinstall the package that this check is about"
+                    )
                     return
         finally:
             os.close(reader)
@@ -140,9 +148,13 @@ def _end(pid: int) -> None:
 
 
 def answer_of(*command: str, limit_s: float = 8.0) -> str:
-    """What a program prints; raises OSError with its last line when it fails, is missing, or takes longer than ``limit_s`` seconds."""
+    """What a program prints; raises OSError with its last line when it fails, is missing, or takes longer than
+    ``limit_s`` seconds.
+    """
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=limit_s, errors="replace")
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=limit_s, errors="replace"
+        )
     except subprocess.TimeoutExpired as late:
         said = last_line((late.stderr or b"").decode(errors="replace"))  # bytes, also in text mode
         raise OSError(f"{command[0]} gave no answer within {limit_s:g} s" + (f": {said}" if said else "")) from None
@@ -173,7 +185,8 @@ def version_of(distribution: str) -> str | None:
 def release(version: str) -> tuple[int, ...]:
     """The leading numbers of a version, without zeros at the end.
 
-    Pre-releases count as the release itself: containers ship builds such as 2.9.0a0+nv25.10 that are good for ``>=2.9``.
+    Pre-releases count as the release itself: containers ship builds such as 2.9.0a0+nv25.10 that are good for
+    ``>=2.9``.
     """
     match = re.match(r"\d+(\.\d+)*", version)
     numbers = [int(part) for part in match.group().split(".")] if match else []
@@ -183,7 +196,9 @@ def release(version: str) -> tuple[int, ...]:
 
 
 def allows(specifier: str, version: str) -> bool:
-    """Tell whether a version is in a range such as ``>=4.0,<6`` or ``~=3.9.0`` (packaging, which knows all of it, may be missing)."""
+    """Tell whether a version is in a range such as ``>=4.0,<6`` or ``~=3.9.0`` (packaging, which knows all of it, may
+    be missing).
+    """
     found = release(version)
     for part in filter(None, re.split(r"[,\s]+", re.sub(r"([<>=!~])\s+", r"\1", specifier))):
         operator, bound = re.match(r"([<>=!~]*)(.*)", part).groups()

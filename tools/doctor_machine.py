@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 SMI_FIELDS = (
-    "name,compute_cap,driver_version,memory.total,memory.used,persistence_mode,ecc.mode.current,ecc.errors.uncorrected.volatile.total"
+    "name,compute_cap,driver_version,memory.total,memory.used,persistence_mode,ecc.mode.current,"
+    "ecc.errors.uncorrected.volatile.total"
 )
 BF16_CAPABILITY = 8.0
 RANK_MEMORY = 2 * GIB  # importing torch and Megatron takes 0.8 GB a rank
@@ -27,7 +28,9 @@ MIN_FILES = 4096  # a rank holds a file open for every shard of a dataset and ev
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU as the driver sees it; memory in MiB, ``ecc_errors`` since the driver was loaded; 0 where it is not counted."""
+    """A GPU as the driver sees it; memory in MiB, ``ecc_errors`` since the driver was loaded; 0 where it is not
+    counted.
+    """
 
     name: str
     capability: str
@@ -51,7 +54,9 @@ def gpus() -> list[Gpu]:
     found = []
     for row in filter(str.strip, rows):
         name, capability, driver, memory, used, persistence, ecc, errors = (cell.strip() for cell in row.split(","))
-        found.append(Gpu(name, capability, driver, _count(memory), _count(used), persistence != "Disabled", ecc, _count(errors)))
+        found.append(
+            Gpu(name, capability, driver, _count(memory), _count(used), persistence != "Disabled", ecc, _count(errors))
+        )
     return found
 
 
@@ -80,22 +85,44 @@ def driver(found: Sequence[Gpu], problem: str) -> Iterator[Line]:
     """What nvidia-smi shows, and whether it is healthy and free."""
     promised = int(os.environ.get("SLURM_GPUS_ON_NODE", "0"))
     if problem:
-        yield fail("GPUs", f"nvidia-smi does not work: {problem}", "the driver is broken, or its mount into the container")
+        yield fail(
+            "GPUs", f"nvidia-smi does not work: {problem}", "the driver is broken, or its mount into the container"
+        )
     elif len(found) < promised:
-        yield fail("GPUs", f"{named(found)}, but SLURM gave {promised}", "start the container with its GPU hook, or take another node")
+        yield fail(
+            "GPUs",
+            f"{named(found)}, but SLURM gave {promised}",
+            "start the container with its GPU hook, or take another node",
+        )
     elif not found:
         yield ok("GPUs", "none")
     else:
         first = found[0]
-        yield ok("GPUs", f"{named(found)}, {first.memory / 1024:.0f} GiB, compute capability {first.capability}, driver {first.driver}")
+        yield ok(
+            "GPUs",
+            f"{named(found)}, {first.memory / 1024:.0f} GiB, compute capability {first.capability}, driver"
+            f" {first.driver}",
+        )
     if busy := [str(index) for index, gpu in enumerate(found) if gpu.used > 2048]:
-        yield warn("GPU memory", f"in use already on GPU {', '.join(busy)}", "somebody else's process, or one left behind: nvidia-smi")
+        yield warn(
+            "GPU memory",
+            f"in use already on GPU {', '.join(busy)}",
+            "somebody else's process, or one left behind: nvidia-smi",
+        )
     if ill := [str(index) for index, gpu in enumerate(found) if gpu.ecc_errors]:
-        yield fail("GPU memory", f"uncorrected ECC errors on GPU {', '.join(ill)}", "do not train on this node: have it drained")
+        yield fail(
+            "GPU memory",
+            f"uncorrected ECC errors on GPU {', '.join(ill)}",
+            "do not train on this node: have it drained",
+        )
     if any(gpu.ecc == "Disabled" for gpu in found):
-        yield warn("GPU ECC", "disabled: a flipped bit would go unnoticed", "have it enabled: nvidia-smi -e 1 and a reboot")
+        yield warn(
+            "GPU ECC", "disabled: a flipped bit would go unnoticed", "have it enabled: nvidia-smi -e 1 and a reboot"
+        )
     if not all(gpu.persistence for gpu in found):
-        yield warn("GPU persistence", "off: the first use after a pause takes seconds", "have it enabled: nvidia-smi -pm 1")
+        yield warn(
+            "GPU persistence", "off: the first use after a pause takes seconds", "have it enabled: nvidia-smi -pm 1"
+        )
 
 
 def torch_on(found: Sequence[Gpu]) -> Iterator[Line]:
@@ -103,7 +130,11 @@ def torch_on(found: Sequence[Gpu]) -> Iterator[Line]:
     try:
         import torch
     except Exception as error:
-        yield fail("torch", f"does not load: {one_line(error)}", "pip install --force-reinstall torch, with the version of constraints.txt")
+        yield fail(
+            "torch",
+            f"does not load: {one_line(error)}",
+            "pip install --force-reinstall torch, with the version of constraints.txt",
+        )
         return
     build = f"{torch.__version__}, built for {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'the CPU'}"
     if not torch.cuda.is_available():
@@ -116,21 +147,32 @@ def torch_on(found: Sequence[Gpu]) -> Iterator[Line]:
         else:
             yield ok("torch", build)
         return
-    yield ok("torch", f"{build}, cuDNN {torch.backends.cudnn.version()}, NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}")
+    yield ok(
+        "torch",
+        f"{build}, cuDNN {torch.backends.cudnn.version()}, NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}",
+    )
     built_for = {arch.split("_")[1].rstrip("af") for arch in torch.cuda.get_arch_list()}
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
         what = f"GPU {index}"
         if major not in {int(arch) // 10 for arch in built_for}:
             yield fail(
-                what, f"compute capability {major}.{minor}: torch is built for {', '.join(sorted(built_for))}", "another build of torch"
+                what,
+                f"compute capability {major}.{minor}: torch is built for {', '.join(sorted(built_for))}",
+                "another build of torch",
             )
             continue
-        ones = torch.ones(1024, 1024, dtype=torch.bfloat16 if major >= BF16_CAPABILITY else torch.float16, device=f"cuda:{index}")
+        ones = torch.ones(
+            1024, 1024, dtype=torch.bfloat16 if major >= BF16_CAPABILITY else torch.float16, device=f"cuda:{index}"
+        )
         if not bool((ones @ ones == 1024).all()):
             yield fail(what, "multiplies wrongly", "do not train on this node: have it drained")
         elif major < BF16_CAPABILITY:
-            yield warn(what, f"compute capability {major}.{minor} has no bfloat16", "use --fp16 in place of --bf16 in the recipe")
+            yield warn(
+                what,
+                f"compute capability {major}.{minor} has no bfloat16",
+                "use --fp16 in place of --bf16 in the recipe",
+            )
         else:
             yield ok(what, "multiplies rightly in bfloat16")
 
@@ -166,14 +208,22 @@ def memory(meminfo: str = "/proc/meminfo") -> Iterator[Line]:
         kib = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
     total, free = kib["MemTotal"] * 1024, kib["MemAvailable"] * 1024
     if free < RANK_MEMORY:
-        yield warn("memory", f"{free / GIB:.1f} of {total / GIB:.0f} GiB free", "a rank takes 1 GiB before it has a model: free some")
+        yield warn(
+            "memory",
+            f"{free / GIB:.1f} of {total / GIB:.0f} GiB free",
+            "a rank takes 1 GiB before it has a model: free some",
+        )
     else:
         yield ok("memory", f"{free / GIB:.0f} of {total / GIB:.0f} GiB free")
 
 
 def shared_memory(folder: str) -> Iterator[Line]:
     if not os.path.isdir(folder):
-        yield fail("/dev/shm", "missing: NCCL and data workers need it", "mount a tmpfs there; in containers: --shm-size=16g or --ipc=host")
+        yield fail(
+            "/dev/shm",
+            "missing: NCCL and data workers need it",
+            "mount a tmpfs there; in containers: --shm-size=16g or --ipc=host",
+        )
         return
     space = shutil.disk_usage(folder)
     if space.free < MIN_SHM:
@@ -194,10 +244,15 @@ def limits(infiniband: bool) -> Iterator[Line]:
         yield ok("open files", f"at most {_size(soft)}")
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if infiniband and soft != resource.RLIM_INFINITY:
-        mend = "ulimit -l unlimited; under SLURM: LimitMEMLOCK=infinity for slurmd, PropagateResourceLimitsExcept=MEMLOCK"
+        mend = (
+            "ulimit -l unlimited; under SLURM: LimitMEMLOCK=infinity for slurmd, PropagateResourceLimitsExcept=MEMLOCK"
+        )
         yield fail("locked memory", f"at most {soft >> 10} KiB: NCCL cannot use InfiniBand", mend)
     else:
-        yield ok("locked memory", "unlimited" if soft == resource.RLIM_INFINITY else f"at most {soft >> 10} KiB; no InfiniBand here")
+        yield ok(
+            "locked memory",
+            "unlimited" if soft == resource.RLIM_INFINITY else f"at most {soft >> 10} KiB; no InfiniBand here",
+        )
 
 
 def _size(limit: int) -> str:

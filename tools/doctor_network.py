@@ -63,7 +63,9 @@ def host_name(name: str, far: bool) -> Iterator[Line]:
             server.listen()
             socket.create_connection(server.getsockname()[:2], timeout=5).close()
         except OSError as error:
-            yield fail("host name", f"{name} is {address}, which this node itself cannot reach ({one_line(error)})", mend)
+            yield fail(
+                "host name", f"{name} is {address}, which this node itself cannot reach ({one_line(error)})", mend
+            )
             return
     yield ok("host name", f"{name} is {address}")
 
@@ -108,10 +110,16 @@ def interfaces() -> Iterator[Line]:
         if any(name == want or (name.startswith(want) and not exact) for name in here for want in wanted):
             yield ok(variable, value)
         else:
-            yield fail(variable, f"{value}, but there are {', '.join(here)}", f"export {variable}=NAME with one of these, or unset it")
+            yield fail(
+                variable,
+                f"{value}, but there are {', '.join(here)}",
+                f"export {variable}=NAME with one of these, or unset it",
+            )
 
 
-def all_reduce(what: str, backend: str, rank: int, size: int, address: str, port: int, limit_s: float) -> Iterator[Line]:
+def all_reduce(
+    what: str, backend: str, rank: int, size: int, address: str, port: int, limit_s: float
+) -> Iterator[Line]:
     """Sum an array over ``size`` processes.
 
     Args:
@@ -130,7 +138,10 @@ def all_reduce(what: str, backend: str, rank: int, size: int, address: str, port
         return  # said under GPU
     device = "cuda" if backend == "nccl" else "cpu"
     limit = datetime.timedelta(seconds=limit_s)
-    mend = "NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME chooses the interface; no firewall between nodes; NCCL_DEBUG=INFO says more"
+    mend = (
+        "NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME chooses the interface; no firewall between nodes; NCCL_DEBUG=INFO"
+        " says more"
+    )
     try:
         store = dist.TCPStore(address, port, size, rank == 0, timeout=limit) if size > 1 else dist.HashStore()
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
@@ -161,14 +172,20 @@ def wandb(key_file: Path) -> Iterator[Line]:
     if key:
         yield ok("W&B", f"a key for {host}")
     else:
-        yield warn("W&B", f"no key for {host}: runs stay on disk", "wandb login; or export WANDB_MODE=offline and wandb sync later")
+        yield warn(
+            "W&B",
+            f"no key for {host}: runs stay on disk",
+            "wandb login; or export WANDB_MODE=offline and wandb sync later",
+        )
 
 
 def hugging_face() -> Iterator[Line]:
     """The cache of downloads, which fills homes and their quotas."""
     home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     place = next(parent for parent in (home, *home.parents) if parent.exists())
-    offline = "; HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "True", "YES", "ON") else ""
+    offline = (
+        "; HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "True", "YES", "ON") else ""
+    )
     free = shutil.disk_usage(place).free
     if not os.access(place, os.W_OK):
         yield warn("Hugging Face", f"{home} cannot be written to", "export HF_HOME=DIR with a folder of yours")

@@ -78,7 +78,9 @@ def find_place(env: Mapping[str, str]) -> Place:
         return Place(node, size // local, env.get("LOCAL_RANK", "0") == "0", address, (), token)
     if "SLURM_STEP_NUM_NODES" in env and "SLURM_PROCID" in env:  # set by srun; a batch script alone has not the first
         nodes = int(env["SLURM_STEP_NUM_NODES"])
-        names = tuple(answer_of("scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]).split()) if nodes > 1 else ()
+        names = (
+            tuple(answer_of("scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]).split()) if nodes > 1 else ()
+        )
         address = env.get("MASTER_ADDR") or (_address_of(names[0]) if names else "127.0.0.1")
         token = f"{env.get('SLURM_JOB_ID')}.{env.get('SLURM_STEP_ID')}"
         return Place(int(env["SLURM_NODEID"]), nodes, env["SLURM_LOCALID"] == "0", address, names, token)
@@ -87,7 +89,9 @@ def find_place(env: Mapping[str, str]) -> Place:
 
 def _address_of(node: str) -> str:
     """The address by which SLURM itself reaches a node, whose name need not resolve."""
-    fields = dict(field.partition("=")[::2] for field in answer_of("scontrol", "show", "node", node).split() if "=" in field)
+    fields = dict(
+        field.partition("=")[::2] for field in answer_of("scontrol", "show", "node", node).split() if "=" in field
+    )
     return fields.get("NodeAddr", node)
 
 
@@ -110,7 +114,9 @@ class Peer:
         except (OSError, ValueError):
             self.lost = True
             with contextlib.suppress(OSError):
-                self.connection.shutdown(socket.SHUT_RDWR)  # a late answer must not be taken for that to the next question
+                self.connection.shutdown(
+                    socket.SHUT_RDWR
+                )  # a late answer must not be taken for that to the next question
             return None
 
 
@@ -171,7 +177,9 @@ def join(place: Place, limit_s: float) -> Peer | None:
     return None
 
 
-def answer(peer: Peer, place: Place, run_dir: Path, report: Callable[[], Iterator[tuple[str, Line]]], limit_s: float) -> None:
+def answer(
+    peer: Peer, place: Place, run_dir: Path, report: Callable[[], Iterator[tuple[str, Line]]], limit_s: float
+) -> None:
     """On another node: do what the first one asks, until it closes the connection or says nothing for very long."""
     while (asked := peer.receive(PATIENCE * limit_s)) is not None:
         if asked["ask"] == "report":
@@ -190,7 +198,9 @@ def _answer_to(asked: dict[str, Any], place: Place, run_dir: Path, limit_s: floa
     if asked["ask"] == "look":
         yield _look(run_dir / asked["path"], asked["content"], limit_s / 2)
     elif asked["ask"] == "lock":
-        entered = [kind for kind in asked["kinds"] if doctor_files.try_lock(run_dir / asked["path"], doctor_files.LOCKS[kind])]
+        entered = [
+            kind for kind in asked["kinds"] if doctor_files.try_lock(run_dir / asked["path"], doctor_files.LOCKS[kind])
+        ]
         yield fail("lock", " and ".join(entered), "") if entered else ok("lock", "refused")
     else:
         yield from _sum(place, asked, limit_s)
@@ -221,10 +231,14 @@ def _look(path: Path, content: str, limit_s: float) -> Line:
 
 def _sum(place: Place, asked: dict[str, Any], limit_s: float) -> Iterator[Line]:
     what, size = "all-reduce", place.num_nodes
-    yield from doctor_network.all_reduce(what, asked["backend"], place.node, size, place.address, asked["port"], 0.8 * limit_s)
+    yield from doctor_network.all_reduce(
+        what, asked["backend"], place.node, size, place.address, asked["port"], 0.8 * limit_s
+    )
 
 
-def between(peers: dict[int, Peer], place: Place, run_dir: Path, reports: dict[int, list], backend: str, limit_s: float) -> Iterator[Check]:
+def between(
+    peers: dict[int, Peer], place: Place, run_dir: Path, reports: dict[int, list], backend: str, limit_s: float
+) -> Iterator[Check]:
     """The checks of what holds between the nodes that came, for the first one, after the reports."""
     peers = {node: peer for node, peer in peers.items() if not peer.lost}
     yield Check(TOPIC, "clocks", lambda: clocks(peers, place))
@@ -260,24 +274,37 @@ def clocks(peers: dict[int, Peer], place: Place) -> Iterator[Line]:
         return
     node, (_, worst) = max(offsets.items(), key=lambda item: abs(item[1][1]))
     if abs(worst) > MAX_OFFSET_S:
-        yield warn("clocks", f"{place.name(node)} is {worst:+.1f} s off", "have its time synchronised: logs and file times mislead")
+        yield warn(
+            "clocks",
+            f"{place.name(node)} is {worst:+.1f} s off",
+            "have its time synchronised: logs and file times mislead",
+        )
     else:
         yield ok("clocks", f"within {abs(worst):.3f} s")
 
 
 def same_everywhere(reports: dict[int, list[tuple[str, Line]]], place: Place) -> Iterator[Line]:
     """Versions and GPUs of all nodes against those of the first."""
-    versions = {node: {line.what: line.found for topic, line in lines if topic in SAME_TOPICS} for node, lines in reports.items()}
+    versions = {
+        node: {line.what: line.found for topic, line in lines if topic in SAME_TOPICS}
+        for node, lines in reports.items()
+    }
     differing = []
     for what in sorted(set().union(*versions.values())):
         values = defaultdict(list)
         for node, found in versions.items():
             values[found.get(what, "not there")].append(place.name(node))
         if len(values) > 1:
-            differing.append(f"{what}: " + ", ".join(f"{value} on {' '.join(names[:3])}" for value, names in values.items()))
+            differing.append(
+                f"{what}: " + ", ".join(f"{value} on {' '.join(names[:3])}" for value, names in values.items())
+            )
     if differing:
         more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
-        yield fail("same everywhere", "; ".join(differing[:3]) + more, "use one environment, on a shared filesystem or in one container")
+        yield fail(
+            "same everywhere",
+            "; ".join(differing[:3]) + more,
+            "use one environment, on a shared filesystem or in one container",
+        )
     elif any(versions.values()):
         yield ok("same everywhere", "packages and GPUs are the same on all nodes")
 
@@ -329,5 +356,8 @@ def sum_over_nodes(peers: dict[int, Peer], place: Place, backend: str, limit_s: 
 
 def _objections(answers: dict[int, Any], place: Place) -> str:
     """The nodes whose answer is not ok, with what they found."""
-    found = {node: [line["found"] for line in lines if line["verdict"] != "ok"] if lines else ["silent"] for node, lines in answers.items()}
+    found = {
+        node: [line["found"] for line in lines if line["verdict"] != "ok"] if lines else ["silent"]
+        for node, lines in answers.items()
+    }
     return ", ".join(f"{place.name(node)} ({texts[0]})" for node, texts in found.items() if texts)

@@ -52,7 +52,9 @@ def python_version(version: tuple[int, ...], setup: Path = ROOT / "setup.py") ->
     found = f"{'.'.join(map(str, version))} ({sys.executable})"
     wanted = _setup_argument(setup, "python_requires")
     if not allows(wanted, ".".join(map(str, version))):
-        yield fail("Python", f"{found}, needs {wanted}", "make env finds or fetches one; then .venv/bin/python tools/doctor.py")
+        yield fail(
+            "Python", f"{found}, needs {wanted}", "make env finds or fetches one; then .venv/bin/python tools/doctor.py"
+        )
     elif version[:2] > WHEELS_UP_TO:
         yield warn("Python", found, "Megatron-Core has no wheel for it and is compiled: Python 3.12 saves that")
     else:
@@ -84,7 +86,11 @@ def engine() -> Iterator[Line]:
     installed = Path(str(importlib.metadata.distribution("megatron-core").locate_file("megatron/core"))).resolve()
     core = _megatron_core()
     if core and installed.is_dir() and core.resolve() != installed:
-        yield fail("Megatron-Core", f"imported from {core}, not from the installed package", "take that checkout off PYTHONPATH")
+        yield fail(
+            "Megatron-Core",
+            f"imported from {core}, not from the installed package",
+            "take that checkout off PYTHONPATH",
+        )
         return
     try:
         from hydra_mcore.compat import install
@@ -102,7 +108,10 @@ def dataset_helpers() -> Iterator[Line]:
     if core is None:
         return  # said among the packages
     folder = core / "datasets"
-    mend = f"pip install --force-reinstall --no-deps megatron-core=={version_of('megatron-core')}, with Python 3.12 or 3.13"
+    mend = (
+        f"pip install --force-reinstall --no-deps megatron-core=={version_of('megatron-core')}, with Python 3.12 or"
+        " 3.13"
+    )
     built = [folder / f"helpers_cpp{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
     found = next((path for path in built if path.exists()), None)
     if found is None:
@@ -125,21 +134,31 @@ def _megatron_core() -> Path | None:
 
 
 def apex(has_gpu: bool) -> Iterator[Line]:
-    """NVIDIA's Apex, or the web toolkit of that name on the public package index, which Megatron would try to import."""
+    """NVIDIA's Apex, or the web toolkit of that name on the public package index, which Megatron would try to
+    import.
+    """
     spec = importlib.util.find_spec("apex")
-    places = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
+    places = [Path(place) for place in spec.submodule_search_locations or ()] if spec else []
     if not places:
         yield ok("Apex", "not installed; not needed" + (" beside Transformer Engine" if has_gpu else ""))
         return
     version, where = version_of("apex") or "of unknown version", places[0]
-    web = [name for name in importlib.metadata.requires("apex") or () if "pyramid" in name] if version_of("apex") else []
+    web = (
+        [name for name in importlib.metadata.requires("apex") or () if "pyramid" in name] if version_of("apex") else []
+    )
     if web or not any((place / "optimizers" / "fused_adam.py").exists() for place in places):
         why = "a Pyramid web toolkit" if web else "no apex.optimizers"
         yield fail(
-            "Apex", f"{version} in {where} is not NVIDIA's ({why})", "pip uninstall apex; NVIDIA's comes from github.com/NVIDIA/apex"
+            "Apex",
+            f"{version} in {where} is not NVIDIA's ({why})",
+            "pip uninstall apex; NVIDIA's comes from github.com/NVIDIA/apex",
         )
     elif importlib.util.find_spec("amp_C") is None:
-        yield warn("Apex", f"NVIDIA's, {version}, without its CUDA kernels", "build with APEX_CPP_EXT=1 APEX_CUDA_EXT=1, or uninstall it")
+        yield warn(
+            "Apex",
+            f"NVIDIA's, {version}, without its CUDA kernels",
+            "build with APEX_CPP_EXT=1 APEX_CUDA_EXT=1, or uninstall it",
+        )
     else:
         yield ok("Apex", f"NVIDIA's, {version}")
 
@@ -156,10 +175,14 @@ def transformer_engine(has_gpu: bool) -> Iterator[Line]:
 
 
 def delta_kernels(has_gpu: bool, capability: str) -> Iterator[Line]:
-    """flash-linear-attention, its convolution, and the Triton between it and torch: pairs known not to work are named."""
+    """flash-linear-attention, its convolution, and the Triton between it and torch: pairs known not to work are
+    named.
+    """
     name = "flash-linear-attention"
     slow = "not installed: GDN heads run on the torch reference, far slower"
-    yield from _for_gpus(has_gpu, name, name, "fla.ops.gated_delta_rule", slow, "reinstall it and fla-core, and see Triton")
+    yield from _for_gpus(
+        has_gpu, name, name, "fla.ops.gated_delta_rule", slow, "reinstall it and fla-core, and see Triton"
+    )
     yield from _triton_pair(has_gpu and version_of(name) is not None, capability)
     yield ok("causal-conv1d", version_of("causal-conv1d") or "not installed; hydra_mcore does not use it")
 
@@ -168,7 +191,11 @@ def _for_gpus(has_gpu: bool, what: str, distribution: str, module: str, without:
     """A package of the extra ``gpu``: there, in its range, and loading; only a node with a GPU needs it."""
     found, wanted = version_of(distribution), _extra("gpu", distribution)
     if found is None:
-        yield warn(what, without, "pip install -e .[gpu]") if has_gpu else ok(what, "not installed; not needed without a GPU")
+        yield (
+            warn(what, without, "pip install -e .[gpu]")
+            if has_gpu
+            else ok(what, "not installed; not needed without a GPU")
+        )
         return
     if not allows(wanted, found):
         yield fail(what, f"{found}, needs {wanted}", f"pip install '{distribution}{wanted}'")
@@ -186,14 +213,24 @@ def _triton_pair(needed: bool, capability: str) -> Iterator[Line]:
     triton, pin = version_of("triton"), next(iter(_asked_by("torch", "triton")), "")
     if triton is None:
         missing = "not installed: flash-linear-attention cannot run"
-        yield fail("Triton", missing, f"pip install 'triton{pin}'") if needed else ok("Triton", "not installed; not needed without a GPU")
+        yield (
+            fail("Triton", missing, f"pip install 'triton{pin}'")
+            if needed
+            else ok("Triton", "not installed; not needed without a GPU")
+        )
         return
     wanted = [spec for spec in _asked_by("fla-core", "triton", 'extra == "cuda"') if not allows(spec, triton)]
     if needed and wanted:
-        yield fail("Triton", f"{triton}, flash-linear-attention needs {wanted[0]}", f"a torch that comes with triton{wanted[0]}")
+        yield fail(
+            "Triton",
+            f"{triton}, flash-linear-attention needs {wanted[0]}",
+            f"a torch that comes with triton{wanted[0]}",
+        )
     elif needed and capability == HOPPER and allows(BAD_ON_HOPPER, triton) and version_of("tilelang") is None:
         yield fail(
-            "Triton", f"{triton}: on Hopper its gated delta rule has wrong gradients", "a torch with Triton 3.7.1, or pip install tilelang"
+            "Triton",
+            f"{triton}: on Hopper its gated delta rule has wrong gradients",
+            "a torch with Triton 3.7.1, or pip install tilelang",
         )
     elif pin and not allows(pin, triton):
         yield warn("Triton", f"{triton}, this torch was built for {pin}", f"pip install 'triton{pin}'")
@@ -204,12 +241,17 @@ def _triton_pair(needed: bool, capability: str) -> Iterator[Line]:
 def tokenizers_parallelism() -> Iterator[Line]:
     value = os.environ.get("TOKENIZERS_PARALLELISM")
     if value is None:
-        yield ok("tokenizers parallelism", "TOKENIZERS_PARALLELISM unset: threads, switched off in processes forked after first use")
+        yield ok(
+            "tokenizers parallelism",
+            "TOKENIZERS_PARALLELISM unset: threads, switched off in processes forked after first use",
+        )
     elif value.lower() in ("true", "1", "on", "yes", "y", "t", "false", "0", "off", "no", "n", "f", ""):
         yield ok("tokenizers parallelism", f"TOKENIZERS_PARALLELISM={value}")
     else:
         yield warn(
-            "tokenizers parallelism", f"TOKENIZERS_PARALLELISM={value!r} is neither true nor false", "export TOKENIZERS_PARALLELISM=false"
+            "tokenizers parallelism",
+            f"TOKENIZERS_PARALLELISM={value!r} is neither true nor false",
+            "export TOKENIZERS_PARALLELISM=false",
         )
 
 
@@ -228,7 +270,9 @@ def _extra(extra: str, name: str) -> str:
 
 
 def _asked_by(distribution: str, name: str, marker: str = "") -> list[str]:
-    """The ranges that an installed distribution asks for a package, under requirements whose marker holds that text or none."""
+    """The ranges that an installed distribution asks for a package, under requirements whose marker holds that text or
+    none.
+    """
     try:
         asked = importlib.metadata.requires(distribution) or []
     except importlib.metadata.PackageNotFoundError:

@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""SLURM: is it there, does it answer, and what would it do to a job that is at its time limit, preempted or on a dead node?"""
+"""SLURM: is it there, does it answer, and what would it do to a job that is at its time limit, preempted or on a dead
+node?
+"""
 
 from __future__ import annotations
 
@@ -45,16 +47,26 @@ def slurm() -> Iterator[Line]:
         return
     if missing:
         why = " (a job's container often lacks them; the scripts run outside of it)" if in_job else ""
-        yield warn("SLURM", f"not on PATH: {', '.join(missing)}{why}", "slurm/*.sh need them on all nodes: PATH, or module load")
+        yield warn(
+            "SLURM",
+            f"not on PATH: {', '.join(missing)}{why}",
+            "slurm/*.sh need them on all nodes: PATH, or module load",
+        )
         if "scontrol" in missing:
             return
     try:
         config = configuration(answer_of("scontrol", "show", "config"))
     except OSError as error:
         found = f"installed, but no cluster answers ({_reason(error)})"
-        yield (fail if in_job else warn)("SLURM", found, "ask where slurm.conf is (SLURM_CONF), or whether slurmctld runs: scontrol ping")
+        yield (fail if in_job else warn)(
+            "SLURM", found, "ask where slurm.conf is (SLURM_CONF), or whether slurmctld runs: scontrol ping"
+        )
         return
-    yield ok("SLURM", f"{config.get('SLURM_VERSION', 'unknown version')}, cluster {config.get('ClusterName', 'without a name')} answers")
+    yield ok(
+        "SLURM",
+        f"{config.get('SLURM_VERSION', 'unknown version')}, cluster {config.get('ClusterName', 'without a name')}"
+        " answers",
+    )
     yield from at_the_end(config)
     yield from nodes_up()
     if in_job:
@@ -72,12 +84,16 @@ def at_the_end(config: dict[str, str]) -> Iterator[Line]:
     wait = int((re.match(r"\d+", config.get("KillWait", "")) or re.match(r"\d+", "0")).group())
     found = f"{wait} s from SIGTERM to SIGKILL at the time limit or scancel"
     if wait < MIN_KILL_WAIT_S:
-        yield warn("KillWait", found, "too short to save after scancel; the time limit is safe: --signal comes minutes before")
+        yield warn(
+            "KillWait", found, "too short to save after scancel; the time limit is safe: --signal comes minutes before"
+        )
     else:
         yield ok("KillWait", f"{found}; --signal comes before it")
     requeue, most = config.get("JobRequeue", "1"), config.get("MaxBatchRequeue")
     yield ok(
-        "JobRequeue", f"{requeue}: jobs are requeued {'if they ask (--requeue, as slurm/*.sh do)' if requeue == '0' else 'by default'}"
+        "JobRequeue",
+        f"{requeue}: jobs are requeued"
+        f" {'if they ask (--requeue, as slurm/*.sh do)' if requeue == '0' else 'by default'}",
     )
     if most is not None:
         enough = most.isdigit() and int(most) >= 5
@@ -85,13 +101,21 @@ def at_the_end(config: dict[str, str]) -> Iterator[Line]:
         yield ok("MaxBatchRequeue", most) if enough else warn("MaxBatchRequeue", f"{most} requeues at most", mend)
     mode = config.get("PreemptMode", "OFF").upper()
     if "CANCEL" in mode:
-        yield warn("PreemptMode", f"{mode}: a preempted job is cancelled", "run slurm/pipeline.sh again: it goes on from the checkpoint")
+        yield warn(
+            "PreemptMode",
+            f"{mode}: a preempted job is cancelled",
+            "run slurm/pipeline.sh again: it goes on from the checkpoint",
+        )
     elif "SUSPEND" in mode:
         yield warn(
-            "PreemptMode", f"{mode}: a preempted job is stopped in memory, its collectives time out", "a partition or QOS with REQUEUE"
+            "PreemptMode",
+            f"{mode}: a preempted job is stopped in memory, its collectives time out",
+            "a partition or QOS with REQUEUE",
         )
     else:
-        user_signal = "; PreemptParameters send the job's own --signal first" if "send_user_signal" in _preemption(config) else ""
+        user_signal = (
+            "; PreemptParameters send the job's own --signal first" if "send_user_signal" in _preemption(config) else ""
+        )
         yield ok("PreemptMode", mode + user_signal)
 
 
@@ -122,7 +146,10 @@ def allocation() -> Line:
     given = {"nodes": "SLURM_JOB_NUM_NODES", "CPUs here": "SLURM_CPUS_ON_NODE", "GPUs here": "SLURM_GPUS_ON_NODE"}
     parts = [f"{os.environ[variable]} {unit}" for unit, variable in given.items() if variable in os.environ]
     restarts = os.environ.get("SLURM_RESTART_COUNT")
-    return ok("allocation", f"job {os.environ['SLURM_JOB_ID']}: {', '.join(parts)}" + (f", requeued {restarts} times" if restarts else ""))
+    return ok(
+        "allocation",
+        f"job {os.environ['SLURM_JOB_ID']}: {', '.join(parts)}" + (f", requeued {restarts} times" if restarts else ""),
+    )
 
 
 def _reason(error: OSError) -> str:

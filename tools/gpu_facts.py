@@ -17,19 +17,33 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hydra_mcore.commands import one_line_errors
 
-PACKAGES = ("torch", "triton", "megatron-core", "flash-linear-attention", "fla-core", "transformer-engine", "transformers", "numpy")
+PACKAGES = (
+    "torch",
+    "triton",
+    "megatron-core",
+    "flash-linear-attention",
+    "fla-core",
+    "transformer-engine",
+    "transformers",
+    "numpy",
+)
 
 
 @one_line_errors("gpu_facts")
 def main() -> None:
-    p = argparse.ArgumentParser(prog="gpu_facts", description=__doc__, epilog="example: python tools/gpu_facts.py gpu > machine.json")
+    p = argparse.ArgumentParser(
+        prog="gpu_facts", description=__doc__, epilog="example: python tools/gpu_facts.py gpu > machine.json"
+    )
     p.add_argument("device", choices=("gpu", "cpu"), help="cpu: a rehearsal, no GPU is asked for")
     device = p.parse_args().device
     import torch
 
     if device == "gpu" and not torch.cuda.is_available():
         sys.exit("gpu-check: torch sees no GPU; HYDRA_TEST_DEVICE=cpu rehearses without one")
-    facts = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "python": platform.python_version()}
+    facts = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+    }
     if device == "gpu":
         properties = torch.cuda.get_device_properties(0)
         facts |= {"gpu": properties.name, "GiB": round(properties.total_memory / 2**30, 1), "cuda": torch.version.cuda}

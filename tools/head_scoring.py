@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The part of tools/select_heads.py that runs the teacher: prompts, scores, knock-out curves, and an estimate beforehand."""
+"""The part of tools/select_heads.py that runs the teacher: prompts, scores, knock-out curves, and an estimate
+beforehand.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ def score_teacher(args: argparse.Namespace, card: ModelCard, weights: dict[str, 
     return {"scores": found.pop(lengths[0]), "knock_out": curves, "by_length": found}
 
 
-def measure(args: argparse.Namespace, card: ModelCard, scoring: Scoring, settings: dict[str, Any], weights: dict[str, float]) -> HeadScores:
+def measure(
+    args: argparse.Namespace, card: ModelCard, scoring: Scoring, settings: dict[str, Any], weights: dict[str, float]
+) -> HeadScores:
     """One scoring run with all that is compared with it."""
     start = time.monotonic()
     estimates = scoring.attributed()
@@ -107,14 +111,20 @@ def knock_out_prompts(args: argparse.Namespace, length: int) -> list[ProbeBatch]
         raise InputError(f"--knock-out {args.knock_out}: give a number of prompts, 0 for none")
     if args.knock_out == 0:
         return []
-    built = _built(args, length, args.knock_out, (args.seed + EVALUATION_SEEDS // 2) % EVALUATION_SEEDS, (RETRIEVAL,), {})
+    built = _built(
+        args, length, args.knock_out, (args.seed + EVALUATION_SEEDS // 2) % EVALUATION_SEEDS, (RETRIEVAL,), {}
+    )
     return [batch for batches in built.values() for batch in batches]
 
 
-def _built(args: argparse.Namespace, length: int, pairs: int, seed: int, capabilities: tuple[str, ...], files: dict[str, Path]) -> Probes:
+def _built(
+    args: argparse.Namespace, length: int, pairs: int, seed: int, capabilities: tuple[str, ...], files: dict[str, Path]
+) -> Probes:
     tokenizer = load_tokenizer(args.teacher)
     haystack_ids = None if args.haystack == "noise" else read_haystack(tokenizer, args.haystack)
-    return build_probes(tokenizer, load_format(args.teacher, args.format), haystack_ids, length, pairs, seed, capabilities, files)
+    return build_probes(
+        tokenizer, load_format(args.teacher, args.format), haystack_ids, length, pairs, seed, capabilities, files
+    )
 
 
 def parse_probes(texts: list[str]) -> dict[str, Path]:
@@ -150,7 +160,10 @@ def say(scores: HeadScores) -> None:
     for name, probe in scores.probes.items():
         reasons = ((probe.unsolved, "teacher wrong"), (probe.unmoved, "corruption without effect"))
         out = "".join(f", {count} left out ({why})" for count, why in reasons if count)
-        line = f"{scores.settings['length']} tokens, {name} ({probe.capability}): {probe.used} of {len(probe.solved_b)} pairs{out}"
+        line = (
+            f"{scores.settings['length']} tokens, {name} ({probe.capability}): {probe.used} of {len(probe.solved_b)}"
+            f" pairs{out}"
+        )
         if not probe.usable:
             print(f"{line}; too few, so this probe does not count")
             continue
@@ -192,7 +205,10 @@ def announce(args: argparse.Namespace, card: ModelCard) -> None:
         work["knock-out"] += runs * forward_flops(card.shape, batch.clean_bs.shape[1])
     if torch.distributed.get_rank() == 0:
         rate = matrix_speed(torch.bfloat16 if args.bf16 else torch.float32) / 3 * torch.distributed.get_world_size()
-        print(f"would score {card.shape.num_layers * card.shape.num_heads} heads on {pairs} pairs of up to {max(lengths)} tokens")
+        print(
+            f"would score {card.shape.num_layers * card.shape.num_heads} heads on {pairs} pairs of up to {max(lengths)}"
+            " tokens"
+        )
         for what, flops in filter(lambda item: item[1], work.items()):
             print(f"  {what}: {flops:.1e} operations, about {flops / rate:.0f} s")
         rounds = " with two rounds of senders" if work["senders, a round"] else ""

@@ -18,5 +18,11 @@ def add_layout_flags(group: argparse._ArgumentGroup, shared: str, parted: str = 
     if parted:
         meanings["context"] = f"hold parts of {parted}"
     for index, (name, what) in enumerate(meanings.items()):
-        rest = f"; what torchrun starts beyond {'the three' if parted else 'both'} shares {shared}" if index == len(meanings) - 1 else ""
-        group.add_argument(f"--{name}-parallel-size", type=int, default=1, metavar="N", help=f"ranks that {what} (default 1){rest}")
+        rest = (
+            f"; what torchrun starts beyond {'the three' if parted else 'both'} shares {shared}"
+            if index == len(meanings) - 1
+            else ""
+        )
+        group.add_argument(
+            f"--{name}-parallel-size", type=int, default=1, metavar="N", help=f"ranks that {what} (default 1){rest}"
+        )

@@ -21,18 +21,19 @@ from tools.plan_gpus import GPUS  # facts only, so that --help is quick
 STAGES = ("align", "distill", "extend")
 EVALUATE = "evaluate"
 EXAMPLES = """\
-Any flag of Megatron or of hydra_mcore.train may follow; it wins over the recipe, as it does in training. The formulas and
-what they leave out: docs/planning.md.
+Any flag of Megatron or of hydra_mcore.train may follow; it wins over the recipe, as it does in training. The formulas
+and what they leave out: docs/planning.md.
 
-The model is that of run-dir/student or of the teacher's folder, where they exist. Otherwise its shape comes from a config.json
-(--hf, or beside the recipe), and its heads from --head-map, or, before they are selected, from an even spread at --ratio.
+The model is that of run-dir/student or of the teacher's folder, where they exist. Otherwise its shape comes from a
+config.json (--hf, or beside the recipe), and its heads from --head-map, or, before they are selected, from an even
+spread at --ratio.
 
 examples:
   what does the recipe need on one node?
       python tools/plan.py --config examples/qwen3-1.7b/recipe.yaml --gpus 8
   on eight nodes, at 64K, with a price
-      python tools/plan.py --config examples/qwen3-1.7b/recipe.yaml examples/qwen3-1.7b/extend-64k.yaml --stage extend \\
-          --gpus 64 --gpu h200-141gb --price 2.5
+      python tools/plan.py --config examples/qwen3-1.7b/recipe.yaml examples/qwen3-1.7b/extend-64k.yaml \\
+          --stage extend --gpus 64 --gpu h200-141gb --price 2.5
   another layout
       python tools/plan.py --config recipe.yaml --stage extend --tensor-model-parallel-size 2 --sequence-parallel
   the fastest layouts that fit
@@ -44,7 +45,9 @@ examples:
 
 def parser() -> argparse.ArgumentParser:
     layout = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(prog="plan", description=__doc__, epilog=EXAMPLES, formatter_class=layout, allow_abbrev=False)
+    p = argparse.ArgumentParser(
+        prog="plan", description=__doc__, epilog=EXAMPLES, formatter_class=layout, allow_abbrev=False
+    )
     p.add_argument("--config", nargs="+", required=True, metavar="YAML", help="recipe files; a later one wins")
     p.add_argument("--stage", choices=(*STAGES, "all", EVALUATE), default="all", help="default: all three of training")
     p.add_argument("--gpus", type=int, default=8, metavar="N", help="how many (default 8)")
@@ -54,8 +57,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--price", type=float, metavar="P", help="of one GPU for one hour, in any currency")
     p.add_argument("--hf", type=Path, metavar="DIR", help="folder with the model's config.json")
     p.add_argument("--head-map", type=Path, metavar="FILE", help="heads that tools/select_heads.py chose")
-    p.add_argument("--ratio", metavar="GDN:FA", help="heads to assume instead (default: that of the recipe's select section, else 3:1)")
-    p.add_argument("--layouts", type=int, metavar="N", help="list the N fastest layouts that fit, instead of the recipe's own")
+    p.add_argument(
+        "--ratio",
+        metavar="GDN:FA",
+        help="heads to assume instead (default: that of the recipe's select section, else 3:1)",
+    )
+    p.add_argument(
+        "--layouts", type=int, metavar="N", help="list the N fastest layouts that fit, instead of the recipe's own"
+    )
     p.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
     return p
 

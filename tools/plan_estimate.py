@@ -6,7 +6,8 @@
                       + FLOPs of what is recomputed, likewise
                       + what the busiest tensor-parallel rank does more than the mean, in attention
                       + (pipeline stages - 1) / micro-batches of all that               the pipeline's bubble
-                      + bytes sent / (bandwidth x LINK_SHARE)                            communication, nothing overlapped
+                      + bytes sent / (bandwidth x LINK_SHARE)                            communication, nothing
+                      overlapped
 
 but gradients and weights of the distributed optimizer count only without overlap-grad-reduce and overlap-param-gather.
 The efficiency is an input and the greatest uncertainty of all: measure it in the first hundred steps (log-throughput).
@@ -32,7 +33,9 @@ from hydra_mcore.train.arguments import check_settings
 from hydra_mcore.train.memory import Memory, fullest_rank, stage_parameters
 from tools.plan_gpus import GPUS_PER_NODE, Gpu
 
-MEMORY_SHARE = 0.92  # of a GPU's memory; the rest for the CUDA context, NCCL's buffers and the allocator's waste [assumed]
+MEMORY_SHARE = (
+    0.92  # of a GPU's memory; the rest for the CUDA context, NCCL's buffers and the allocator's waste [assumed]
+)
 LINK_SHARE = 0.7  # of a link's published bandwidth that collectives reach [assumed]
 Changes = dict[str, Any]  # parsed flag -> value
 
@@ -102,23 +105,33 @@ def estimate(card: ModelCard, known: argparse.Namespace, machine: Machine) -> Es
     """
     for name in NOT_PLANNED:
         if getattr(known, name, None):
-            raise ConfigError(f"--{name.replace('_', '-')} is not planned for; leave it out, and expect other memory and time")
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is not planned for; leave it out, and expect other memory and time"
+            )
     check_settings(known, card, machine.gpus)
     run = Run.from_flags(known, machine.gpus, fused=True)
     if run.global_rows % (run.rows * run.dp_size):
         raise ConfigError(
-            f"global-batch-size {run.global_rows} does not divide by micro-batch-size {run.rows} x {run.dp_size} data-parallel ranks"
+            f"global-batch-size {run.global_rows} does not divide by micro-batch-size {run.rows} x {run.dp_size}"
+            " data-parallel ranks"
         )
     groups = card.shape.num_kv_groups
     if groups % run.tp_size and run.tp_size % groups:
-        raise ConfigError(f"Megatron asks that tensor parallel size {run.tp_size} divides {groups} kv groups, or is a multiple of them")
+        raise ConfigError(
+            f"Megatron asks that tensor parallel size {run.tp_size} divides {groups} kv groups, or is a multiple of"
+            " them"
+        )
     for what, size in (("vocabulary", card.shape.vocab_size), ("MLP width", card.shape.ffn_hidden_size)):
         if size % run.tp_size:
-            raise ConfigError(f"tensor parallel size {run.tp_size} does not divide the {what} of {size}; choose one that does")
+            raise ConfigError(
+                f"tensor parallel size {run.tp_size} does not divide the {what} of {size}; choose one that does"
+            )
     memory = fullest_rank(card, run)
     flops = step_flops(card, run.stage, run.length, run.global_rows)
     sent = communication(card, run)
-    return Estimate(run, memory, memory.total <= machine.usable_bytes, flops, sent, _seconds(card, known, run, machine, flops, sent))
+    return Estimate(
+        run, memory, memory.total <= machine.usable_bytes, flops, sent, _seconds(card, known, run, machine, flops, sent)
+    )
 
 
 def communication(card: ModelCard, run: Run) -> dict[str, float]:
@@ -137,19 +150,30 @@ def communication(card: ModelCard, run: Run) -> dict[str, float]:
     held = stage_parameters(card, run, 0, 0)
     trained = sum(held[part] for part in ATTENTION_PARTS) if run.stage == "align" else held.total()
     data = (run.gradient_bytes + p) * trained * (sharing - 1) / sharing
-    return {"tensor": micro_batches * tensor, "context": micro_batches * context, "pipeline": micro_batches * pipeline, "data": data}
+    return {
+        "tensor": micro_batches * tensor,
+        "context": micro_batches * context,
+        "pipeline": micro_batches * pipeline,
+        "data": data,
+    }
 
 
 def layer_cp_bytes(card: ModelCard, run: Run) -> float:
-    """Bytes that a rank sends by context parallelism for a layer and micro-batch, forward and backward, mean over the layers."""
+    """Bytes that a rank sends by context parallelism for a layer and micro-batch, forward and backward, mean over the
+    layers.
+    """
     teacher = teacher_card(card.shape, fingerprint="")
     total = 0.0
     for layer_idx in range(card.shape.num_layers):
-        student = cp_bytes(run.layout(card, layer_idx), 0, run.part(), card.shape.head_dim, run.value_bytes, run.rows, card.options)
+        student = cp_bytes(
+            run.layout(card, layer_idx), 0, run.part(), card.shape.head_dim, run.value_bytes, run.rows, card.options
+        )
         total += student.total.total
         if run.stage != "extend":
             layout = run.layout(teacher, layer_idx)
-            total += cp_bytes(layout, 0, run.part(), card.shape.head_dim, run.value_bytes, run.rows, teacher.options).total.forward
+            total += cp_bytes(
+                layout, 0, run.part(), card.shape.head_dim, run.value_bytes, run.rows, teacher.options
+            ).total.forward
     return total / card.shape.num_layers
 
 
@@ -164,11 +188,23 @@ def _seconds(
     rate = machine.gpus * machine.gpu.bf16_tflops * 1e12 * machine.efficiency
     tokens = run.global_rows * run.length
     attention = causal_attention(card.shape.head_dim, run.length).total * tokens
-    uneven = sum(len(heads.fa) * attention * (factor - 1) for heads, factor in zip(card.head_map.layers, balance(card, run), strict=True))
-    busy = {"computing": flops / rate, "recomputing": _recomputed(card, run) * tokens / rate, "imbalance": uneven / rate}
+    uneven = sum(
+        len(heads.fa) * attention * (factor - 1)
+        for heads, factor in zip(card.head_map.layers, balance(card, run), strict=True)
+    )
+    busy = {
+        "computing": flops / rate,
+        "recomputing": _recomputed(card, run) * tokens / rate,
+        "imbalance": uneven / rate,
+    }
     busy["bubble"] = sum(busy.values()) * (run.pp_size - 1) / run.micro_batches
     overlapped = known.overlap_grad_reduce and known.overlap_param_gather
-    spans = {"tensor": run.tp_size, "context": run.tp_size * run.cp_size, "pipeline": run.ranks, "data": run.ranks // run.pp_size}
+    spans = {
+        "tensor": run.tp_size,
+        "context": run.tp_size * run.cp_size,
+        "pipeline": run.ranks,
+        "data": run.ranks // run.pp_size,
+    }
     counted = {name: 0.0 if name == "data" and overlapped else sent[name] for name in sent}
     return busy | {"communication": sum(counted[name] / machine.bandwidth(spans[name]) for name in counted)}
 
@@ -190,7 +226,9 @@ def _recomputed(card: ModelCard, run: Run) -> float:
 
 
 def mend(card: ModelCard, known: argparse.Namespace, machine: Machine) -> tuple[Changes, Estimate] | None:
-    """The smallest change of flags with which a stage fits: the fewest settings, then the least time; None if none of up to three."""
+    """The smallest change of flags with which a stage fits: the fewest settings, then the least time; None if none of
+    up to three.
+    """
     knobs = list(_knobs(known))
     for count in (1, 2, 3):
         changes = (
@@ -204,7 +242,9 @@ def mend(card: ModelCard, known: argparse.Namespace, machine: Machine) -> tuple[
 
 
 def layouts(card: ModelCard, known: argparse.Namespace, machine: Machine) -> list[tuple[Changes, Estimate]]:
-    """Every layout of tensor, pipeline and context parallelism, micro-batch and recompute in which a stage fits, fastest first."""
+    """Every layout of tensor, pipeline and context parallelism, micro-batch and recompute in which a stage fits,
+    fastest first.
+    """
     sizes = [2**power for power in range(machine.gpus.bit_length())]
     recompute: list[Changes] = [{"recompute_granularity": None}, SELECTIVE, FULL]
     changes = (
@@ -212,13 +252,17 @@ def layouts(card: ModelCard, known: argparse.Namespace, machine: Machine) -> lis
             "tensor_model_parallel_size": tp, "sequence_parallel": tp > 1, "pipeline_model_parallel_size": pp,
             "context_parallel_size": cp, "micro_batch_size": rows, **again,
         }
-        for tp, pp, cp, rows, again in itertools.product([s for s in sizes if s <= GPUS_PER_NODE], sizes, sizes, (1, 2, 4, 8), recompute)
+        for tp, pp, cp, rows, again in itertools.product(
+            [s for s in sizes if s <= GPUS_PER_NODE], sizes, sizes, (1, 2, 4, 8), recompute
+        )
         if tp * pp * cp <= machine.gpus
     )  # fmt: skip
     return fitting(card, known, machine, changes)
 
 
-def fitting(card: ModelCard, known: argparse.Namespace, machine: Machine, changes: Iterable[Changes]) -> list[tuple[Changes, Estimate]]:
+def fitting(
+    card: ModelCard, known: argparse.Namespace, machine: Machine, changes: Iterable[Changes]
+) -> list[tuple[Changes, Estimate]]:
     """Of changes to the flags those with which the stage fits, fastest first; impossible ones are passed over."""
     found = []
     for change in changes:
@@ -237,7 +281,11 @@ def _knobs(known: argparse.Namespace) -> Iterator[list[Changes]]:
     if not known.use_distributed_optimizer:
         yield [{"use_distributed_optimizer": True}]
     if known.micro_batch_size > 1:
-        yield [{"micro_batch_size": rows} for rows in range(1, known.micro_batch_size) if known.micro_batch_size % rows == 0]
+        yield [
+            {"micro_batch_size": rows}
+            for rows in range(1, known.micro_batch_size)
+            if known.micro_batch_size % rows == 0
+        ]
     if known.recompute_granularity != "full":
         yield [FULL] if known.recompute_granularity else [SELECTIVE, FULL]
     yield [{"context_parallel_size": known.context_parallel_size * more} for more in (2, 4, 8)]
@@ -259,6 +307,10 @@ def as_flags(changes: Changes) -> str:
 def as_json(at: Estimate) -> dict[str, Any]:
     """An estimate as plain values: bytes, seconds, FLOPs."""
     own = {
-        name: getattr(at, name) for name in ("fits", "flops", "communication", "seconds", "step_seconds", "hours", "gpu_hours", "tokens")
+        name: getattr(at, name)
+        for name in ("fits", "flops", "communication", "seconds", "step_seconds", "hours", "gpu_hours", "tokens")
     }
-    return own | {"run": dataclasses.asdict(at.run), "memory": dataclasses.asdict(at.memory) | {"total": at.memory.total}}
+    return own | {
+        "run": dataclasses.asdict(at.run),
+        "memory": dataclasses.asdict(at.memory) | {"total": at.memory.total},
+    }

@@ -4,7 +4,8 @@
 
     seconds of a prompt = forward FLOPs / (tensor x context-parallel ranks x peak x efficiency)
 
-Pipeline stages wait for each other, since prompts go through one batch after the other: they save memory, not time. Replicas
+Pipeline stages wait for each other, since prompts go through one batch after the other: they save memory, not time.
+    Replicas
 share the prompts out. Left out: communication, the steps of decoding, the loss on held-out text.
 """
 
@@ -34,7 +35,9 @@ ANSWER_TOKENS = 128  # of room for an answer, the most that RULER gives one
 
 @dataclass(frozen=True)
 class Examination:
-    """One model at one length. ``seconds`` are those of a prompt on one replica, ``hours`` those of all tasks' prompts."""
+    """One model at one length. ``seconds`` are those of a prompt on one replica, ``hours`` those of all tasks'
+    prompts.
+    """
 
     model: str
     run: Forward
@@ -55,7 +58,9 @@ def examinations(card: ModelCard, flags: list[str], machine: Machine) -> list[Ex
     tp_size, pp_size, cp_size = sizes = layout_of(args)
     check_layout(card, sizes, machine.gpus)
     tasks = named_tasks(args.tasks)
-    decodes = args.scoring == "generation" or (args.scoring is None and not all(TASKS[task].one_answer for task in tasks))
+    decodes = args.scoring == "generation" or (
+        args.scoring is None and not all(TASKS[task].one_answer for task in tasks)
+    )
     replicas = machine.gpus // (tp_size * pp_size * cp_size)
     rate = tp_size * cp_size * machine.gpu.bf16_tflops * 1e12 * machine.efficiency
     found = []
@@ -85,7 +90,9 @@ def check_layout(card: ModelCard, sizes: tuple[int, int, int], gpus: int) -> Non
     """Raise InputError for a layout that evaluation would refuse."""
     tp_size, pp_size, cp_size = sizes
     if min(sizes) < 1 or gpus % (tp_size * pp_size * cp_size):
-        raise InputError(f"{gpus} GPUs are no multiple of tensor {tp_size} x pipeline {pp_size} x context parallel {cp_size}")
+        raise InputError(
+            f"{gpus} GPUs are no multiple of tensor {tp_size} x pipeline {pp_size} x context parallel {cp_size}"
+        )
     HeadLayout(card.head_map.layers[0], card.shape.num_kv_groups, tp_size)
     for what, size, ranks in (
         ("vocabulary", card.shape.vocab_size, tp_size),
@@ -109,14 +116,23 @@ def evaluation_section(found: list[Examination], machine: Machine) -> str:
         ]
         for at in found
     ]
-    columns = ["model, tokens", "weights", "kept to decode", "forward", "GiB of the fullest rank", "s a prompt", "hours"]
+    columns = [
+        "model, tokens",
+        "weights",
+        "kept to decode",
+        "forward",
+        "GiB of the fullest rank",
+        "s a prompt",
+        "hours",
+    ]
     usable = f"{machine.usable_bytes / GIB:.1f} GiB usable ({MEMORY_SHARE:.0%} of {machine.gpu.memory_gib:g})"
     hours = sum(at.hours for at in found)
     return "\n\n".join([
         f"\n## evaluate: TP {run.tp_size} x PP {run.pp_size} x CP {run.cp_size}, {replicas} replicas of each model",
         table(columns, rows),
         ("Fits: " if all(at.fits for at in found) else "DOES NOT FIT: ") + usable,
-        f"{hours:.1f} h, {hours * machine.gpus:,.0f} GPU-hours, computing at {machine.efficiency:.0%} of the peak; communication, "
+        f"{hours:.1f} h, {hours * machine.gpus:,.0f} GPU-hours, computing at {machine.efficiency:.0%} of the peak; "
+        "communication, "
         "decoding and the loss on text come on top",
     ])  # fmt: skip
 

@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Facts about GPUs, as their makers publish them.
 
-Memory is what torch.cuda reports, in whole GiB (an "80 GB" card has a little over 79). bf16 is dense tensor-core peak, without
-sparsity. NVLink and network are one direction of one GPU; the network is that of the maker's own 8-GPU machine. Sources:
-NVIDIA's data sheets of A100, H100, H200, B200 and of the DGX machine built on each; AMD's of MI300X (Infinity Fabric in
-place of NVLink, a 400 Gb/s card a GPU as its platforms usually have).
+Memory is what torch.cuda reports, in whole GiB (an "80 GB" card has a little over 79). bf16 is dense tensor-core peak,
+without sparsity. NVLink and network are one direction of one GPU; the network is that of the maker's own 8-GPU machine.
+Sources: NVIDIA's data sheets of A100, H100, H200, B200 and of the DGX machine built on each; AMD's of MI300X (Infinity
+Fabric in place of NVLink, a 400 Gb/s card a GPU as its platforms usually have).
 """
 
 from __future__ import annotations

@@ -34,10 +34,13 @@ def model_card(args: argparse.Namespace, options: StageOptions) -> tuple[ModelCa
         ratio = args.ratio or Recipe.load(args.config, "select").values.get("ratio", "3:1")
         head_map = even_map(teacher.shape, str(ratio))
         source += (
-            f"; heads not selected yet: assumed {ratio}, spread evenly, each FA head in a kv group of its own as far as there are groups"
+            f"; heads not selected yet: assumed {ratio}, spread evenly, each FA head in a kv group of its own as far as"
+            " there are groups"
         )
     layer = {key.replace("-", "_"): value for key, value in Recipe.load(args.config, "hybridize").values.items()}
-    choices = HydraOptions(**{field.name: layer[field.name] for field in dataclasses.fields(HydraOptions) if field.name in layer})
+    choices = HydraOptions(
+        **{field.name: layer[field.name] for field in dataclasses.fields(HydraOptions) if field.name in layer}
+    )
     return dataclasses.replace(teacher, head_map=head_map, options=choices, stage=options.stage), source
 
 
@@ -58,6 +61,8 @@ def even_map(shape: ModelShape, ratio: str) -> HeadMap:
     size = shape.num_heads // shape.num_kv_groups
     by_group = sorted(range(shape.num_heads), key=lambda head: (head % size, head))
     step = max(1, shape.num_kv_groups // num_fa)
-    first = by_group[: shape.num_kv_groups : step] + [head for head in by_group if head not in by_group[: shape.num_kv_groups : step]]
+    first = by_group[: shape.num_kv_groups : step] + [
+        head for head in by_group if head not in by_group[: shape.num_kv_groups : step]
+    ]
     pairs = [(layer_idx, head) for layer_idx in range(shape.num_layers) for head in first[:num_fa]]
     return HeadMap.from_fa(pairs, shape.num_layers, shape.num_heads, shape.num_kv_groups, strategy="assumed")

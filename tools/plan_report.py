@@ -36,20 +36,26 @@ def model_section(card: ModelCard, source: str, config: Sequence[str]) -> str:
     for length in LENGTHS:
         attention, rule = causal_attention(d, length).forward, delta_rule(d, length).forward
         whole = [fa_head(shape, options, length).forward, gdn_head(shape, options, length).forward]
-        heads.append([f"{length:,}", *(f"{value / 1e6:.2f}" for value in (attention, rule, *whole)), f"{attention / rule:.1f}"])
+        heads.append(
+            [f"{length:,}", *(f"{value / 1e6:.2f}" for value in (attention, rule, *whole)), f"{attention / rule:.1f}"]
+        )
     columns = ["tokens a row", "attention", "delta rule", "FA head", "GDN head", "attention / delta rule"]
     return "\n\n".join([
-        f"# Plan of {' + '.join(config)}\n{source}\n{card.head_map.num_fa} FA heads of {shape.num_layers} x {shape.num_heads}",
+        f"# Plan of {' + '.join(config)}\n{source}\n"
+        f"{card.head_map.num_fa} FA heads of {shape.num_layers} x {shape.num_heads}",
         table(["parameters", "student", "teacher"], rows),
-        "Forward MFLOPs a token of one head: its core alone, and with its projections (an FA head without the keys and values of "
-        "its kv group).",
+        "Forward MFLOPs a token of one head: its core alone, and with its projections (an FA head without the keys "
+        "and values of its kv group).",
         table(columns, heads),
     ])  # fmt: skip
 
 
 def layout_name(run: Run) -> str:
     """TP 2 x PP 1 x CP 4 x DP 8, micro-batch 1, what is recomputed."""
-    sizes = f"TP {run.tp_size}{' SP' if run.sequence_parallel else ''} x PP {run.pp_size} x CP {run.cp_size} x DP {run.dp_size}"
+    sizes = (
+        f"TP {run.tp_size}{' SP' if run.sequence_parallel else ''} x PP {run.pp_size} x CP {run.cp_size} x DP"
+        f" {run.dp_size}"
+    )
     again = "all layers" if run.recompute_layers else " and ".join(run.recompute)
     return f"{sizes}, micro-batch {run.rows}" + (f", recomputes {again}" if again else "")
 
@@ -64,8 +70,10 @@ def stage_section(card: ModelCard, at: Estimate, machine: Machine, change: tuple
     usable = f"{machine.usable_bytes / GIB:.1f} GiB usable ({MEMORY_SHARE:.0%} of {machine.gpu.memory_gib:g})"
     lines = [
         f"\n## {run.stage}: {run.steps:,} steps of {run.global_rows} x {run.length:,} tokens = {at.tokens / 1e9:.2f}B",
-        f"{machine.gpus} GPUs as {layout_name(run)}; {run.micro_batches} micro-batches a step; "
-        f"{min(held):,} to {max(held):,} parameters a rank; {at.flops:.3g} FLOPs a step",
+        (
+            f"{machine.gpus} GPUs as {layout_name(run)}; {run.micro_batches} micro-batches a step; "
+            f"{min(held):,} to {max(held):,} parameters a rank; {at.flops:.3g} FLOPs a step"
+        ),
         table(["memory of the fullest rank", "GiB"], memory),
         ("Fits: " if at.fits else "DOES NOT FIT: ") + usable + ("" if at.fits else _mending(change)),
         table(["time", "s"], seconds),
@@ -79,7 +87,10 @@ def _mending(change: tuple[Changes, Estimate] | None) -> str:
     if change is None:
         return "; no change of up to three settings mends it: more GPUs, or larger ones"
     changes, at = change
-    return f"; smallest change that fits: {as_flags(changes)} ({at.memory.total / GIB:.1f} GiB, {at.step_seconds:.2f} s a step)"
+    return (
+        f"; smallest change that fits: {as_flags(changes)} ({at.memory.total / GIB:.1f} GiB, {at.step_seconds:.2f} s a"
+        " step)"
+    )
 
 
 def _communication(card: ModelCard, at: Estimate) -> str:
@@ -93,8 +104,8 @@ def _communication(card: ModelCard, at: Estimate) -> str:
         other = "queries" if run.fa_balance == "heads" else "heads"
         even = balance(card, dataclasses.replace(run, fa_balance=other))
         lines.append(
-            f"FA work of the busiest tensor-parallel rank over the mean: {sum(factors) / len(factors):.3f}, worst layer {max(factors):.3f} "
-            f"(with --fa-balance {other}: {sum(even) / len(even):.3f}, {max(even):.3f})"
+            f"FA work of the busiest tensor-parallel rank over the mean: {sum(factors) / len(factors):.3f}, worst layer"
+            f" {max(factors):.3f} (with --fa-balance {other}: {sum(even) / len(even):.3f}, {max(even):.3f})"
         )
     return "\n".join(lines)
 
@@ -130,4 +141,6 @@ def layout_table(stage: str, machine: Machine, found: list[tuple[Changes, Estima
     if not found:
         return f"\n## {stage}: no layout of {machine.gpus} GPUs fits"
     rows = [[*summary_row(stage, at)[1:], f"`{as_flags(change)}`"] for change, at in found]
-    return f"\n## {stage}: the fastest layouts that fit on {machine.gpus} GPUs\n\n{table([*SUMMARY[1:], 'flags'], rows)}"
+    return (
+        f"\n## {stage}: the fastest layouts that fit on {machine.gpus} GPUs\n\n{table([*SUMMARY[1:], 'flags'], rows)}"
+    )

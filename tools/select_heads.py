@@ -24,10 +24,10 @@ from hydra_mcore.recipe import parse_with_recipe  # light, so that --help is qui
 from tools.layout_flags import add_layout_flags
 
 EXAMPLES = """\
-How it works: pairs of prompts differ in one thing, such as a value hidden in a long text, and ask for it. Both are run. Then
-each attention head in turn is given its output of the second run within the first. A head that so pulls the answer towards
-the other value carries it: either straight to the answer (a receiver), or to heads that do (a sender). Heads with a high
-score should keep full attention; the others become gated-delta heads, which are cheap.
+How it works: pairs of prompts differ in one thing, such as a value hidden in a long text, and ask for it. Both are
+run. Then each attention head in turn is given its output of the second run within the first. A head that so pulls the
+answer towards the other value carries it: either straight to the answer (a receiver), or to heads that do (a sender).
+Heads with a high score should keep full attention; the others become gated-delta heads, which are cheap.
 
 Written to --out:
   head_map.json           for tools/convert.py hybridize
@@ -51,7 +51,8 @@ examples:
   a capability of your own: lines of {"clean": ..., "corrupt": ..., "answer": ..., "distractor": ...}
       python tools/select_heads.py --teacher runs/teacher --out runs/heads --probe law=my_pairs.jsonl
   a random map to compare with; no scores needed
-      python tools/select_heads.py --teacher runs/teacher --out runs/random --ratio 3:1 --strategy global_random --seed 1
+      python tools/select_heads.py --teacher runs/teacher --out runs/random --ratio 3:1 \\
+          --strategy global_random --seed 1
 """
 
 
@@ -60,11 +61,23 @@ def parser() -> argparse.ArgumentParser:
 
     layout = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(prog="select_heads", description=__doc__, epilog=EXAMPLES, formatter_class=layout)
-    p.add_argument("--teacher", type=Path, required=True, metavar="DIR", help="checkpoint of the pretrained model, from tools/convert.py")
-    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results; must not hold a head map yet")
-    p.add_argument("--config", nargs="+", metavar="FILE", help="recipe: YAML files whose section select holds these flags")
+    p.add_argument(
+        "--teacher",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="checkpoint of the pretrained model, from tools/convert.py",
+    )
+    p.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder for the results; must not hold a head map yet"
+    )
+    p.add_argument(
+        "--config", nargs="+", metavar="FILE", help="recipe: YAML files whose section select holds these flags"
+    )
     p.add_argument("--skip-existing", action="store_true", help="do nothing where --out holds a head map already")
-    p.add_argument("--seed", type=int, default=0, help="of the prompts and of random strategies, 0 to 999999 (default 0)")
+    p.add_argument(
+        "--seed", type=int, default=0, help="of the prompts and of random strategies, 0 to 999999 (default 0)"
+    )
     p.add_argument("--dry-run", action="store_true", help="say what would be run and how long it may take, and stop")
     choice = p.add_argument_group("choice")
     budget = choice.add_mutually_exclusive_group()
@@ -72,10 +85,19 @@ def parser() -> argparse.ArgumentParser:
     budget.add_argument("--budget", type=int, metavar="K", help="number of full-attention heads, instead of a ratio")
     named = "; ".join(f"{name}: {text}" for name, text in STRATEGIES.items())
     choice.add_argument("--strategy", choices=list(STRATEGIES), default="global_c", help=f"{named} (default global_c)")
-    groups = "strategy kv_groups: how many key/value groups may stay in the cache (default: the fewest that hold the heads)"
+    groups = (
+        "strategy kv_groups: how many key/value groups may stay in the cache (default: the fewest that hold the heads)"
+    )
     choice.add_argument("--kv-groups", type=int, metavar="N", help=groups)
-    choice.add_argument("--ranks", type=int, metavar="N", help="strategy tp: tensor-parallel ranks that the student will run on")
-    choice.add_argument("--every", type=int, metavar="N", help="strategy hybrid: every N-th layer is full attention (instead of a ratio)")
+    choice.add_argument(
+        "--ranks", type=int, metavar="N", help="strategy tp: tensor-parallel ranks that the student will run on"
+    )
+    choice.add_argument(
+        "--every",
+        type=int,
+        metavar="N",
+        help="strategy hybrid: every N-th layer is full attention (instead of a ratio)",
+    )
     add_scoring_flags(p)
     return p
 
@@ -86,21 +108,34 @@ def add_scoring_flags(p: argparse.ArgumentParser) -> None:
 
     scoring = p.add_argument_group("scores")
     scoring.add_argument(
-        "--scores", type=Path, metavar="FILE", help="use the scores.json of an earlier call instead of running the teacher"
+        "--scores",
+        type=Path,
+        metavar="FILE",
+        help="use the scores.json of an earlier call instead of running the teacher",
     )
-    method = "exact: patch every head; attribution: estimate all from one gradient, in a fraction of the time (default exact)"
+    method = (
+        "exact: patch every head; attribution: estimate all from one gradient, in a fraction of the time (default"
+        " exact)"
+    )
     scoring.add_argument("--method", choices=["exact", "attribution"], default="exact", help=method)
-    scoring.add_argument("--length", type=int, metavar="N", help="tokens a prompt (default: the teacher's native length, at most 4096)")
+    scoring.add_argument(
+        "--length", type=int, metavar="N", help="tokens a prompt (default: the teacher's native length, at most 4096)"
+    )
     roles = (
-        "what a head may score by: both: the larger of its effects as receiver and as sender (the paper's rule); receiver: its direct"
-        " effect alone, far quicker; compare both where few heads are kept, see docs/selection.md (default both)"
+        "what a head may score by: both: the larger of its effects as receiver and as sender (the paper's rule);"
+        " receiver: its direct effect alone, far quicker; compare both where few heads are kept, see docs/selection.md"
+        " (default both)"
     )
     scoring.add_argument("--roles", choices=ROLES, help=roles)
     longer = "score at these lengths too, to see in the report whether the ranking depends on it"
     scoring.add_argument("--also-lengths", type=int, nargs="+", default=[], metavar="N", help=longer)
-    scoring.add_argument("--pairs", type=int, default=8, metavar="N", help="pairs of prompts for each sub-probe (default 8)")
+    scoring.add_argument(
+        "--pairs", type=int, default=8, metavar="N", help="pairs of prompts for each sub-probe (default 8)"
+    )
     what = f"what heads are scored for: {', '.join(BUILT_IN)} (default: both)"
-    scoring.add_argument("--capabilities", nargs="*", choices=list(BUILT_IN), default=list(BUILT_IN), metavar="NAME", help=what)
+    scoring.add_argument(
+        "--capabilities", nargs="*", choices=list(BUILT_IN), default=list(BUILT_IN), metavar="NAME", help=what
+    )
     mine = "a capability of your own and its JSONL file of pairs; may be repeated"
     scoring.add_argument("--probe", action="append", default=[], metavar="NAME=FILE", help=mine)
     weight = "how much a capability counts (default 1 each); may be repeated"
@@ -110,7 +145,8 @@ def add_scoring_flags(p: argparse.ArgumentParser) -> None:
     text = 'UTF-8 text to hide needles in, or "noise" for repeated sentences (default: the Python language reference)'
     scoring.add_argument("--haystack", metavar="FILE", help=text)
     silent = (
-        "prompts a needle task for the knock-out curves, which silence heads by score and see when retrieval breaks; 0: none (default 8)"
+        "prompts a needle task for the knock-out curves, which silence heads by score and see when retrieval breaks; 0:"
+        " none (default 8)"
     )
     scoring.add_argument("--knock-out", type=int, default=8, metavar="N", help=silent)
     machine = p.add_argument_group("machine")
@@ -247,7 +283,12 @@ def choose(args: argparse.Namespace, card: ModelCard, budget: int, scores: HeadS
     if scores is not None:
         ranking, table = scores.ranking(), scores.scores_lh.tolist()
         if args.strategy in SCORED:
-            made_by |= {"scores": scores.settings, "roles": scores.roles, "weights": scores.weights, "versions": scores.versions}
+            made_by |= {
+                "scores": scores.settings,
+                "roles": scores.roles,
+                "weights": scores.weights,
+                "versions": scores.versions,
+            }
     elif args.strategy in SCORED:
         table = [[0.0] * heads] * layers
     options = {"kv_budget": args.kv_groups, "tp_size": args.ranks or 1, "every": args.every, "seed": args.seed}
@@ -255,7 +296,13 @@ def choose(args: argparse.Namespace, card: ModelCard, budget: int, scores: HeadS
     return choose_heads(args.strategy, card.shape, budget, scores=table, ranking=ranking, **options, **facts)
 
 
-def write(args: argparse.Namespace, choice: Choice, scores: HeadScores | None, knock_out: Any, by_length: dict[int, HeadScores]) -> None:
+def write(
+    args: argparse.Namespace,
+    choice: Choice,
+    scores: HeadScores | None,
+    knock_out: Any,
+    by_length: dict[int, HeadScores],
+) -> None:
     """All files, the head map last: a folder without it is not finished."""
     import shutil
 
@@ -276,7 +323,11 @@ def write(args: argparse.Namespace, choice: Choice, scores: HeadScores | None, k
     total = head_map.num_layers * head_map.num_heads
     print(f"{args.out / 'head_map.json'}: {head_map.num_fa} of {total} heads keep full attention, by layer: {by_layer}")
     print(f"KV cache {choice.kv_fraction:.0%} of the teacher's ({choice.kv_groups} key/value groups)", end="")
-    print("" if scores is None else f"; {choice.kept:.0%} of the score kept, {choice.given_up:.1%} given up for the constraint")
+    print(
+        ""
+        if scores is None
+        else f"; {choice.kept:.0%} of the score kept, {choice.given_up:.1%} given up for the constraint"
+    )
     if scores is not None:
         print(f"report: {args.out / 'report.html'}")
 

@@ -22,10 +22,11 @@ from hydra_mcore.commands import one_line_errors
 from tools.layout_flags import add_layout_flags  # light, so that --help is quick
 
 EXAMPLES = """\
-How it works: FA heads multiply the query of token t by ln(t + a) / ln(a). The weights do not depend on a, so the same windows of
-text are run under several bases and without the scale, and the least loss wins: first the candidates (more of them while the best
-is at their end), then golden sections between the best one's neighbours. Windows should be longer than the sequences of training,
-and cut from long documents: after short ones, one behind the other, late tokens gain nothing from a long context.
+How it works: FA heads multiply the query of token t by ln(t + a) / ln(a). The weights do not depend on a, so the same
+windows of text are run under several bases and without the scale, and the least loss wins: first the candidates (more
+of them while the best is at their end), then golden sections between the best one's neighbours. Windows should be
+longer than the sequences of training, and cut from long documents: after short ones, one behind the other, late tokens
+gain nothing from a long context.
 
 Written to --out: log_scale.md, log_scale.png, log_scale.json. Without --write the checkpoint stays as it is.
 
@@ -33,8 +34,8 @@ examples:
   which a suits the student at 64K tokens?
       python tools/tune_log_scale.py --checkpoint runs/a/extend --text books.txt --length 65536 --out runs/a/log_scale
   the same on eight GPUs, and put it into the checkpoint's model.json
-      torchrun --nproc-per-node 8 tools/tune_log_scale.py --checkpoint runs/a/extend --text books.txt --length 65536 --bf16 \\
-          --context-parallel-size 8 --out runs/a/log_scale --write
+      torchrun --nproc-per-node 8 tools/tune_log_scale.py --checkpoint runs/a/extend --text books.txt \\
+          --length 65536 --bf16 --context-parallel-size 8 --out runs/a/log_scale --write
 """
 
 
@@ -42,9 +43,13 @@ def parser() -> argparse.ArgumentParser:
     layout = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(prog="tune_log_scale", description=__doc__, epilog=EXAMPLES, formatter_class=layout)
     p.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a student's checkpoint")
-    p.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text that the model was not trained on")
+    p.add_argument(
+        "--text", type=Path, required=True, metavar="FILE", help="UTF-8 text that the model was not trained on"
+    )
     p.add_argument("--length", type=int, required=True, metavar="N", help="tokens of a window, more than in training")
-    p.add_argument("--windows", type=int, default=16, metavar="K", help="windows from the beginning of the text (default 16)")
+    p.add_argument(
+        "--windows", type=int, default=16, metavar="K", help="windows from the beginning of the text (default 16)"
+    )
     grid = "bases to begin with, in tokens (default: 50 to 5000 in seven steps); the checkpoint's own is tried too"
     p.add_argument("--candidates", type=float, nargs="+", metavar="A", help=grid)
     p.add_argument("--out", type=Path, metavar="DIR", help="folder for table, figure and JSON")
@@ -114,14 +119,19 @@ def check_model(args: argparse.Namespace, card: ModelCard) -> None:
     if card.head_map.num_fa == 0:
         raise InputError(f"{args.checkpoint}: no FA heads, so nothing to scale")
     if is_teacher(card) and args.write:
-        raise InputError(f"{args.checkpoint}: a teacher's family has no log-position scale to write; leave --write out, or give a student")
+        raise InputError(
+            f"{args.checkpoint}: a teacher's family has no log-position scale to write; leave --write out, or give a"
+            " student"
+        )
     trained = max([stage["sequence_length"] for stage in card.stages], default=card.shape.native_length)
     if args.length <= trained:
         print(f"warning: windows of {args.length} tokens are no longer than the {trained} of training", file=sys.stderr)
 
 
 def read_windows(args: argparse.Namespace, card: ModelCard) -> Tensor:
-    """int64 [windows, length] from the beginning of the text; raises InputError where it has too few tokens, or unknown ones."""
+    """int64 [windows, length] from the beginning of the text; raises InputError where it has too few tokens, or unknown
+    ones.
+    """
     import numpy as np
     import torch
 
@@ -130,14 +140,18 @@ def read_windows(args: argparse.Namespace, card: ModelCard) -> Tensor:
 
     ids = read_haystack(load_tokenizer(args.checkpoint), args.text)
     if args.windows < 2 or args.length < 2:
-        raise InputError(f"--windows {args.windows} --length {args.length}: at least two windows of two tokens are needed")
+        raise InputError(
+            f"--windows {args.windows} --length {args.length}: at least two windows of two tokens are needed"
+        )
     if len(ids) < args.windows * args.length:
         raise InputError(
-            f"{args.text}: {len(ids):,} tokens, {args.windows} windows of {args.length:,} need {args.windows * args.length:,}; "
-            "give a longer text, or fewer --windows"
+            f"{args.text}: {len(ids):,} tokens, {args.windows} windows of {args.length:,} need"
+            f" {args.windows * args.length:,}; give a longer text, or fewer --windows"
         )
     if ids.max() >= card.shape.vocab_size:
-        raise InputError(f"{args.checkpoint}: its tokenizer gives token {ids.max()}, the model knows {card.shape.vocab_size}")
+        raise InputError(
+            f"{args.checkpoint}: its tokenizer gives token {ids.max()}, the model knows {card.shape.vocab_size}"
+        )
     return torch.from_numpy(ids[: args.windows * args.length].astype(np.int64)).view(args.windows, args.length)
 
 

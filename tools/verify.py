@@ -43,7 +43,8 @@ examples:
   a teacher and where it came from
       python tools/verify.py runs/a/teacher --hf Qwen3-1.7B
   a trained student, its teacher and its export, on text
-      python tools/verify.py runs/a/extend --hf Qwen3-1.7B --teacher runs/a/teacher --export runs/a/hf --text held_out.txt
+      python tools/verify.py runs/a/extend --hf Qwen3-1.7B --teacher runs/a/teacher --export runs/a/hf \\
+          --text held_out.txt
   parallel layouts alone, for machines
       python tools/verify.py runs/a/extend --only layouts --json layouts.json
 """
@@ -52,7 +53,12 @@ examples:
 def parser() -> argparse.ArgumentParser:
     layout = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(prog="verify", description=__doc__, epilog=EXAMPLES, formatter_class=layout)
-    p.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder of a teacher's or a student's checkpoint, of any stage")
+    p.add_argument(
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="folder of a teacher's or a student's checkpoint, of any stage",
+    )
     p.add_argument("--hf", type=Path, metavar="DIR", help="Hugging Face directory that the teacher was imported from")
     p.add_argument("--teacher", type=Path, metavar="DIR", help="checkpoint of a student's teacher")
     p.add_argument(
@@ -61,8 +67,15 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="Hugging Face export; its code is run if it is ours to the byte (default: one is made and removed)",
     )
-    p.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to run on, by the checkpoint's tokenizer (default: random tokens)")
-    p.add_argument("--length", type=int, metavar="N", help="tokens a sequence (default: the native length, at most 512)")
+    p.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="UTF-8 text to run on, by the checkpoint's tokenizer (default: random tokens)",
+    )
+    p.add_argument(
+        "--length", type=int, metavar="N", help="tokens a sequence (default: the native length, at most 512)"
+    )
     p.add_argument("--sequences", type=int, default=2, metavar="N", help="sequences (default %(default)s)")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of random tokens (default %(default)s)")
     p.add_argument("--only", nargs="+", metavar="CHECK", help="run these checks alone, named as above")
@@ -116,7 +129,9 @@ def run(args: argparse.Namespace, work: Path) -> int:
     print(f"{args.checkpoint}: {card.stage}, {card.head_map.num_fa} FA heads of {num_heads}; {read}; float32, {device}")
     checks, results, console = checks_of(card, args.only or NAMES), [], sys.stdout
     with contextlib.redirect_stdout(io.StringIO()):  # Megatron prints; what it says is not about the checks
-        for result in tqdm(verify(subject, checks), desc="verify", total=len(checks), unit="check", leave=False, disable=None):
+        for result in tqdm(
+            verify(subject, checks), desc="verify", total=len(checks), unit="check", leave=False, disable=None
+        ):
             tqdm.write(str(result), file=console)
             console.flush()  # a check can take minutes
             results.append(result)
@@ -125,7 +140,11 @@ def run(args: argparse.Namespace, work: Path) -> int:
     if args.json:
         model = {"checkpoint": str(args.checkpoint), "stage": card.stage, "fingerprint": card.fingerprint}
         ran = {"tokens": read, "device": device, "torch": torch.__version__, "transformers": transformers.__version__}
-        found = {"bars": {"kl": KL_BAR, "tie": TIE}, "counts": counts, "results": [result.to_dict() for result in results]}
+        found = {
+            "bars": {"kl": KL_BAR, "tie": TIE},
+            "counts": counts,
+            "results": [result.to_dict() for result in results],
+        }
         write_json(args.json, model | ran | found)
     return counts["FAIL"]
 
@@ -141,7 +160,9 @@ def tokens(args: argparse.Namespace, card: ModelCard) -> Tensor:
     if min(args.sequences, length) < 1:
         raise InputError("--length and --sequences count tokens and rows; give numbers above 0")
     if args.text is None:
-        return torch.randint(card.shape.vocab_size, (args.sequences, length), generator=torch.Generator().manual_seed(args.seed))
+        return torch.randint(
+            card.shape.vocab_size, (args.sequences, length), generator=torch.Generator().manual_seed(args.seed)
+        )
     ids = read_haystack(load_tokenizer(args.checkpoint), args.text)
     if len(ids) < (needed := args.sequences * length):
         raise InputError(f"{args.text}: {len(ids)} tokens; give at least {needed}, or lower --length or --sequences")

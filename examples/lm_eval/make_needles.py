@@ -33,8 +33,8 @@ SEED = 3_000_000  # the teacher answered other prompts of this seed once (docs/L
 def needle_documents() -> Iterator[dict[str, Any]]:
     """Yield documents of mixed lengths, their needles at all depths in a mixed order.
 
-    A document has a ``prompt``, the ``answer`` that follows it after a space, ``choices`` (the answer and three values that
-    differ from it in one piece or both) and the answer's place among them, ``label``.
+    A document has a ``prompt``, the ``answer`` that follows it after a space, ``choices`` (the answer and three values
+    that differ from it in one piece or both) and the answer's place among them, ``label``.
 
     Raises:
         ValueError: The text of a document would not be encoded to the tokens of its needle prompt.
@@ -46,7 +46,10 @@ def needle_documents() -> Iterator[dict[str, Any]]:
         length, depth = int(rng.integers(SHORTEST, LONGEST + 1)), (place + 0.5) / DOCUMENTS
         needle = build_prompt("niah_single_1", fmt, tokenizer, no_text, length, depth, rng)
         prompt = tokenizer.decode(needle.ids[: needle.answer_start])
-        answer, *others = (tokenizer.decode(ids).strip() for ids in itertools.product(*zip(needle.answer, needle.distractor, strict=True)))
+        answer, *others = (
+            tokenizer.decode(ids).strip()
+            for ids in itertools.product(*zip(needle.answer, needle.distractor, strict=True))
+        )
         if tokenizer.encode(f"{prompt} {answer}") != needle.ids.tolist():
             raise ValueError(f"{prompt[-20:]!r}: the text's tokens are not the needle prompt's")
         choices = rng.permutation([answer, *others]).tolist()

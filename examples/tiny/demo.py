@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole pipeline on the tiny teacher: import, select, hybridize, align, distill, extend, evaluate, export, report.
 
-Runs the project's own commands, one after the other, and writes <out>/report.md. About a quarter of an hour on two cores.
+Runs the project's own commands, one after the other, and writes <out>/report.md. About a quarter of an hour on two
+cores.
 
 examples:
   python -m examples.tiny.demo
@@ -63,10 +64,16 @@ STUDENTS = (
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "demo", metavar="DIR", help="folder of the run (default runs/demo)")
+    parser = argparse.ArgumentParser(
+        prog="demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "runs" / "demo", metavar="DIR", help="folder of the run (default runs/demo)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of data, head selection and random maps (default 0)")
-    parser.add_argument("--prompts", type=int, default=30, metavar="N", help="evaluation prompts for each task and length (default 30)")
+    parser.add_argument(
+        "--prompts", type=int, default=30, metavar="N", help="evaluation prompts for each task and length (default 30)"
+    )
     return parser.parse_args(argv)
 
 
@@ -105,7 +112,9 @@ def door(out: Path, log: str, *command: str) -> None:
     with path.open("a") as sink:
         sink.write(f"$ {' '.join(command)}\n")
         sink.flush()
-        code = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment(), stdout=sink, stderr=sink, check=False).returncode
+        code = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, env=environment(), stdout=sink, stderr=sink, check=False
+        ).returncode
     if code:
         fail(path, code)
 
@@ -139,7 +148,11 @@ def write_data(out: Path, seed: int, steps: tqdm) -> None:
     for name, length, count in (("align", ALIGN_TOKENS, 2400), ("extend", EXTEND_TOKENS, 80)):
         builder = IndexedDatasetBuilder(str(out / f"{name}.bin"), dtype=np.uint16)
         for ids in tqdm(
-            documents(tokenizer, fmt, text_ids, length, count, seed), desc=f"data: {name}", total=count, position=1, leave=False
+            documents(tokenizer, fmt, text_ids, length, count, seed),
+            desc=f"data: {name}",
+            total=count,
+            position=1,
+            leave=False,
         ):
             builder.add_document(torch.tensor(ids), [len(ids)])
         builder.finalize(str(out / f"{name}.idx"))
@@ -161,7 +174,14 @@ def make_students(out: Path, students: Sequence[Student], seed: int, steps: tqdm
         first = ("--haystack", str(out / "train.txt")) if student is students[0] else ("--scores", scores)
         known = first if student.scored else ()
         door(out, slug(student), *select, *choice, *known)
-        hybridize = ("tools/convert.py", "hybridize", "--teacher", str(out / "teacher"), "--heads", str(heads / "head_map.json"))
+        hybridize = (
+            "tools/convert.py",
+            "hybridize",
+            "--teacher",
+            str(out / "teacher"),
+            "--heads",
+            str(heads / "head_map.json"),
+        )
         calibration = ("--calibration-text", str(out / "train.txt"), "--seed", str(seed))
         door(out, slug(student), *hybridize, *calibration, *LAYER, "--out", str(folder(out, student) / "student"))
 
@@ -201,30 +221,63 @@ def train(out: Path, student: Student, stage: str, ranks: int, position: int) ->
     """One stage of one student, its steps shown as they are logged."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     data = out / ("extend" if stage == "extend" else "align")
-    command = [sys.executable, *launcher, "-m", "hydra_mcore.train", "--stage", stage, "--config", str(HERE / "recipe.yaml")]
+    command = [
+        sys.executable,
+        *launcher,
+        "-m",
+        "hydra_mcore.train",
+        "--stage",
+        stage,
+        "--config",
+        str(HERE / "recipe.yaml"),
+    ]
     command += ["--run-dir", str(folder(out, student)), "--teacher", str(out / "teacher"), "--data-path", str(data)]
-    command += ["--data-cache-path", str(folder(out, student) / "cache"), "--micro-batch-size", str(BATCH[stage] // ranks)]
+    command += [
+        "--data-cache-path",
+        str(folder(out, student) / "cache"),
+        "--micro-batch-size",
+        str(BATCH[stage] // ranks),
+    ]
     path = out / "logs" / f"{slug(student)}-{stage}.log"
-    with path.open("w") as sink, tqdm(desc=f"{student.name} {stage}", unit="step", position=position, leave=False) as bar:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with (
+        path.open("w") as sink,
+        tqdm(desc=f"{student.name} {stage}", unit="step", position=position, leave=False) as bar,
+    ):
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         for line in process.stdout:
             sink.write(line)
             if found := re.search(r"iteration\s+(\d+)/\s*(\d+).*?loss: ([\d.E+-]+)", line):
                 bar.total, bar.n = int(found[2]), int(found[1])
                 bar.set_postfix_str(f"loss {float(found[3]):.3f}")
         code = process.wait()
-        if code or bar.n < (bar.total or 0):  # a stage that a Ctrl-C has stopped ends well, but the next one is not to follow
+        if code or bar.n < (
+            bar.total or 0
+        ):  # a stage that a Ctrl-C has stopped ends well, but the next one is not to follow
             fail(path, code)
 
 
 def evaluate(args: argparse.Namespace, steps: tqdm) -> None:
     """Teacher and students answer the same prompts, at the native length and at twice that."""
     models = [f"teacher={args.out / 'teacher'}"]
-    models += [f"{student.name}, {student.stages[-1]}={folder(args.out, student) / student.stages[-1]}" for student in STUDENTS]
+    models += [
+        f"{student.name}, {student.stages[-1]}={folder(args.out, student) / student.stages[-1]}" for student in STUDENTS
+    ]
     lengths = ("--lengths", "512", "1024", "--prompts", str(args.prompts), "--seed", str(EVALUATION_SEED + args.seed))
     steps.set_postfix_str("evaluating")
     text = ("--haystack", str(args.out / "held_out.txt"))
-    door(args.out, "evaluate", "tools/evaluate.py", "--models", *models, *lengths, *text, "--out", str(args.out / "evaluation"))
+    door(
+        args.out,
+        "evaluate",
+        "tools/evaluate.py",
+        "--models",
+        *models,
+        *lengths,
+        *text,
+        "--out",
+        str(args.out / "evaluation"),
+    )
     steps.update()
 
 

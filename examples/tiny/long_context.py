@@ -1,10 +1,12 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Far beyond the native length, 512 to 32K tokens: the tiny teacher, the teacher with YaRN, and three kinds of students.
+"""Far beyond the native length, 512 to 32K tokens: the tiny teacher, the teacher with YaRN, and three kinds of
+students.
 
-All students keep 8 of 32 heads and go through all three stages. They differ in which heads: those with the highest causal
-scores, random ones, or all heads of one layer, as layer-wise hybrids have it. Runs the project's own commands, in half an hour
-to an hour on two cores; a run that was stopped goes on with its evaluation.
+All students keep 8 of 32 heads and go through all three stages. They differ in which heads: those with the highest
+    causal
+scores, random ones, or all heads of one layer, as layer-wise hybrids have it. Runs the project's own commands, in half
+an hour to an hour on two cores; a run that was stopped goes on with its evaluation.
 
 examples:
   python -m examples.tiny.long_context
@@ -38,9 +40,15 @@ PROMPTS = {20: (512, 1024, 2048, 4096), 6: (8192,), 4: (16384,), 2: (32768,)}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="long_context", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "long", metavar="DIR", help="folder of the run (default runs/long)")
-    parser.add_argument("--seed", type=int, default=0, help="of data, head selection, random map and prompts (default 0)")
+    parser = argparse.ArgumentParser(
+        prog="long_context", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "runs" / "long", metavar="DIR", help="folder of the run (default runs/long)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of data, head selection, random map and prompts (default 0)"
+    )
     summary = "print the table of finished runs and write DIR/long_context.png of the first, instead of a run"
     parser.add_argument("--summary", nargs="+", type=Path, metavar="DIR", help=summary)
     return parser.parse_args(argv)
@@ -79,7 +87,10 @@ def train_students(out: Path, seed: int, steps: tqdm) -> None:
 
 def evaluate(out: Path, seed: int, steps: tqdm) -> None:
     """All lengths into one report; pieces that are there already are not run again."""
-    models = [f"teacher={out / 'teacher'}", *(f"{student.name}={folder(out, student) / STAGES[-1]}" for student in STUDENTS)]
+    models = [
+        f"teacher={out / 'teacher'}",
+        *(f"{student.name}={folder(out, student) / STAGES[-1]}" for student in STUDENTS),
+    ]
     asked = ("--yarn", YARN, "--haystack", str(out / "held_out.txt"), "--seed", str(EVALUATION_SEED + seed))
     for prompts, lengths in PROMPTS.items():
         steps.set_postfix_str(f"evaluating at {lengths[-1]}")
@@ -113,7 +124,9 @@ def summary_table(accuracies: Accuracies) -> str:
         rows = []
         for model, by_length in models.items():
             runs = (by_length[length] for length in lengths)
-            rows.append([model, *(f"{sum(run) / len(run):.0f} ({', '.join(f'{each:.0f}' for each in run)})" for run in runs)])
+            rows.append(
+                [model, *(f"{sum(run) / len(run):.0f} ({', '.join(f'{each:.0f}' for each in run)})" for run in runs)]
+            )
         tables.append(table([group, *map(short, lengths)], rows))
     return "\n\n".join(tables)
 
@@ -134,9 +147,19 @@ def summary_figure(path: Path, accuracies: Accuracies) -> None:
             lengths, style = sorted(by_length), {"color": COLORS[index], "marker": MARKERS[index]}
             places = [length * (1 + 0.03 * (index - (len(models) - 1) / 2)) for length in lengths]
             means = [sum(by_length[length]) / len(by_length[length]) for length in lengths]
-            axes.plot(places, means, label=model, linewidth=1.7, markersize=6, linestyle="--" if "YaRN" in model else "-", **style)
+            axes.plot(
+                places,
+                means,
+                label=model,
+                linewidth=1.7,
+                markersize=6,
+                linestyle="--" if "YaRN" in model else "-",
+                **style,
+            )
             for place, length in zip(places, lengths, strict=True):
-                axes.plot([place] * len(by_length[length]), by_length[length], linestyle="", markersize=3, alpha=0.5, **style)
+                axes.plot(
+                    [place] * len(by_length[length]), by_length[length], linestyle="", markersize=3, alpha=0.5, **style
+                )
         axes.axvline(512, color="#888888", linestyle=":", linewidth=1.2, zorder=0, label="native length (512)")
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths, [short(length) for length in lengths])

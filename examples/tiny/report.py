@@ -28,13 +28,17 @@ def write_report(out: Path, students: Sequence[Student], seconds: float) -> None
     main = students[0]
     shutil.copy(folder(out, main) / "heads" / "figures" / "heads.png", out / "heads.png")
     shutil.copy(out / "evaluation" / "accuracy.png", out / "accuracy.png")
-    curves_figure(out / "losses.png", {f"{s.name}": {stage: read_losses(folder(out, s) / stage) for stage in s.stages} for s in students})
+    curves_figure(
+        out / "losses.png",
+        {f"{s.name}": {stage: read_losses(folder(out, s) / stage) for stage in s.stages} for s in students},
+    )
     table = (out / "evaluation" / "report.md").read_text().partition("\n\n")[2].partition("![")[0]
     text = f"""# HydraHead on the tiny teacher
 
 {table}
-Made in {seconds / 60:.1f} minutes. "selected" keeps the heads with the highest causal scores, "random" as many at random;
-a student's last stage stands behind its name. 3:1 keeps one head in four as full attention, 15:1 one in sixteen.
+Made in {seconds / 60:.1f} minutes. "selected" keeps the heads with the highest causal scores, "random" as many at
+random; a student's last stage stands behind its name. 3:1 keeps one head in four as full attention, 15:1 one in
+sixteen.
 
 ## Which heads carry retrieval
 
@@ -99,15 +103,22 @@ def seeds_table(runs: Sequence[Path]) -> str:
         entries = [result[model] for result in results]
         heads = f"{entries[0]['num_fa']} of {entries[0]['num_heads']}"
         for entry in entries:
-            cells = (f"{100 * g['accuracy']:.1f} ({100 * g['interval'][0]:.0f}-{100 * g['interval'][1]:.0f})" for g in entry["groups"])
+            cells = (
+                f"{100 * g['accuracy']:.1f} ({100 * g['interval'][0]:.0f}-{100 * g['interval'][1]:.0f})"
+                for g in entry["groups"]
+            )
             lines.append([model, heads, str(entry["tasks"][0]["seed"] - EVALUATION_SEED), *cells])
-        means = (sum(entry["groups"][index]["accuracy"] for entry in entries) / len(entries) for index in range(len(columns)))
+        means = (
+            sum(entry["groups"][index]["accuracy"] for entry in entries) / len(entries) for index in range(len(columns))
+        )
         lines.append([f"**{model}**", heads, "mean", *(f"**{100 * mean:.1f}**" for mean in means)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run of the demo")
     print(seeds_table(parser.parse_args().runs), end="")
 

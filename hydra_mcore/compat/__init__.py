@@ -33,7 +33,8 @@ MEGATRON_VERSION = "0.19.2"
 _NOISE = (
     r".*Apex (is|are) not installed",
     r"Only transformer-engine>=1\.7\.0 supports MoE",
-    r"torch\.distributed is disabled, unavailable or uninitialized, assuming the intent is to load",  # each rank by itself
+    # each rank loads by itself:
+    r"torch\.distributed is disabled, unavailable or uninitialized, assuming the intent is to load",
 )
 
 

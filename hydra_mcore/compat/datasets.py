@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What Megatron's data sets lack: a Makefile for helpers that the wheel has compiled, and care for the indices that they keep."""
+"""What Megatron's data sets lack: a Makefile for helpers that the wheel has compiled, and care for the indices that
+they keep.
+"""
 
 import functools
 import importlib
@@ -54,7 +56,9 @@ def _make_load(original: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return original(path, **keywords)
         except Exception as error:  # of damaged arrays numpy and its reader of pickles raise anything
-            raise InputError(f"{path}: a damaged index of the data ({first_line(error)}); remove its folder, it is made again") from None
+            raise InputError(
+                f"{path}: a damaged index of the data ({first_line(error)}); remove its folder, it is made again"
+            ) from None
 
     return load
 
@@ -75,7 +79,10 @@ INDEX_PATCHES = (
             target=f"{_DATASETS}.{module}:numpy",
             caller=f"{_DATASETS}.{module}:{builder}",
             marker=last_save,
-            reason="An index that is half written, by a run that was killed or still writes, looks finished to the next run.",
+            reason=(
+                "An index that is half written, by a run that was killed or still writes, looks finished to the next"
+                " run."
+            ),
             make=_WholeArrays,
         )
         for module, (builder, last_save) in _BUILDERS.items()

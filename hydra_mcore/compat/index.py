@@ -54,11 +54,13 @@ class _Size(tuple):
 
 _CLASSES = {
     "torch.distributed.checkpoint.metadata": (
-        "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex",
+        "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
+        "MetadataIndex",
         "StorageMeta", "_MEM_FORMAT_ENCODING",
     ),
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-    "torch.distributed.checkpoint.planner": ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"),
+    "torch.distributed.checkpoint.planner": ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData",
+        "BytesIOWriteData"),
     "torch.serialization": ("_get_layout",),
     "pathlib": ("PosixPath",),
     "pathlib._local": ("PosixPath",),  # as Python 3.13 calls it
@@ -88,7 +90,9 @@ _INSTRUCTIONS = re.compile(
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _KNOWN:
-            raise pickle.UnpicklingError(f"it asks for {f'{module}.{name}'[:80]!r}, which has no place in it and could run code")
+            raise pickle.UnpicklingError(
+                f"it asks for {f'{module}.{name}'[:80]!r}, which has no place in it and could run code"
+            )
         return _KNOWN[module, name]
 
 
@@ -136,7 +140,9 @@ class _Index:
         _check_overlap(self.stored)
 
     def metadata(self) -> dcp.Metadata:
-        entries = {_of(name, str): self._entry(name, record) for name, record in self.root["state_dict_metadata"].items()}
+        entries = {
+            _of(name, str): self._entry(name, record) for name, record in self.root["state_dict_metadata"].items()
+        }
         return dcp.Metadata(entries, storage_data=self.stored, storage_meta=dcp.StorageMeta())
 
     def _entry(self, name: str, record: Any) -> dcp.TensorStorageMetadata | dcp.BytesStorageMetadata:
@@ -149,7 +155,10 @@ class _Index:
             raise ValueError("more parts of tensors than it has bytes")
         parts = {chunk.offsets: chunk for chunk in map(_chunk, chunks)}
         for offsets, chunk in parts.items():
-            if math.prod(chunk.sizes) * properties.dtype.itemsize > self.stored[dcp.MetadataIndex(name, offsets)].length:
+            if (
+                math.prod(chunk.sizes) * properties.dtype.itemsize
+                > self.stored[dcp.MetadataIndex(name, offsets)].length
+            ):
                 raise ValueError(f"a part of {name[:80]} is larger than its bytes")
         if math.prod(size) > sum(math.prod(chunk.sizes) for chunk in parts.values()):
             raise ValueError(f"{name[:80]} is larger than its parts")
@@ -191,7 +200,9 @@ def _stored(key: Any, info: Any) -> tuple[dcp.MetadataIndex, _StorageInfo]:
         raise ValueError(f"no plain bytes in {name[:80]}")
     offsets, number = index.get("offset"), index.get("index")
     where = dcp.MetadataIndex(
-        _of(index["fqn"], str), None if offsets is None else _size(offsets), None if number is None else _of(number, int)
+        _of(index["fqn"], str),
+        None if offsets is None else _size(offsets),
+        None if number is None else _of(number, int),
     )
     return where, _StorageInfo(name, offset, length)
 

@@ -68,8 +68,8 @@ def _groups_of_now(saved: list[dict[str, Any]], current: list[dict[str, Any]]) -
     for group in current:
         if (found := by_kind.get(tuple(group.get(key) for key in kinds))) is None:
             raise InputError(
-                "the checkpoint's optimizer has other groups of parameters (a decoupled learning rate, other exceptions from weight "
-                "decay); set those flags as they were, or add no-load-optim to begin with fresh moments"
+                "the checkpoint's optimizer has other groups of parameters (a decoupled learning rate, other exceptions"
+                " from weight decay); set those flags as they were, or add no-load-optim to begin with fresh moments"
             )
         merged.append(found | {key: value for key, value in group.items() if key not in _STATE})
     return merged
@@ -143,17 +143,22 @@ GENERAL_PATCHES = (
         target=f"{_MODULE}:DistributedOptimizer.sharded_param_state_fully_reshardable",
         caller=f"{_MODULE}:DistributedOptimizer.sharded_param_state_fully_reshardable",
         marker="this is a bug in the param ranges",
-        reason="The gathered state has no padding between buckets, but is cut at padded places: from the second bucket on "
-        "(tied embeddings in a pipeline, overlapped gradient reduction), parameters are saved shifted and the last one is cut.",
+        reason=(
+            "The gathered state has no padding between buckets, but is cut at padded places: from the second bucket on"
+            " (tied embeddings in a pipeline, overlapped gradient reduction), parameters are saved shifted and the last"
+            " one is cut."
+        ),
         make=_make_fully_reshardable,
     ),
     Patch(
         target=f"{_MODULE}:DistributedOptimizer.load_state_dict",
         caller=f"{_MODULE}:DistributedOptimizer.load_state_dict",
         marker="{**param_groups_map[needed_groups], \"params\": inner_param_group['params']}",
-        reason="Groups are told apart by their learning rate, so a run with another one finds none (KeyError); betas and eps of the "
-        "command line are dropped without a word. And on torch's AdamW every parameter gets the same step tensor, which AdamW "
-        "increments once a parameter, so the bias correction of a resumed run is wrong.",
+        reason=(
+            "Groups are told apart by their learning rate, so a run with another one finds none (KeyError); betas and"
+            " eps of the command line are dropped without a word. And on torch's AdamW every parameter gets the same"
+            " step tensor, which AdamW increments once a parameter, so the bias correction of a resumed run is wrong."
+        ),
         make=_make_load_state_dict,
     ),
 )
@@ -163,24 +168,30 @@ PATCHES = (
         target=f"{_MODULE}:DistributedOptimizer.state_dict",
         caller=f"{_MODULE}:DistributedOptimizer.sharded_state_dict",
         marker="self.load_state_dict(self.state_dict())",
-        reason="Asserts that one step count exists: fails on load, before any state exists, and on save on a rank "
-        "that owns no trainable parameter (a frozen pipeline stage, a tiny shard).",
+        reason=(
+            "Asserts that one step count exists: fails on load, before any state exists, and on save on a rank "
+            "that owns no trainable parameter (a frozen pipeline stage, a tiny shard)."
+        ),
         make=_make_state_dict,
     ),
     Patch(
         target=f"{_MODULE}:DistributedOptimizer._set_main_param_and_optimizer_states",
         caller=f"{_MODULE}:DistributedOptimizer._set_main_param_and_optimizer_states",
         marker="dst_tensors[key].copy_(tensors[key])",
-        reason="Copies in place outside no_grad (fails on fp32 parameters), raises KeyError('step') on the "
-        "fully_reshardable format, and on dp_reshardable overwrites the loaded step with the fresh one.",
+        reason=(
+            "Copies in place outside no_grad (fails on fp32 parameters), raises KeyError('step') on the "
+            "fully_reshardable format, and on dp_reshardable overwrites the loaded step with the fresh one."
+        ),
         make=_make_set_states,
     ),
     Patch(
         target=f"{_MODULE}:DistributedOptimizer.step_with_ready_grads",
         caller=f"{_MODULE}:DistributedOptimizer.state_dict",
         marker='param_group["step"] = step',
-        reason="The step count lives in per-parameter state only. Rank 0's count is what all ranks load, so a rank 0 "
-        "that owns no trainable parameter has to count as well.",
+        reason=(
+            "The step count lives in per-parameter state only. Rank 0's count is what all ranks load, so a rank 0 "
+            "that owns no trainable parameter has to count as well."
+        ),
         make=_make_step,
     ),
 )

@@ -30,8 +30,10 @@ SMALL = 2**20  # an entry up to so many bytes is read at once
 
 # The classes in torch.save's files that our checkpoints hold, beside those of Megatron's settings.
 _PLAIN = frozenset({
-    "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3", "torch._utils._rebuild_parameter", "torch.Size", "torch.device",
-    "torch.storage.UntypedStorage", "numpy._core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype", "_codecs.encode",
+    "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3", "torch._utils._rebuild_parameter",
+    "torch.Size", "torch.device",
+    "torch.storage.UntypedStorage", "numpy._core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype",
+    "_codecs.encode",
     "collections.OrderedDict", "builtins.set",
 })  # fmt: skip
 
@@ -64,7 +66,9 @@ class _Entry(_ReaderView):
 
 
 def check_entry(entry: io.IOBase, num_bytes: int) -> None:
-    """Raise an exception unless ``entry`` is a file of torch.save's, uncompressed, whole, and of known classes alone."""
+    """Raise an exception unless ``entry`` is a file of torch.save's, uncompressed, whole, and of known classes
+    alone.
+    """
     with zipfile.ZipFile(entry) as archive:
         records = archive.infolist()
         if any(record.compress_type for record in records) or sum(record.file_size for record in records) > num_bytes:
@@ -80,7 +84,9 @@ def check_entry(entry: io.IOBase, num_bytes: int) -> None:
 def _checked_slice(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def slice_file(_self: Any, file: Any, place: _StorageInfo) -> io.IOBase:
-        """What the index says lies there, looked through before anything is made of it; raises InputError if it is damaged."""
+        """What the index says lies there, looked through before anything is made of it; raises InputError if it is
+        damaged.
+        """
         entry: io.IOBase = _Entry(file, place.offset, place.length)
         if place.length <= SMALL:
             entry = io.BytesIO(entry.read())
@@ -121,7 +127,9 @@ def _restricted_bytes(original: Callable[..., None]) -> Callable[..., None]:
 def _refuse_common(original: Callable[[str], Any]) -> Callable[[str], NoReturn]:
     @functools.wraps(original)
     def load_common(checkpoint_dir: str) -> NoReturn:
-        raise InputError(f"{checkpoint_dir}: common.pt has no place in a checkpoint of ours and could run code; remove it")
+        raise InputError(
+            f"{checkpoint_dir}: common.pt has no place in a checkpoint of ours and could run code; remove it"
+        )
 
     return load_common
 
@@ -141,7 +149,10 @@ PATCHES = (
         target=f"{_FILES}._slice_file",
         caller=f"{_FILES}.read_data",
         marker="self._slice_file(stream, item_md)",
-        reason="Nobody compares checksums, so a flipped byte becomes a weight; a compressed record takes any amount of memory.",
+        reason=(
+            "Nobody compares checksums, so a flipped byte becomes a weight; a compressed record takes any amount of"
+            " memory."
+        ),
         make=_checked_slice,
     ),
     Patch(
@@ -155,7 +166,9 @@ PATCHES = (
         target="megatron.core.dist_checkpointing.strategies.common:load_common",
         caller=f"{_SERIALIZATION}:load_common_state_dict",
         marker="return load_common(checkpoint_dir)",
-        reason="A pickle that no checkpoint of ours holds, and that an environment variable of torch's would let run code.",
+        reason=(
+            "A pickle that no checkpoint of ours holds, and that an environment variable of torch's would let run code."
+        ),
         make=_refuse_common,
         rebind=(_SERIALIZATION,),
     ),

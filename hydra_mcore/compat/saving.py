@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What Megatron's checkpoint saving lacks when a process is killed, a signal comes, or the background writer dies.
 
-Small files are written whole or not at all, and metadata.json holds the checksum of the index. A background save runs in
-a process of its own (``--async-save --use-persistent-ckpt-worker``, started by a fork server): it must not outlive its
-trainer and write into a restarted run's files, must not die of a signal that asks the trainer to save, and its death must
-not make the trainer wait forever.
+Small files are written whole or not at all, and metadata.json holds the checksum of the index. A background save runs
+in a process of its own (``--async-save --use-persistent-ckpt-worker``, started by a fork server): it must not outlive
+its trainer and write into a restarted run's files, must not die of a signal that asks the trainer to save, and its
+death must not make the trainer wait forever.
 """
 
 import builtins
@@ -116,10 +116,15 @@ def _make_results_queue(original: Callable[[str], Any]) -> Callable[[str], Any]:
 def _make_start(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def init_persistent_async_worker(*args: Any, **keywords: Any) -> None:
-        """The original; the processes that it starts inherit a mask, so no signal to the whole job ends a save midway."""
+        """The original; the processes that it starts inherit a mask, so no signal to the whole job ends a save
+        midway.
+        """
         resource_tracker.ensure_running()  # it would lift the mask when it starts
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")  # a writer imports it: all of training
+        main, sys.modules["__main__"] = (
+            sys.modules["__main__"],
+            types.ModuleType("__main__"),
+        )  # a writer imports it: all of training
         try:
             original(*args, **keywords)
         finally:
@@ -130,7 +135,9 @@ def _make_start(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def write_until_parent_dies(*args: Any) -> None:
-    """Megatron's loop of the background writer, in that process; ends at once when the trainer does, however it does."""
+    """Megatron's loop of the background writer, in that process; ends at once when the trainer does, however it
+    does.
+    """
     threading.Thread(target=_follow, args=(multiprocessing.parent_process().pid,), daemon=True).start()
     from hydra_mcore import compat
 
@@ -140,7 +147,9 @@ def write_until_parent_dies(*args: Any) -> None:
 
 def _follow(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
-        select.select([os.pidfd_open(pid)], [], [])  # not parent.join(): what it waits for, others that the trainer forked hold open
+        select.select(
+            [os.pidfd_open(pid)], [], []
+        )  # not parent.join(): what it waits for, others that the trainer forked hold open
     os._exit(1)
 
 
@@ -201,8 +210,10 @@ PATCHES = (
         target="megatron.core.msc_utils:MaybeMultiStorageClient.__getattr__",
         caller="megatron.training.checkpointing:save_checkpoint",
         marker="with maybe_msc.open(tracker_filename, 'w') as f:",
-        reason="The tracker is truncated, then written: a kill in between leaves a folder of complete checkpoints that no "
-        "run goes on from. The same holds for metadata.json.",
+        reason=(
+            "The tracker is truncated, then written: a kill in between leaves a folder of complete checkpoints that no "
+            "run goes on from. The same holds for metadata.json."
+        ),
         make=_make_getattr,
     ),
     Patch(
@@ -217,8 +228,10 @@ PATCHES = (
         target=f"{_STRATEGIES}.torch:TorchDistSaveShardedStrategy.save",
         caller=f"{_STRATEGIES}.filesystem_async:get_write_results_queue",
         marker="ctx.Manager().Queue()",
-        reason="The first synchronous save of every rank spawns a process that imports torch and the main script again, "
-        "seconds and half a gigabyte each, and that stays when the rank is killed.",
+        reason=(
+            "The first synchronous save of every rank spawns a process that imports torch and the main script again, "
+            "seconds and half a gigabyte each, and that stays when the rank is killed."
+        ),
         make=_queue_in_process,
     ),
     Patch(
@@ -232,7 +245,10 @@ PATCHES = (
         target=f"{_ASYNC}:init_persistent_async_worker",
         caller="megatron.training.initialize:initialize_megatron",
         marker="init_persistent_async_worker(args.rank, 'forkserver')",
-        reason="SLURM sends its signals to every process of a job: the writer dies of the SIGTERM at which the trainer saves.",
+        reason=(
+            "SLURM sends its signals to every process of a job: the writer dies of the SIGTERM at which the trainer"
+            " saves."
+        ),
         make=_make_start,
         rebind=("megatron.training.initialize",),
     ),
@@ -240,8 +256,10 @@ PATCHES = (
         target=f"{_WRITER}.async_loop",
         caller=f"{_WRITER}._get_process",
         marker="target=PersistentAsyncCaller.async_loop",
-        reason="A writer holds both ends of its queues, so it stays when its trainer is killed: for good, with its GPU "
-        "memory, and finishing a file that the restarted run may be writing as well.",
+        reason=(
+            "A writer holds both ends of its queues, so it stays when its trainer is killed: for good, with its GPU "
+            "memory, and finishing a file that the restarted run may be writing as well."
+        ),
         make=lambda _original: write_until_parent_dies,
     ),
     Patch(

@@ -57,7 +57,9 @@ SHAPE_KEYS = {
 """ModelShape field -> key of config.json, the same in every family."""
 
 CONFIG_KEYS = {
-    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), int),
+    **dict.fromkeys(
+        ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), int
+    ),
     **dict.fromkeys(("num_key_value_heads", "head_dim"), int | None),
     "max_position_embeddings": int,
     "rms_norm_eps": float,
@@ -70,7 +72,9 @@ CONFIG_KEYS = {
     "layer_types": list[str] | None,
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), int | list[int] | None),
 }
-"""What we read of config.json, and the type of each value; the family's own class in transformers knows what a missing one means."""
+"""What we read of config.json, and the type of each value; the family's own class in transformers knows what a missing
+one means.
+"""
 
 ROPE_KEYS = {
     **dict.fromkeys(("rope_type", "type"), str),
@@ -108,11 +112,17 @@ TRUNK = (
 O_PROJ = WeightRule(HF_ATTENTION + "o_proj.weight", OUR_ATTENTION + "linear_proj.weight", ("model", "heads"), Columns())
 
 
-def projections(hf_prefix: str, our_prefix: str, queries: str, keys: str, bias: bool, names: str = "qkv") -> tuple[WeightRule, ...]:
-    """Weights (and biases) of q, k and v, or some of them, of a set of heads; ``queries`` and ``keys`` are their widths."""
+def projections(
+    hf_prefix: str, our_prefix: str, queries: str, keys: str, bias: bool, names: str = "qkv"
+) -> tuple[WeightRule, ...]:
+    """Weights (and biases) of q, k and v, or some of them, of a set of heads; ``queries`` and ``keys`` are their
+    widths.
+    """
     rules = []
     for name in names:
-        ours, width, mapping = ("linear_q", queries, Whole()) if name == "q" else ("linear_kv", keys, InEachBlock("kv".index(name), 2))
+        ours, width, mapping = (
+            ("linear_q", queries, Whole()) if name == "q" else ("linear_kv", keys, InEachBlock("kv".index(name), 2))
+        )
         hf, stored = f"{HF_ATTENTION}{hf_prefix}{name}_proj.", f"{OUR_ATTENTION}{our_prefix}{ours}."
         rules.append(WeightRule(hf + "weight", stored + "weight", (width, "model"), mapping))
         if bias:
@@ -123,7 +133,9 @@ def projections(hf_prefix: str, our_prefix: str, queries: str, keys: str, bias: 
 def qk_norms(hf_prefix: str, our_prefix: str) -> tuple[WeightRule, ...]:
     """The weights of the norms on queries and keys."""
     names = ("q_norm.weight", "k_norm.weight")
-    return tuple(WeightRule(HF_ATTENTION + hf_prefix + name, OUR_ATTENTION + our_prefix + name, ("head",)) for name in names)
+    return tuple(
+        WeightRule(HF_ATTENTION + hf_prefix + name, OUR_ATTENTION + our_prefix + name, ("head",)) for name in names
+    )
 
 
 def teacher_attention(shape: ModelShape) -> tuple[WeightRule, ...]:

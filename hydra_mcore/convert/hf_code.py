@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The Python files that an exported model needs beside its weights, so that transformers can load it without hydra_mcore."""
+"""The Python files that an exported model needs beside its weights, so that transformers can load it without
+hydra_mcore.
+"""
 
 from __future__ import annotations
 
@@ -45,11 +47,15 @@ def check_model_code(folder: str | Path, auto_map: Any) -> None:
     for name in CODE_FILES:
         path = Path(folder) / Path(name).name
         if not path.is_file() or path.read_bytes() != (PACKAGE / name).read_bytes():
-            raise InputError(f"{path}: not the code of this version, which alone is run here; export the checkpoint anew")
+            raise InputError(
+                f"{path}: not the code of this version, which alone is run here; export the checkpoint anew"
+            )
 
 
 def model_class() -> type[PreTrainedModel]:
     """The class of exported models, from the files of this package: no code of an exported folder is run."""
     package = "hydra_mcore.convert.hf_model"
-    sys.modules[f"{package}.chunked_delta_rule"] = chunked_delta_rule  # which stands beside the others in an exported folder only
+    sys.modules[f"{package}.chunked_delta_rule"] = (
+        chunked_delta_rule  # which stands beside the others in an exported folder only
+    )
     return importlib.import_module(f"{package}.modeling_hydra_head").HydraHeadForCausalLM

@@ -46,8 +46,8 @@ def export_hf(
         evaluation: markdown from tools/evaluate.py that the model card shall carry.
 
     Raises:
-        InputError: no complete checkpoint, one that does not fit its card, weights that are not finite, or a target that
-            cannot be written. Nothing is left of the target then.
+        InputError: no complete checkpoint, one that does not fit its card, weights that are not finite, or a target
+            that cannot be written. Nothing is left of the target then.
     """
     check_target(hf_dir)
     card = ModelCard.load(checkpoint_dir)
@@ -74,13 +74,18 @@ def export_hf(
 
 
 def _check_fit(card: ModelCard, stored: StoredTensors) -> None:
-    """Raise ConfigError, naming the tensor, unless the checkpoint holds exactly the numbers that its card's model has."""
+    """Raise ConfigError, naming the tensor, unless the checkpoint holds exactly the numbers that its card's
+    model has.
+    """
     filled: Counter[str] = Counter()
     for rule in tensor_rules(card).values():
         filled[rule.stored] += math.prod(rule.shape)
     for name, count in filled.items():
         if math.prod(shape := stored.shape(name)) != count:
-            raise ConfigError(f"{stored.folder}: tensor {name} has shape {list(shape)}, so it is not of the model that its card describes")
+            raise ConfigError(
+                f"{stored.folder}: tensor {name} has shape {list(shape)}, so it is not of the model that its card"
+                " describes"
+            )
 
 
 def _rules_to_write(card: ModelCard) -> dict[str, TensorRule]:
@@ -96,7 +101,9 @@ def _rules_to_write(card: ModelCard) -> dict[str, TensorRule]:
     return rules
 
 
-def _dtypes(card: ModelCard, rules: dict[str, TensorRule], stored: StoredTensors, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+def _dtypes(
+    card: ModelCard, rules: dict[str, TensorRule], stored: StoredTensors, dtype: torch.dtype | None
+) -> dict[str, torch.dtype]:
     """The dtype of every tensor to write."""
     kept = {name: stored.dtype(rule.stored) for name, rule in rules.items()}
     if dtype is not None:
@@ -132,7 +139,9 @@ class _Reader:
             self.tensor = torch.empty(0)  # let go of the last one before the next is read
             self.name, self.tensor = rule.stored, self.stored.read(rule.stored)
             if not self.tensor.isfinite().all():
-                raise ConfigError(f"{self.stored.folder}: tensor {rule.stored} holds NaN or infinity; export an earlier checkpoint")
+                raise ConfigError(
+                    f"{self.stored.folder}: tensor {rule.stored} holds NaN or infinity; export an earlier checkpoint"
+                )
         return rule.mapping.to_hf(self.tensor, rule.shape).to(self.dtypes[rule.hf])
 
 
@@ -150,7 +159,9 @@ def _write_shards(folder: Path, shards: list[list[str]], rules: dict[str, Tensor
             try:
                 save_file(tensors, folder / file_name, metadata={"format": "pt"})
             except SafetensorError as error:
-                raise InputError(f"{folder.with_suffix('')}: {file_name} cannot be written ({error}); nothing is left of it") from None
+                raise InputError(
+                    f"{folder.with_suffix('')}: {file_name} cannot be written ({error}); nothing is left of it"
+                ) from None
             (folder / file_name).chmod(folder.stat().st_mode & 0o666)  # the library's own choice shuts colleagues out
             weight_map |= dict.fromkeys(names, file_name)
             total += sum(tensor.nbytes for tensor in tensors.values())

@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A Hugging Face model directory becomes a checkpoint: a pretrained model the teacher's, a HydraHead model a student's."""
+"""A Hugging Face model directory becomes a checkpoint: a pretrained model the teacher's, a HydraHead model a
+student's.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,10 @@ def import_hf(hf_dir: str | Path, checkpoint_dir: str | Path, dtype: torch.dtype
     if dtype is None:
         dtype = torch.bfloat16 if {weights.dtype(name) for name in rules} == {"bfloat16"} else torch.float32
     num_bytes = sum(math.prod(rule.shape) for rule in rules.values()) * dtype.itemsize
-    with new_folder(checkpoint_dir, num_bytes) as folder, tqdm(total=len(rules), desc="import", unit="tensor") as progress:
+    with (
+        new_folder(checkpoint_dir, num_bytes) as folder,
+        tqdm(total=len(rules), desc="import", unit="tensor") as progress,
+    ):
         import_tokenizer(hf_dir, folder / TOKENIZER_DIR)
         if not is_teacher(card):
             card.head_map.save(folder / HEAD_MAP_NAME)
@@ -63,7 +68,10 @@ def check_tensors(weights: HfWeights, rules: dict[str, TensorRule], card: ModelC
     """Raise HuggingFaceError, naming the tensor, unless names, shapes and dtypes are those of the model."""
     optional = {OUTPUT_LAYER.hf: output_layer_rule(card.shape)} if card.shape.tied_embeddings else {}
     present = weights.names()
-    for what, names in (("missing", set(rules) - set(present)), ("not part of this model", set(present) - {*rules, *optional})):
+    for what, names in (
+        ("missing", set(rules) - set(present)),
+        ("not part of this model", set(present) - {*rules, *optional}),
+    ):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             raise HuggingFaceError(f"{weights.root}: tensor {min(names)} is {what}{more}{_left_out(card)}")
@@ -71,7 +79,8 @@ def check_tensors(weights: HfWeights, rules: dict[str, TensorRule], card: ModelC
         expected = (rules | optional)[name].shape
         if weights.shape(name) != expected:
             raise HuggingFaceError(
-                f"{weights.root}: tensor {name} has shape {weights.shape(name)}, config.json asks for {expected}{_left_out(card)}"
+                f"{weights.root}: tensor {name} has shape {weights.shape(name)}, config.json asks for"
+                f" {expected}{_left_out(card)}"
             )
         weights.dtype(name)
 
@@ -127,7 +136,9 @@ def combined_fingerprint(digests: dict[str, str]) -> str:
 
 
 def _stored_as(weights: HfWeights) -> dict[str, Any]:
-    """What an export must know to give back the same files' worth: dtypes, and whether a tied output layer was stored."""
+    """What an export must know to give back the same files' worth: dtypes, and whether a tied output layer was
+    stored.
+    """
     dtypes = {name: weights.dtype(name) for name in weights.names()}
     usual = Counter(dtypes.values()).most_common(1)[0][0]
     others = {name: dtype for name, dtype in dtypes.items() if dtype != usual}
@@ -138,4 +149,6 @@ def _check_tied(weights: HfWeights) -> None:
     """A stored output layer of a tied model must be the embedding itself."""
     name = OUTPUT_LAYER.hf
     if name in weights.names() and not torch.equal(weights.read(name), weights.read(EMBEDDING.hf)):
-        raise HuggingFaceError(f"{weights.root}: tensor {name} differs from {EMBEDDING.hf}, but config.json says tie_word_embeddings true")
+        raise HuggingFaceError(
+            f"{weights.root}: tensor {name} differs from {EMBEDDING.hf}, but config.json says tie_word_embeddings true"
+        )

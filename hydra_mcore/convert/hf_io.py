@@ -14,7 +14,16 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from hydra_mcore.config import ModelCard, ModelShape
 from hydra_mcore.convert import hydra_family
-from hydra_mcore.convert.families import CONFIG_KEYS, EMBEDDING, FAMILIES, LARGEST, OUTPUT_LAYER, ROPE_KEYS, SHAPE_KEYS, Family
+from hydra_mcore.convert.families import (
+    CONFIG_KEYS,
+    EMBEDDING,
+    FAMILIES,
+    LARGEST,
+    OUTPUT_LAYER,
+    ROPE_KEYS,
+    SHAPE_KEYS,
+    Family,
+)
 from hydra_mcore.convert.hf_code import model_class
 from hydra_mcore.convert.target import HEAD_MAP_NAME
 from hydra_mcore.errors import InputError
@@ -40,8 +49,8 @@ def read_config(hf_dir: str | Path) -> ModelCard:
     What it leaves out means what transformers' own class of the family takes for it.
 
     Raises:
-        HuggingFaceError: no readable config.json, a family we do not know, a value that cannot be, or an option that we do
-            not compute.
+        HuggingFaceError: no readable config.json, a family we do not know, a value that cannot be, or an option that we
+            do not compute.
     """
     path = Path(hf_dir) / CONFIG_NAME
     raw = read_object(path)
@@ -64,20 +73,26 @@ def _card(raw: dict[str, Any]) -> ModelCard:
     for key, allowed in family.required_values.items():
         if key in raw and raw[key] not in allowed:
             raise InputError(f"{key} {shown(raw[key])} is not supported; it must be {allowed[0]!r}")
-    own = hydra_family.KEYS if family is hydra_family.FAMILY else {}  # in another family's config.json they would mean nothing
+    own = (
+        hydra_family.KEYS if family is hydra_family.FAMILY else {}
+    )  # in another family's config.json they would mean nothing
     given = {key: checked(raw[key], hint, key) for key, hint in (CONFIG_KEYS | own).items() if key in raw}
     for key in ("rope_scaling", "rope_parameters"):
         for name in ROPE_KEYS.keys() & (given.get(key) or {}):
             given[key][name] = checked(given[key][name], ROPE_KEYS[name], f"{key}: {name}")
         rope = given.get(key) or {}
         if (rope_type := rope.get("rope_type", rope.get("type", "default"))) not in ("default", *ROPE_TYPES):
-            raise InputError(f"{key} has rope_type {rope_type!r}; supported are {', '.join(ROPE_TYPES)}, so take another teacher")
+            raise InputError(
+                f"{key} has rope_type {rope_type!r}; supported are {', '.join(ROPE_TYPES)}, so take another teacher"
+            )
     for key in (*SHAPE_KEYS.values(), "head_dim"):
         if (value := given.get(key)) is not None and not 1 <= value <= LARGEST[key]:
             raise InputError(f"{key} is {value}; it must be a positive whole number up to {LARGEST[key]}")
     config = _completed(family, given)
     if other := sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"}):
-        raise InputError(f"layer_types {other[0]!r} is not supported; every layer must be 'full_attention' (see use_sliding_window)")
+        raise InputError(
+            f"layer_types {other[0]!r} is not supported; every layer must be 'full_attention' (see use_sliding_window)"
+        )
     shape = _shape(config, family)
     rotary_frequencies(shape)
     return hydra_family.from_config(raw | given, shape) if own else teacher_card(shape, "")
@@ -160,9 +175,11 @@ class _Header(NamedTuple):
 
 
 class HfWeights:
-    """The tensors of a model directory, single-file or sharded: all headers are read at once, each tensor when asked for.
+    """The tensors of a model directory, single-file or sharded: all headers are read at once, each tensor when asked
+    for.
 
-    No file stays open: what has been read of one would count as this process's memory until it is closed. Buffers of old
+    No file stays open: what has been read of one would count as this process's memory until it is closed. Buffers of
+        old
     versions, which hold no weights, are left out.
 
     Args:
@@ -179,7 +196,9 @@ class HfWeights:
         for file_name in sorted(set(index.values())) if index else [SINGLE_NAME]:
             self._read_header(self.root / file_name)
         for name in sorted(set(index or ()) - set(self._headers)):
-            raise HuggingFaceError(f"{self.root}: tensor {name} is missing from {index[name]}, where {INDEX_NAME} puts it")
+            raise HuggingFaceError(
+                f"{self.root}: tensor {name} is missing from {index[name]}, where {INDEX_NAME} puts it"
+            )
         self._headers = {name: header for name, header in self._headers.items() if not name.endswith(BUFFERS)}
         if tied and EMBEDDING.hf not in self._headers and OUTPUT_LAYER.hf in self._headers:
             self._headers[EMBEDDING.hf] = self._headers.pop(OUTPUT_LAYER.hf)
@@ -193,7 +212,11 @@ class HfWeights:
         index = read_object(self.root / INDEX_NAME).get("weight_map")
         if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
             raise HuggingFaceError(f"{self.root / INDEX_NAME}: no weight_map from tensors to files")
-        if strange := [name for name in index.values() if not name.endswith(".safetensors") or "\0" in name or Path(name).name != name]:
+        if strange := [
+            name
+            for name in index.values()
+            if not name.endswith(".safetensors") or "\0" in name or Path(name).name != name
+        ]:
             raise HuggingFaceError(f"{self.root / INDEX_NAME}: {shown(strange[0])} is no safetensors file beside it")
         return index
 
@@ -226,7 +249,9 @@ class HfWeights:
         """
         stored = self._headers[name].dtype
         if stored not in DTYPES:
-            raise HuggingFaceError(f"{self.root}: tensor {name} is {stored}; give unquantised weights, {', '.join(DTYPES.values())}")
+            raise HuggingFaceError(
+                f"{self.root}: tensor {name} is {stored}; give unquantised weights, {', '.join(DTYPES.values())}"
+            )
         return DTYPES[stored]
 
     def read(self, name: str) -> Tensor:

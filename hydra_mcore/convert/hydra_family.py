@@ -57,7 +57,9 @@ def hydra_attention(options: HydraOptions, heads: LayerHeads, shape: ModelShape)
         rules += projections("gdn.", "gdn.", "gdn", "gdn" if options.gdn_kv == "per_head" else "gdn_groups", bias, own)
         rules += qk_norms("gdn.", "gdn.") if options.gdn_qk_norm == "rms" else ()
         rules += [_rule("gdn.conv.weight", "gdn.conv.weight", "gdn_qkv", 1, "taps")] if options.gdn_conv_kernel else []
-        rules += _linear("gdn.decay_proj", "gdn.linear_decay", "num_gdn") + _linear("gdn.write_proj", "gdn.linear_write", "num_gdn")
+        rules += _linear("gdn.decay_proj", "gdn.linear_decay", "num_gdn") + _linear(
+            "gdn.write_proj", "gdn.linear_write", "num_gdn"
+        )
         rules += [_rule("gdn.A_log", "gdn.A_log.weight", "num_gdn")]
         rules += _gate("gdn", options.gdn_gate)
         rules += [_rule("gdn_norm.weight", "fusion.norms.gdn.weight", "head")] if normed else []
@@ -110,7 +112,11 @@ def to_config(card: ModelCard, dtype: str) -> dict[str, Any]:
 def teacher_type(card: ModelCard) -> str:
     """The model_type of the pretrained model that a checkpoint descends from; empty where it is not known."""
     source = card.source.get("config", {})
-    return source.get("teacher", {}).get("model_type", "") if source.get("model_type") == MODEL_TYPE else source.get("model_type", "")
+    return (
+        source.get("teacher", {}).get("model_type", "")
+        if source.get("model_type") == MODEL_TYPE
+        else source.get("model_type", "")
+    )
 
 
 def from_config(raw: dict[str, Any], shape: ModelShape) -> ModelCard:

@@ -52,7 +52,9 @@ def hybridize(
     check_target(student_dir)
     card = ModelCard.load(teacher_dir)
     if card.head_map.num_fa != card.shape.num_layers * card.shape.num_heads or card.options != HydraOptions.teacher():
-        raise ConfigError(f"{teacher_dir}: a {card.stage} checkpoint, not a teacher's; give the folder that convert.py import wrote")
+        raise ConfigError(
+            f"{teacher_dir}: a {card.stage} checkpoint, not a teacher's; give the folder that convert.py import wrote"
+        )
     card.check_head_map(head_map)
     if calibration_tokens_bs is not None:
         _check_tokens(calibration_tokens_bs, card)
@@ -74,9 +76,14 @@ def _check_tokens(tokens_bs: Tensor, card: ModelCard) -> None:
         raise InputError("calibration: no tokens given")
     length, largest = tokens_bs.shape[1], int(tokens_bs.max())
     if length > card.shape.native_length:
-        raise InputError(f"calibration sequences of {length} tokens exceed the teacher's native length {card.shape.native_length}")
+        raise InputError(
+            f"calibration sequences of {length} tokens exceed the teacher's native length {card.shape.native_length}"
+        )
     if largest >= card.shape.vocab_size:
-        raise InputError(f"calibration token {largest} is outside the vocabulary of {card.shape.vocab_size}; another model's tokenizer?")
+        raise InputError(
+            f"calibration token {largest} is outside the vocabulary of {card.shape.vocab_size}; another model's"
+            " tokenizer?"
+        )
 
 
 @torch.no_grad()
@@ -93,14 +100,18 @@ def inherit(teacher: GPTModel, student: GPTModel, head_scale: Tensor | None = No
     for name, parameter in student.named_parameters():
         if ".self_attention." not in name:
             parameter.copy_(theirs[name])
-    for layer_idx, (theirs_layer, our_layer) in enumerate(zip(teacher.decoder.layers, student.decoder.layers, strict=True)):
+    for layer_idx, (theirs_layer, our_layer) in enumerate(
+        zip(teacher.decoder.layers, student.decoder.layers, strict=True)
+    ):
         scale_h = None if head_scale is None else head_scale[layer_idx]
         inherit_attention(theirs_layer.self_attention, our_layer.self_attention, scale_h)
 
 
 @torch.no_grad()
 def inherit_attention(teacher: HydraAttention, student: HydraAttention, scale_h: Tensor | None = None) -> None:
-    """One layer of ``inherit``: rows (and biases) of q, k and v to their heads, columns of o_proj to the student's head order."""
+    """One layer of ``inherit``: rows (and biases) of q, k and v to their heads, columns of o_proj to the student's head
+    order.
+    """
     if max(teacher.layout.tp_size, student.layout.tp_size) > 1 or teacher.layout.layer.gdn:
         raise ValueError("inherit takes a whole all-FA teacher and a whole student: tensor parallel size 1")
     layout, heads = student.layout, student.layout.ranks[0].heads
@@ -124,7 +135,9 @@ def inherit_attention(teacher: HydraAttention, student: HydraAttention, scale_h:
         student.fusion.scale.weight.copy_(scale_h[list(heads)])
 
 
-def _inherit_queries(teacher: FullAttentionHeads, branch: FullAttentionHeads | GatedDeltaHeads, heads: tuple[int, ...]) -> None:
+def _inherit_queries(
+    teacher: FullAttentionHeads, branch: FullAttentionHeads | GatedDeltaHeads, heads: tuple[int, ...]
+) -> None:
     """Query rows and biases of some heads, and the weights of the q/k norms where the branch has them."""
     _inherit_rows(teacher.linear_q, branch.linear_q, teacher.linear_q.total, heads)
     for norm in ("q_norm", "k_norm"):
@@ -132,7 +145,9 @@ def _inherit_queries(teacher: FullAttentionHeads, branch: FullAttentionHeads | G
             getattr(branch, norm).weight.copy_(getattr(teacher, norm).weight)
 
 
-def _inherit_rows(theirs: HeadLinear | GroupLinear, ours: HeadLinear | GroupLinear, total: int, blocks: Sequence[int]) -> None:
+def _inherit_rows(
+    theirs: HeadLinear | GroupLinear, ours: HeadLinear | GroupLinear, total: int, blocks: Sequence[int]
+) -> None:
     """Some of the ``total`` equal blocks of a projection's rows and biases; at TP 1 no group is split."""
     for name, rows in theirs.named_parameters():
         getattr(ours, name).copy_(rows.unflatten(0, (total, -1))[list(blocks)].flatten(0, 1))
@@ -155,7 +170,9 @@ def head_output_rms(teacher: GPTModel, tokens_bs: Tensor) -> Tensor:
         squares[layer_idx] += out_sbhd.double().square().mean(dim=-1).sum(dim=(0, 1))
 
     hooks = [
-        attention.linear_proj.register_forward_pre_hook(lambda _, args, layer_idx=layer_idx: add_squares(layer_idx, args[0]))
+        attention.linear_proj.register_forward_pre_hook(
+            lambda _, args, layer_idx=layer_idx: add_squares(layer_idx, args[0])
+        )
         for layer_idx, attention in enumerate(attentions)
     ]
     try:

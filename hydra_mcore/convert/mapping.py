@@ -57,7 +57,9 @@ class Stacked(WeightMapping):
 
 @dataclass(frozen=True)
 class InEachBlock(WeightMapping):
-    """Part ``part`` of ``parts`` within every block: linear_kv stores [k; v] of the first head or group, of the second, ..."""
+    """Part ``part`` of ``parts`` within every block: linear_kv stores [k; v] of the first head or group, of the second,
+    ...
+    """
 
     part: int
     parts: int

@@ -86,7 +86,10 @@ def _layer_facts(card: ModelCard) -> dict[str, str | int]:
         for item in dataclasses.fields(HydraOptions)
         if getattr(card.options, item.name) != item.default
     ]
-    rows = [f"| {idx} | {', '.join(map(str, layer.fa)) or '-'} | {len(layer.gdn)} |" for idx, layer in enumerate(head_map.layers)]
+    rows = [
+        f"| {idx} | {', '.join(map(str, layer.fa)) or '-'} | {len(layer.gdn)} |"
+        for idx, layer in enumerate(head_map.layers)
+    ]
     return {
         "num_fa": head_map.num_fa,
         "num_heads": shape.num_layers * shape.num_heads,

@@ -28,7 +28,9 @@ def check_target(target_dir: str | Path, num_bytes: int = 0) -> None:
     if above == root and any(root.iterdir()):
         raise InputError(f"{root}: is not empty; choose another folder or remove it")
     if (free := shutil.disk_usage(above).free) < num_bytes:
-        raise InputError(f"{root}: needs {num_bytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; choose another disk")
+        raise InputError(
+            f"{root}: needs {num_bytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; choose another disk"
+        )
 
 
 @contextlib.contextmanager
@@ -36,8 +38,8 @@ def new_folder(target_dir: str | Path, num_bytes: int = 0) -> Iterator[Path]:
     """A folder to fill beside the target, which takes the target's name once the block ends well; else nothing is left.
 
     Raises:
-        InputError: the target cannot be written (``check_target``, for ``num_bytes``), another process fills it, or a write
-            fails half-way.
+        InputError: the target cannot be written (``check_target``, for ``num_bytes``), another process fills it, or a
+            write fails half-way.
     """
     check_target(target_dir, num_bytes)
     target = Path(target_dir)

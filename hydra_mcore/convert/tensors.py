@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Every Hugging Face tensor of a model and where a checkpoint stores it: the families' tables, filled in for one model."""
+"""Every Hugging Face tensor of a model and where a checkpoint stores it: the families' tables, filled in for one
+model.
+"""
 
 from __future__ import annotations
 

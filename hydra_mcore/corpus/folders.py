@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The files that a path, a folder or a glob stands for, and how many others were left out.
 
-Links are followed, but a file counts once, whatever leads to it, and a link that leads back up is none of a folder's own. Hidden
-files and folders inside a folder are left out; a hidden folder that is named itself is read.
+Links are followed, but a file counts once, whatever leads to it, and a link that leads back up is none of a folder's
+own. Hidden files and folders inside a folder are left out; a hidden folder that is named itself is read.
 """
 
 from __future__ import annotations
@@ -23,8 +23,16 @@ PACKED = ("", *PACKING)
 TEXT, PARQUET = (".txt",), (".parquet",)
 LINES = tuple(f".jsonl{packed}" for packed in PACKED)
 SUFFIXES = TEXT + LINES + PARQUET
-NAMED_LINES = tuple(f".json{packed}" for packed in PACKED)  # a folder has other things than JSON Lines under this ending
-HIDDEN, AGAIN, NO_FILE, TO_NOWHERE, BACK = "hidden", "linked twice", "pipes or devices", "links to nowhere", "links that lead back up"
+NAMED_LINES = tuple(
+    f".json{packed}" for packed in PACKED
+)  # a folder has other things than JSON Lines under this ending
+HIDDEN, AGAIN, NO_FILE, TO_NOWHERE, BACK = (
+    "hidden",
+    "linked twice",
+    "pipes or devices",
+    "links to nowhere",
+    "links that lead back up",
+)
 MOST_KINDS = 8  # that are said one by one
 
 
@@ -50,8 +58,8 @@ def find_files(inputs: Sequence[str]) -> Found:
     """The files that paths, folders and globs stand for; the order of these is kept, what each stands for is sorted.
 
     Raises:
-        InputError: nothing found, a file that two of them stand for, a kind of file that is not known or cannot be read twice,
-            a folder that cannot be listed.
+        InputError: nothing found, a file that two of them stand for, a kind of file that is not known or cannot be read
+            twice, a folder that cannot be listed.
     """
     found, known = Found(), {}
     for given in inputs:
@@ -110,7 +118,9 @@ def _found(given: str, left_out: Counter[str]) -> list[Path]:
     paths = _once([path for match in matches for path in _expanded(match, here)], here)
     if not paths:
         others = f" (left out: {listed(here)})" if here else ""
-        raise InputError(f"{given or 'an empty name'}: no data files{others}; give {', '.join(SUFFIXES)} files, globs or folders")
+        raise InputError(
+            f"{given or 'an empty name'}: no data files{others}; give {', '.join(SUFFIXES)} files, globs or folders"
+        )
     left_out.update(here)
     return paths
 
@@ -124,14 +134,18 @@ def _expanded(path: Path, left_out: Counter[str]) -> list[Path]:
     if not path.exists():
         raise InputError(f"{path}: a link to nowhere; remove it, or put its file back")
     if not is_kind(path, SUFFIXES + NAMED_LINES):
-        raise InputError(f"{path}: not a kind of file that is read; give {', '.join(SUFFIXES)}, or a folder with such files")
+        raise InputError(
+            f"{path}: not a kind of file that is read; give {', '.join(SUFFIXES)}, or a folder with such files"
+        )
     if not path.is_file():
         raise InputError(f"{path}: a pipe or device, which cannot be read again; write it to a file")
     return [path]
 
 
 def _matches(pattern: str) -> list[Path]:
-    """What a glob matches, sorted. ``**`` goes through folders as ``files_below`` does; at its end it stands for the folders."""
+    """What a glob matches, sorted. ``**`` goes through folders as ``files_below`` does; at its end it stands for the
+    folders.
+    """
     parts = Path(pattern).parts
     if "**" not in parts:
         return [Path(match) for match in sorted(glob.glob(pattern))]
@@ -168,4 +182,6 @@ def _ending(path: Path) -> str:
 
 
 def _cannot_list(error: OSError) -> None:
-    raise InputError(f"{error.filename}: cannot be listed ({error.strerror}); make it readable, or leave it out") from None
+    raise InputError(
+        f"{error.filename}: cannot be listed ({error.strerror}); make it readable, or leave it out"
+    ) from None

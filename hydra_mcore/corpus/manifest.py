@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The manifest of prepared data: what it was made from, what it holds, and how training takes all of its shards.
 
-``PREFIX.json`` describes ``PREFIX-00000.bin``, ``PREFIX-00000.idx``, ``PREFIX-00001.bin`` and so on. Until the last of them is
-written, ``PREFIX.unfinished.json`` holds the same of those that are complete, and where to go on.
+``PREFIX.json`` describes ``PREFIX-00000.bin``, ``PREFIX-00000.idx``, ``PREFIX-00001.bin`` and so on. Until the last of
+them is written, ``PREFIX.unfinished.json`` holds the same of those that are complete, and where to go on.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class ShardFile:
 
 @dataclass(frozen=True)
 class Shard:
-    """One .bin/.idx pair: what is in it, what was skipped while it was filled; until all is finished, the source's position after it."""
+    """One .bin/.idx pair: what is in it, what was skipped while it was filled; until all is finished, the source's
+    position after it.
+    """
 
     name: str
     documents: int
@@ -52,7 +54,11 @@ class Shard:
     def __post_init__(self) -> None:
         if not _SHARD.fullmatch(self.name) or Path(self.name).name != self.name:
             raise ConfigError(f"{shown(self.name)} is no name of a shard")
-        if set(self.files) != set(SUFFIXES) or min(self.documents, self.tokens) < 1 or min(self.max_id, *self.skipped.values(), 0) < 0:
+        if (
+            set(self.files) != set(SUFFIXES)
+            or min(self.documents, self.tokens) < 1
+            or min(self.max_id, *self.skipped.values(), 0) < 0
+        ):
             raise ConfigError("a shard has a document and a token or more, and the files .bin and .idx")
 
 
@@ -93,7 +99,9 @@ class Manifest:
         if not isinstance(raw, dict) or "format" not in raw:
             raise ConfigError(f"{path}: no manifest of tools/prepare_data.py; choose another name, or remove the file")
         if raw["format"] != FORMAT:
-            raise ConfigError(f"{path}: format {shown(raw['format'])}, this version reads {FORMAT}; prepare the data again")
+            raise ConfigError(
+                f"{path}: format {shown(raw['format'])}, this version reads {FORMAT}; prepare the data again"
+            )
         file = from_fields(_ManifestFile, raw, str(path), ConfigError)
         raw.pop("checksum", None)
         if file.checksum not in ("", _checksum(raw)):
@@ -105,12 +113,14 @@ class Manifest:
         if difference := _difference(self.run, json.loads(json.dumps(run))):
             name, found, wanted = difference
             raise ConfigError(
-                f"{path}: is of other data: {name} is {shown(found)} there, {shown(wanted)} here; go on as it was begun,"
-                " choose another --out, or remove the file"
+                f"{path}: is of other data: {name} is {shown(found)} there, {shown(wanted)} here; go on as it was"
+                " begun, choose another --out, or remove the file"
             )
 
     def check_files(self, folder: Path, contents: bool = False) -> None:
-        """Raise ConfigError for a shard that is missing or of another size or, with ``contents``, of another checksum."""
+        """Raise ConfigError for a shard that is missing or of another size or, with ``contents``, of another
+        checksum.
+        """
         for shard in tqdm(self.shards, desc="checksums", unit="shard", disable=not contents):
             for suffix, facts in shard.files.items():
                 path = folder / f"{shard.name}{suffix}"
@@ -136,7 +146,9 @@ class _ManifestFile:
 
 
 def _checksum(raw: dict[str, Any]) -> str:
-    """Of all that a manifest says: a position or a sum that a bad disk changed would leave documents out without a word."""
+    """Of all that a manifest says: a position or a sum that a bad disk changed would leave documents out without a
+    word.
+    """
     return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
 
 
@@ -153,7 +165,9 @@ def held_out_path(prefix: str | Path) -> Path:
 
 
 def noted_revision(prefix: Path, dataset: str) -> str | None:
-    """The commit of a dataset at which data under the prefix was begun or finished; None where there is no such data."""
+    """The commit of a dataset at which data under the prefix was begun or finished; None where there is no such
+    data.
+    """
     for path in (finished_path(prefix), unfinished_path(prefix)):
         if path.exists() and (source := Manifest.load(path).run["source"]).get("dataset") == dataset:
             return source["revision"]
@@ -174,8 +188,8 @@ def prefix_of_shard(shard_prefix: str) -> str | None:
 def expand_blend(blend: Sequence[str]) -> list[str]:
     """Megatron's list of data prefixes, [weight,] prefix ..., each prepared prefix in it replaced by its shards.
 
-    A prefix's weight is dealt to its shards by their tokens, so that they stand for their concatenation. Without weights,
-    prefixes count by their tokens.
+    A prefix's weight is dealt to its shards by their tokens, so that they stand for their concatenation. Without
+    weights, prefixes count by their tokens.
 
     Raises:
         ConfigError: a prefix that is not prepared to the end, or prepared and other ones together without weights.
@@ -187,7 +201,9 @@ def expand_blend(blend: Sequence[str]) -> list[str]:
     if weights is None:
         if None in manifests:
             lacking = prefixes[manifests.index(None)]
-            raise ConfigError(f"data-path: {lacking} has no manifest that says its tokens; write weights, as in [0.7, A, 0.3, B]")
+            raise ConfigError(
+                f"data-path: {lacking} has no manifest that says its tokens; write weights, as in [0.7, A, 0.3, B]"
+            )
         weights = [manifest.tokens for manifest in manifests]
     expanded = []
     for weight, prefix, manifest in zip(weights, prefixes, manifests, strict=True):
@@ -206,7 +222,9 @@ def _manifest(prefix: str) -> Manifest | None:
     if finished_path(prefix).is_file():
         return Manifest.load(finished_path(prefix))
     if unfinished_path(prefix).is_file():
-        raise ConfigError(f"training data {prefix}: is not prepared to the end; give its tools/prepare_data.py command again")
+        raise ConfigError(
+            f"training data {prefix}: is not prepared to the end; give its tools/prepare_data.py command again"
+        )
     return None
 
 
@@ -220,4 +238,6 @@ def _difference(found: Any, wanted: Any, name: str = "") -> tuple[str, Any, Any]
         return f"{name} (number)", len(found), len(wanted)
     else:
         return None if found == wanted else (name, found, wanted)
-    return next((more for key, a, b in pairs if (more := _difference(a, b, f"{name}.{key}" if name else str(key)))), None)
+    return next(
+        (more for key, a, b in pairs if (more := _difference(a, b, f"{name}.{key}" if name else str(key)))), None
+    )

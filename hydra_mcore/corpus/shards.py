@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shards of Megatron's IndexedDataset, written so that a kill at any moment loses only the shard in the making.
 
-A shard is written beside its name and renamed when it is whole; then the manifest lists it, with the position of the source
-after it. What was killed goes on from the last listed shard, and since everything is decided by the documents, the same
-bytes come out.
+A shard is written beside its name and renamed when it is whole; then the manifest lists it, with the position of the
+source after it. What was killed goes on from the last listed shard, and since everything is decided by the documents,
+the same bytes come out.
 """
 
 from __future__ import annotations
@@ -25,7 +25,16 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from tqdm import tqdm
 
 from hydra_mcore.commands import sole_writer
-from hydra_mcore.corpus.manifest import SUFFIXES, Manifest, Shard, ShardFile, finished_path, held_out_path, sha256, unfinished_path
+from hydra_mcore.corpus.manifest import (
+    SUFFIXES,
+    Manifest,
+    Shard,
+    ShardFile,
+    finished_path,
+    held_out_path,
+    sha256,
+    unfinished_path,
+)
 from hydra_mcore.corpus.sources import Batch, Document, Source, batches
 from hydra_mcore.corpus.tokenize import Encoder, encode_batches, fingerprint
 from hydra_mcore.errors import InputError
@@ -60,7 +69,9 @@ def run_facts(source: Source, encoder: Encoder, limits: Limits) -> dict[str, Any
     }
 
 
-def prepare(source: Source, encoder: Encoder, limits: Limits, out: Path, workers: int, skip_broken: bool = False) -> Manifest:
+def prepare(
+    source: Source, encoder: Encoder, limits: Limits, out: Path, workers: int, skip_broken: bool = False
+) -> Manifest:
     """Write all shards and the manifest, going on where an earlier call with the same facts was stopped.
 
     Args:
@@ -85,7 +96,9 @@ def prepare(source: Source, encoder: Encoder, limits: Limits, out: Path, workers
             unfinished_path(out).unlink(missing_ok=True)
             return manifest
     except OSError as error:
-        raise InputError(f"{error.filename or out}: {error.strerror}; mend that and give the same command again, it goes on") from None
+        raise InputError(
+            f"{error.filename or out}: {error.strerror}; mend that and give the same command again, it goes on"
+        ) from None
 
 
 def begun(out: Path, run: dict[str, Any]) -> Manifest:
@@ -145,9 +158,16 @@ def _readable(document: Document, skip_broken: bool) -> bool:
 
 
 def _write(
-    manifest: Manifest, keeper: _Keeper, work: Iterator[tuple[Batch, list[np.ndarray]]], out: Path, dtype: type[np.number], bar: tqdm
+    manifest: Manifest,
+    keeper: _Keeper,
+    work: Iterator[tuple[Batch, list[np.ndarray]]],
+    out: Path,
+    dtype: type[np.number],
+    bar: tqdm,
 ) -> None:
-    """Fill shards until the documents or the budget end; a shard ends with a batch, so that the source has a position there."""
+    """Fill shards until the documents or the budget end; a shard ends with a batch, so that the source has a position
+    there.
+    """
     limits, writer = keeper.limits, None
     for batch, rows in work:
         for ids in keeper.kept(batch, rows):
@@ -172,7 +192,9 @@ def _write(
 
 
 def _join_short_tail(manifest: Manifest, out: Path, dtype: type[np.number]) -> None:
-    """Put a last shard of less than half the size behind the one before it: shards that hold a few documents cannot be split."""
+    """Put a last shard of less than half the size behind the one before it: shards that hold a few documents cannot be
+    split.
+    """
     if len(manifest.shards) < 2 or manifest.shards[-1].tokens >= manifest.run["limits"]["shard_tokens"] / 2:
         return
     *kept, last, tail = manifest.shards
@@ -235,7 +257,11 @@ class ShardWriter:
         self._count(shard.documents, shard.tokens, shard.max_id)
 
     def _count(self, documents: int, tokens: int, max_id: int) -> None:
-        self.documents, self.tokens, self.max_id = self.documents + documents, self.tokens + tokens, max(self.max_id, max_id)
+        self.documents, self.tokens, self.max_id = (
+            self.documents + documents,
+            self.tokens + tokens,
+            max(self.max_id, max_id),
+        )
 
     def close(self, skipped: dict[str, int], after: Any) -> Shard:
         self.builder.finalize(self._beside(".idx"))

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Documents out of text, JSON Lines and Parquet files, or out of a streamed Hugging Face dataset.
 
-A source gives its documents in a fixed order, each with the position after it: a JSON value from which the source goes on
+A source gives its documents in a fixed order, each with the position after it: a JSON value from which the source goes
+    on
 with the next document, in another process too. What cannot be read as text is a document too, with its fault: whether
 that is an error is not for the source to say.
 """
@@ -63,7 +64,9 @@ class Source(Protocol):
 
 
 def batches(source: Source, position: Position) -> Iterator[Batch]:
-    """Cut a source's documents into batches; where they are cut depends on nothing but the position and the documents."""
+    """Cut a source's documents into batches; where they are cut depends on nothing but the position and the
+    documents.
+    """
     documents, characters = [], 0
     for document, after in source.documents(position):
         documents.append(document)
@@ -109,7 +112,9 @@ class FileSource:
         """A file's documents beyond the first ``done``, each with its number, counted from 1."""
         import pyarrow
 
-        reader = _read_text if is_kind(path, TEXT) else _read_lines if is_kind(path, LINES + NAMED_LINES) else _read_parquet
+        reader = (
+            _read_text if is_kind(path, TEXT) else _read_lines if is_kind(path, LINES + NAMED_LINES) else _read_parquet
+        )
         try:
             yield from reader(path, done, self.text_key)
         except (OSError, EOFError, pyarrow.ArrowException) as error:
@@ -119,8 +124,10 @@ class FileSource:
 class DatasetSource:
     """A dataset of the Hugging Face hub, or a local folder of one, streamed by ``datasets``.
 
-    On the hub it is held at one commit, so that a run that goes on next week reads the same documents. The hub is asked no sooner
-    than it must be: for the newest commit, where none is given, and for documents. Its positions are [documents done, what
+    On the hub it is held at one commit, so that a run that goes on next week reads the same documents. The hub is asked
+    no sooner
+    than it must be: for the newest commit, where none is given, and for documents. Its positions are [documents done,
+        what
     ``datasets`` calls the state of the stream].
 
     Args:
@@ -151,7 +158,13 @@ class DatasetSource:
                 self.revision = HfApi().dataset_info(self.name, revision=self.revision, timeout=SILENCE).sha
             except Exception as error:  # of any of the libraries in between
                 raise self._cannot_be_opened(error) from None
-        facts = {"dataset": self.name, "config": self.config, "split": self.split, "revision": self.revision, "text_key": self.text_key}
+        facts = {
+            "dataset": self.name,
+            "config": self.config,
+            "split": self.split,
+            "revision": self.revision,
+            "text_key": self.text_key,
+        }
         if self.local:
             facts["files"] = [file_facts(path) for path in sorted(Path(self.name).rglob("*")) if path.is_file()]
         return facts
@@ -173,7 +186,9 @@ class DatasetSource:
             raise InputError(f"dataset {self.name}: no such folder, and {problem}; give a folder, or a network")
 
     def _cannot_be_opened(self, error: Exception) -> InputError:
-        return InputError(f"dataset {self.name}: cannot be opened ({first_line(error)}); check name, configuration and split")
+        return InputError(
+            f"dataset {self.name}: cannot be opened ({first_line(error)}); check name, configuration and split"
+        )
 
     def documents(self, position: Position) -> Iterator[tuple[Document, Position]]:
         """Raises InputError where the dataset cannot be opened or the stream breaks off."""
@@ -185,8 +200,12 @@ class DatasetSource:
             for number, row in enumerate(stream, start=done + 1):
                 where = f"dataset {self.name}, split {self.split}, document {number}"
                 yield _document(row.get(self.text_key), where, self.text_key), [number, stream.state_dict()]
-        except Exception as error:  # between here and the files of a dataset there are a dozen libraries with errors of their own
-            raise InputError(f"dataset {self.name}: the stream broke off ({first_line(error)}); the same command goes on there") from None
+        except (
+            Exception
+        ) as error:  # between here and the files of a dataset there are a dozen libraries with errors of their own
+            raise InputError(
+                f"dataset {self.name}: the stream broke off ({first_line(error)}); the same command goes on there"
+            ) from None
 
 
 def file_facts(path: Path) -> dict[str, Any]:
@@ -237,7 +256,9 @@ def _read_parquet(path: Path, done: int, text_key: str) -> Iterator[tuple[Docume
 
     with path.open("rb") as raw, pyarrow.parquet.ParquetFile(raw) as file:
         if text_key not in file.schema_arrow.names:
-            raise InputError(f"{path}: no column {text_key!r}; choose with --text-key among {', '.join(file.schema_arrow.names)}")
+            raise InputError(
+                f"{path}: no column {text_key!r}; choose with --text-key among {', '.join(file.schema_arrow.names)}"
+            )
         row = 0
         for group in range(file.num_row_groups):
             if row + file.metadata.row_group(group).num_rows <= done:

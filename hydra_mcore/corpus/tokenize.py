@@ -40,7 +40,9 @@ _WITHOUT_EFFECT = ("version", "truncation", "padding", "post_processor", "decode
 
 @dataclass(frozen=True)
 class Encoder:
-    """A tokenizer that can be sent to workers; ``eod`` is the id put after every document, every id is below ``vocab_size``."""
+    """A tokenizer that can be sent to workers; ``eod`` is the id put after every document, every id is below
+    ``vocab_size``.
+    """
 
     serialised: str
     eod: int
@@ -53,7 +55,9 @@ class Encoder:
 
 
 def fingerprint(serialised: str) -> str:
-    """sha256 over all of a serialised tokenizer that decides which ids a text becomes: vocabulary, merges, splitting ..."""
+    """sha256 over all of a serialised tokenizer that decides which ids a text becomes: vocabulary, merges, splitting
+    ...
+    """
     facts = {key: value for key, value in json.loads(serialised).items() if key not in _WITHOUT_EFFECT}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -74,14 +78,17 @@ def load_fast_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     except InputError as error:
         if not problem:
             raise
-        raise InputError(f"tokenizer {name}: neither a folder nor in the cache, and {problem}; give a folder with its files") from error
+        raise InputError(
+            f"tokenizer {name}: neither a folder nor in the cache, and {problem}; give a folder with its files"
+        ) from error
     if not tokenizer.is_fast:
         raise InputError(f"tokenizer {name}: has no fast form, which the workers need; convert it to a tokenizer.json")
     return tokenizer
 
 
 def load_encoder(name: str | Path, eod: str | None = None) -> Encoder:
-    """The tokenizer ``load_fast_tokenizer`` finds, with the token that ends documents: None takes its end-of-sequence token.
+    """The tokenizer ``load_fast_tokenizer`` finds, with the token that ends documents: None takes its end-of-sequence
+    token.
 
     Raises:
         InputError: no such tokenizer, or no such token.
@@ -96,7 +103,9 @@ def load_encoder(name: str | Path, eod: str | None = None) -> Encoder:
     return Encoder(tokenizer.backend_tokenizer.to_str(), ids[0], max(tokenizer.get_vocab().values()) + 1)
 
 
-def encode_batches(batches: Iterable[Batch], encoder: Encoder, workers: int) -> Iterator[tuple[Batch, list[np.ndarray]]]:
+def encode_batches(
+    batches: Iterable[Batch], encoder: Encoder, workers: int
+) -> Iterator[tuple[Batch, list[np.ndarray]]]:
     """Each batch with the ids [n] of its documents, the end of document included, in the order they came in.
 
     Raises:
@@ -114,7 +123,9 @@ def encode_batches(batches: Iterable[Batch], encoder: Encoder, workers: int) -> 
         while waiting:
             yield _next(waiting)
     except BrokenProcessPool:
-        raise InputError("a worker died, perhaps for lack of memory; give fewer --workers, the same command goes on") from None
+        raise InputError(
+            "a worker died, perhaps for lack of memory; give fewer --workers, the same command goes on"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -24,9 +24,9 @@ ROWS = 256  # tokens compared at once, so that the float64 copies stay small bes
 class Agreement:
     """Logits compared token by token.
 
-    ``kl`` is the mean of KL(reference || found) in nats, ``agreeing`` counts tokens whose likeliest next token is the same or
-    ties with it, ``ties`` those whose two likeliest tie in the reference; ``largest`` is the largest |logit| of the reference.
-    ``note`` is said where the bars are not met.
+    ``kl`` is the mean of KL(reference || found) in nats, ``agreeing`` counts tokens whose likeliest next token is the
+    same or ties with it, ``ties`` those whose two likeliest tie in the reference; ``largest`` is the largest |logit| of
+    the reference. ``note`` is said where the bars are not met.
     """
 
     tokens: int
@@ -113,6 +113,8 @@ class Result:
         """For JSON, which knows no NaN: such a number is None."""
         numbers = None
         if self.numbers is not None:
-            raw = {name: value for name, value in asdict(self.numbers).items() if name != "note"} | {"relative": self.numbers.relative}
+            raw = {name: value for name, value in asdict(self.numbers).items() if name != "note"} | {
+                "relative": self.numbers.relative
+            }
             numbers = {name: value if math.isfinite(value) else None for name, value in raw.items()}
         return asdict(self) | {"numbers": numbers}

@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""One exam for all models: the same prompts and text for every model of a tokenizer, each piece kept as soon as it is done."""
+"""One exam for all models: the same prompts and text for every model of a tokenizer, each piece kept as soon as it is
+done.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +41,8 @@ class Exam:
     """What every model is asked.
 
     Raises:
-        InputError: no lengths, one named twice, no prompts, an unknown task, a task that cannot be scored as asked, a seed
-            of training.
+        InputError: no lengths, one named twice, no prompts, an unknown task, a task that cannot be scored as asked, a
+            seed of training.
     """
 
     tasks: tuple[str, ...]
@@ -74,14 +76,18 @@ class Exam:
             raise InputError("perplexity needs --haystack FILE with held-out text; or leave it out with --no-text")
         for task in self.tasks:
             if self.scoring == "teacher-forced" and not TASKS[task].one_answer:
-                raise InputError(f"{task} has more than one right text, so teacher forcing cannot score it; leave --scoring out")
+                raise InputError(
+                    f"{task} has more than one right text, so teacher forcing cannot score it; leave --scoring out"
+                )
 
     def scoring_of(self, task: str) -> str:
         return self.scoring or ("teacher-forced" if TASKS[task].one_answer else "generation")
 
 
 def named_tasks(names: Sequence[str]) -> tuple[str, ...]:
-    """The tasks of some names of tasks or groups, or of "all", in the order of ``TASKS``; InputError for an unknown name."""
+    """The tasks of some names of tasks or groups, or of "all", in the order of ``TASKS``; InputError for an unknown
+    name.
+    """
     known = {"all": tuple(TASKS)} | TASK_GROUPS | {task: (task,) for task in TASKS}
     for name in names:
         if name not in known:
@@ -91,7 +97,9 @@ def named_tasks(names: Sequence[str]) -> tuple[str, ...]:
 
 
 class Papers:
-    """An exam in the words of each model's tokenizer. Texts and prompts are made by the first rank, which alone holds texts."""
+    """An exam in the words of each model's tokenizer. Texts and prompts are made by the first rank, which alone holds
+    texts.
+    """
 
     def __init__(self, exam: Exam) -> None:
         self.exam = exam
@@ -110,7 +118,9 @@ class Papers:
             asked = [(task, length) for length in self.exam.lengths for task in tasks]
             # one by one, since ranks that wait for very long are taken for dead
             bar = tqdm(asked, desc="prompts", unit="set", disable=_hidden())
-            self._pieces[tokenizer] = [from_first_rank(partial(self._piece, tokenizer, task, length)) for task, length in bar]
+            self._pieces[tokenizer] = [
+                from_first_rank(partial(self._piece, tokenizer, task, length)) for task, length in bar
+            ]
         pieces = self._pieces[tokenizer]
         if (largest := max((piece.max_id for piece in pieces), default=0)) >= facts.vocab_size:
             vocabulary = f"its vocabulary has {facts.vocab_size} words, the tokenizer gives token {largest}"
@@ -139,8 +149,13 @@ class Papers:
         where = {"task": task, "length": length, "tokenizer": tokenizer}
         if task == TEXT:
             windows_bs = self.windows(tokenizer, length)
-            digest, largest = hashlib.sha256(windows_bs.numpy().astype("<i8").tobytes()).hexdigest(), int(windows_bs.max())
-            return Piece(**where, count=len(windows_bs), scoring="loss", wording="", seed=0, digest=digest, max_id=largest)
+            digest, largest = (
+                hashlib.sha256(windows_bs.numpy().astype("<i8").tobytes()).hexdigest(),
+                int(windows_bs.max()),
+            )
+            return Piece(
+                **where, count=len(windows_bs), scoring="loss", wording="", seed=0, digest=digest, max_id=largest
+            )
         made, wording = self.prompts(tokenizer, task, length), self._sources[tokenizer].wording
         return Piece(
             **where,
@@ -182,7 +197,9 @@ def _hidden() -> bool | None:
     return None if torch.distributed.get_rank() == 0 else True
 
 
-def _answer(model: EvaluatedModel, papers: Papers, piece: Piece, tokenizer: Tokenizer, bar: tqdm) -> tuple[list[float], None]:
+def _answer(
+    model: EvaluatedModel, papers: Papers, piece: Piece, tokenizer: Tokenizer, bar: tqdm
+) -> tuple[list[float], None]:
     """Each prompt's score."""
     asked = from_first_rank(partial(papers.prompts, piece.tokenizer, piece.task, piece.length))
     found: list[float] = []
@@ -192,12 +209,18 @@ def _answer(model: EvaluatedModel, papers: Papers, piece: Piece, tokenizer: Toke
     return found, None
 
 
-def _predict(model: EvaluatedModel, papers: Papers, piece: Piece, tokenizer: Tokenizer, bar: tqdm) -> tuple[TextLoss, np.ndarray]:
+def _predict(
+    model: EvaluatedModel, papers: Papers, piece: Piece, tokenizer: Tokenizer, bar: tqdm
+) -> tuple[TextLoss, np.ndarray]:
     """The loss on text, and the likeliest tokens, int32 [b, s - 1]."""
     windows_bs = from_first_rank(partial(papers.windows, piece.tokenizer, piece.length))
     found: list[tuple[tuple[float, ...], np.ndarray]] = []
     for windows in window_losses(model, windows_bs):
         found += windows
         bar.update(len(windows) * piece.length)
-    text_bytes = sum(len(tokenizer.decode(ids_s[1:], clean_up_tokenization_spaces=False).encode()) for ids_s in windows_bs)
-    return TextLoss(piece.length, tuple(means for means, _ in found), text_bytes), np.stack([likeliest_s for _, likeliest_s in found])
+    text_bytes = sum(
+        len(tokenizer.decode(ids_s[1:], clean_up_tokenization_spaces=False).encode()) for ids_s in windows_bs
+    )
+    return TextLoss(piece.length, tuple(means for means, _ in found), text_bytes), np.stack(
+        [likeliest_s for _, likeliest_s in found]
+    )

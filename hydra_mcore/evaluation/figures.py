@@ -1,6 +1,9 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures of an evaluation: accuracy against length, loss against position. Each function writes one PNG, atomically."""
+"""The pictures of an evaluation: accuracy against length, loss against position.
+
+Each function writes one PNG, atomically.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +71,9 @@ def loss_figure(path: Path, results: Sequence[Results]) -> None:
             low, high = ([part.nll + sign * part.error for part in bins] for sign in (-1, 1))
             axes.fill_between(ends, low, high, color=style["color"], alpha=0.15, linewidth=0)
     highest = max(line.text[max(line.text)].by_position[0].nll for line in results if line.text)
-    axes.set_ylim(top=min(axes.get_ylim()[1], HIGHEST * highest))  # a model lost beyond its native length would flatten the others
+    axes.set_ylim(
+        top=min(axes.get_ylim()[1], HIGHEST * highest)
+    )  # a model lost beyond its native length would flatten the others
     shortest = min(bins.end for line in results if line.text for bins in line.text[max(line.text)].by_position[:1])
     ticks = [shortest * 2**power for power in range(int(math.log2(longest / shortest)) + 1)]
     _length_axis(axes, ticks, results)
@@ -106,7 +111,14 @@ def _length_axis(axes: Axes, lengths: Sequence[int], results: Sequence[Results])
     natives = sorted({line.contestant.facts.native_length for line in results})
     for native in natives:
         if low <= native <= high:
-            axes.axvline(native, color="#888888", linestyle=(0, (2, 2)), linewidth=1.2, zorder=0, label=f"{NATIVE} ({short(native)})")
+            axes.axvline(
+                native,
+                color="#888888",
+                linestyle=(0, (2, 2)),
+                linewidth=1.2,
+                zorder=0,
+                label=f"{NATIVE} ({short(native)})",
+            )
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -121,8 +133,12 @@ def _figure(width: float, height: float, models: int) -> Figure:
 
 def _finish(figure: Figure, path: Path, title: str, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    named = dict(sorted(zip(labels, handles, strict=True), key=lambda item: item[0].startswith(NATIVE)))  # each once, models first
-    figure.legend(named.values(), named, loc="outside lower center", ncols=min(3, len(named)), frameon=False, fontsize=9)
+    named = dict(
+        sorted(zip(labels, handles, strict=True), key=lambda item: item[0].startswith(NATIVE))
+    )  # each once, models first
+    figure.legend(
+        named.values(), named, loc="outside lower center", ncols=min(3, len(named)), frameon=False, fontsize=9
+    )
     figure.suptitle(title, fontsize=12, fontweight="bold", x=0.02, ha="left")
     with replacing(path) as beside:
         figure.savefig(beside, format="png")

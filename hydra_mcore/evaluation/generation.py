@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 def greedy(model: ParallelModel, ids_bs: Tensor, room: int, stop: frozenset[int]) -> Tensor:
     """The ``room`` likeliest next tokens of each row, one by one: int64 [b, room] on the CPU of every rank.
 
-    Behind the first token of ``stop`` that token is repeated. All ranks of a replica call alike. Weights and modules are left
-    as they are. Beside a forward pass it takes memory for keys and values, of the prompt's part that this rank has.
+    Behind the first token of ``stop`` that token is repeated. All ranks of a replica call alike. Weights and modules
+    are left as they are. Beside a forward pass it takes memory for keys and values, of the prompt's part that this rank
+    has.
 
     Args:
         ids_bs: int64, the prompts, all of one length.
@@ -47,9 +48,11 @@ def greedy(model: ParallelModel, ids_bs: Tensor, room: int, stop: frozenset[int]
 
 
 def from_memory(model: ParallelModel, ids_bs: Tensor, room: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """What follows the prompts, at most ``room`` tokens: the next of each row, int64 [b] on the CPU, one after the other.
+    """What follows the prompts, at most ``room`` tokens: the next of each row, int64 [b] on the CPU, one after the
+    other.
 
-    With it comes, on the last pipeline stage, what chose it: this rank's part of the logits, [b, w]; of context-parallel
+    With it comes, on the last pipeline stage, what chose it: this rank's part of the logits, [b, w]; of
+        context-parallel
     ranks the last one's are those that count. To be run without gradients.
     """
     groups, length = model.groups, ids_bs.shape[1]

@@ -24,7 +24,17 @@ from hydra_mcore.evaluation.forward import LOGITS_AT_ONCE
 from hydra_mcore.model.rotary import yarn_scaling
 
 # What transformers raises for a directory that it cannot use; safetensors' own is for files cut short.
-_MISFIT = (OSError, ValueError, TypeError, AttributeError, AssertionError, RuntimeError, LookupError, ImportError, SafetensorError)
+_MISFIT = (
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    RuntimeError,
+    LookupError,
+    ImportError,
+    SafetensorError,
+)
 
 
 def load_config(folder: Path, yarn: float | None = None) -> PreTrainedConfig:
@@ -45,7 +55,9 @@ def load_config(folder: Path, yarn: float | None = None) -> PreTrainedConfig:
         return config
     rope = getattr(config, "rope_parameters", None)
     if getattr(config, "fa_position", "rope") != "rope" or not isinstance(rope, dict) or "rope_theta" not in rope:
-        raise ConfigError(f"{folder}: its attention does not read positions by one RoPE, so YaRN cannot stretch it; leave YaRN out")
+        raise ConfigError(
+            f"{folder}: its attention does not read positions by one RoPE, so YaRN cannot stretch it; leave YaRN out"
+        )
     own = None if rope.get("rope_type", "default") == "default" else rope
     try:
         config.rope_parameters = {**rope, **yarn_scaling(yarn, config.max_position_embeddings, own)}
@@ -75,24 +87,34 @@ class HuggingFaceModel:
         try:
             model, loading = loader.from_pretrained(folder, **options)
         except UnpicklingError:  # transformers' reader of *.bin files takes tensors alone
-            raise HuggingFaceError(f"{folder}: its *.bin weights are damaged or could run code; get them as safetensors") from None
+            raise HuggingFaceError(
+                f"{folder}: its *.bin weights are damaged or could run code; get them as safetensors"
+            ) from None
         except _MISFIT as error:
             raise HuggingFaceError(f"{folder}: its weights do not fit its config.json ({first_line(error)})") from None
         if loading["missing_keys"]:
             name = min(loading["missing_keys"])
-            raise HuggingFaceError(f"{folder}: its weights do not fit its config.json (no tensor {name}); copy it again")
+            raise HuggingFaceError(
+                f"{folder}: its weights do not fit its config.json (no tensor {name}); copy it again"
+            )
         self.model: PreTrainedModel = model.eval().to(torch.cuda.current_device())
-        self.model.generation_config = GenerationConfig()  # its own may ask for sampling, penalties and other stop tokens
+        self.model.generation_config = (
+            GenerationConfig()
+        )  # its own may ask for sampling, penalties and other stop tokens
         self.replica, self.replicas = torch.distributed.get_rank(), torch.distributed.get_world_size()
 
     @torch.no_grad()
     def predicted(self, ids_bs: Tensor, start: int) -> Tensor:
-        """int64 [b, s - start]: the likeliest token at each position from ``start`` (at least 1) on, given all before it."""
+        """int64 [b, s - start]: the likeliest token at each position from ``start`` (at least 1) on, given all before
+        it.
+        """
         return torch.cat([logits_bpw.argmax(-1) for _, logits_bpw in self._logits(ids_bs, start)], dim=1).cpu()
 
     @torch.no_grad()
     def token_losses(self, ids_bs: Tensor) -> tuple[Tensor, Tensor]:
-        """Negative log likelihood (nats, float32) of every token but the first, and the likeliest token there: both [b, s - 1]."""
+        """Negative log likelihood (nats, float32) of every token but the first, and the likeliest token there: both [b,
+        s - 1].
+        """
         losses, found = [], []
         for labels_bp, logits_bpw in self._logits(ids_bs, 1):
             losses.append(F.cross_entropy(logits_bpw.float().transpose(1, 2), labels_bp, reduction="none"))
@@ -103,7 +125,9 @@ class HuggingFaceModel:
     def generated(self, ids_bs: Tensor, room: int, stop: frozenset[int]) -> Tensor:
         """int64 [b, room]: greedy decoding; behind the first token of ``stop`` that token is repeated."""
         ids_bs = ids_bs.to(self.model.device)
-        greedy = GenerationConfig(max_new_tokens=room, do_sample=False, eos_token_id=sorted(stop) or None, pad_token_id=0)
+        greedy = GenerationConfig(
+            max_new_tokens=room, do_sample=False, eos_token_id=sorted(stop) or None, pad_token_id=0
+        )
         found_bs = self.model.generate(ids_bs, attention_mask=torch.ones_like(ids_bs), generation_config=greedy)
         found_br = F.pad(found_bs, (0, ids_bs.shape[1] + room - found_bs.shape[1])).cpu()[:, ids_bs.shape[1] :]
         stops_br = torch.isin(found_br, torch.tensor(sorted(stop), dtype=torch.int64))
@@ -129,8 +153,8 @@ class HuggingFaceModel:
     def _head(self, trunk: ModelOutput) -> Tensor:
         """The logits of hidden states by the model's own last steps, which may be more than one product (scales, caps).
 
-        Run once over all positions they would make logits of length x vocabulary; so the trunk, already run, is replaced by
-        what it gave for some of them.
+        Run once over all positions they would make logits of length x vocabulary; so the trunk, already run, is
+        replaced by what it gave for some of them.
         """
         self.model.base_model.forward = lambda *args, **keywords: trunk
         try:

@@ -75,7 +75,10 @@ class Rows(NamedTuple):
 def logits_of(model: GPTModel, rows: Rows) -> dict[str, Tensor] | None:
     """Logits "dense" [b, s, w] and "packed" [1, s, w], float32 on the CPU; None but on the last pipeline stage."""
     batches = rows.tokens_bs.split(rows_a_forward(rows.tokens_bs.shape[1]))
-    dense, packed = [_forward(model, ids_bs, None) for ids_bs in batches], _forward(model, rows.tokens_bs[:1], rows.documents)
+    dense, packed = (
+        [_forward(model, ids_bs, None) for ids_bs in batches],
+        _forward(model, rows.tokens_bs[:1], rows.documents),
+    )
     return None if packed is None else {"dense": torch.cat(dense), "packed": packed}
 
 
@@ -87,8 +90,11 @@ def _forward(model: GPTModel, ids_bs: Tensor, documents: tuple[int, ...] | None)
     return gather_parts(whole_sbw, model.pg_collection.cp).transpose(0, 1).float().cpu()
 
 
-def run_layouts(checkpoint_dir: str | Path, rows: Rows, layouts: list[Layout], folder: Path) -> dict[Layout, Path | str]:
-    """Run a checkpoint on as many processes as the layouts have ranks (all the same number), one layout after the other.
+def run_layouts(
+    checkpoint_dir: str | Path, rows: Rows, layouts: list[Layout], folder: Path
+) -> dict[Layout, Path | str]:
+    """Run a checkpoint on as many processes as the layouts have ranks (all the same number), one layout after the
+    other.
 
     Returns:
         For each layout the safetensors file of its logits (named as by ``logits_of``), or a line on why there is none.
@@ -97,7 +103,9 @@ def run_layouts(checkpoint_dir: str | Path, rows: Rows, layouts: list[Layout], f
     while left := [layout for layout in layouts if layout not in outcome]:
         folder.mkdir(exist_ok=True)
         what = {"checkpoint": str(Path(checkpoint_dir).resolve()), "layouts": left}
-        failure = _launch(left[0].ranks, what | {"tokens": rows.tokens_bs.tolist(), "documents": rows.documents}, folder)
+        failure = _launch(
+            left[0].ranks, what | {"tokens": rows.tokens_bs.tolist(), "documents": rows.documents}, folder
+        )
         outcome |= {layout: _file(folder, layout) for layout in left if _file(folder, layout).is_file()}
         unfinished = next((layout for layout in left if layout not in outcome), None)
         if unfinished is not None:  # the others get another launch, without it
@@ -112,11 +120,13 @@ def _file(folder: Path, layout: Layout) -> Path:
 def _launch(world_size: int, request: dict, folder: Path) -> str:
     """Start the ranks and wait for their end; returns the last line of the one that failed first.
 
-    This process hosts a store for each layout, so that ports are free for certain and no layout reads what an earlier one
-    left behind.
+    This process hosts a store for each layout, so that ports are free for certain and no layout reads what an earlier
+    one left behind.
     """
     torch.cuda.empty_cache()  # the ranks may share this process's GPU
-    stores = [torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in request["layouts"]]
+    stores = [
+        torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in request["layouts"]
+    ]
     write_json(folder / "request.json", request | {"ports": [store.port for store in stores]}, indent=None)
     common = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
     common |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}  # torch's word for a store that no rank hosts
@@ -137,7 +147,9 @@ def _launch(world_size: int, request: dict, folder: Path) -> str:
 
 
 def _wait(ranks: list[subprocess.Popen], folder: Path) -> str:
-    """Wait until all have ended, one has failed, or the time is up; says what is wrong, should some logits be missing."""
+    """Wait until all have ended, one has failed, or the time is up; says what is wrong, should some logits be
+    missing.
+    """
     deadline = time.monotonic() + LAUNCH_SECONDS
     while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
         if any(process.poll() for process in ranks):

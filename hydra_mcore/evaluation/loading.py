@@ -40,7 +40,9 @@ def describe(folder: str | Path, yarn: float | None = None) -> ModelFacts:
         files = [folder / CARD_NAME, *filter(Path.is_file, latest_iteration(folder).iterdir())]
         return _facts_of_card(card, folder, files, folder / "tokenizer", yarn)
     if not (folder / CONFIG_NAME).is_file():
-        raise InputError(f"{folder}: neither a checkpoint of hydra_mcore ({CARD_NAME}) nor a Hugging Face directory ({CONFIG_NAME})")
+        raise InputError(
+            f"{folder}: neither a checkpoint of hydra_mcore ({CARD_NAME}) nor a Hugging Face directory ({CONFIG_NAME})"
+        )
     config = load_config(folder, yarn)
     weights = [path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern)]
     if not weights:
@@ -68,9 +70,11 @@ def describe(folder: str | Path, yarn: float | None = None) -> ModelFacts:
 
 
 def open_model(facts: ModelFacts, dtype: torch.dtype) -> EvaluatedModel:
-    """The model that was described, its parameters in ``dtype``; inside process groups (``model.runtime.process_groups``).
+    """The model that was described, its parameters in ``dtype``; inside process groups
+    (``model.runtime.process_groups``).
 
-    A checkpoint of ours takes the layout of the groups; of a Hugging Face directory every process holds the whole model.
+    A checkpoint of ours takes the layout of the groups; of a Hugging Face directory every process holds the whole
+    model.
 
     Raises:
         InputError: a layout that cannot hold the model, or weights that do not fit it.
@@ -95,7 +99,9 @@ def fingerprint(files: list[Path], yarn: float | None) -> str:
     return digest.hexdigest()
 
 
-def _facts_of_card(card: ModelCard, folder: Path, files: list[Path], tokenizer_dir: Path, yarn: float | None) -> ModelFacts:
+def _facts_of_card(
+    card: ModelCard, folder: Path, files: list[Path], tokenizer_dir: Path, yarn: float | None
+) -> ModelFacts:
     return ModelFacts(
         folder=folder,
         fingerprint=fingerprint(files, yarn),
@@ -126,6 +132,8 @@ def _stretched(card: ModelCard, folder: Path, yarn: float | None) -> ModelCard:
 
 def _with_tokenizer(folder: Path) -> Path:
     """The folder; raises InputError unless a tokenizer is in it."""
-    if not (has_tokenizer(folder) or (folder / "tokenizer_config.json").is_file()):  # which may name one that needs no vocabulary
+    if not (
+        has_tokenizer(folder) or (folder / "tokenizer_config.json").is_file()
+    ):  # which may name one that needs no vocabulary
         raise InputError(f"{folder}: no tokenizer there; copy the Hugging Face tokenizer files to it")
     return folder

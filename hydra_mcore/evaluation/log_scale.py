@@ -64,7 +64,8 @@ class Trials:
     def difference(self, base: float | None, to: float | None) -> tuple[float, float]:
         """By how many nats a token ``base`` loses more than ``to``, and the standard error of that over the windows.
 
-        Windows differ far more among each other than two bases do on one window, so the error is that of the differences.
+        Windows differ far more among each other than two bases do on one window, so the error is that of the
+        differences.
         """
         gap_w = self._of_windows(base) - self._of_windows(to)
         return float(gap_w.mean()), float(gap_w.std(ddof=1) / math.sqrt(len(gap_w)))
@@ -96,15 +97,18 @@ def name_of(base: float | None) -> str:
 def best_base(loss: Callable[[float], float], grid: Sequence[float] = GRID) -> tuple[float, bool]:
     """The base of the least loss, to within a factor of ``PRECISION``, and whether it lies inside ``LIMITS``.
 
-    First the grid, which goes on by its own step while its best is an end of it; then golden sections (Kiefer 1953) of ln(a)
-    between the neighbours of the best. Of a loss with several minima it finds one.
+    First the grid, which goes on by its own step while its best is an end of it; then golden sections (Kiefer 1953) of
+    ln(a) between the neighbours of the best. Of a loss with several minima it finds one.
 
     Raises:
         InputError: fewer than two different bases, or one outside ``LIMITS``.
     """
     tried = sorted(set(map(_rounded, grid)))
     if len(tried) < 2 or not (LIMITS[0] <= tried[0] and tried[-1] <= LIMITS[1]):
-        raise InputError(f"--candidates {' '.join(f'{a:g}' for a in grid)}: name at least two bases from {LIMITS[0]:g} to {LIMITS[1]:g}")
+        raise InputError(
+            f"--candidates {' '.join(f'{a:g}' for a in grid)}: name at least two bases from {LIMITS[0]:g} to"
+            f" {LIMITS[1]:g}"
+        )
     while (best := min(tried, key=loss)) in (tried[0], tried[-1]):
         if best in LIMITS:
             return best, False

@@ -18,7 +18,9 @@ from hydra_mcore.files import replacing, write_json
 JSON_NAME, TABLE_NAME, FIGURE_NAME = "log_scale.json", "log_scale.md", "log_scale.png"
 
 
-def write_report(out_dir: str | Path, trials: Trials, present: float | None, text: str, settings: dict[str, Any]) -> None:
+def write_report(
+    out_dir: str | Path, trials: Trials, present: float | None, text: str, settings: dict[str, Any]
+) -> None:
     """Write figure, markdown and JSON, each beside its target and then renamed; the JSON last: it marks a whole report.
 
     Args:
@@ -35,7 +37,13 @@ def write_report(out_dir: str | Path, trials: Trials, present: float | None, tex
     for base in trials.bases:
         gap, error = trials.difference(base, trials.best)
         entries.append(
-            {"base": base, "loss": trials.loss(base), "difference": gap, "error": error, "by_position": trials.by_position(base)}
+            {
+                "base": base,
+                "loss": trials.loss(base),
+                "difference": gap,
+                "error": error,
+                "by_position": trials.by_position(base),
+            }
         )
     facts = {"present": present, "best": trials.best, "positions": trials.bins, "windows": len(trials.windows_bs)}
     write_json(root / JSON_NAME, settings | facts | {"trials": entries})
@@ -48,11 +56,14 @@ def markdown(trials: Trials, present: float | None, inside: bool) -> str:
     for base in trials.bases:
         gap, error = trials.difference(base, best)
         mark = " (now)" if base == present else ""
-        rows.append([name_of(base) + mark, f"{trials.loss(base):.4f}", "best" if base == best else f"+{gap:.4f} +- {error:.4f}"])
+        rows.append(
+            [name_of(base) + mark, f"{trials.loss(base):.4f}", "best" if base == best else f"+{gap:.4f} +- {error:.4f}"]
+        )
     shown = list(dict.fromkeys([None, present, best]))
     columns = [trials.by_position(base) for base in shown]
     positions = [
-        [f"{start:,} to {end - 1:,}", *(f"{column[index]:.4f}" for column in columns)] for index, (start, end) in enumerate(trials.bins)
+        [f"{start:,} to {end - 1:,}", *(f"{column[index]:.4f}" for column in columns)]
+        for index, (start, end) in enumerate(trials.bins)
     ]
     return "\n".join([
         verdict(trials, present, inside),
@@ -69,13 +80,20 @@ def markdown(trials: Trials, present: float | None, inside: bool) -> str:
 def verdict(trials: Trials, present: float | None, inside: bool) -> str:
     """What was found, in sentences: the base, and what it gains over no scale and over what the model has now."""
     best = trials.best
-    lines = [f"Least loss: {name_of(best)}, {trials.loss(best):.4f} nats a token over {len(trials.windows_bs)} windows."]
+    lines = [
+        f"Least loss: {name_of(best)}, {trials.loss(best):.4f} nats a token over {len(trials.windows_bs)} windows."
+    ]
     closest = min((base for base in trials.bases if base is not None), key=trials.loss)
     other, choice = (closest, "off") if best is None else (None, "on")
     sure, gain = _gain(trials, best, other)
-    lines.append(f"The scale should be {choice}: {gain}." if sure else f"Whether the scale is on does not show: {gain}.")
+    lines.append(
+        f"The scale should be {choice}: {gain}." if sure else f"Whether the scale is on does not show: {gain}."
+    )
     if best is not None and not inside:
-        lines.append("That base is a limit of the search, and the loss still falls there: no base to trust, look at the model first.")
+        lines.append(
+            "That base is a limit of the search, and the loss still falls there: no base to trust, look at the model"
+            " first."
+        )
     if best == present:
         lines.append("That is what the model has now.")
     elif {best, present} != {best, None}:
@@ -92,25 +110,40 @@ def _gain(trials: Trials, better: float | None, than: float | None) -> tuple[boo
 
 
 def figure(path: Path, trials: Trials, present: float | None) -> None:
-    """Loss against a on a log axis, with the error of each difference to the best, and the loss without a scale as a line."""
+    """Loss against a on a log axis, with the error of each difference to the best, and the loss without a scale as a
+    line.
+    """
     bases = [base for base in trials.bases if base is not None]
     losses = [trials.loss(base) for base in bases]
     errors = [trials.difference(base, trials.best)[1] for base in bases]
     picture = Figure(figsize=(7, 4.2), layout="constrained")
     FigureCanvasAgg(picture)
     axes = picture.add_subplot()
-    axes.errorbar(bases, losses, yerr=errors, color="#0072b2", marker="o", ms=4, lw=1.2, capsize=2, label="ln(t + a) / ln(a)")
+    axes.errorbar(
+        bases, losses, yerr=errors, color="#0072b2", marker="o", ms=4, lw=1.2, capsize=2, label="ln(t + a) / ln(a)"
+    )
     axes.axhline(trials.loss(None), color="#8a8a8a", ls="--", lw=1.2, label="off")
     if present is not None:
         axes.axvline(present, color="#8a8a8a", ls=":", lw=1.2, label=f"now, {name_of(present)}")
     if trials.best is not None:
-        axes.plot(trials.best, trials.loss(trials.best), "*", ms=13, color="#d55e00", label=f"best, {name_of(trials.best)}", zorder=3)
+        axes.plot(
+            trials.best,
+            trials.loss(trials.best),
+            "*",
+            ms=13,
+            color="#d55e00",
+            label=f"best, {name_of(trials.best)}",
+            zorder=3,
+        )
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_xlabel("a (tokens)")
     axes.set_ylabel("loss (nats a token)")
     length = trials.windows_bs.shape[1]
-    axes.set_title(f"{len(trials.windows_bs)} windows of {length:,} tokens; bars: standard error of the difference to the best", fontsize=9)
+    axes.set_title(
+        f"{len(trials.windows_bs)} windows of {length:,} tokens; bars: standard error of the difference to the best",
+        fontsize=9,
+    )
     axes.legend(frameon=False, fontsize=9)
     with replacing(path) as beside:
         picture.savefig(beside, format="png", dpi=150)

@@ -2,18 +2,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """What evaluating a model needs of one rank's memory, worked out without running it.
 
-There are no gradients, so a layer's tensors go when it returns. Beside the weights the peak is the fullest of these moments,
-T being the tokens of this rank's part, L those of whole rows, p the bytes of a value, d of a head's size, F of the MLP's width:
+There are no gradients, so a layer's tensors go when it returns. Beside the weights the peak is the fullest of these
+moments, T being the tokens of this rank's part, L those of whole rows, p the bytes of a value, d of a head's size, F of
+the MLP's width:
 
-    a layer attends       keys and values of its kv groups, of the part and, gathered, of the row (2d a token and group each);
-                          those of the row by FA head (2d); queries with what rotary or norm makes of them, or attention's result
-    a layer's GDN heads   the short convolution (16d a token and head), or inside the delta rule, beside the FA heads' result
-    an MLP                five values for each of its width
+    a layer attends       keys and values of its kv groups, of the part and, gathered, of the row (2d a token and group
+    each);
+                          those of the row by FA head (2d); queries with what rotary or norm makes of them, or
+                          attention's result
+    a layer's GDN heads   the short convolution (16d a token and head), or inside the delta rule, beside the FA heads'
+    result an MLP                five values for each of its width
     logits are made       ``forward.LOGITS_AT_ONCE`` of them at most, whatever the length
 
-All but the last stand beside three hidden states (the stage's input, the layer's, and that normed; four in the MLP) and the
-rotary angles of the row. Generation also keeps every FA layer's keys and values of this rank's part, and of every GDN head its
-state; a decoding step reads the keys and values by head in float32. The fusion of heads is never the fullest moment.
+All but the last stand beside three hidden states (the stage's input, the layer's, and that normed; four in the MLP) and
+the rotary angles of the row. Generation also keeps every FA layer's keys and values of this rank's part, and of every
+GDN head its state; a decoding step reads the keys and values by head in float32. The fusion of heads is never the
+fullest moment.
 
 Not counted: the CUDA context, NCCL's buffers, the allocator's waste (tools/plan.py sets a part of the memory aside).
 ``tests/distributed/test_evaluation_memory.py`` measures forward passes on a CPU; the formula stays within 10%. On a GPU
@@ -80,7 +84,9 @@ def fullest_rank(card: ModelCard, run: Forward) -> Memory:
 
 
 def rank_memory(card: ModelCard, run: Forward, pp_rank: int = 0, tp_rank: int = 0) -> Memory:
-    """The memory of one pipeline- and tensor-parallel rank; context-parallel ones differ by what is generated at most."""
+    """The memory of one pipeline- and tensor-parallel rank; context-parallel ones differ by what is generated at
+    most.
+    """
     per_stage = card.shape.num_layers // run.pp_size
     layers, last = range(pp_rank * per_stage, (pp_rank + 1) * per_stage), pp_rank == run.pp_size - 1
     place = {"tp_size": run.tp_size, "tp_rank": tp_rank}
@@ -132,13 +138,18 @@ def _attention(card: ModelCard, heads: _Heads, run: Forward) -> float:
     d, p, row = card.shape.head_dim, run.value_bytes, run.rows * run.length
     rope, gated = card.options.fa_position == "rope", card.options.fa_gate != "none"
     keys_values = 2 * d * p * (heads.groups * (run.tokens + row) + heads.fa * row)
-    queries = d * heads.fa * max(_norm(run) if card.shape.qk_norm else 0, 4 * p if rope else 0, 3 * p if gated else 2 * p)
+    queries = (
+        d * heads.fa * max(_norm(run) if card.shape.qk_norm else 0, 4 * p if rope else 0, 3 * p if gated else 2 * p)
+    )
     queries += 2 * d * p if rope else 0  # cosines and sines
     swapped = run.cp_size > 1
     masks = 0.0
     if swapped and not run.fused:  # of half a part's queries: as booleans and as what is added to the scores
         masks = run.tokens / run.rows / 2 * run.length * (1 + p)
-    attended = heads.fa * d * p * run.tokens * (1 + swapped + (1 if masks else 2) + _gate_width(card.options.fa_gate, d)) + masks
+    attended = (
+        heads.fa * d * p * run.tokens * (1 + swapped + (1 if masks else 2) + _gate_width(card.options.fa_gate, d))
+        + masks
+    )
     return _around(card, run, hidden=3) + keys_values + max(run.tokens * queries, attended)
 
 
@@ -155,11 +166,12 @@ def _gdn(card: ModelCard, heads: _Heads, run: Forward) -> float:
     mixing = 16 * d * p if options.gdn_conv_kernel else 6 * d * p
     rotary = 9 * d * p
     normalised = 6 * d * p + 2 * FLOAT * d
-    if run.fused:  # q, k and the tensor that holds v; v alone; the kernel's w, u, new values, outputs; its states and C x C matrices
+    if run.fused:
+        # q, k and the tensor that holds v; v alone; the kernel's w, u, new values, outputs; its states, C x C matrices
         rule = 10 * d * p + p * d * d / CHUNK + CHUNK * (FLOAT + p) + 3 * FLOAT
     else:
-        # q, k, the tensor that holds v, the result; in float32 what is made of so many tokens at a time. In the search for the
-        # state before a part, values and results are twice as wide.
+        # q, k, the tensor that holds v, the result; in float32 what is made of so many tokens at a time. In the search
+        # for the state before a part, values and results are twice as wide.
         wider = 3 if run.cp_size > 1 else 0
         together = min(1.0, segment_tokens(heads.gdn * run.rows, d) * run.cp_size / run.length)
         rule = (6 + wider) * d * p + together * FLOAT * ((10 + wider) * d + 4 * CHUNK)
@@ -180,7 +192,9 @@ def _logits(card: ModelCard, run: Forward) -> float:
 
 
 def _kept(card: ModelCard, heads: _Heads, run: Forward) -> float:
-    """Of a layer: keys and values, states, the convolution's last inputs; for the last context-parallel rank, which has the room."""
+    """Of a layer: keys and values, states, the convolution's last inputs; for the last context-parallel rank, which has
+    the room.
+    """
     d, p, taps = card.shape.head_dim, run.value_bytes, max(0, card.options.gdn_conv_kernel - 1)
     keys_values = 2 * heads.groups * d * p * (run.tokens + run.rows * run.room)
     return keys_values + run.rows * heads.gdn * (FLOAT * d * d + 3 * d * taps * p)

@@ -42,8 +42,13 @@ class ModelFacts:
     def __post_init__(self) -> None:
         if not all(map(is_name, (self.fingerprint, self.lineage, self.stage, self.strategy))):
             raise InputError("fingerprint, lineage, stage and strategy are one short line each")
-        if min(self.num_heads, self.native_length, self.vocab_size) < 1 or not 0 <= (self.num_fa or 0) <= self.num_heads:
-            raise InputError("counts of heads, tokens and words start from 1, and no more heads are FA heads than there are")
+        if (
+            min(self.num_heads, self.native_length, self.vocab_size) < 1
+            or not 0 <= (self.num_fa or 0) <= self.num_heads
+        ):
+            raise InputError(
+                "counts of heads, tokens and words start from 1, and no more heads are FA heads than there are"
+            )
         if self.yarn is not None and not self.yarn > 0:
             raise InputError(f"yarn is {self.yarn}; a factor is positive")
 
@@ -59,10 +64,14 @@ class EvaluatedModel(Protocol):
     replicas: int
 
     def predicted(self, ids_bs: Tensor, start: int) -> Tensor:
-        """int64 [b, s - start]: the likeliest token at each position from ``start`` (at least 1) on, given all before it."""
+        """int64 [b, s - start]: the likeliest token at each position from ``start`` (at least 1) on, given all before
+        it.
+        """
 
     def token_losses(self, ids_bs: Tensor) -> tuple[Tensor, Tensor]:
-        """Negative log likelihood (nats, float32) of every token but the first, and the likeliest token there: both [b, s - 1]."""
+        """Negative log likelihood (nats, float32) of every token but the first, and the likeliest token there: both [b,
+        s - 1].
+        """
 
     def generated(self, ids_bs: Tensor, room: int, stop: frozenset[int]) -> Tensor:
         """int64 [b, room]: greedy decoding; behind the first token of ``stop`` that token is repeated."""

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model on many ranks, as evaluation sees it: tensor, sequence, context, pipeline and data parallel alike.
 
-Memory beyond the weights is that of one layer's forward pass over the prompts: only the positions asked for enter the output
-layer, some at a time, and the vocabulary stays spread over its ranks.
+Memory beyond the weights is that of one layer's forward pass over the prompts: only the positions asked for enter the
+output layer, some at a time, and the vocabulary stays spread over its ranks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from hydra_mcore.ops.context_parallel import gather_parts
 
 
 class ParallelModel:
-    """An ``EvaluatedModel`` of this rank's model chunks (several where pipeline stages are virtual), in evaluation mode.
+    """An ``EvaluatedModel`` of this rank's model chunks (several where pipeline stages are virtual), in evaluation
+    mode.
 
     All ranks of a replica call alike, with the same ids; replicas are the data-parallel ranks.
     """
@@ -34,20 +35,28 @@ class ParallelModel:
 
     @torch.no_grad()
     def predicted(self, ids_bs: Tensor, start: int) -> Tensor:
-        """int64 [b, s - start]: the likeliest token at each position from ``start`` (at least 1) on, given all before it."""
-        found_bp = torch.zeros(len(ids_bs), ids_bs.shape[1] - start, dtype=torch.int64, device=torch.cuda.current_device())
+        """int64 [b, s - start]: the likeliest token at each position from ``start`` (at least 1) on, given all before
+        it.
+        """
+        found_bp = torch.zeros(
+            len(ids_bs), ids_bs.shape[1] - start, dtype=torch.int64, device=torch.cuda.current_device()
+        )
         for columns, logits_pbw in self._logits(ids_bs, start):
             found_bp[:, columns] = self.likeliest(logits_pbw).T
         return self._on_all_ranks(found_bp)
 
     @torch.no_grad()
     def token_losses(self, ids_bs: Tensor) -> tuple[Tensor, Tensor]:
-        """Negative log likelihood (nats, float32) of every token but the first, and the likeliest token there: both [b, s - 1]."""
+        """Negative log likelihood (nats, float32) of every token but the first, and the likeliest token there: both [b,
+        s - 1].
+        """
         next_bp = ids_bs[:, 1:].to(torch.cuda.current_device())
         loss_bp, found_bp = torch.zeros_like(next_bp, dtype=torch.float32), torch.zeros_like(next_bp)
         for columns, logits_pbw in self._logits(ids_bs, 1):
             found_bp[:, columns] = self.likeliest(logits_pbw).T
-            loss_pb = vocab_parallel_cross_entropy(logits_pbw.float(), next_bp[:, columns].T.contiguous(), tp_group=self.groups.tp)
+            loss_pb = vocab_parallel_cross_entropy(
+                logits_pbw.float(), next_bp[:, columns].T.contiguous(), tp_group=self.groups.tp
+            )
             loss_bp[:, columns] = loss_pb.T
         return self._on_all_ranks(loss_bp), self._on_all_ranks(found_bp)
 
@@ -62,16 +71,22 @@ class ParallelModel:
         return lists
 
     def padded(self, ids_bs: Tensor) -> Tensor:
-        """The ids with as many zeros behind them as this layout needs; heads are causal, so what stands before does not see them."""
+        """The ids with as many zeros behind them as this layout needs; heads are causal, so what stands before does not
+        see them.
+        """
         tp, cp = self.groups.tp.size() if self.config.sequence_parallel else 1, self.groups.cp.size()
         unit = tp if cp == 1 else 2 * cp * tp  # under context parallelism the halves of parts change places
         length = ids_bs.shape[1] if cp == 1 else max(ids_bs.shape[1], SHORTEST_PART * cp)
         return F.pad(ids_bs, (0, length + -length % unit - ids_bs.shape[1]))
 
     def likeliest(self, logits_w: Tensor) -> Tensor:
-        """int64 [...]: the token with the largest of this rank's and its peers' logits [..., w], the first one of equals."""
+        """int64 [...]: the token with the largest of this rank's and its peers' logits [..., w], the first one of
+        equals.
+        """
         value, index = logits_w.max(-1)  # the first of equals, as argmax below
-        best_2 = torch.stack([value.double(), (index + self.groups.tp.rank() * logits_w.shape[-1]).double()])  # both exact
+        best_2 = torch.stack(
+            [value.double(), (index + self.groups.tp.rank() * logits_w.shape[-1]).double()]
+        )  # both exact
         value_r, token_r = gather_parts(best_2[None], self.groups.tp).unbind(1)
         return token_r.gather(0, value_r.argmax(0, keepdim=True))[0].long()
 
@@ -93,7 +108,9 @@ class ParallelModel:
             yield slice(first - start, beyond - start), F.linear(hidden_pbm, weight_wm)
 
     def _on_all_ranks(self, x_bp: Tensor) -> Tensor:
-        """What the last pipeline stage's context-parallel parts have found (zeros elsewhere), on the CPU of every rank."""
+        """What the last pipeline stage's context-parallel parts have found (zeros elsewhere), on the CPU of
+        every rank.
+        """
         for group in (self.groups.cp, self.groups.pp):
             torch.distributed.all_reduce(x_bp, group=group)
         return x_bp.cpu()

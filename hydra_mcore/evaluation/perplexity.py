@@ -52,12 +52,19 @@ class TextLoss:
 
     def __post_init__(self) -> None:
         if self.length < 2 or not self.by_window or self.text_bytes < 1:
-            raise InputError(f"a loss on text needs windows of 2 tokens or more, and bytes; {self.length} tokens a window are given")
+            raise InputError(
+                f"a loss on text needs windows of 2 tokens or more, and bytes; {self.length} tokens a window are given"
+            )
         bins = len(edges(self.length))
         if any(len(window) != bins for window in self.by_window):
             raise InputError(f"a window of {self.length} tokens has {bins} mean losses")
-        if not all(abs(loss) <= LARGEST_LOSS for window in self.by_window for loss in window):  # so written, NaN is refused too
-            raise InputError(f"the loss on windows of {self.length} tokens is not finite, or beyond {LARGEST_LOSS}: the model is broken")
+        if not all(
+            abs(loss) <= LARGEST_LOSS for window in self.by_window for loss in window
+        ):  # so written, NaN is refused too
+            raise InputError(
+                f"the loss on windows of {self.length} tokens is not finite, or beyond {LARGEST_LOSS}: the model is"
+                " broken"
+            )
 
     @property
     def tokens(self) -> int:

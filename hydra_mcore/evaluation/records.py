@@ -2,10 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What evaluated models were asked and how they did: a small file for each finished piece, so that none is done twice.
 
-A folder ``records`` holds one folder for each model and dtype, found by the model's fingerprint; in it ``model.json`` and a file
-for each piece, found by the digest of what was asked. Every file is written beside and renamed, so that a killed evaluation
-leaves whole pieces only, and jobs that write into one folder do not disturb each other. A damaged file is named and left out:
-its piece is run again when it is asked for.
+A folder ``records`` holds one folder for each model and dtype, found by the model's fingerprint; in it ``model.json``
+and a file for each piece, found by the digest of what was asked. Every file is written beside and renamed, so that a
+killed evaluation leaves whole pieces only, and jobs that write into one folder do not disturb each other. A damaged
+file is named and
+left out: its piece is run again when it is asked for.
 """
 
 from __future__ import annotations
@@ -151,15 +152,27 @@ class Records:
             for contestant in contestants:
                 if row.contestant.name == contestant.name and row.contestant.key not in here:
                     mend = "name this one apart with NAME=DIR, or choose another --out"
-                    raise InputError(f"{self.root.parent}: {contestant.name!r} is another model there (weights or dtype differ); {mend}")
+                    raise InputError(
+                        f"{self.root.parent}: {contestant.name!r} is another model there (weights or dtype differ);"
+                        f" {mend}"
+                    )
 
     def register(self, contestants: Sequence[Contestant]) -> None:
         """Note the models by their names; those that are known keep their places in the order."""
         for place, contestant in enumerate(contestants):
             path, facts = self.root / contestant.key / "model.json", dataclasses.asdict(contestant.facts)
             asked = known.asked if (known := self._model(path)) else [time.time_ns(), place]
-            raw = {"name": contestant.name, "asked": asked, "dtype": contestant.dtype, "tokenizer": contestant.tokenizer}
-            _write(path, raw | {"facts": {name: str(value) if isinstance(value, Path) else value for name, value in facts.items()}})
+            raw = {
+                "name": contestant.name,
+                "asked": asked,
+                "dtype": contestant.dtype,
+                "tokenizer": contestant.tokenizer,
+            }
+            _write(
+                path,
+                raw
+                | {"facts": {name: str(value) if isinstance(value, Path) else value for name, value in facts.items()}},
+            )
 
     @property
     def day(self) -> date | None:
@@ -170,7 +183,9 @@ class Records:
         except FileNotFoundError:
             return None
         except ValueError:
-            raise InputError(f"{path}: holds no day; write the day of the prompts as YYYY-MM-DD, or remove the file") from None
+            raise InputError(
+                f"{path}: holds no day; write the day of the prompts as YYYY-MM-DD, or remove the file"
+            ) from None
 
     def today(self, wanted: date | None) -> date:
         """The day that this folder's prompts take for today, whatever the calendar says: noted by who asks first.
@@ -196,7 +211,10 @@ class Records:
                 beside.unlink(missing_ok=True)
         day = self.day
         if wanted not in (None, day):
-            raise InputError(f"--date {wanted}: prompts in {self.root.parent} are of {day}; leave --date out, or choose another --out")
+            raise InputError(
+                f"--date {wanted}: prompts in {self.root.parent} are of {day}; leave --date out, or choose another"
+                " --out"
+            )
         return day
 
     def check_wording(self, asked: Sequence[Piece]) -> None:
@@ -204,22 +222,38 @@ class Records:
         known = {piece.tokenizer: piece.wording for row in self.rows() for piece in row.scores}
         for piece in asked:
             if piece.task != TEXT and (there := known.get(piece.tokenizer, piece.wording)) != piece.wording:
-                raise InputError(f"{self.root.parent}: holds prompts worded as {there}, not as {piece.wording}; choose another --out")
+                raise InputError(
+                    f"{self.root.parent}: holds prompts worded as {there}, not as {piece.wording}; choose another --out"
+                )
 
     def holds(self, contestant: Contestant, piece: Piece) -> bool:
         return self._piece(self.root / contestant.key / piece.file_name) is not None
 
-    def keep(self, contestant: Contestant, piece: Piece, found: Sequence[float] | TextLoss, likeliest_bs: np.ndarray | None) -> None:
-        """Keep a finished piece: each prompt's score, or the loss and, as int [windows, length - 1], the likeliest tokens."""
+    def keep(
+        self, contestant: Contestant, piece: Piece, found: Sequence[float] | TextLoss, likeliest_bs: np.ndarray | None
+    ) -> None:
+        """Keep a finished piece: each prompt's score, or the loss and, as int [windows, length - 1], the likeliest
+        tokens.
+        """
         path = self.root / contestant.key / piece.file_name
         if likeliest_bs is not None:
-            np.save(array := io.BytesIO(), likeliest_bs.astype(np.int32))  # a full disk would be an error without a number
+            np.save(
+                array := io.BytesIO(), likeliest_bs.astype(np.int32)
+            )  # a full disk would be an error without a number
             with replacing(path.with_suffix(".npy")) as beside:
                 beside.write_bytes(array.getvalue())
-        _write(path, {"piece": dataclasses.asdict(piece), "found": found.to_dict() if isinstance(found, TextLoss) else list(found)})
+        _write(
+            path,
+            {
+                "piece": dataclasses.asdict(piece),
+                "found": found.to_dict() if isinstance(found, TextLoss) else list(found),
+            },
+        )
 
     def rows(self) -> list[Row]:
-        """The models that have finished a piece, with all of them, in the order in which the models were first asked."""
+        """The models that have finished a piece, with all of them, in the order in which the models were first
+        asked.
+        """
         models = {path.parent: model for path in self.root.glob("*/model.json") if (model := self._model(path))}
         rows = [self._row(folder, models[folder]) for folder in sorted(models, key=lambda folder: models[folder].asked)]
         return [row for row in rows if row.scores or row.text]
@@ -242,8 +276,12 @@ class Records:
         return self._read(path, _ModelFile, lambda model: model.contestant.key == path.parent.name)
 
     def _piece(self, path: Path) -> _PieceFile | None:
-        """A finished piece, its likeliest tokens included where they were kept; None where one is missing or damaged."""
-        return self._read(path, _PieceFile, lambda record: record.piece.file_name == path.name and _whole(path, record.piece))
+        """A finished piece, its likeliest tokens included where they were kept; None where one is missing or
+        damaged.
+        """
+        return self._read(
+            path, _PieceFile, lambda record: record.piece.file_name == path.name and _whole(path, record.piece)
+        )
 
     def _read[T](self, path: Path, kind: type[T], fits: Callable[[T], bool]) -> T | None:
         if not path.exists():
@@ -262,7 +300,9 @@ class Records:
 
 
 def _whole(path: Path, piece: Piece) -> bool:
-    """Whether a piece's likeliest tokens, if they were kept, are as many as there should be; raises InputError for no such file."""
+    """Whether a piece's likeliest tokens, if they were kept, are as many as there should be; raises InputError for no
+    such file.
+    """
     tokens = path.with_suffix(".npy")
     if not tokens.exists():
         return True

@@ -30,7 +30,9 @@ def check_report(out: Path) -> None:
     raw = read_json(path)
     found = raw.get("format") if isinstance(raw, dict) else None
     if found != RESULTS_FORMAT:
-        raise InputError(f"{path}: no report that this version can add to (format {shown(found)}); choose another --out")
+        raise InputError(
+            f"{path}: no report that this version can add to (format {shown(found)}); choose another --out"
+        )
 
 
 def write_report(out: Path, reference: str | None) -> str:
@@ -57,7 +59,11 @@ def write_report(out: Path, reference: str | None) -> str:
     with replacing(out / TABLE_NAME) as beside:
         beside.write_text(markdown(results, compared, day), encoding="utf-8")
     with replacing(out / RESULTS_NAME) as beside:
-        found = {"format": RESULTS_FORMAT, "date": None if day is None else str(day), "models": to_json(results, compared)}
+        found = {
+            "format": RESULTS_FORMAT,
+            "date": None if day is None else str(day),
+            "models": to_json(results, compared),
+        }
         beside.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return accuracy_tables(results)
 
@@ -79,8 +85,12 @@ def accuracy_tables(results: Sequence[Results]) -> str:
     lengths, tables = lengths_of(results), []
     for group, tasks in groups_of(results).items():
         cells = {line.name: [_percent(line.group(tasks, length)) for length in lengths] for line in results}
-        rows = ([line.name, _heads(line), short(line.contestant.facts.native_length), *cells[line.name]] for line in results)
-        tables.append(f"{group} ({', '.join(tasks)}):\n\n" + table(["model", "FA heads", "native", *map(short, lengths)], rows))
+        rows = (
+            [line.name, _heads(line), short(line.contestant.facts.native_length), *cells[line.name]] for line in results
+        )
+        tables.append(
+            f"{group} ({', '.join(tasks)}):\n\n" + table(["model", "FA heads", "native", *map(short, lengths)], rows)
+        )
     return "\n\n".join(tables)
 
 
@@ -89,21 +99,24 @@ def _how_scored(results: Sequence[Results], day: date | None) -> str:
     counts, seeds = (sorted({getattr(piece, name) for piece in pieces}) for name in ("count", "seed"))
     generated = sorted({piece.task for piece in pieces if piece.scoring == "generation"})
     said = (
-        f"Share of prompts answered, in percent, with 95% intervals (Wilson); columns are prompt lengths in tokens. "
-        f"{_joined(counts)} prompts a task and length, seed {_joined(seeds)}, worded as {_joined(sorted({p.wording for p in pieces}))}. "
-        f"{'Scored by greedy decoding: ' + ', '.join(generated) + '; the others' if generated else 'Scored'} by teacher forcing, "
-        "which gives what greedy decoding would where one text alone is right."
+        "Share of prompts answered, in percent, with 95% intervals (Wilson); columns are prompt lengths in tokens."
+        f" {_joined(counts)} prompts a task and length, seed {_joined(seeds)}, worded as"
+        f" {_joined(sorted({p.wording for p in pieces}))}."
+        f" {'Scored by greedy decoding: ' + ', '.join(generated) + '; the others' if generated else 'Scored'} by"
+        " teacher forcing, which gives what greedy decoding would where one text alone is right."
     )
     if day is not None:
         said += f" The chat template says that today is {day}."
     if unlike := uneven(results):
         said += (
-            f" Not all models answered the same questions: {', '.join(f'{task} @{short(length)}' for task, length in unlike)}; "
-            "ask them in one call with the same --prompts and --seed."
+            " Not all models answered the same questions:"
+            f" {', '.join(f'{task} @{short(length)}' for task, length in unlike)}; ask them in one call with the same"
+            " --prompts and --seed."
         )
     if len(_tokenizers(results)) > 1:
         said += (
-            " The models have different tokenizers, each with prompts and text windows of its own of the same lengths in tokens: "
+            " The models have different tokenizers, each with prompts and text windows of its own of the same lengths"
+            " in tokens: "
             + "; ".join(f"{', '.join(names)} ({tokenizer[:8]})" for tokenizer, names in _tokenizers(results).items())
             + ". Their perplexities cannot be compared, bits per byte can."
         )
@@ -116,7 +129,10 @@ def _losses(results: Sequence[Results]) -> list[str]:
     parts.append(_by_window(results, lambda line, length: f"{line.text[length].perplexity:.2f}"))
     if len(_tokenizers(results)) > 1:
         parts += ["Bits per byte:", _by_window(results, lambda line, length: f"{line.text[length].bits_per_byte:.3f}")]
-    said = "Does loss keep falling with context? Nats a token by the number of tokens before, differences with one standard error:"
+    said = (
+        "Does loss keep falling with context? Nats a token by the number of tokens before, differences with one"
+        " standard error:"
+    )
     lines = [f"- {line.name}: {_trend(line.text[max(line.text)])}" for line in results if line.text]
     return [*parts, f"![loss against position]({LOSS_NAME})", said, "\n".join(lines)]
 
@@ -143,19 +159,29 @@ def _short_context(results: Sequence[Results], reference: Results) -> list[str]:
     if not lengths or len(results) < 2:
         return []
     cells = {
-        line.name: [NONE if (share := line.agreement(reference, length)) is None else f"{100 * share:.1f}" for length in lengths]
+        line.name: [
+            NONE if (share := line.agreement(reference, length)) is None else f"{100 * share:.1f}" for length in lengths
+        ]
         for line in results
     }
     said = (
-        f"Tokens of the held-out text where a model thinks the same next token the likeliest as {reference.name} does, in percent, "
-        "by window length up to the native one:"
+        f"Tokens of the held-out text where a model thinks the same next token the likeliest as {reference.name} does,"
+        " in percent, by window length up to the native one:"
     )
-    return ["## Short context", said, table(["model", *map(short, lengths)], ([name, *row] for name, row in cells.items()))]
+    return [
+        "## Short context",
+        said,
+        table(["model", *map(short, lengths)], ([name, *row] for name, row in cells.items())),
+    ]
 
 
 def _every_task(results: Sequence[Results]) -> str:
-    keys = sorted({key for line in results for key in line.scores}, key=lambda key: (key[1], [*_tasks(results)].index(key[0])))
-    rows = ([task, short(length), *(_percent(line.scores.get((task, length))) for line in results)] for task, length in keys)
+    keys = sorted(
+        {key for line in results for key in line.scores}, key=lambda key: (key[1], [*_tasks(results)].index(key[0]))
+    )
+    rows = (
+        [task, short(length), *(_percent(line.scores.get((task, length))) for line in results)] for task, length in keys
+    )
     return table(["task", "tokens", *(line.name for line in results)], rows)
 
 
@@ -165,7 +191,9 @@ def _tasks(results: Sequence[Results]) -> list[str]:
 
 def _by_window(results: Sequence[Results], cell: Callable[[Results, int], str]) -> str:
     lengths = sorted({length for line in results for length in line.text})
-    rows = ([line.name, *(cell(line, length) if length in line.text else NONE for length in lengths)] for line in results)
+    rows = (
+        [line.name, *(cell(line, length) if length in line.text else NONE for length in lengths)] for line in results
+    )
     return table(["model", *map(short, lengths)], rows)
 
 

@@ -33,17 +33,26 @@ class Results:
         return self.contestant.name
 
     def group(self, tasks: Sequence[str], length: int) -> Score | None:
-        """Tasks together: with equal prompts a task, their average. None unless the model took them all at this length."""
+        """Tasks together: with equal prompts a task, their average.
+
+        None unless the model took them all at this length.
+        """
         scores = [self.scores.get((task, length)) for task in tasks]
         return None if None in scores else sum(scores, Score(0, 0))
 
     def agreement(self, reference: Results, length: int) -> float | None:
-        """The share of a text's tokens where both models think the same next token the likeliest; None of different texts."""
+        """The share of a text's tokens where both models think the same next token the likeliest; None of different
+        texts.
+        """
         key = (TEXT, length)
         both_known = length in self.likeliest and length in reference.likeliest
         if not both_known or self.pieces[key].digest != reference.pieces[key].digest:
             return None
-        return float(np.mean(np.load(self.likeliest[length], mmap_mode="r") == np.load(reference.likeliest[length], mmap_mode="r")))
+        return float(
+            np.mean(
+                np.load(self.likeliest[length], mmap_mode="r") == np.load(reference.likeliest[length], mmap_mode="r")
+            )
+        )
 
 
 def comparable(rows: Sequence[Row]) -> list[Results]:
@@ -55,7 +64,9 @@ def comparable(rows: Sequence[Row]) -> list[Results]:
 
     results = []
     for row in rows:
-        pieces = {(piece.task, piece.length): piece for piece in sorted((*row.scores, *row.text), key=weight)}  # the last one stays
+        pieces = {
+            (piece.task, piece.length): piece for piece in sorted((*row.scores, *row.text), key=weight)
+        }  # the last one stays
         order = (*TASKS, TEXT)
         pieces = {key: pieces[key] for key in sorted(pieces, key=lambda key: (key[1], order.index(key[0])))}
         scores = {key: row.scores[piece] for key, piece in pieces.items() if key[0] != TEXT}
@@ -84,7 +95,10 @@ def uneven(results: Sequence[Results]) -> list[tuple[str, int]]:
     for line in results:
         for (task, length), piece in line.pieces.items():
             asked.setdefault((piece.tokenizer, task, length), set()).add(piece.digest)
-    return sorted({(task, length) for (_, task, length), digests in asked.items() if len(digests) > 1}, key=lambda key: (key[1], key[0]))
+    return sorted(
+        {(task, length) for (_, task, length), digests in asked.items() if len(digests) > 1},
+        key=lambda key: (key[1], key[0]),
+    )
 
 
 def to_json(results: Sequence[Results], reference: Results) -> dict[str, Any]:
@@ -96,14 +110,26 @@ def _entry(line: Results, reference: Results, groups: dict[str, tuple[str, ...]]
     facts, contestant = line.contestant.facts, line.contestant
     lengths = lengths_of([line])
     by_group = {(group, length): line.group(tasks, length) for length in lengths for group, tasks in groups.items()}
-    names = ("fingerprint", "lineage", "stage", "strategy", "num_fa", "num_heads", "native_length", "vocab_size", "yarn")
+    names = (
+        "fingerprint",
+        "lineage",
+        "stage",
+        "strategy",
+        "num_fa",
+        "num_heads",
+        "native_length",
+        "vocab_size",
+        "yarn",
+    )
     return {
         "folder": str(facts.folder),
         **{name: getattr(facts, name) for name in names},
         "dtype": contestant.dtype,
         "tokenizer": contestant.tokenizer,
         "tasks": [{**_asked(line.pieces[key]), **_score(score)} for key, score in line.scores.items()],
-        "groups": [{"group": key[0], "length": key[1], **_score(score)} for key, score in by_group.items() if score is not None],
+        "groups": [
+            {"group": key[0], "length": key[1], **_score(score)} for key, score in by_group.items() if score is not None
+        ],
         "text": [
             {
                 "length": length,
@@ -114,7 +140,9 @@ def _entry(line: Results, reference: Results, groups: dict[str, tuple[str, ...]]
                 "perplexity": text.perplexity,
                 "bits_per_byte": text.bits_per_byte,
                 "agreement": {"with": reference.name, "share": line.agreement(reference, length)},
-                "by_position": [{"start": b.start, "end": b.end, "nll": b.nll, "error": b.error} for b in text.by_position],
+                "by_position": [
+                    {"start": b.start, "end": b.end, "nll": b.nll, "error": b.error} for b in text.by_position
+                ],
             }
             for length, text in line.text.items()
         ],
@@ -126,4 +154,9 @@ def _asked(piece: Piece) -> dict[str, Any]:
 
 
 def _score(score: Score) -> dict[str, Any]:
-    return {"correct": score.correct, "total": score.total, "accuracy": score.accuracy, "interval": list(score.interval)}
+    return {
+        "correct": score.correct,
+        "total": score.total,
+        "accuracy": score.accuracy,
+        "interval": list(score.interval),
+    }

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much of RULER's prompts (arXiv:2404.06654) a model answers, by decoding only where decoding is needed.
 
-Where one text alone is right, greedy decoding writes it exactly when, the answer being teacher-forced, the argmax is right
+Where one text alone is right, greedy decoding writes it exactly when, the answer being teacher-forced, the argmax is
+right
 at every one of its tokens: up to the first mistake both see the same tokens. So one forward pass scores such a prompt.
 Everywhere else the model decodes greedily, and the score is the share of the answers that its text holds (RULER's
 string_match_all).
@@ -48,8 +49,8 @@ class Score:
     def interval(self) -> tuple[float, float]:
         """Wilson's 95% interval for the accuracy: right at 0 and 1 too, where the usual +- is empty.
 
-        Scores between 0 and 1 vary at most as much as right-or-wrong ones of the same mean, so with them it is too wide, if
-        anything.
+        Scores between 0 and 1 vary at most as much as right-or-wrong ones of the same mean, so with them it is too
+        wide, if anything.
         """
         z2, p, n = Z95 * Z95, self.accuracy, self.total
         centre = (p + z2 / (2 * n)) / (1 + z2 / n)
@@ -70,13 +71,15 @@ def check_seed(seed: int) -> None:
         raise InputError(f"seed {seed}: give one of at most {LARGEST_INT}, which every JSON reader keeps exact")
 
 
-def score_prompts(model: EvaluatedModel, prompts: Sequence[Prompt], tokenizer: Tokenizer, by_generation: bool) -> Iterator[list[float]]:
+def score_prompts(
+    model: EvaluatedModel, prompts: Sequence[Prompt], tokenizer: Tokenizer, by_generation: bool
+) -> Iterator[list[float]]:
     """Each prompt's score from 0 to 1, in order, a batch at a time; replicas of the model share each batch out.
 
     Args:
         prompts: of one length, answers included. Called alike on all ranks.
-        by_generation: decode where teacher forcing would do, too. A prompt with one right answer must then be answered by
-            exactly its tokens, at once, so that both ways agree.
+        by_generation: decode where teacher forcing would do, too. A prompt with one right answer must then be answered
+            by exactly its tokens, at once, so that both ways agree.
     """
     stop = frozenset() if tokenizer.eos_token_id is None else frozenset([tokenizer.eos_token_id])
 
@@ -85,7 +88,9 @@ def score_prompts(model: EvaluatedModel, prompts: Sequence[Prompt], tokenizer: T
             return _teacher_forced(model, batch)
         found: dict[int, float] = {}
         # the answers of a task may differ in tokens, and then so do the prompts before them
-        for _, alike in groupby(sorted(range(len(batch)), key=lambda i: _sizes(batch[i])), key=lambda i: _sizes(batch[i])):
+        for _, alike in groupby(
+            sorted(range(len(batch)), key=lambda i: _sizes(batch[i])), key=lambda i: _sizes(batch[i])
+        ):
             places = list(alike)
             found |= zip(places, _generated(model, [batch[i] for i in places], tokenizer, stop), strict=True)
         return [found[place] for place in range(len(batch))]
@@ -93,8 +98,12 @@ def score_prompts(model: EvaluatedModel, prompts: Sequence[Prompt], tokenizer: T
     return shared_out(model, prompts, rows_a_forward(len(prompts[0].ids) + prompts[0].room), scores)
 
 
-def shared_out[T, R](model: EvaluatedModel, items: Sequence[T], size: int, work: Callable[[Sequence[T]], list[R]]) -> Iterator[list[R]]:
-    """What ``work`` makes of every item, in order: each replica does up to ``size`` of them, then all get the results of all."""
+def shared_out[T, R](
+    model: EvaluatedModel, items: Sequence[T], size: int, work: Callable[[Sequence[T]], list[R]]
+) -> Iterator[list[R]]:
+    """What ``work`` makes of every item, in order: each replica does up to ``size`` of them, then all get the results
+    of all.
+    """
     for first in range(0, len(items), size * model.replicas):
         batch = items[first : first + size * model.replicas]
         mine = batch[model.replica :: model.replicas]
@@ -113,7 +122,9 @@ def _teacher_forced(model: EvaluatedModel, prompts: Sequence[Prompt]) -> list[fl
     return [float(right_s[len(prompt.ids) - start :].all()) for prompt, right_s in zip(prompts, right_bs, strict=True)]
 
 
-def _generated(model: EvaluatedModel, prompts: Sequence[Prompt], tokenizer: Tokenizer, stop: frozenset[int]) -> list[float]:
+def _generated(
+    model: EvaluatedModel, prompts: Sequence[Prompt], tokenizer: Tokenizer, stop: frozenset[int]
+) -> list[float]:
     """Scores of prompts of the same length and room."""
     ids_bs = torch.from_numpy(np.stack([prompt.ids for prompt in prompts]).astype(np.int64))
     written_bs = model.generated(ids_bs, prompts[0].room, stop).numpy()

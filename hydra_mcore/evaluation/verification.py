@@ -1,6 +1,7 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Is a checkpoint what it claims to be? Checks that compare it with its source, its export, and itself on other layouts.
+"""Is a checkpoint what it claims to be? Checks that compare it with its source, its export, and itself on other
+layouts.
 
 Everything runs in float32, whatever the stored dtype: in bfloat16 a slip would hide behind rounding.
 """
@@ -56,7 +57,8 @@ class Subject:
         export: a Hugging Face export of the checkpoint; made in ``work`` unless given.
 
     Raises:
-        InputError: no checkpoint, ``teacher`` is not one, ``hf`` or ``export`` no model directory, or tokens that do not fit.
+        InputError: no checkpoint, ``teacher`` is not one, ``hf`` or ``export`` no model directory, or tokens that do
+            not fit.
     """
 
     def __init__(
@@ -74,7 +76,9 @@ class Subject:
         self.teacher_dir = checkpoint if is_teacher(self.card) else teacher
         self.teacher_card = None if self.teacher_dir is None else ModelCard.load(self.teacher_dir)
         if self.teacher_card is not None and not is_teacher(self.teacher_card):
-            raise InputError(f"{teacher}: a {self.teacher_card.stage} checkpoint, not a teacher's; give the folder that import wrote")
+            raise InputError(
+                f"{teacher}: a {self.teacher_card.stage} checkpoint, not a teacher's; give the folder that import wrote"
+            )
         for folder in filter(None, (checkpoint, teacher)):
             latest_iteration(folder)
         for folder in filter(None, (hf, export)):
@@ -82,7 +86,9 @@ class Subject:
         if tokens_bs.shape[1] < MIN_LENGTH:
             raise InputError(f"sequences of {tokens_bs.shape[1]} tokens tell little; take at least {MIN_LENGTH}")
         if (largest := int(tokens_bs.max())) >= self.card.shape.vocab_size:
-            raise InputError(f"token {largest} is outside the vocabulary of {self.card.shape.vocab_size}; another model's tokenizer?")
+            raise InputError(
+                f"token {largest} is outside the vocabulary of {self.card.shape.vocab_size}; another model's tokenizer?"
+            )
         self.rows, self.hf, self.given_export = Rows.of(tokens_bs), hf, export
 
     @cached_property
@@ -138,7 +144,11 @@ class Subject:
 
     def unfit(self, layout: Layout) -> str:
         """Why a layout is left out; empty if it is not."""
-        what, have = ("GPUs", torch.cuda.device_count()) if torch.cuda.is_available() else ("processor cores", os.cpu_count() or 1)
+        what, have = (
+            ("GPUs", torch.cuda.device_count())
+            if torch.cuda.is_available()
+            else ("processor cores", os.cpu_count() or 1)
+        )
         if have < layout.ranks:
             return f"needs {layout.ranks} {what}, this machine has {have}"
         try:
@@ -152,8 +162,8 @@ def load_hf(folder: Path, card: ModelCard, run_its_code: bool = False) -> PreTra
     """A Hugging Face directory's model in float32, on the GPU if there is one.
 
     Raises:
-        InputError: it is not of the card's shape, its tensors are not those that its config.json asks for, or the code to run is
-            not ours.
+        InputError: it is not of the card's shape, its tensors are not those that its config.json asks for, or the code
+            to run is not ours.
     """
     described = read_config(folder)
     if difference := card.difference(dataclasses.asdict(described.shape), ""):
@@ -161,7 +171,9 @@ def load_hf(folder: Path, card: ModelCard, run_its_code: bool = False) -> PreTra
     check_tensors(HfWeights(folder, described.shape.tied_embeddings), tensor_rules(described), described)
     if run_its_code:
         check_model_code(folder, described.source["config"].get("auto_map"))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=run_its_code, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=run_its_code, local_files_only=True
+    )
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -173,7 +185,9 @@ def hf_logits(model: PreTrainedModel, ids_bs: Tensor) -> Tensor:
 
 
 def rounding(hf_dir: Path, checkpoint: Path, card: ModelCard) -> str:
-    """A difference of dtypes between a directory and a checkpoint, which may be why they differ; empty if there is none."""
+    """A difference of dtypes between a directory and a checkpoint, which may be why they differ; empty if there is
+    none.
+    """
     weights, stored = HfWeights(hf_dir, card.shape.tied_embeddings), StoredTensors(checkpoint)
     names = set(weights.names())
     for rule in tensor_rules(card).values():
@@ -234,8 +248,12 @@ def padding(subject: Subject, side: str) -> Agreement:
     places = [slice(longest - len(ids_s), None) if side == "left" else slice(len(ids_s)) for ids_s, _ in rows]
     for row, (place, (ids_s, _)) in enumerate(zip(places, rows, strict=True)):
         ids_bs[row, place], mask_bs[row, place] = ids_s, 1
-    together_bsw = model(ids_bs.to(model.device), attention_mask=mask_bs.to(model.device), use_cache=False).logits.float().cpu()
-    return agreement((alone_sw, found_sw[place]) for (_, alone_sw), found_sw, place in zip(rows, together_bsw, places, strict=True))
+    together_bsw = (
+        model(ids_bs.to(model.device), attention_mask=mask_bs.to(model.device), use_cache=False).logits.float().cpu()
+    )
+    return agreement(
+        (alone_sw, found_sw[place]) for (_, alone_sw), found_sw, place in zip(rows, together_bsw, places, strict=True)
+    )
 
 
 @torch.no_grad()
@@ -266,7 +284,9 @@ def fingerprint(subject: Subject) -> Fact:
     folder, card, digests = subject.need_teacher(), subject.teacher_card, {}
     stored, source = StoredTensors(folder), card.source
     if "dtype" not in source:
-        raise Skipped("the card does not know the dtypes of the source, so whether values were rounded; import the teacher again")
+        raise Skipped(
+            "the card does not know the dtypes of the source, so whether values were rounded; import the teacher again"
+        )
     for rule in tensor_rules(card).values():
         ours, theirs = stored.dtype(rule.stored), getattr(torch, source["other_dtypes"].get(rule.hf, source["dtype"]))
         if torch.promote_types(ours, theirs) != ours:
@@ -313,8 +333,14 @@ def export_config(subject: Subject) -> Fact:
     if is_teacher(card):
         return Fact(is_teacher(described), described.source["config"]["model_type"])
     if described.options != card.options:
-        name = next(name for name, value in dataclasses.asdict(card.options).items() if getattr(described.options, name) != value)
-        return Fact(False, f"{name} is {getattr(described.options, name)!r}, the card says {getattr(card.options, name)!r}")
+        name = next(
+            name
+            for name, value in dataclasses.asdict(card.options).items()
+            if getattr(described.options, name) != value
+        )
+        return Fact(
+            False, f"{name} is {getattr(described.options, name)!r}, the card says {getattr(card.options, name)!r}"
+        )
     heads = same_heads(described.head_map, card)
     return same_fingerprint(described.fingerprint, card.fingerprint) if heads.passed else heads
 
@@ -334,10 +360,16 @@ class Check:
 CHECKS = (
     Check("source", "", "transformers on the source = teacher", source),
     Check("all-fa", "", "teacher = its student of FA heads alone", all_fa),
-    *(Check("layouts", str(layout), "one process = several", partial(layout_logits, layout=layout)) for layout in LAYOUTS),
+    *(
+        Check("layouts", str(layout), "one process = several", partial(layout_logits, layout=layout))
+        for layout in LAYOUTS
+    ),
     Check("export", "", "checkpoint = export", export_dense),
     Check("packed", "", "export on each document = packed row", export_packed),
-    *(Check("padding", side, "export on each row = padded batch", partial(padding, side=side)) for side in ("left", "right")),
+    *(
+        Check("padding", side, "export on each row = padded batch", partial(padding, side=side))
+        for side in ("left", "right")
+    ),
     Check("decode", "in steps", "export at once = token by token", partial(decode, in_steps=True)),
     Check("decode", "in chunks", "export at once = in two parts", partial(decode, in_steps=False)),
     Check("identity", "finite", "no tensor holds NaN or infinity", finite),
@@ -367,4 +399,6 @@ def verify(subject: Subject, checks: Iterable[Check]) -> Iterator[Result]:
             yield Result(check.name, check.part, check.compared, "FAIL", said)
         else:
             numbers = found if isinstance(found, Agreement) else None
-            yield Result(check.name, check.part, check.compared, "pass" if found.passed else "FAIL", str(found), numbers)
+            yield Result(
+                check.name, check.part, check.compared, "pass" if found.passed else "FAIL", str(found), numbers
+            )

@@ -61,7 +61,9 @@ def transformer_config(shape: ModelShape, dtype: torch.dtype, tp_size: int = 1, 
         ConfigError: layers that do not divide into pipeline stages, or a tensor-parallel size that Megatron refuses.
     """
     if shape.num_layers % pp_size:
-        raise ConfigError(f"pipeline parallel size {pp_size} does not divide {shape.num_layers} layers; choose one that does")
+        raise ConfigError(
+            f"pipeline parallel size {pp_size} does not divide {shape.num_layers} layers; choose one that does"
+        )
     try:
         return TransformerConfig(
             tensor_model_parallel_size=tp_size,
@@ -116,21 +118,29 @@ def apply_card(config: GPTModelConfig, card: ModelCard, stage: str, fa_balance: 
     tp_size = transformer.tensor_model_parallel_size
     for what, size in (("vocabulary", shape.vocab_size), ("MLP width", shape.ffn_hidden_size)):
         if size % tp_size:
-            raise ConfigError(f"tensor parallel size {tp_size} does not divide the {what} of {size}; choose one that does")
+            raise ConfigError(
+                f"tensor parallel size {tp_size} does not divide the {what} of {size}; choose one that does"
+            )
     HeadLayout(card.head_map.layers[0], shape.num_kv_groups, tp_size)
     transformer.hetereogenous_dist_checkpoint = True
     log_scale, (_, attention_factor) = card.options.log_scale_in(stage), rotary_frequencies(shape)
-    config.transformer_layer_spec = hydra_block_spec(card.head_map, card.options, log_scale, fa_balance, attention_factor)
+    config.transformer_layer_spec = hydra_block_spec(
+        card.head_map, card.options, log_scale, fa_balance, attention_factor
+    )
 
 
 def contiguous_parts(model: GPTModel, shape: ModelShape) -> GPTModel:
-    """Have a model hand its layers its shape's rotary angles, of whole rows: Megatron's own would be those of zigzag parts."""
+    """Have a model hand its layers its shape's rotary angles, of whole rows: Megatron's own would be those of zigzag
+    parts.
+    """
     model.rotary_pos_emb.cp_group = None
     model.rotary_pos_emb.inv_freq, _ = rotary_frequencies(shape)
     return model
 
 
-def build_model(card: ModelCard, stage: str = "inference", dtype: torch.dtype = torch.float32, initialize: bool = True) -> GPTModel:
+def build_model(
+    card: ModelCard, stage: str = "inference", dtype: torch.dtype = torch.float32, initialize: bool = True
+) -> GPTModel:
     """This rank's part of the model, weights not loaded; needs Megatron's process groups (``runtime.process_groups``).
 
     Without ``initialize``, Megatron's own layers keep whatever memory they were given.
@@ -195,7 +205,9 @@ def check_complete(folder: Path) -> None:
         raise ConfigError(f"{folder}: common.pt has no place in a checkpoint of ours and could run code; remove it")
     index, notes = folder / _INDEX, read_json(folder / "metadata.json", ConfigError)
     checksum = notes.get(INDEX_CHECKSUM) if isinstance(notes, dict) else None  # none where an older version saved
-    for name, size in _needed_lengths(index, str(checksum or ""), index.stat().st_mtime_ns, index.stat().st_size).items():
+    for name, size in _needed_lengths(
+        index, str(checksum or ""), index.stat().st_mtime_ns, index.stat().st_size
+    ).items():
         path = folder / name
         if not path.is_file() or path.stat().st_size < size:
             raise CutShort(f"{path}: the checkpoint is cut short ({_FIX})")
@@ -208,8 +220,12 @@ def write_tracker(checkpoint_dir: str | Path, iteration: int) -> None:
 
 
 def trainings(card: ModelCard, checkpoint_dir: str | Path) -> list[dict[str, Any]]:
-    """The trainings behind a checkpoint, the last one with the iterations that it has seen (those planned stand on its card)."""
-    seen = int(latest_iteration(checkpoint_dir).name.removeprefix("iter_"))  # 0 in what a conversion wrote: not trained here
+    """The trainings behind a checkpoint, the last one with the iterations that it has seen (those planned stand on its
+    card).
+    """
+    seen = int(
+        latest_iteration(checkpoint_dir).name.removeprefix("iter_")
+    )  # 0 in what a conversion wrote: not trained here
     return [*card.stages[:-1], *(stage | ({"iterations": seen} if seen else {}) for stage in card.stages[-1:])]
 
 
@@ -243,7 +259,9 @@ def _unreadable(folder: Path, error: BaseException) -> BaseException:
         return cause
     what = f"{cause} ({_FIX})" if isinstance(cause, InputError) else f"{folder}: cannot be loaded ({first_line(cause)})"
     if (rank := os.environ.get("RANK", "0")) != "0":
-        print(f"rank {rank}: {what}", file=sys.stderr, flush=True)  # the first rank reads other parts, and may find them whole
+        print(
+            f"rank {rank}: {what}", file=sys.stderr, flush=True
+        )  # the first rank reads other parts, and may find them whole
     return ConfigError(what)
 
 
@@ -270,7 +288,9 @@ def load_weights(models: list[MegatronModule], checkpoint_dir: str | Path) -> No
 
 
 def _misfit(models: list[MegatronModule], folder: Path) -> str:
-    """The first of the models' tensors that a checkpoint lacks, or has with another shape; heads are blocks: [heads, ...]."""
+    """The first of the models' tensors that a checkpoint lacks, or has with another shape; heads are blocks: [heads,
+    ...].
+    """
     stored, state = read_index(folder / _INDEX).state_dict_metadata, _sharded_state(models)
     apply_factories(state)
     for tensor in nested_values(state):
@@ -296,7 +316,10 @@ def save_weights(models: list[MegatronModule], card: ModelCard, checkpoint_dir: 
 
 
 def write_checkpoint(
-    state: dict[str, Any], card: ModelCard, checkpoint_dir: str | Path, sharded_strategy: TorchDistSaveShardedStrategy | None = None
+    state: dict[str, Any],
+    card: ModelCard,
+    checkpoint_dir: str | Path,
+    sharded_strategy: TorchDistSaveShardedStrategy | None = None,
 ) -> None:
     """Write a checkpoint folder: tensors first, then the card, the tracker last (a folder without it is no checkpoint).
 

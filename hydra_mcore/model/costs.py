@@ -34,7 +34,8 @@ def fa_work(layout: HeadLayout, part: SequencePart) -> tuple[int, ...]:
     """
     whole = _products(part, 0, 1)
     return tuple(
-        len(owned.fa) * whole + len(layout.shared_fa) * _products(part, rank, layout.tp_size) for rank, owned in enumerate(layout.ranks)
+        len(owned.fa) * whole + len(layout.shared_fa) * _products(part, rank, layout.tp_size)
+        for rank, owned in enumerate(layout.ranks)
     )
 
 
@@ -92,7 +93,13 @@ class LayerBytes:
 
 
 def cp_bytes(
-    layout: HeadLayout, tp_rank: int, part: SequencePart, head_dim: int, value_bytes: int, batch: int, options: HydraOptions
+    layout: HeadLayout,
+    tp_rank: int,
+    part: SequencePart,
+    head_dim: int,
+    value_bytes: int,
+    batch: int,
+    options: HydraOptions,
 ) -> LayerBytes:
     """What HydraAttention sends in its context-parallel group, for one layer; document boundaries make no difference.
 
@@ -104,11 +111,13 @@ def cp_bytes(
     owned, others = layout.ranks[tp_rank], part.cp_size - 1
     token_bytes = batch * head_dim * value_bytes  # one query, key, value or output of every row, for one head
 
-    # state_from_previous (ops/context_parallel.py): all-gather of [A | B], [b, h, d, d + v] with v = d; backward reduce-scatter.
-    # flash-linear-attention gathers as much forward and, instead of the reduce-scatter, backward (fla/ops/cp/chunk_delta_h.py).
+    # state_from_previous (ops/context_parallel.py): all-gather of [A | B], [b, h, d, d + v] with v = d; backward
+    # reduce-scatter. flash-linear-attention gathers as much forward and, instead of the reduce-scatter, backward
+    # (fla/ops/cp/chunk_delta_h.py).
     states = others * batch * len(owned.gdn) * head_dim * 2 * head_dim * STATE_BYTES
 
-    # ShortConv (model/gdn_heads.py): q, k, v of the last taps - 1 tokens to the next rank; backward to the previous one.
+    # ShortConv (model/gdn_heads.py): q, k, v of the last taps - 1 tokens to the next rank; backward to the previous
+    # one.
     halo = max(options.gdn_conv_kernel - 1, 0) * len(owned.gdn) * 3 * token_bytes
 
     # FullAttentionHeads (model/fa_heads.py): all-gather of K and V by group, backward reduce-scatter.
@@ -117,7 +126,9 @@ def cp_bytes(
 
     # FullAttentionHeads: second halves of queries and of outputs to the mirror rank; backward their gradients.
     # The middle rank of an odd number is its own mirror.
-    rows = len(owned.fa) * _second_half(part, 0, 1) + len(layout.shared_fa) * _second_half(part, tp_rank, layout.tp_size)
+    rows = len(owned.fa) * _second_half(part, 0, 1) + len(layout.shared_fa) * _second_half(
+        part, tp_rank, layout.tp_size
+    )
     queries = 0 if part.cp_rank == others - part.cp_rank else 2 * rows * token_bytes
 
     return LayerBytes(
@@ -138,13 +149,15 @@ def megatron_accepts(num_heads: int, tp_size: int, cp_size: int) -> bool:
     return num_heads % (tp_size * cp_size) == 0
 
 
-def megatron_gdn_bytes(num_heads: int, part: SequencePart, head_dim: int, value_bytes: int, batch: int, tp_size: int = 1) -> Sent:
+def megatron_gdn_bytes(
+    num_heads: int, part: SequencePart, head_dim: int, value_bytes: int, batch: int, tp_size: int = 1
+) -> Sent:
     """The same for a GDN layer of Megatron-Core 0.19.2 with so many heads, all of one size.
 
     Context parallelism there trades tokens for heads by two all-to-alls (GatedDeltaNet.forward in
-    megatron/core/ssm/gated_delta_net/gdn.py): ``tensor_a2a_cp2hp`` takes all tokens of some heads in, the projected q, k, v
-    and gate of d channels each and two scalars a head; ``tensor_a2a_hp2cp`` takes the outputs back. Backward, the same
-    the other way round. The gate is part of the layer there and cannot be left out.
+    megatron/core/ssm/gated_delta_net/gdn.py): ``tensor_a2a_cp2hp`` takes all tokens of some heads in, the projected q,
+    k, v and gate of d channels each and two scalars a head; ``tensor_a2a_hp2cp`` takes the outputs back. Backward, the
+    same the other way round. The gate is part of the layer there and cannot be left out.
 
     Where Megatron refuses (``megatron_accepts``), what it would send if heads could be divided, rounded down.
     """

@@ -54,7 +54,9 @@ class FullAttentionHeads(MegatronModule):
         self.num_heads = len(heads)
         ordinals, shared = ([branch.index(h) for h in owned] for owned in (heads, layout.shared_fa))
         d = config.kv_channels
-        self.linear_q = HeadLinear(config, ordinals, len(branch), d, pg_collection, bias=config.add_qkv_bias, shared=shared)
+        self.linear_q = HeadLinear(
+            config, ordinals, len(branch), d, pg_collection, bias=config.add_qkv_bias, shared=shared
+        )
         if not shared_kv:
             self.linear_kv = GroupLinear(config, layout, heads + layout.shared_fa, 2 * d, pg_collection, HeadRole.FA)
         self.core_attention = CausalAttention()
@@ -66,9 +68,15 @@ class FullAttentionHeads(MegatronModule):
             self.gate = OutputGate(config, ordinals, len(branch), *gate, shared=shared)
 
     def forward(
-        self, x_sbm: Tensor, part: SequencePart, rotary: Tensor, kv: tuple[Tensor, Tensor] | None, memory: LayerMemory | None = None
+        self,
+        x_sbm: Tensor,
+        part: SequencePart,
+        rotary: Tensor,
+        kv: tuple[Tensor, Tensor] | None,
+        memory: LayerMemory | None = None,
     ) -> list[tuple[Tensor, Tensor | None]]:
-        """(outputs [s, b, h, d], gate [s, b, h, d or 1] or None) of the rank's own heads, then of the shared ones if any.
+        """(outputs [s, b, h, d], gate [s, b, h, d or 1] or None) of the rank's own heads, then of the shared ones if
+        any.
 
         Shared heads come with the ``query_rows`` of this rank instead of all s.
 
@@ -81,7 +89,9 @@ class FullAttentionHeads(MegatronModule):
         if self.config.qk_layernorm:
             k_sbgd = self.k_norm(k_sbgd)
         if self.options.fa_position == "rope":
-            k_sbgd = apply_rotary_pos_emb(k_sbgd, rotary, self.config, mscale=self.attention_factor, cp_group=self.cp_group)
+            k_sbgd = apply_rotary_pos_emb(
+                k_sbgd, rotary, self.config, mscale=self.attention_factor, cp_group=self.cp_group
+            )
         if memory is not None:
             memory.keep(k_sbgd, v_sbgd)
         groups = group_of_head.split([self.num_heads, len(group_of_head) - self.num_heads])
@@ -89,15 +99,27 @@ class FullAttentionHeads(MegatronModule):
         if self.linear_q.shared:
             parts.append(part.query_rows(self.tp_group.rank(), self.tp_group.size()))
         if part.past:
-            return [self._recall(x_sbm, part, rows, rotary, groups[shared], bool(shared), memory) for shared, rows in enumerate(parts)]
+            return [
+                self._recall(x_sbm, part, rows, rotary, groups[shared], bool(shared), memory)
+                for shared, rows in enumerate(parts)
+            ]
         k_sbgd, v_sbgd = gather_parts(torch.cat([k_sbgd, v_sbgd], dim=-1), self.cp_group).chunk(2, dim=-1)
         return [
-            self._attend(x_sbm, part, rows, rotary, *(t.index_select(2, groups[shared]) for t in (k_sbgd, v_sbgd)), bool(shared))
+            self._attend(
+                x_sbm, part, rows, rotary, *(t.index_select(2, groups[shared]) for t in (k_sbgd, v_sbgd)), bool(shared)
+            )
             for shared, rows in enumerate(parts)
         ]
 
     def _attend(
-        self, x_sbm: Tensor, part: SequencePart, rows: Rows, rotary: Tensor, k_sbhd: Tensor, v_sbhd: Tensor, shared: bool
+        self,
+        x_sbm: Tensor,
+        part: SequencePart,
+        rows: Rows,
+        rotary: Tensor,
+        k_sbhd: Tensor,
+        v_sbhd: Tensor,
+        shared: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of one set of heads for the queries ``rows`` of this part."""
         q_sbhd, gate = self._queries(x_sbm, part, rows, rotary, shared)
@@ -106,21 +128,32 @@ class FullAttentionHeads(MegatronModule):
         return self._swap_second_half(out_sbhd, rows), gate
 
     def _recall(
-        self, x_sbm: Tensor, part: SequencePart, rows: Rows, rotary: Tensor, group_of_head: Tensor, shared: bool, memory: LayerMemory
+        self,
+        x_sbm: Tensor,
+        part: SequencePart,
+        rows: Rows,
+        rotary: Tensor,
+        group_of_head: Tensor,
+        shared: bool,
+        memory: LayerMemory,
     ) -> tuple[Tensor, Tensor | None]:
         """The same for tokens that follow remembered ones."""
         q_sbhd, gate = self._queries(x_sbm, part, rows, rotary, shared)
         behind_s = take_rows(torch.arange(-part.num_tokens, 0, device=q_sbhd.device), rows)
         return memory.attend(q_sbhd, behind_s, group_of_head, self.cp_group), gate
 
-    def _queries(self, x_sbm: Tensor, part: SequencePart, rows: Rows, rotary: Tensor, shared: bool) -> tuple[Tensor, Tensor | None]:
+    def _queries(
+        self, x_sbm: Tensor, part: SequencePart, rows: Rows, rotary: Tensor, shared: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """What one set of heads asks at the ``rows`` of this part, and the gate of their outputs."""
         x_sbm, rotary = take_rows(x_sbm, rows), take_rows(rotary, rows)
         q_sbhd = self.linear_q(x_sbm, shared)
         if self.config.qk_layernorm:
             q_sbhd = self.q_norm(q_sbhd)
         if self.options.fa_position == "rope":
-            q_sbhd = apply_rotary_pos_emb(q_sbhd, rotary, self.config, mscale=self.attention_factor, cp_group=self.cp_group)
+            q_sbhd = apply_rotary_pos_emb(
+                q_sbhd, rotary, self.config, mscale=self.attention_factor, cp_group=self.cp_group
+            )
         if self.log_scale_base is not None:
             position_s = take_rows(part.positions(q_sbhd.device), rows)
             q_sbhd = q_sbhd * log_position_scale(position_s, self.log_scale_base).to(q_sbhd.dtype)[:, None, None, None]
@@ -170,7 +203,11 @@ class CausalAttention(torch.nn.Module):
             square = end - start == key_end - key_start
             mask = None if square else _later_queries(end - start, key_end - key_start, q.device)
             keys = slice(key_start, key_end)
-            out.append(F.scaled_dot_product_attention(q[:, :, start:end], k[:, :, keys], v[:, :, keys], attn_mask=mask, is_causal=square))
+            out.append(
+                F.scaled_dot_product_attention(
+                    q[:, :, start:end], k[:, :, keys], v[:, :, keys], attn_mask=mask, is_causal=square
+                )
+            )
         return torch.cat(out, dim=2).permute(2, 0, 1, 3)
 
 

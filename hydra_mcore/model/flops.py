@@ -2,11 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Floating-point operations of a training step, worked out without running it.
 
-Counted are matrix products (two operations a multiply-add), the triangular solves of the chunked delta rule and the short
-convolution, forward and backward. Left out are elementwise work (norms, rotary, softmax, activations, the optimizer), what
-is computed twice (recomputed layers, q k^T again in an attention kernel's backward) and what several ranks compute alike
-(keys and values of split kv groups, states under context parallelism). So the figure does not depend on the layout: it is
-the numerator of a model-FLOPs utilisation.
+Counted are matrix products (two operations a multiply-add), the triangular solves of the chunked delta rule and the
+short convolution, forward and backward. Left out are elementwise work (norms, rotary, softmax, activations, the
+optimizer), what is computed twice (recomputed layers, q k^T again in an attention kernel's backward) and what several
+ranks compute alike (keys and values of split kv groups, states under context parallelism). So the figure does not
+depend on the
+layout: it is the numerator of a model-FLOPs utilisation.
 
 A row is taken as one document; packed documents make causal attention cheaper. ``tests/unit/test_flops.py`` counts the
 products that real models run.
@@ -49,7 +50,8 @@ def step_flops(card: ModelCard, stage: str, sequence_length: int, sequences: int
     """Operations of one optimizer step over all ranks.
 
     align: the teacher's forward pass without its output layer; every student attention block forward and backward, its
-    input without a gradient. distill: the teacher's forward pass and the student's forward and backward, both with output
+    input without a gradient. distill: the teacher's forward pass and the student's forward and backward, both with
+        output
     layers. extend: the student's forward and backward.
 
     Args:
@@ -60,7 +62,10 @@ def step_flops(card: ModelCard, stage: str, sequence_length: int, sequences: int
     """
     teacher = teacher_card(card.shape, fingerprint="")
     if stage == "align":
-        blocks = (attention_block(card.shape, card.options, heads, sequence_length, input_gradient=False) for heads in card.head_map.layers)
+        blocks = (
+            attention_block(card.shape, card.options, heads, sequence_length, input_gradient=False)
+            for heads in card.head_map.layers
+        )
         per_token = model_flops(teacher, sequence_length, with_output=False).forward + sum(blocks, NOTHING).total
     else:
         per_token = model_flops(card, sequence_length).total
@@ -78,7 +83,9 @@ def model_flops(card: ModelCard, length: int, with_output: bool = True) -> Flops
     return attention + shape.num_layers * mlp + output
 
 
-def attention_block(shape: ModelShape, options: HydraOptions, heads: LayerHeads, length: int, input_gradient: bool = True) -> Flops:
+def attention_block(
+    shape: ModelShape, options: HydraOptions, heads: LayerHeads, length: int, input_gradient: bool = True
+) -> Flops:
     """A layer's attention block, for each token: all its heads, its kv groups and its fusion.
 
     Args:
@@ -122,7 +129,9 @@ def keys_values(shape: ModelShape, input_gradient: bool = True) -> Flops:
 
 
 def causal_attention(head_dim: int, length: int) -> Flops:
-    """q k^T and its product with v of one head, for each token of a row, which sees (length + 1) / 2 keys on average."""
+    """q k^T and its product with v of one head, for each token of a row, which sees (length + 1) / 2 keys on
+    average.
+    """
     keys = (length + 1) / 2
     return 2 * _product(head_dim, keys)
 
@@ -130,9 +139,10 @@ def causal_attention(head_dim: int, length: int) -> Flops:
 def delta_rule(head_dim: int, length: int) -> Flops:
     """The chunked delta rule of one head, for each token (ops/chunked_delta_rule.py), keys and values of one size d.
 
-    Of r rows of a chunk: queries and keys times keys (2 r r d), both read the state (2 r d d), an inverse (r r r) and scores
-    are applied to what is written (2 r r d), which goes into the state (r d d). What backward makes anew is not counted.
-    A last chunk is filled up with padding.
+    Of r rows of a chunk: queries and keys times keys (2 r r d), both read the state (2 r d d), an inverse (r r r) and
+        scores
+    are applied to what is written (2 r r d), which goes into the state (r d d). What backward makes anew is not
+    counted. A last chunk is filled up with padding.
     """
     chunks = -(-length // CHUNK)
     products = 4 * _product(CHUNK * CHUNK, head_dim) + 3 * _product(CHUNK * head_dim, head_dim)

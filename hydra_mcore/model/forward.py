@@ -31,8 +31,8 @@ def last_hidden(
         memory: what the rows' earlier tokens left behind, ready for these ones; they leave theirs.
 
     Returns:
-        On the last pipeline stage the hidden states [s, b, m] of this context-parallel rank's part, whole also under sequence
-        parallelism, and this rank's rows of the weight [w, m]. None on the others.
+        On the last pipeline stage the hidden states [s, b, m] of this context-parallel rank's part, whole also under
+        sequence parallelism, and this rank's rows of the weight [w, m]. None on the others.
 
     Raises:
         InputError: a length that context parallelism does not divide, or boundaries that are none.
@@ -68,5 +68,7 @@ def last_hidden(
 def hidden_and_weight(
     hidden_states: Tensor, output_layer: torch.nn.Module, output_weight: Tensor | None, **_: Any
 ) -> tuple[Tensor, Tensor]:
-    """The last hidden state and this rank's rows of the output layer, in place of logits (Megatron's ``output_processor``)."""
+    """The last hidden state and this rank's rows of the output layer, in place of logits (Megatron's
+    ``output_processor``).
+    """
     return hidden_states, gathered(output_layer).weight if output_weight is None else output_weight

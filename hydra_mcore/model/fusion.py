@@ -24,7 +24,13 @@ class Fusion(MegatronModule):
     projection expects the teacher's magnitudes: the norm removes the one, the factor restores the other.
     """
 
-    def __init__(self, config: TransformerConfig, options: HydraOptions, layout: HeadLayout, pg_collection: ProcessGroupCollection) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        options: HydraOptions,
+        layout: HeadLayout,
+        pg_collection: ProcessGroupCollection,
+    ) -> None:
         super().__init__(config)
         self.options, self.tp_group = options, pg_collection.tp
         self.eps, self.head_dim = config.layernorm_epsilon, config.kv_channels
@@ -33,7 +39,11 @@ class Fusion(MegatronModule):
         if options.fusion != "none" and options.fusion_norm_weight == "branch":
             norm = {"eps": self.eps, "tp_group": pg_collection.tp, "partial_gradient": True}
             self.norms = torch.nn.ModuleDict(
-                {role.value: RMSNorm(config, self.head_dim, **norm) for role in HeadRole if getattr(layout.layer, role.value)}
+                {
+                    role.value: RMSNorm(config, self.head_dim, **norm)
+                    for role in HeadRole
+                    if getattr(layout.layer, role.value)
+                }
             )
         if options.fusion in ("scale", "competition"):
             self.scale = PerHead(config, heads, self.num_heads, (), pg_collection, shared=layout.shared_fa)
@@ -43,13 +53,17 @@ class Fusion(MegatronModule):
             self.competition = new_parameter(config, self.num_heads, config.hidden_size)
             self.register_buffer("heads", torch.tensor(heads + layout.shared_fa, dtype=torch.long), persistent=False)
 
-    def forward(self, branches: dict[HeadRole, tuple[Tensor, Tensor | None]], x_sbm: Tensor, shared: bool = False) -> Tensor:
+    def forward(
+        self, branches: dict[HeadRole, tuple[Tensor, Tensor | None]], x_sbm: Tensor, shared: bool = False
+    ) -> Tensor:
         """Join the branches' (output, gate) pairs, FA first: [s, b, h, d] in the rank's own head order.
 
         With ``shared``, of the FA heads that all ranks share; x_sbm is then the rows that this rank computes.
         """
         scale_h, heads, scaled = None, 0, []
-        if self.options.fusion in ("scale", "competition") and any(out_sbhd.shape[2] for out_sbhd, _ in branches.values()):
+        if self.options.fusion in ("scale", "competition") and any(
+            out_sbhd.shape[2] for out_sbhd, _ in branches.values()
+        ):
             scale = gathered(self.scale)
             scale_h = scale.shared_parameter("weight") if shared else scale.weight
         for role, (out_sbhd, gate) in branches.items():

@@ -88,13 +88,18 @@ class GatedDeltaHeads(MegatronModule):
         return -decay_sbh, self.options.gdn_write_max * write_sbh
 
     def forward(
-        self, x_sbm: Tensor, part: SequencePart, rotary: Tensor, kv_sbhd: Tensor | None, memory: LayerMemory | None = None
+        self,
+        x_sbm: Tensor,
+        part: SequencePart,
+        rotary: Tensor,
+        kv_sbhd: Tensor | None,
+        memory: LayerMemory | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Head outputs [s, b, h, d] and their gate ([s, b, h, d or 1], or None), which fusion applies.
 
         x_sbm is the ``part`` of the sequence that this rank holds, ``rotary`` the angles of its positions, and
-        ``kv_sbhd`` the heads' keys and values where both branches share them. ``memory`` has what the tokens before the part
-        left behind, and gets what this part leaves.
+        ``kv_sbhd`` the heads' keys and values where both branches share them. ``memory`` has what the tokens before the
+        part left behind, and gets what this part leaves.
         """
         q_sbhd = self.linear_q(x_sbm)
         qkv_sbhd = torch.cat([q_sbhd, self._keys_values(x_sbm) if kv_sbhd is None else kv_sbhd], dim=-1)
@@ -125,7 +130,9 @@ class GatedDeltaHeads(MegatronModule):
         kv = self.linear_kv(x_sbm)
         return kv.index_select(2, self.linear_kv.group_of_head) if isinstance(self.linear_kv, GroupLinear) else kv
 
-    def _delta_rule(self, part: SequencePart, memory: LayerMemory | None, *inputs_sbh: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _delta_rule(
+        self, part: SequencePart, memory: LayerMemory | None, *inputs_sbh: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         out_bshd, state_bhdv = gated_delta_rule(
             *(t.transpose(0, 1) for t in inputs_sbh),
             initial_state_bhdv=None if memory is None else memory.state_bhdv,
@@ -166,7 +173,10 @@ class ShortConv(PerHead):
             return x_sbhc
         length, before = x_sbhc.shape[0], self.block[1] - 1
         if part.cp_size > 1 and length < before:
-            raise ValueError(f"a context-parallel part of {length} tokens is shorter than the {before} the short convolution looks back")
+            raise ValueError(
+                f"a context-parallel part of {length} tokens is shorter than the {before} the short convolution looks"
+                " back"
+            )
         fused = fla_kernels.serve(x_sbhc)
         if part.past:
             padded = torch.cat([memory.taps_sbhc, x_sbhc])
@@ -189,8 +199,14 @@ class ShortConv(PerHead):
         bounds = None
         if part.packed:  # a document may begin in the padding, among the previous rank's tokens, or at its end
             shift = len(padded_sbhc) - part.num_tokens - part.start
-            bounds = (0, *(bound + shift for bound in part.documents if 0 < bound + shift < len(padded_sbhc)), len(padded_sbhc))
-        return fla_kernels.short_conv(padded_sbhc, self.weight, bounds, None if self.activation == "none" else self.activation)
+            bounds = (
+                0,
+                *(bound + shift for bound in part.documents if 0 < bound + shift < len(padded_sbhc)),
+                len(padded_sbhc),
+            )
+        return fla_kernels.short_conv(
+            padded_sbhc, self.weight, bounds, None if self.activation == "none" else self.activation
+        )
 
 
 def _unit_length(x: Tensor) -> Tensor:
@@ -198,5 +214,7 @@ def _unit_length(x: Tensor) -> Tensor:
 
 
 def _left_behind(x: Tensor, part: SequencePart, cp_group: Group) -> Tensor:
-    """What the rank of the last part leaves behind, on all ranks; what follows a prompt is alike on all of them anyway."""
+    """What the rank of the last part leaves behind, on all ranks; what follows a prompt is alike on all of them
+    anyway.
+    """
     return from_last(x, cp_group) if part.cp_size > 1 else x.clone()  # of a slice, whose whole can go

@@ -70,7 +70,9 @@ class HydraAttention(MegatronModule):
         self.num_fa = len(owned.fa)
         self.shared_kv = options.qkv == "shared"
         if self.shared_kv:
-            self.linear_kv = GroupLinear(config, self.layout, owned.heads + shared, 2 * config.kv_channels, pg_collection)
+            self.linear_kv = GroupLinear(
+                config, self.layout, owned.heads + shared, 2 * config.kv_channels, pg_collection
+            )
             index, last = self.linear_kv.index_of_head, self.num_fa + len(owned.gdn)
             fa, gdn = index[: self.num_fa] + index[last:], index[self.num_fa : last]
             fa_groups = sorted(set(fa))
@@ -78,19 +80,24 @@ class HydraAttention(MegatronModule):
             for name, index in indices.items():
                 self.register_buffer(name, torch.tensor(index, dtype=torch.long), persistent=False)
         if heads.fa:
-            self.fa = FullAttentionHeads(config, options, self.layout, pg_collection, log_scale, attention_factor, self.shared_kv)
+            self.fa = FullAttentionHeads(
+                config, options, self.layout, pg_collection, log_scale, attention_factor, self.shared_kv
+            )
         if heads.gdn:
             self.gdn = GatedDeltaHeads(config, options, self.layout, pg_collection, self.shared_kv)
         self.fusion = Fusion(config, options, self.layout, pg_collection)
         self.linear_proj = OutputProjection(config, owned.heads, shared, self.layout.num_heads, self.tp_group)
 
     def mix(self, hidden_sbm: Tensor, part: SequencePart, rotary: Tensor, memory: LayerMemory | None = None) -> Tensor:
-        """The layer's output of this rank's ``part`` of the sequence: [s, b, m]; rotary holds the angles of its positions.
+        """The layer's output of this rank's ``part`` of the sequence: [s, b, m]; rotary holds the angles of its
+        positions.
 
         ``memory`` has what the tokens before the part left behind, and gets what this part leaves.
         """
         if self.config.sequence_parallel:
-            x_sbm = gather_from_sequence_parallel_region(hidden_sbm, group=self.tp_group)[: part.num_tokens]  # the rest is padding
+            x_sbm = gather_from_sequence_parallel_region(hidden_sbm, group=self.tp_group)[
+                : part.num_tokens
+            ]  # the rest is padding
         else:
             x_sbm = copy_to_tensor_model_parallel_region(hidden_sbm, group=self.tp_group)
         kv_fa, kv_gdn = self._shared_keys_values(x_sbm) if self.shared_kv else (None, None)
@@ -104,12 +111,16 @@ class HydraAttention(MegatronModule):
             return self.linear_proj(own_sbn)
         rows = part.query_rows(self.tp_group.rank(), self.tp_group.size())
         shared_sbhd = self.fusion({HeadRole.FA: shared[0]}, take_rows(x_sbm, rows), shared=True)
-        return self.linear_proj(own_sbn, shared_sbhd.flatten(2), take_rows(torch.arange(part.num_tokens, device=x_sbm.device), rows))
+        return self.linear_proj(
+            own_sbn, shared_sbhd.flatten(2), take_rows(torch.arange(part.num_tokens, device=x_sbm.device), rows)
+        )
 
     def _shared_keys_values(self, x_sbm: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """K/V that both branches read: by group for FA, with the group of its own and shared heads; by head for GDN."""
         kv_sbgd = self.linear_kv(x_sbm)
-        return (kv_sbgd.index_select(2, self.fa_groups), self.group_of_fa_head), kv_sbgd.index_select(2, self.gdn_groups)
+        return (kv_sbgd.index_select(2, self.fa_groups), self.group_of_fa_head), kv_sbgd.index_select(
+            2, self.gdn_groups
+        )
 
     def forward(
         self,
@@ -125,7 +136,8 @@ class HydraAttention(MegatronModule):
         packed_seq_params: Any = None,
         sequence_len_offset: Tensor | None = None,
     ) -> tuple[Tensor, None]:
-        """hidden_states [s, b, m] (this rank's part of s under sequence and context parallelism) -> (same shape, no bias).
+        """hidden_states [s, b, m] (this rank's part of s under sequence and context parallelism) -> (same shape, no
+        bias).
 
         Heads are causal by themselves, so the mask is not read. Under context parallelism parts are contiguous. The
         keywords after ``rotary_pos_emb`` are what Megatron's layer passes to any attention; those that would change the
@@ -137,10 +149,13 @@ class HydraAttention(MegatronModule):
             packed_seq_params: Megatron's; its ``cu_seqlens_q`` bounds the documents of the one row (best on the CPU).
 
         Raises:
-            ValueError: an attention bias or another's inference state was given, or angles of a part instead of the row.
+            ValueError: an attention bias or another's inference state was given, or angles of a part instead of the
+                row.
         """
         if attention_bias is not None or not isinstance(inference_context, Memory | None):
-            raise ValueError("HydraAttention takes no attention_bias, and as inference_context only a model.memory.Memory")
+            raise ValueError(
+                "HydraAttention takes no attention_bias, and as inference_context only a model.memory.Memory"
+            )
         if inference_context is not None:
             part, memory = inference_context.part, inference_context.layers[self.layer_idx]
             start = part.past + part.start
@@ -182,7 +197,9 @@ class OutputProjection(torch.nn.Module):
             set_tensor_model_parallel_attributes(self.weight, True, 1, 1)
 
     def forward(self, own_sbn: Tensor, shared_sbn: Tensor | None = None, rows_s: Tensor | None = None) -> Tensor:
-        """[s, b, own heads * d], and the shared heads' outputs of the tokens ``rows_s`` -> [s, b, m], summed over ranks."""
+        """[s, b, own heads * d], and the shared heads' outputs of the tokens ``rows_s`` -> [s, b, m], summed over
+        ranks.
+        """
         out_sbm = F.linear(own_sbn, self.weight) if self.heads else own_sbn.new_zeros(*own_sbn.shape[:2], self.width)
         if shared_sbn is not None:
             out_sbm = out_sbm.index_add(0, rows_s, F.linear(shared_sbn, replicated(self.weight_shared, self.tp_group)))
@@ -199,5 +216,7 @@ class OutputProjection(torch.nn.Module):
         for name, owned, tp_rank in (("weight", self.heads, 0), ("weight_shared", self.shared, self.tp_group.rank())):
             if owned:
                 replica = data_parallel_replica(metadata, tp_rank)
-                shards[prefix + name] = head_shards(prefix + "weight", getattr(self, name), owned, self.num_heads, replica, axis=1)
+                shards[prefix + name] = head_shards(
+                    prefix + "weight", getattr(self, name), owned, self.num_heads, replica, axis=1
+                )
         return shards

@@ -20,7 +20,9 @@ from hydra_mcore.model.hydra_attention import HydraAttention
 from hydra_mcore.model.parameters import RMSNorm
 
 
-def hydra_layer_spec(head_map: HeadMap, options: HydraOptions, log_scale: bool, fa_balance: str, attention_factor: float) -> ModuleSpec:
+def hydra_layer_spec(
+    head_map: HeadMap, options: HydraOptions, log_scale: bool, fa_balance: str, attention_factor: float
+) -> ModuleSpec:
     """One transformer layer; each layer finds its own heads in the map by its number."""
     attention = {
         "head_map": head_map,
@@ -36,7 +38,9 @@ def hydra_layer_spec(head_map: HeadMap, options: HydraOptions, log_scale: bool, 
             self_attention=ModuleSpec(module=HydraAttention, params=attention),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+            mlp=ModuleSpec(
+                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+            ),
             mlp_bda=get_bias_dropout_add,
         ),
     )

@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model remembers of the tokens that it has read, so that it reads each of them once while it decodes.
 
-A prompt is read as in training: under context parallelism every rank has its part of it, and keeps the keys and values of
-that part. What follows, a token or a few at a time, is computed by all context-parallel ranks alike; its keys and values are
-kept by the last one, behind the prompt's. GDN heads keep a state of constant size, on all ranks alike.
+A prompt is read as in training: under context parallelism every rank has its part of it, and keeps the keys and values
+    of
+that part. What follows, a token or a few at a time, is computed by all context-parallel ranks alike; its keys and
+values are kept by the last one, behind the prompt's. GDN heads keep a state of constant size, on all ranks alike.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ class LayerMemory:
         """
         exact = torch.promote_types(q_sbhd.dtype, torch.float32)
         q_bhsd = q_sbhd.permute(1, 2, 0, 3).to(exact)
-        k_bhtd, v_bhtd = (x[:, :, : self.kept].index_select(1, group_of_head).to(exact) for x in (self.keys_bgtd, self.values_bgtd))
+        k_bhtd, v_bhtd = (
+            x[:, :, : self.kept].index_select(1, group_of_head).to(exact) for x in (self.keys_bgtd, self.values_bgtd)
+        )
         score_bhst = q_bhsd @ k_bhtd.mT * q_bhsd.shape[-1] ** -0.5
         if self.room:  # the newest tokens are the last ones here, and none of them elsewhere
             later_st = torch.arange(self.kept, device=q_sbhd.device) > self.kept + behind_s[:, None]
@@ -76,7 +79,9 @@ class Memory:
 
     def __init__(self, part: SequencePart, capacity: int) -> None:
         self.part = part  # of the tokens under way
-        self.max_sequence_length = -(-capacity // part.cp_size)  # Megatron's word: it makes rotary angles for as many on every rank
+        self.max_sequence_length = -(
+            -capacity // part.cp_size
+        )  # Megatron's word: it makes rotary angles for as many on every rank
         room = capacity - part.length if part.cp_rank == part.cp_size - 1 else 0
         self.layers: defaultdict[int, LayerMemory] = defaultdict(partial(LayerMemory, room))
 

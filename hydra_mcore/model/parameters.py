@@ -40,8 +40,8 @@ def replicated(weight: Tensor, tp_group: torch.distributed.ProcessGroup) -> Tens
 def gathered[M: torch.nn.Module](module: M) -> M:
     """A module whose parameters are read without calling it, once they are up to date.
 
-    Under ``--overlap-param-gather`` the optimizer's new values arrive while the step already runs, and Megatron waits for a
-    module's own in its forward pre-hooks.
+    Under ``--overlap-param-gather`` the optimizer's new values arrive while the step already runs, and Megatron waits
+    for a module's own in its forward pre-hooks.
     """
     for hook in module._forward_pre_hooks.values():
         hook(module, ())
@@ -51,8 +51,8 @@ def gathered[M: torch.nn.Module](module: M) -> M:
 def recomputed[T](config: TransformerConfig, core: Callable[..., T], *inputs: Tensor) -> T:
     """``core(*inputs)``, computed again in backward instead of kept, under Megatron's selective "core_attn" recompute.
 
-    By torch's checkpoint: Megatron's takes no gradient with ``autograd.grad``, which align uses. ``core`` draws no random
-    numbers; it is run again to its end, because ranks must communicate alike whatever each of them needs again.
+    By torch's checkpoint: Megatron's takes no gradient with ``autograd.grad``, which align uses. ``core`` draws no
+    random numbers; it is run again to its end, because ranks must communicate alike whatever each of them needs again.
     """
     if config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules:
         return checkpoint(core, *inputs, use_reentrant=False, preserve_rng_state=False, early_stop=False)
@@ -62,7 +62,8 @@ def recomputed[T](config: TransformerConfig, core: Callable[..., T], *inputs: Te
 def head_shards(
     key: str, weight: Tensor, ordinals: Sequence[int], total: int, replica_id: ReplicaId, axis: int = 0
 ) -> ShardedTensorFactory:
-    """One checkpoint shard a head: ``weight`` is ``len(ordinals)`` equal blocks along ``axis``, of ``total`` in the model.
+    """One checkpoint shard a head: ``weight`` is ``len(ordinals)`` equal blocks along ``axis``, of ``total`` in the
+    model.
 
     The stored tensor has shape [total, *block]; rank and layout do not show in it.
     """
@@ -142,7 +143,9 @@ class PerHead(torch.nn.Module):
             is_shared = name.endswith("_shared")
             replica = data_parallel_replica(metadata, self.tp_group.rank() if is_shared else 0)
             ordinals = self.shared if is_shared else self.heads
-            shards[prefix + name] = head_shards(prefix + name.removesuffix("_shared"), parameter, ordinals, self.total, replica)
+            shards[prefix + name] = head_shards(
+                prefix + name.removesuffix("_shared"), parameter, ordinals, self.total, replica
+            )
         return shards
 
 
@@ -174,7 +177,8 @@ class HeadLinear(PerHead):
 
 
 class GroupLinear(torch.nn.Module):
-    """K/V rows of the kv groups that live in a branch: x_sbm -> [s, b, g, rows], the groups that this rank's heads read.
+    """K/V rows of the kv groups that live in a branch: x_sbm -> [s, b, g, rows], the groups that this rank's heads
+    read.
 
     A group lives while one of its heads is in the branch. A group whose heads stand on several ranks is
     held by all of them (``weight_split``), every other one by its rank alone (``weight``); so are the biases of a model
@@ -203,7 +207,9 @@ class GroupLinear(torch.nn.Module):
         used_split, self.gathered = sorted(set(head_groups) & set(self.split) - shared), sorted(shared)
         order = self.local + used_split + self.gathered
         for name, groups in (("used_split", used_split), ("gathered_split", self.gathered)):
-            self.register_buffer(name, torch.tensor([self.split.index(g) for g in groups], dtype=torch.long), persistent=False)
+            self.register_buffer(
+                name, torch.tensor([self.split.index(g) for g in groups], dtype=torch.long), persistent=False
+            )
         self.index_of_head = [order.index(g) for g in head_groups]
         self.register_buffer("group_of_head", torch.tensor(self.index_of_head, dtype=torch.long), persistent=False)
         for suffix, groups in (("", self.local), ("_split", self.split)):
@@ -222,10 +228,15 @@ class GroupLinear(torch.nn.Module):
         if weight is None:
             return x_sbm.new_zeros(*x_sbm.shape[:-1], 0, self.rows)
         own = F.linear(x_sbm, weight, bias).reshape(*x_sbm.shape[:-1], -1 if len(weight) else 0, self.rows)
-        return own if gathered_weight is None else torch.cat([own, self._gather(x_sbm, gathered_weight, gathered_bias)], dim=2)
+        return (
+            own
+            if gathered_weight is None
+            else torch.cat([own, self._gather(x_sbm, gathered_weight, gathered_bias)], dim=2)
+        )
 
     def _used(self, kind: str) -> tuple[Tensor | None, Tensor | None]:
-        """The "weight" or "bias" of the groups that this rank projects by itself, and of those that all gather; None where none is.
+        """The "weight" or "bias" of the groups that this rank projects by itself, and of those that all gather; None
+        where none is.
 
         Those of split groups come even where this rank uses none of them, without rows: every rank must run the sum of
         their gradient.
@@ -255,7 +266,9 @@ class GroupLinear(torch.nn.Module):
             is_split = name.endswith("_split")
             replica = data_parallel_replica(metadata, self.tp_group.rank() if is_split else 0)
             ordinals = [self.living.index(g) for g in (self.split if is_split else self.local)]
-            shards[prefix + name] = head_shards(prefix + name.removesuffix("_split"), parameter, ordinals, len(self.living), replica)
+            shards[prefix + name] = head_shards(
+                prefix + name.removesuffix("_split"), parameter, ordinals, len(self.living), replica
+            )
         return shards
 
 

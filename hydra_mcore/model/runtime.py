@@ -20,7 +20,9 @@ TIMEOUT = datetime.timedelta(minutes=30)  # nothing waits forever, but a rank ma
 
 
 @contextlib.contextmanager
-def process_groups(tp_size: int = 1, pp_size: int = 1, seed: int = 1234, alone: bool = True, cp_size: int = 1) -> Iterator[None]:
+def process_groups(
+    tp_size: int = 1, pp_size: int = 1, seed: int = 1234, alone: bool = True, cp_size: int = 1
+) -> Iterator[None]:
     """Megatron's process groups, without a training loop.
 
     Args:
@@ -35,9 +37,12 @@ def process_groups(tp_size: int = 1, pp_size: int = 1, seed: int = 1234, alone: 
     if alone and world_size > 1:
         raise InputError("runs on one process; start it without torchrun")
     if min(tp_size, pp_size, cp_size) < 1 or world_size % (tp_size * pp_size * cp_size):
-        sizes = f"{tp_size} tensor-parallel x {pp_size} pipeline-parallel" + (f" x {cp_size} context-parallel" if cp_size != 1 else "")
+        sizes = f"{tp_size} tensor-parallel x {pp_size} pipeline-parallel" + (
+            f" x {cp_size} context-parallel" if cp_size != 1 else ""
+        )
         raise InputError(
-            f"{world_size} processes are no multiple of {sizes} ranks; start {tp_size * pp_size * cp_size} with torchrun --nproc-per-node"
+            f"{world_size} processes are no multiple of {sizes} ranks; start {tp_size * pp_size * cp_size} with"
+            " torchrun --nproc-per-node"
         )
     logging.getLogger("megatron").setLevel(logging.ERROR)  # its advice is about training; a command has its own output
     backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -60,7 +65,9 @@ def process_groups(tp_size: int = 1, pp_size: int = 1, seed: int = 1234, alone: 
 
 
 def from_first_rank[T](make: Callable[[], T]) -> T:
-    """What ``make`` gives on rank 0, on every rank; an InputError there, or a disk that refuses, is raised on all of them."""
+    """What ``make`` gives on rank 0, on every rank; an InputError there, or a disk that refuses, is raised on all of
+    them.
+    """
     outcome: list[T | InputError | None] = [None]
     if torch.distributed.get_rank() == 0:
         try:

@@ -82,5 +82,7 @@ def _attention(card: ModelCard, layout: HeadLayout, tp_rank: int) -> Counter[str
 
 
 def _held_groups(layout: HeadLayout, heads: tuple[int, ...], role: HeadRole | None = None) -> int:
-    """Kv groups whose rows a rank holds: those of its own heads, and every group that is split over ranks (GroupLinear)."""
+    """Kv groups whose rows a rank holds: those of its own heads, and every group that is split over ranks
+    (GroupLinear).
+    """
     return len({layout.group_of(h) for h in heads} | set(layout.split_groups(role)))

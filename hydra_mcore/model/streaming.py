@@ -19,7 +19,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
-from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, TorchDistSaveShardedStrategy, mcore_to_pyt_state_dict
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    mcore_to_pyt_state_dict,
+)
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
@@ -54,11 +58,13 @@ def save_streamed(card: ModelCard, dtype: torch.dtype, read: Read, checkpoint_di
 class WithoutMemory(TorchFunctionMode):
     """What is made within has a shape and a dtype but no values and no memory, also where a device is named.
 
-    ``torch.device("meta")`` would leave named devices alone, and FakeTensorMode starts threads of autograd, after which no
-    forked process can run backward.
+    ``torch.device("meta")`` would leave named devices alone, and FakeTensorMode starts threads of autograd, after which
+    no forked process can run backward.
     """
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         on_meta = {"device": "meta"} if func in _device_constructors() else {}
         return func(*args, **{**(kwargs or {}), **on_meta})
 
@@ -156,7 +162,9 @@ class StoredTensors:
 
     def _entry(self, name: str) -> TensorStorageMetadata:
         if name not in self._tensors:
-            raise ConfigError(f"{self.folder}: the checkpoint has no tensor {name}, so it is not of the model that its card describes")
+            raise ConfigError(
+                f"{self.folder}: the checkpoint has no tensor {name}, so it is not of the model that its card describes"
+            )
         return self._tensors[name]
 
 

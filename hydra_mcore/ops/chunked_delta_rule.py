@@ -30,8 +30,8 @@ from torch.autograd.function import once_differentiable
 
 __all__ = ["chunked_delta_rule", "recurrent_delta_rule"]
 
-# A segment is as many chunks as stay in a processor's cache, some megabytes with all that is made of them. Measured on two
-# cores with 32 MiB: half to four times as many take as long, an eighth a third longer, all at once twice as long.
+# A segment is as many chunks as stay in a processor's cache, some megabytes with all that is made of them. Measured on
+# two cores with 32 MiB: half to four times as many take as long, an eighth a third longer, all at once twice as long.
 SEGMENT_VALUES = 2**18  # of one of q, k, v
 
 
@@ -51,8 +51,8 @@ def chunked_delta_rule(
 
     Chunked as in DeltaNet (arXiv 2406.06484 section 3) with the decay of Gated DeltaNet (arXiv 2412.06464
     section 3.3): inside a chunk the inverse of a triangular matrix replaces the recurrence, between chunks the state is
-    carried. A chunk holds one document only, the rest of its rows is padding. Backward keeps what each row wrote and the
-    inverses, one and a half times the memory of the values in float32, and computes the rest anew.
+    carried. A chunk holds one document only, the rest of its rows is padding. Backward keeps what each row wrote and
+    the inverses, one and a half times the memory of the values in float32, and computes the rest anew.
 
     Args:
         q_bshd, k_bshd: queries and keys, already normalised (keys to length 1).
@@ -114,7 +114,9 @@ def recurrent_delta_rule(
     state_bhdv = _initial_state(q_bshd, (b, h, d, v_bshv.shape[-1]), initial_state_bhdv)
     q_sbh1d = (q_bshd.to(dtype) * (d**-0.5 if scale is None else scale)).transpose(0, 1).unsqueeze(-2)
     k_sbhd1, v_sbh1v = k_bshd.to(dtype).transpose(0, 1).unsqueeze(-1), v_bshv.to(dtype).transpose(0, 1).unsqueeze(-2)
-    decay_sbh11, write_sbh11 = (x.transpose(0, 1)[..., None, None] for x in (log_decay_bsh.to(dtype).exp(), write_bsh.to(dtype)))
+    decay_sbh11, write_sbh11 = (
+        x.transpose(0, 1)[..., None, None] for x in (log_decay_bsh.to(dtype).exp(), write_bsh.to(dtype))
+    )
     outputs = [v_sbh1v[:0]]
     for q, k, v, decay, write in zip(q_sbh1d, k_sbhd1, v_sbh1v, decay_sbh11, write_sbh11, strict=True):
         state_bhdv = state_bhdv * decay
@@ -147,7 +149,12 @@ class _Segment(NamedTuple):
 def _segments(bounds: Sequence[int], chunk_size: int, at_once: int) -> list[_Segment]:
     """Cut documents into chunks, and these into segments of ``at_once`` chunks."""
     chunks = [
-        (first, min(first + chunk_size, end), document if first == start else None, document if first + chunk_size >= end else None)
+        (
+            first,
+            min(first + chunk_size, end),
+            document if first == start else None,
+            document if first + chunk_size >= end else None,
+        )
         for document, (start, end) in enumerate(itertools.pairwise(bounds))
         for first in range(start, end, chunk_size)
     ]
@@ -156,7 +163,11 @@ def _segments(bounds: Sequence[int], chunk_size: int, at_once: int) -> list[_Seg
         firsts, lasts, begins, ends = map(list, zip(*chunks[i : i + at_once], strict=True))
         lengths = [last - first for first, last in zip(firsts, lasts, strict=True)]
         full = all(length == chunk_size for length in lengths)
-        slots = None if full else [chunk * chunk_size + row for chunk, length in enumerate(lengths) for row in range(length)]
+        slots = (
+            None
+            if full
+            else [chunk * chunk_size + row for chunk, length in enumerate(lengths) for row in range(length)]
+        )
         segments.append(_Segment(slice(firsts[0], lasts[-1]), slots, begins, ends))
     return segments
 
@@ -219,9 +230,11 @@ def _chunks(q_cnrd: Tensor, k_cnrd: Tensor, log_decay_cnr: Tensor, write_cnr: Te
 def _forward(
     inputs: tuple[Tensor, ...], scale: float, segments: list[_Segment], r: int, kept: list[Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """Outputs [b, s, h, v] and the last state of each document [k, n, d, v]; appends to ``kept``, for each segment, what backward needs.
+    """Outputs [b, s, h, v] and the last state of each document [k, n, d, v]; appends to ``kept``, for each segment,
+    what backward needs.
 
-    What a row writes is what it brings less what it reads: of earlier rows of its chunk, and of the state before the chunk,
+    What a row writes is what it brings less what it reads: of earlier rows of its chunk, and of the state before the
+        chunk,
 
         written = beta v - (beta k) S - L written,    written = (1 + L)^-1 (beta v - (beta k) S)
 
@@ -233,11 +246,15 @@ def _forward(
     eye_rr = torch.eye(r, dtype=initial_kndv.dtype, device=initial_kndv.device)
     state_ndv = initial_kndv[0]
     for segment in segments:
-        q_cnrd, k_cnrd, v_cnrv, log_decay_cnr, write_cnr = (_to_chunks(x, segment, r, initial_kndv.dtype) for x in tokens)
+        q_cnrd, k_cnrd, v_cnrv, log_decay_cnr, write_cnr = (
+            _to_chunks(x, segment, r, initial_kndv.dtype) for x in tokens
+        )
         chunks = _chunks(q_cnrd, k_cnrd, log_decay_cnr, write_cnr, scale)
         # The solver takes the diagonal as 1 and reads nothing above it.
         lower_cnrr = chunks.scores_cnpr[:, :, r:]
-        inverse_cnrr = torch.linalg.solve_triangular(lower_cnrr, eye_rr.expand_as(lower_cnrr), upper=False, unitriangular=True)
+        inverse_cnrr = torch.linalg.solve_triangular(
+            lower_cnrr, eye_rr.expand_as(lower_cnrr), upper=False, unitriangular=True
+        )
         written_cnrv = v_cnrv * write_cnr[..., None]
         out_cnrv = torch.empty_like(v_cnrv)
         before_ndv = state_ndv
@@ -260,7 +277,8 @@ def _forward(
 class _ChunkedDeltaRule(torch.autograd.Function):
     """``_forward`` with its gradient, segment by segment from the last to the first.
 
-    By hand, because what autograd would keep is many times the inputs, and its backward of a loop over chunks leaves the cache.
+    By hand, because what autograd would keep is many times the inputs, and its backward of a loop over chunks leaves
+    the cache.
     """
 
     @staticmethod
@@ -296,16 +314,22 @@ class _ChunkedDeltaRule(torch.autograd.Function):
                 d_state_cndv[c] = d_state_ndv
                 d_brought_nrv = inverse_cnrr[c].mT @ d_written_cnrv[c].baddbmm_(chunks.decayed_k_cnrd[c], d_state_ndv)
                 torch.neg(d_brought_nrv, out=d_read_cnpv[c, :, ctx.r :])
-                d_state_ndv = (d_state_ndv * chunks.forget_cn11[c]).baddbmm_(chunks.decayed_readers_cnpd[c].mT, d_read_cnpv[c])
+                d_state_ndv = (d_state_ndv * chunks.forget_cn11[c]).baddbmm_(
+                    chunks.decayed_readers_cnpd[c].mT, d_read_cnpv[c]
+                )
                 if (document := segment.begins[c]) is not None:
                     d_initial_kndv[document] = d_state_ndv
-            found = _gradients(chunks, state_cndv, d_state_cndv, written_cnrv, d_read_cnpv, v_cnrv, write_cnr, ctx.scale)
+            found = _gradients(
+                chunks, state_cndv, d_state_cndv, written_cnrv, d_read_cnpv, v_cnrv, write_cnr, ctx.scale
+            )
             for gradient, found_cnr in zip(gradients, found, strict=True):
                 _from_chunks(found_cnr, segment, gradient)
         return *gradients, d_initial_kndv, None, None, None
 
 
-def _states(segment: _Segment, chunks: _Chunks, written_cnrv: Tensor, before_ndv: Tensor, initial_kndv: Tensor) -> Tensor:
+def _states(
+    segment: _Segment, chunks: _Chunks, written_cnrv: Tensor, before_ndv: Tensor, initial_kndv: Tensor
+) -> Tensor:
     """The state before each chunk [c, n, d, v], from what its predecessors wrote."""
     states = []
     for c, begins in enumerate(segment.begins):
@@ -347,11 +371,18 @@ def _gradients(
 
 
 def _d_log_decay(
-    chunks: _Chunks, state_cndv: Tensor, d_state_cndv: Tensor, through_scores_cnpr: Tensor, d_readers_cnpd: Tensor, d_k_cnrd: Tensor
+    chunks: _Chunks,
+    state_cndv: Tensor,
+    d_state_cndv: Tensor,
+    through_scores_cnpr: Tensor,
+    d_readers_cnpd: Tensor,
+    d_k_cnrd: Tensor,
 ) -> Tensor:
-    """The gradient of the log decays [c, n, r], with the readers' and keys' gradients as far as states have to do with them.
+    """The gradient of the log decays [c, n, r], with the readers' and keys' gradients as far as states have to do with
+    them.
 
-    The total log decay of a row stands in exp(+total) wherever the row reads, and in exp(-total) wherever it is written to;
+    The total log decay of a row stands in exp(+total) wherever the row reads, and in exp(-total) wherever it is written
+    to;
     a log decay is in the totals of its own and all later rows. Summed in float64: what does not pass a log
     decay cancels in its gradient, which strong decays make small beside it.
 
@@ -361,9 +392,13 @@ def _d_log_decay(
     reads_cnp = (chunks.readers_cnpd * d_readers_cnpd).sum(-1) + through_scores_cnpr.sum(-1, dtype=torch.float64)
     to_end_cnr = (chunks.k_cnrd * d_k_cnrd).sum(-1).double()
     d_total_cnr = (
-        reads_cnp.unflatten(-1, (2, reads_cnp.shape[-1] // 2)).sum(-2) - through_scores_cnpr.sum(-2, dtype=torch.float64) - to_end_cnr
+        reads_cnp.unflatten(-1, (2, reads_cnp.shape[-1] // 2)).sum(-2)
+        - through_scores_cnpr.sum(-2, dtype=torch.float64)
+        - to_end_cnr
     )
-    d_total_cnr[..., -1] += to_end_cnr.sum(-1) + chunks.forget_cn11[..., 0, 0] * (state_cndv * d_state_cndv).sum((-1, -2))
+    d_total_cnr[..., -1] += to_end_cnr.sum(-1) + chunks.forget_cn11[..., 0, 0] * (state_cndv * d_state_cndv).sum(
+        (-1, -2)
+    )
     return d_total_cnr.flip(-1).cumsum(-1).flip(-1)
 
 

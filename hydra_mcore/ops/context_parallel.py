@@ -17,7 +17,9 @@ Group = dist.ProcessGroup
 
 
 def gather_parts(x: Tensor, group: Group) -> Tensor:
-    """Join all ranks' parts along axis 0: [s, ...] -> [s * ranks, ...]; backward sums each part's gradient over ranks."""
+    """Join all ranks' parts along axis 0: [s, ...] -> [s * ranks, ...]; backward sums each part's gradient over
+    ranks.
+    """
     if group.size() == 1:
         return x
     if x.numel() == 0:  # a rank without heads; so are its peers, and nothing need be sent
@@ -71,7 +73,9 @@ def merge_softmax(out_bhsv: Tensor, total_bhs1: Tensor, group: Group) -> Tensor:
     """
     if group.size() == 1:
         return out_bhsv
-    out_rbhsv, total_rbhs1 = gather_parts(torch.cat([out_bhsv, total_bhs1], dim=-1)[None], group).split([out_bhsv.shape[-1], 1], dim=-1)
+    out_rbhsv, total_rbhs1 = gather_parts(torch.cat([out_bhsv, total_bhs1], dim=-1)[None], group).split(
+        [out_bhsv.shape[-1], 1], dim=-1
+    )
     return (out_rbhsv * total_rbhs1.softmax(dim=0)).sum(dim=0)
 
 

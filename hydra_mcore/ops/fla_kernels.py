@@ -2,12 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The border to flash-linear-attention: its names, layouts and limits are known here and nowhere else.
 
-``serve`` is the one switch: where it says no, the callers take their torch functions. Written for 0.6.0; not yet run on a GPU.
+``serve`` is the one switch: where it says no, the callers take their torch functions. Written for 0.6.0; not yet run on
+    a GPU.
 In Triton's interpreter on a CPU every function here gives what its torch counterpart gives, gradients included.
 
-Two of its kernels are left out on purpose. The fused decay gate takes log(1 + exp(x)) in float32, which is 0.25% off at a half-life
-of 100,000 tokens and 3% at a million: heads that remember long would forget at another rate on a GPU. And the L2 norm inside the
-delta rule's kernel is the same kernel as ``unit_length``, but for an epsilon that changes short keys.
+Two of its kernels are left out on purpose. The fused decay gate takes log(1 + exp(x)) in float32, which is 0.25% off at
+a half-life of 100,000 tokens and 3% at a million: heads that remember long would forget at another rate on a GPU. And
+the L2 norm inside the delta rule's kernel is the same kernel as ``unit_length``, but for an epsilon that changes short
+keys.
 """
 
 from __future__ import annotations
@@ -53,7 +55,8 @@ def kernels() -> Kernels | None:
 
 
 def serve(x: Tensor) -> bool:
-    """Whether the kernels take such a tensor: on a GPU, of up to 32 bits (float32 products then run in TF32), not empty.
+    """Whether the kernels take such a tensor: on a GPU, of up to 32 bits (float32 products then run in TF32), not
+    empty.
 
     An empty grid is an error to a kernel; tensor-parallel ranks may own no GDN head of a layer.
     """
@@ -79,11 +82,16 @@ def short_conv(x_sbhc: Tensor, weight_nt: Tensor, bounds: Sequence[int] | None, 
 
 
 def delta_rule(
-    inputs: Sequence[Tensor], scale: float | None, initial_state_bhdv: Tensor | None, cu_seqlens: Tensor | None, few: bool = False
+    inputs: Sequence[Tensor],
+    scale: float | None,
+    initial_state_bhdv: Tensor | None,
+    cu_seqlens: Tensor | None,
+    few: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The gated delta rule on this rank alone.
 
-    Arguments as in ``ops.gated_delta``, ``inputs`` the first five of them; ``few`` tokens take the recurrent kernel, where no
+    Arguments as in ``ops.gated_delta``, ``inputs`` the first five of them; ``few`` tokens take the recurrent kernel,
+    where no
     gradient is wanted: it has no backward.
     """
     kernel = kernels().recurrent if few and not torch.is_grad_enabled() else kernels().chunked

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gated delta rule of GDN heads, over whole sequences, packed documents and context-parallel parts.
 
-One signature over two engines: flash-linear-attention's kernels (``fla_kernels.py``) and the torch reference, whose file states
+One signature over two engines: flash-linear-attention's kernels (``fla_kernels.py``) and the torch reference, whose
+    file states
 the equation (``chunked_delta_rule.py``). Shape suffixes are those of ``hydra_mcore/heads.py``.
 """
 
@@ -84,14 +85,18 @@ def gated_delta_rule(
 def _state_before(part: SequencePart, cp_group: Group, inputs: tuple[Tensor, ...]) -> Tensor:
     """The states with which this rank's documents begin, in exchange for what this part does to a state.
 
-    Every token maps the state S to A S + B. From the state [0 | 1], with values that are zero beside the true ones, the rule
-    itself arrives at [B | A] of the part's last document. A document that begins here ignores the state before.
+    Every token maps the state S to A S + B. From the state [0 | 1], with values that are zero beside the true ones, the
+    rule itself arrives at [B | A] of the part's last document. A document that begins here ignores the state before.
     """
     hands_on = part.continues and part.cp_rank < part.cp_size - 1
-    last = slice(part.bounds[-2] if hands_on else part.num_tokens, None)  # no tokens keep the graph: see context_parallel
+    last = slice(
+        part.bounds[-2] if hands_on else part.num_tokens, None
+    )  # no tokens keep the graph: see context_parallel
     _, k, v, log_decay, write = (x[:, last] for x in inputs)
     b, _, h, d = k.shape
-    start_bhd1 = F.pad(torch.eye(d, dtype=torch.promote_types(k.dtype, torch.float32), device=k.device), (v.shape[-1], 0))
+    start_bhd1 = F.pad(
+        torch.eye(d, dtype=torch.promote_types(k.dtype, torch.float32), device=k.device), (v.shape[-1], 0)
+    )
     start_bhd1, wider = start_bhd1.expand(b, h, -1, -1).contiguous(), (k, k, F.pad(v, (0, d)), log_decay, write)
     if fla_kernels.serve(k):
         _, state = fla_kernels.delta_rule(wider, None, start_bhd1, None)

@@ -18,7 +18,8 @@ from hydra_mcore.errors import InputError
 Rows = tuple[tuple[tuple[int, int], ...], ...]
 
 
-# Of 16 documents in 16,384 tokens on 2, 4 and 8 ranks, the busiest computes 1.52 times the mean in one round, 1.13 in eight.
+# Of 16 documents in 16,384 tokens on 2, 4 and 8 ranks, the busiest computes 1.52 times the mean in one round, 1.13 in
+# eight.
 PACKED_ROUNDS = 8
 
 
@@ -61,12 +62,18 @@ class SequencePart:
             object.__setattr__(self, "documents", (0, self.length))
             return
         if len(self.documents) < 2 or self.documents[0] != 0:
-            raise InputError(f"document boundaries must start at 0 and hold at least one document, got {self.documents[:8]}")
+            raise InputError(
+                f"document boundaries must start at 0 and hold at least one document, got {self.documents[:8]}"
+            )
         for start, end in itertools.pairwise(self.documents):
             if end <= start:
-                raise InputError(f"document boundaries must increase from document to document, got {end} after {start}")
+                raise InputError(
+                    f"document boundaries must increase from document to document, got {end} after {start}"
+                )
         if self.documents[-1] != self.length:
-            raise InputError(f"document boundaries must end at the sequence length {self.length}, got {self.documents[-1]}")
+            raise InputError(
+                f"document boundaries must end at the sequence length {self.length}, got {self.documents[-1]}"
+            )
 
     @property
     def num_tokens(self) -> int:
@@ -108,7 +115,8 @@ class SequencePart:
         """The query blocks of this part, as (start, end) within it: two under context parallelism.
 
         A causal query costs as many keys as it has predecessors, so of 2 cp blocks the last costs most. Rank r computes
-        its own first half and the second half of rank cp - 1 - r: blocks 2r and 2cp - 1 - 2r, the same cost on every rank.
+        its own first half and the second half of rank cp - 1 - r: blocks 2r and 2cp - 1 - 2r, the same cost on every
+        rank.
         """
         if self.cp_size == 1:
             return ((0, self.num_tokens),)
@@ -118,7 +126,8 @@ class SequencePart:
     def query_rows(self, share: int = 0, shares: int = 1) -> Rows:
         """The queries of one of ``shares`` tensor-parallel ranks that divide a head: for each half, (start, end) runs.
 
-        By the same mirror rule: of 2 * shares pieces of each half, piece ``share`` and its mirror image. Packed documents
+        By the same mirror rule: of 2 * shares pieces of each half, piece ``share`` and its mirror image. Packed
+            documents
         make costs uneven; their rows are dealt in finer pieces, which evens them out on average, not exactly.
         """
         if shares == 1:
@@ -136,13 +145,17 @@ class SequencePart:
         segments, row = [], 0
         for half, rank in zip(rows, (self.cp_rank, self.cp_size - 1 - self.cp_rank), strict=False):
             for start, end in half:
-                for key_start, query_start, query_end in self._documents_in(rank * self.num_tokens + start, rank * self.num_tokens + end):
+                for key_start, query_start, query_end in self._documents_in(
+                    rank * self.num_tokens + start, rank * self.num_tokens + end
+                ):
                     segments.append(Segment(row, row + query_end - query_start, key_start, query_end))
                     row = segments[-1].end
         return segments
 
     def _documents_in(self, start: int, end: int) -> list[tuple[int, int, int]]:
-        """The documents that tokens [start, end) of the row belong to: (document's start, first token, end of tokens)."""
+        """The documents that tokens [start, end) of the row belong to: (document's start, first token, end of
+        tokens).
+        """
         return [
             (first, max(first, start), min(last, end))
             for first, last in itertools.pairwise(self.documents)

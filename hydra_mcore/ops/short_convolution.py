@@ -1,6 +1,9 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The causal depthwise convolution over a few tokens, in plain torch. Shape suffixes: t taps, the last for a token itself, c channels."""
+"""The causal depthwise convolution over a few tokens, in plain torch.
+
+Shape suffixes: t taps, the last for a token itself, c channels.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,9 @@ from torch.autograd.function import once_differentiable
 
 __all__ = ["short_convolution"]
 
-TILE_VALUES = 2**18  # so few that all taps find them in a processor's cache; measured four times as fast as tap by tap over all rows
+TILE_VALUES = (
+    2**18
+)  # so few that all taps find them in a processor's cache; measured four times as fast as tap by tap over all rows
 
 
 def short_convolution(padded_sbhc: Tensor, weight_hct: Tensor, position_s: Tensor | None = None) -> Tensor:

@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A chain of elementwise functions over long rows, a few rows at a time: on a CPU each link then finds its input in the cache."""
+"""A chain of elementwise functions over long rows, a few rows at a time: on a CPU each link then finds its input in the
+cache.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,15 @@ __all__ = ["in_tiles"]
 TILE_VALUES = 2**18
 
 
-def in_tiles(function: Callable[..., Tensor], by_row: Sequence[Tensor | None], for_all: Sequence[Tensor | None] = ()) -> Tensor:
+def in_tiles(
+    function: Callable[..., Tensor], by_row: Sequence[Tensor | None], for_all: Sequence[Tensor | None] = ()
+) -> Tensor:
     """``function(*by_row, *for_all)``, where the function treats every row of axis 0 by itself.
 
-    On a CPU it is called for a few rows at a time, and once more in backward, for which nothing is kept but the arguments: that
-    is cheaper than to fetch from memory what every link would have kept. Elsewhere, and for a compiler, it is called once.
+    On a CPU it is called for a few rows at a time, and once more in backward, for which nothing is kept but the
+        arguments: that
+    is cheaper than to fetch from memory what every link would have kept. Elsewhere, and for a compiler, it is called
+    once.
 
     Args:
         function: gives a tensor of the shape and dtype of the first argument.
@@ -51,7 +57,9 @@ class _InTiles(torch.autograd.Function):
         for rows in _tiles(d_out):
             with torch.enable_grad():
                 parts = [x[rows] if x is not None and i < ctx.count else x for i, x in enumerate(tensors)]
-                parts = [x if x is None else x.detach().requires_grad_(want) for x, want in zip(parts, wanted, strict=True)]
+                parts = [
+                    x if x is None else x.detach().requires_grad_(want) for x, want in zip(parts, wanted, strict=True)
+                ]
                 out = ctx.function(*parts)
             found = iter(torch.autograd.grad(out, [x for x in parts if x is not None and x.requires_grad], d_out[rows]))
             for i, gradient in enumerate(gradients):

@@ -2,10 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """First-order estimates of the effects: gradient times difference, for all heads from one backward pass.
 
-Attribution patching (Nanda 2023; Syed et al., arXiv:2310.10348): m(x) - m(x; O <- O') is about (O - O') dm/dO. The gradient
-through residual stream and MLPs alone, attention frozen, estimates the receiver effect; what the whole gradient has beyond
-it goes through later heads and estimates the sender effect (through any number of any heads, where the exact score counts
-paths into critical heads). Softmax and norms saturate, so this is a first look: its agreement is measured, not assumed.
+Attribution patching (Nanda 2023; Syed et al., arXiv:2310.10348): m(x) - m(x; O <- O') is about (O - O') dm/dO. The
+gradient through residual stream and MLPs alone, attention frozen, estimates the receiver effect; what the whole
+gradient has beyond it goes through later heads and estimates the sender effect (through any number of any heads, where
+the exact score counts paths into critical heads). Softmax and norms saturate, so this is a first look: its agreement is
+measured, not assumed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def attributed_effects(teacher: Teacher, batch: ProbeBatch) -> PairEffects:
         corrupt = teacher.run(batch.corrupt_bs, answer, everything, heads_only=True)
     direct, whole = (_gradients(teacher, clean, batch, frozen) for frozen in (True, False))
     pairs = len(batch.answer_bp)
-    decrease_rlhb = torch.zeros(2, teacher.num_layers, teacher.num_heads, pairs, dtype=torch.float64, device=teacher.device)
+    decrease_rlhb = torch.zeros(
+        2, teacher.num_layers, teacher.num_heads, pairs, dtype=torch.float64, device=teacher.device
+    )
     for layer_idx in teacher.layers:
         change_sbhd = (corrupt.heads_sbhd[layer_idx] - clean.heads_sbhd[layer_idx]).double()
         direct_hb = -(direct[layer_idx] * change_sbhd[answer]).sum((0, 3)).T

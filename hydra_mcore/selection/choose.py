@@ -128,7 +128,12 @@ def choose_heads(
         "tp": lambda: best_in_blocks(worths(scores, order), budget, tp_size),
     }
     kept = picks[strategy.removesuffix("_random")]()
-    facts = {"fingerprint": fingerprint, "model": dataclasses.asdict(shape), "strategy": strategy, "made_by": made_by or {}}
+    facts = {
+        "fingerprint": fingerprint,
+        "model": dataclasses.asdict(shape),
+        "strategy": strategy,
+        "made_by": made_by or {},
+    }
     head_map = HeadMap.from_fa(kept, layers, heads, groups, **facts)
     objective = _objective(strategy, shape, budget, kv_budget, tp_size)
     alive = kv_groups_alive(shape, kept)
@@ -155,25 +160,41 @@ def _check_budget(strategy: str, shape: ModelShape, budget: int) -> None:
     layers, total = shape.num_layers, shape.num_layers * shape.num_heads
     least = layers if strategy == "global_c" else 0
     if not least <= budget <= total:
-        why = f" ({strategy} keeps one in each of {layers} layers; strategy global has no such floor)" if least > budget >= 0 else ""
+        why = (
+            f" ({strategy} keeps one in each of {layers} layers; strategy global has no such floor)"
+            if least > budget >= 0
+            else ""
+        )
         raise InputError(f"budget {budget}: choose {least} to {total} heads{why}")
 
 
-def _check_option(strategy: str, shape: ModelShape, budget: int, kv_budget: int, tp_size: int, every: int | None) -> None:
+def _check_option(
+    strategy: str, shape: ModelShape, budget: int, kv_budget: int, tp_size: int, every: int | None
+) -> None:
     """Raise InputError unless the strategy's own option can hold the budget."""
     heads, groups = shape.num_heads, shape.num_layers * shape.num_kv_groups
     if strategy == "kv_groups":
         least = _fewest_groups(shape, budget)
         if not least <= kv_budget <= groups:
-            raise InputError(f"kv budget {kv_budget}: choose {least} to {groups} kv groups ({least} can hold {budget} heads)")
+            raise InputError(
+                f"kv budget {kv_budget}: choose {least} to {groups} kv groups ({least} can hold {budget} heads)"
+            )
     elif strategy == "tp":
         if tp_size < 1 or heads % tp_size:
-            raise InputError(f"tensor parallel size {tp_size} does not divide {heads} query heads; choose one that does")
-        _check_multiple(budget, tp_size, f"budget {budget} is not the same number of heads for each of {tp_size} tensor-parallel ranks")
+            raise InputError(
+                f"tensor parallel size {tp_size} does not divide {heads} query heads; choose one that does"
+            )
+        _check_multiple(
+            budget,
+            tp_size,
+            f"budget {budget} is not the same number of heads for each of {tp_size} tensor-parallel ranks",
+        )
     elif strategy == "hybrid" and every is None:
         _check_multiple(budget, heads, f"budget {budget} is not a number of whole layers of {heads} heads")
     elif strategy == "hybrid" and budget != (implied := hybrid_budget(shape, every)):
-        raise InputError(f"budget {budget}: every {every} of {shape.num_layers} layers keeps {implied} heads; choose that budget")
+        raise InputError(
+            f"budget {budget}: every {every} of {shape.num_layers} layers keeps {implied} heads; choose that budget"
+        )
 
 
 def _check_multiple(budget: int, unit: int, problem: str) -> None:
@@ -181,7 +202,9 @@ def _check_multiple(budget: int, unit: int, problem: str) -> None:
         raise InputError(f"{problem}; choose {budget // unit * unit} or {(budget // unit + 1) * unit}")
 
 
-def _check_scores(strategy: str, shape: ModelShape, scores: Sequence[Sequence[float]] | None, ranking: Sequence[Head]) -> None:
+def _check_scores(
+    strategy: str, shape: ModelShape, scores: Sequence[Sequence[float]] | None, ranking: Sequence[Head]
+) -> None:
     layers, heads, everything = shape.num_layers, shape.num_heads, _every_head(shape)
     if (strategy in SCORED and sorted(ranking) != everything) or (strategy in OPTIMISED and scores is None):
         raise InputError(f"strategy {strategy} needs a score for every one of the {len(everything)} heads")
@@ -239,10 +262,16 @@ def _even(order: Sequence[Head], budget: int, layers: int) -> list[Head]:
 
 
 def _first_heads(budget: int, layers: int) -> list[Head]:
-    return [(layer, head) for layer in range(layers) for head in range((layer + 1) * budget // layers - layer * budget // layers)]
+    return [
+        (layer, head)
+        for layer in range(layers)
+        for head in range((layer + 1) * budget // layers - layer * budget // layers)
+    ]
 
 
 def _whole_layers(full: int, layers: int, heads: int, every: int | None) -> list[Head]:
-    """All heads of ``full`` layers: each ``every``-th one, or the last of each of ``full`` blocks as equal as can be."""
+    """All heads of ``full`` layers: each ``every``-th one, or the last of each of ``full`` blocks as equal as
+    can be.
+    """
     chosen = [(at + 1) * every - 1 if every else (at + 1) * layers // full - 1 for at in range(full)]
     return [(layer, head) for layer in chosen for head in range(heads)]

@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""How far head scores can be trusted, and what a choice made by them would cost: numbers only, from the scores alone."""
+"""How far head scores can be trusted, and what a choice made by them would cost: numbers only, from the scores
+alone.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ from hydra_mcore.selection.score import CRITICAL, HeadScores, ProbeEffects
 RATIOS = (1, 2, 3, 5, 7, 9, 11, 15)  # GDN heads to one FA head
 CONTEXTS = (4096, 32_768, 131_072, 524_288)  # tokens
 KNOCK_OUT_ORDERS = ("best first", "worst first", "random")
-GDN_FLOPS = 7  # a state entry and token: 1 to decay it, and 2 each to read it with k, to write beta (v - S k) k^T, to read it with q
+# Of a state entry and token: 1 to decay it, 2 each to read it with k, to write beta (v - S k) k^T, to read it with q.
+GDN_FLOPS = 7
 
 
 # Estimates among ``HeadScores.observed``, and the role whose exact effect each stands for.
@@ -63,7 +66,9 @@ class Agreement:
 
 
 def spearman(a: ArrayLike, b: ArrayLike) -> float:
-    """Rank correlation of two arrays of one size, tied values sharing their mean rank; 0 where one is constant: it orders nothing."""
+    """Rank correlation of two arrays of one size, tied values sharing their mean rank; 0 where one is constant: it
+    orders nothing.
+    """
     x, y = (rank - rank.mean() for rank in map(_ranks, (a, b)))
     norm = np.linalg.norm(x) * np.linalg.norm(y)
     return float(x @ y / norm) if norm else 0.0
@@ -88,8 +93,8 @@ def likeness(a: HeadScores, b: HeadScores, budget: int) -> Likeness:
 def stability_by_pairs(scores: HeadScores, budget: int, draws: int = 20, seed: int = 0) -> dict[int, Agreement]:
     """Random subsets of n usable pairs of every probe against all pairs, by n = 1, 2, 3, 4, 6, 8, 12, ... up to all.
 
-    A subset is a part of what it is compared with, so agreement rises to 1 by itself; ``stability_of_halves`` has no such
-    help. In both, the receivers that senders were measured by are those that all pairs found.
+    A subset is a part of what it is compared with, so agreement rises to 1 by itself; ``stability_of_halves`` has no
+    such help. In both, the receivers that senders were measured by are those that all pairs found.
     """
     rng, used = np.random.default_rng(seed), _used(scores)
 
@@ -101,7 +106,8 @@ def stability_by_pairs(scores: HeadScores, budget: int, draws: int = 20, seed: i
 
 
 def stability_of_halves(scores: HeadScores, budget: int, draws: int = 20, seed: int = 0) -> dict[int, Agreement]:
-    """Two disjoint random sets of n usable pairs of every probe against each other, by n; a probe of one pair is left out.
+    """Two disjoint random sets of n usable pairs of every probe against each other, by n; a probe of one pair is left
+    out.
 
     Empty where no probe that weighs has two usable pairs. For what is kept from all pairs, see ``stability_by_pairs``.
     """
@@ -151,7 +157,9 @@ class Bootstrap:
 
 
 def bootstrap(scores: HeadScores, budget: int, draws: int = 500, seed: int = 0) -> Bootstrap:
-    """Score anew from pairs drawn with replacement within each probe; probes and prompt length stay, so their choice is not judged."""
+    """Score anew from pairs drawn with replacement within each probe; probes and prompt length stay, so their choice is
+    not judged.
+    """
     rng, used = np.random.default_rng(seed), _used(scores)
     scores_nlh, chosen_lh = np.empty((draws, *scores.scores_lh.shape)), np.zeros(scores.scores_lh.shape)
     for drawn_lh in scores_nlh:
@@ -163,11 +171,15 @@ def bootstrap(scores: HeadScores, budget: int, draws: int = 500, seed: int = 0) 
 
 
 def random_overlap(total: int, k: int) -> float:
-    """Expected Jaccard index of two random choices of ``k`` of ``total`` heads (their intersection is hypergeometric)."""
+    """Expected Jaccard index of two random choices of ``k`` of ``total`` heads (their intersection is
+    hypergeometric).
+    """
     if k == 0:
         return 1.0
     ways = math.comb(total, k)
-    return sum(math.comb(k, both) * math.comb(total - k, k - both) / ways * both / (2 * k - both) for both in range(k + 1))
+    return sum(
+        math.comb(k, both) * math.comb(total - k, k - both) / ways * both / (2 * k - both) for both in range(k + 1)
+    )
 
 
 def label_control(scores: HeadScores, budget: int, draws: int = 200, seed: int = 0) -> Agreement:
@@ -185,8 +197,8 @@ def label_control(scores: HeadScores, budget: int, draws: int = 200, seed: int =
 def observed_likeness(scores: HeadScores, budget: int) -> dict[str, Likeness]:
     """Each cheap score (``scores.observed``) against what it stands for.
 
-    An estimate of one role (``ESTIMATES``) is compared with that role's exact effect, and left out where that was not measured;
-    what only looks is compared with the causal score.
+    An estimate of one role (``ESTIMATES``) is compared with that role's exact effect, and left out where that was not
+    measured; what only looks is compared with the causal score.
     """
     exact = {role: np.mean(list(parts.values()), axis=0) for role, parts in role_effects(scores).items()}
     found = {}
@@ -200,18 +212,23 @@ def observed_likeness(scores: HeadScores, budget: int) -> dict[str, Likeness]:
 
 
 def role_effects(scores: HeadScores) -> dict[str, dict[str, np.ndarray]]:
-    """Role ("receiver", "sender") -> capability -> |effect| [l, h], averaged over sub-probes; of a sender the largest round's."""
+    """Role ("receiver", "sender") -> capability -> |effect| [l, h], averaged over sub-probes; of a sender the largest
+    round's.
+    """
     parts: dict[str, list[np.ndarray]] = {}
     for probe in _counted(scores):
         size_rlh = abs(probe.mean_rlh())
         size_rlh = size_rlh if len(size_rlh) > 1 else np.concatenate([size_rlh, np.zeros_like(size_rlh)])
         parts.setdefault(probe.capability, []).append(np.stack([size_rlh[0], size_rlh[1:].max(0)]))
     roles = ("receiver", "sender") if any(probe.receivers for probe in _counted(scores)) else ("receiver",)
-    return {role: {name: np.mean(sizes, axis=0)[index] for name, sizes in parts.items()} for index, role in enumerate(roles)}
+    return {
+        role: {name: np.mean(sizes, axis=0)[index] for name, sizes in parts.items()} for index, role in enumerate(roles)
+    }
 
 
 def critical_heads(scores: HeadScores) -> tuple[np.ndarray, np.ndarray]:
-    """Two masks [l, h]: heads whose effect reaches CRITICAL in some capability, and heads that reach it in no sub-probe and role.
+    """Two masks [l, h]: heads whose effect reaches CRITICAL in some capability, and heads that reach it in no sub-probe
+    and role.
 
     The latter can be converted as far as patching tells. The heads in neither reach it somewhere, but not on average.
     """
@@ -249,7 +266,9 @@ class Cost:
 
 
 def costs(scores: HeadScores, ratios: Sequence[int] = RATIOS, contexts: Sequence[int] = CONTEXTS) -> list[Cost]:
-    """Costs of keeping the best heads of the whole model (strategy ``global``), by ratio; ratios that keep no head are left out."""
+    """Costs of keeping the best heads of the whole model (strategy ``global``), by ratio; ratios that keep no head are
+    left out.
+    """
     shape, ranking, kept = scores.shape, scores.ranking(), kept_share(scores)
     budgets = {f"{ratio}:1": round(len(ranking) / (ratio + 1)) for ratio in ratios}
     return [
@@ -272,11 +291,12 @@ def kv_fraction(shape: ModelShape, kept: Sequence[Head]) -> float:
 
 
 def attention_flops(shape: ModelShape, num_fa: int, seen: float) -> float:
-    """FLOPs a token of all heads over those of the teacher's; projections, gates and MLPs, whose cost no context raises, are left out.
+    """FLOPs a token of all heads over those of the teacher's; projections, gates and MLPs, whose cost no context
+    raises, are left out.
 
-    An FA head takes 2 d for QK^T and 2 d for PV per token that is seen: 4 d n at the end of a context of n, and on average
-    2 d n over a causal prefill of n, since a token sees n / 2 others. A GDN head takes ``GDN_FLOPS`` d^2 at any n (the
-    recurrence; chunked kernels trade some more FLOPs for matrix products).
+    An FA head takes 2 d for QK^T and 2 d for PV per token that is seen: 4 d n at the end of a context of n, and on
+    average 2 d n over a causal prefill of n, since a token sees n / 2 others. A GDN head takes ``GDN_FLOPS`` d^2 at any
+    n (the recurrence; chunked kernels trade some more FLOPs for matrix products).
 
     Args:
         seen: tokens a token attends to: n at the end of a context, n / 2 on average over a prefill.
@@ -296,7 +316,11 @@ class KnockOut:
 
     def __post_init__(self) -> None:
         curves = [curve for draws in self.accuracy.values() for curve in draws]
-        if not self.fractions or not curves or {len(curve) for curve in curves} | {len(self.heads)} != {len(self.fractions)}:
+        if (
+            not self.fractions
+            or not curves
+            or {len(curve) for curve in curves} | {len(self.heads)} != {len(self.fractions)}
+        ):
             raise InputError("every curve needs one accuracy for each fraction of heads")
         if not all(self.accuracy.values()) or not self.accuracy.keys() <= set(KNOCK_OUT_ORDERS):
             raise InputError(f"curves are needed for orders among {', '.join(KNOCK_OUT_ORDERS)}")

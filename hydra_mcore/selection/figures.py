@@ -27,7 +27,9 @@ SURE = 0.95  # chance of being kept from which a head counts as sure
 
 
 def heat_map(path: str | Path, head_map: HeadMap, scores: HeadScores | None, model_name: str) -> None:
-    """Scores, layers downward and heads across, the kept heads framed; without scores only the kept heads show, filled."""
+    """Scores, layers downward and heads across, the kept heads framed; without scores only the kept heads show,
+    filled.
+    """
     layers, heads = head_map.num_layers, head_map.num_heads
     mark, meaning = "filled" if scores is None else "framed", STRATEGIES.get(head_map.strategy, "made elsewhere")
     title = f"{model_name}: {head_map.num_fa} of {layers * heads} heads keep full attention"
@@ -39,8 +41,18 @@ def heat_map(path: str | Path, head_map: HeadMap, scores: HeadScores | None, mod
     for layer_idx, layer in enumerate(head_map.layers):
         for head_idx in layer.fa:
             corner = (head_idx - 0.42, layer_idx - 0.42)
-            axes.add_patch(Rectangle(corner, 0.84, 0.84, fill=scores is None, color=FRAME, lw=1.8 if cell_w > 0.25 else 1.1))
-        axes.text(heads - 0.35, layer_idx, f"{len(layer.fa)}", va="center", ha="left", fontsize=9 if cell_h > 0.2 else 7, color=FRAME)
+            axes.add_patch(
+                Rectangle(corner, 0.84, 0.84, fill=scores is None, color=FRAME, lw=1.8 if cell_w > 0.25 else 1.1)
+            )
+        axes.text(
+            heads - 0.35,
+            layer_idx,
+            f"{len(layer.fa)}",
+            va="center",
+            ha="left",
+            fontsize=9 if cell_h > 0.2 else 7,
+            color=FRAME,
+        )
     axes.text(heads - 0.35, -0.62, "FA", va="bottom", ha="left", fontsize=9, color=FRAME, fontweight="bold")
     axes.set_xlabel("head")
     axes.set_ylabel("layer")
@@ -55,8 +67,12 @@ def statistic_maps(path: str | Path, title: str, values: Mapping[str, np.ndarray
     """A panel for each statistic of the heads, [layers, heads] with NaN where a head has none; FA heads carry a dot."""
     layers, heads = head_map.num_layers, head_map.num_heads
     panel = max(2.6, 1.2 + min(0.13 * heads, 6)), max(1.9, 0.7 + min(0.1 * layers, 6))
-    figure = _figure(panel[0] * len(values), panel[1], title, "dot = full attention; grey = a head without such a value")
-    fa = np.array([(layer_idx, head_idx) for layer_idx, layer in enumerate(head_map.layers) for head_idx in layer.fa]).reshape(-1, 2)
+    figure = _figure(
+        panel[0] * len(values), panel[1], title, "dot = full attention; grey = a head without such a value"
+    )
+    fa = np.array(
+        [(layer_idx, head_idx) for layer_idx, layer in enumerate(head_map.layers) for head_idx in layer.fa]
+    ).reshape(-1, 2)
     for axes, (name, values_lh) in zip(figure.subplots(1, len(values), squeeze=False)[0], values.items(), strict=True):
         image = _cells(axes, np.ma.masked_invalid(values_lh), grid=False)
         axes.set_facecolor(LIGHT)
@@ -70,13 +86,21 @@ def statistic_maps(path: str | Path, title: str, values: Mapping[str, np.ndarray
 
 
 def role_maps(path: str | Path, scores: HeadScores, critical_lh: np.ndarray) -> None:
-    """The size of the effect as receiver and as sender, a panel for each role and capability, each with its own scale."""
+    """The size of the effect as receiver and as sender, a panel for each role and capability, each with its own
+    scale.
+    """
     roles = role_effects(scores)
     names, (layers, heads) = list(scores.by_capability), scores.scores_lh.shape
-    title = f"{critical_lh.sum()} of {layers * heads} heads ({critical_lh.mean():.1%}) are critical: an effect of {CRITICAL} or more"
+    title = (
+        f"{critical_lh.sum()} of {layers * heads} heads ({critical_lh.mean():.1%}) are critical: an effect of"
+        f" {CRITICAL} or more"
+    )
     panel = max(3.3, 1.4 + min(0.13 * heads, 6)), max(1.9, 0.7 + min(0.1 * layers, 6))
     figure = _figure(
-        max(5.6, panel[0] * len(names)), panel[1] * len(roles), title, "share of the answer's logit difference that one head moves"
+        max(5.6, panel[0] * len(names)),
+        panel[1] * len(roles),
+        title,
+        "share of the answer's logit difference that one head moves",
     )
     panels = figure.subplots(len(roles), len(names), squeeze=False)
     for row, (role, by_name) in zip(panels, roles.items(), strict=True):
@@ -92,9 +116,13 @@ def role_maps(path: str | Path, scores: HeadScores, critical_lh: np.ndarray) -> 
 
 
 def knock_out_curves(path: str | Path, knock_out: KnockOut) -> None:
-    """Accuracy against the number of heads removed, a line for each order; the band of random is its least and largest draw."""
+    """Accuracy against the number of heads removed, a line for each order; the band of random is its least and largest
+    draw.
+    """
     place = np.arange(len(knock_out.heads))
-    figure = _figure(7.2, 3.4, knock_out_finding(knock_out), f"exact match of the teacher on {knock_out.prompts} prompts")
+    figure = _figure(
+        7.2, 3.4, knock_out_finding(knock_out), f"exact match of the teacher on {knock_out.prompts} prompts"
+    )
     axes = _plain(figure.add_subplot())
     styles = {"best first": (FRAME, "o"), "worst first": (BLUE, "s"), "random": (GREY, "D")}
     for order, draws in knock_out.accuracy.items():
@@ -125,11 +153,16 @@ def knock_out_finding(knock_out: KnockOut) -> str:
 
 
 def stability(path: str | Path, evidence: Evidence) -> None:
-    """Agreement of scorings by pairs a probe and, where there are several, by prompt length: Spearman and overlap of the best."""
+    """Agreement of scorings by pairs a probe and, where there are several, by prompt length: Spearman and overlap of
+    the best.
+    """
     title = "One usable pair a probe: how stable the ranking is cannot be told"
     if evidence.halves:
         count, last = list(evidence.halves.items())[-1]
-        title = f"Overlap of the {evidence.budget} best heads from two disjoint sets of {count} pairs a probe: {last.overlap.mean:.2f}"
+        title = (
+            f"Overlap of the {evidence.budget} best heads from two disjoint sets of {count} pairs a probe:"
+            f" {last.overlap.mean:.2f}"
+        )
         title += f" (chance: {evidence.random_overlap:.2f})"
     rows = 1 + bool(evidence.by_length)
     figure = _figure(8.6, 3.0 * rows, title, "1 = same order; bands hold nine tenths of the draws")
@@ -138,7 +171,9 @@ def stability(path: str | Path, evidence: Evidence) -> None:
     for column, (name, label) in enumerate(zip(("spearman", "overlap"), labels, strict=True)):
         chance: Spread = getattr(evidence.control, name)
         for axes in panels[:, column]:
-            _plain(axes).axhline(chance.high, color=GREY, lw=1.2, linestyle=(0, (4, 3)), label="shuffled heads, 95th percentile")
+            _plain(axes).axhline(
+                chance.high, color=GREY, lw=1.2, linestyle=(0, (4, 3)), label="shuffled heads, 95th percentile"
+            )
             axes.set_ylim(min(-0.04, chance.low), 1.04)
         panels[0, column].set_title(label, fontsize=10, loc="left")
         counts = sorted({*evidence.by_pairs, *evidence.halves})
@@ -151,7 +186,9 @@ def stability(path: str | Path, evidence: Evidence) -> None:
             lengths = list(evidence.by_length)
             values = [getattr(evidence.by_length[length], name) for length in lengths]
             axes, place = panels[1, column], range(len(lengths))
-            axes.plot(place, values, color=BLUE, marker="o", markersize=4.5, lw=1.8, label="that length against the chosen")
+            axes.plot(
+                place, values, color=BLUE, marker="o", markersize=4.5, lw=1.8, label="that length against the chosen"
+            )
             axes.set_xticks(place, [short(length) for length in lengths])
             axes.margins(x=0.15)
             axes.set_xlabel("prompt length (tokens)")
@@ -160,18 +197,28 @@ def stability(path: str | Path, evidence: Evidence) -> None:
     _save(figure, path)
 
 
-def _band(axes: Axes, counts: list[int], by_count: Mapping[int, Agreement], name: str, color: str, marker: str, label: str) -> None:
+def _band(
+    axes: Axes, counts: list[int], by_count: Mapping[int, Agreement], name: str, color: str, marker: str, label: str
+) -> None:
     place = [counts.index(count) for count in by_count]
     spreads = [getattr(agreement, name) for agreement in by_count.values()]
-    axes.plot(place, [spread.mean for spread in spreads], color=color, marker=marker, markersize=4.5, lw=1.8, label=label)
-    axes.fill_between(place, [spread.low for spread in spreads], [spread.high for spread in spreads], color=color, alpha=0.2, lw=0)
+    axes.plot(
+        place, [spread.mean for spread in spreads], color=color, marker=marker, markersize=4.5, lw=1.8, label=label
+    )
+    axes.fill_between(
+        place, [spread.low for spread in spreads], [spread.high for spread in spreads], color=color, alpha=0.2, lw=0
+    )
 
 
 def intervals(path: str | Path, scores: HeadScores, evidence: Evidence) -> None:
-    """The best 2 K heads in order: 90% interval of the score, and the chance of being among the best K; the cut stands at K."""
+    """The best 2 K heads in order: 90% interval of the score, and the chance of being among the best K; the cut stands
+    at K.
+    """
     budget, order = evidence.budget, scores.ranking()[: max(2 * evidence.budget, 8)]
     boot, index = evidence.bootstrap, tuple(np.array(order).T)
-    value, low, high, chance = (table_lh[index] for table_lh in (scores.scores_lh, boot.low_lh, boot.high_lh, boot.chosen_lh))
+    value, low, high, chance = (
+        table_lh[index] for table_lh in (scores.scores_lh, boot.low_lh, boot.high_lh, boot.chosen_lh)
+    )
     sure, near = sure_heads(scores, evidence)
     title = f"{sure} of the {budget} best heads are sure; {near} below the cut could have been among them"
     if not evidence.halves:
@@ -188,7 +235,15 @@ def intervals(path: str | Path, scores: HeadScores, evidence: Evidence) -> None:
     bottom.bar(place, 100 * chance, width=0.8 if len(order) < 100 else 1.0, color=color, lw=0)
     for axes in (top, bottom):
         axes.axvline(budget + 0.5, color=FRAME, lw=1.4)
-    top.text(budget + 0.5, 1.0, f" cut: {budget} heads", color=FRAME, fontsize=9, va="top", transform=top.get_xaxis_transform())
+    top.text(
+        budget + 0.5,
+        1.0,
+        f" cut: {budget} heads",
+        color=FRAME,
+        fontsize=9,
+        va="top",
+        transform=top.get_xaxis_transform(),
+    )
     top.set_ylabel("score, 90% interval")
     top.set_ylim(np.array([-0.03, 1.06]) * max(high.max(), value.max(), 0.01))
     bottom.set_ylabel(f"among the\n{budget} best (%)")
@@ -243,7 +298,10 @@ def budgets(path: str | Path, evidence: Evidence) -> None:
     """Score kept, KV cache left and FA heads, by GDN:FA ratio."""
     costs, total = evidence.costs, evidence.critical_lh.size
     near = min(costs, key=lambda cost: abs(cost.num_fa - evidence.budget))
-    title = f"At {near.ratio} the best heads hold {near.kept:.0%} of the score and need {near.kv_fraction:.0%} of the KV cache"
+    title = (
+        f"At {near.ratio} the best heads hold {near.kept:.0%} of the score and need {near.kv_fraction:.0%} of the KV"
+        " cache"
+    )
     figure = _figure(7.2, 3.2, title, "the best heads of the whole model at each ratio (strategy global)")
     axes, place = _plain(figure.add_subplot()), range(len(costs))
     lines = (
@@ -252,7 +310,9 @@ def budgets(path: str | Path, evidence: Evidence) -> None:
         ("heads kept", [cost.num_fa / total for cost in costs], GREY, "D"),
     )
     for label, values, color, marker in lines:
-        axes.plot(place, [100 * value for value in values], color=color, marker=marker, markersize=5, lw=1.8, label=label)
+        axes.plot(
+            place, [100 * value for value in values], color=color, marker=marker, markersize=5, lw=1.8, label=label
+        )
     axes.set_xticks(place, [f"{cost.ratio}\n{cost.num_fa}" for cost in costs])
     axes.set_xlabel("GDN heads to FA heads, and number of FA heads")
     axes.set_ylabel("share of the teacher's (%)")
@@ -275,7 +335,9 @@ def _figure(width: float, height: float, title: str, subtitle: str) -> Figure:
     inch = 1 / (height + top)
     figure.get_layout_engine().set(rect=(0, 0, 1, 1 - top * inch))
     # Names of models may hold a dollar sign: no formulas in titles.
-    figure.text(0.1 / width, 1 - 0.08 * inch, "\n".join(heading), va="top", fontsize=12, fontweight="bold", parse_math=False)
+    figure.text(
+        0.1 / width, 1 - 0.08 * inch, "\n".join(heading), va="top", fontsize=12, fontweight="bold", parse_math=False
+    )
     at = 1 - (0.12 + 0.22 * len(heading)) * inch
     figure.text(0.1 / width, at, "\n".join(below), va="top", fontsize=9, color="#444444", parse_math=False)
     return figure
@@ -291,7 +353,9 @@ def _wrap(text: str, width: int) -> list[str]:
 def _cells(axes: Axes, values_lh: np.ndarray, grid: bool = True, least: float = 0.0) -> AxesImage:
     """A table of numbers as coloured cells, layers downward; the darkest colour is the largest number, or ``least``."""
     layers, heads = values_lh.shape
-    image = axes.imshow(values_lh, cmap=MAP, vmin=0.0, vmax=max(values_lh.max(), least) or 1.0, aspect="auto", interpolation="nearest")
+    image = axes.imshow(
+        values_lh, cmap=MAP, vmin=0.0, vmax=max(values_lh.max(), least) or 1.0, aspect="auto", interpolation="nearest"
+    )
     axes.set_xticks(_ticks(heads))
     axes.set_yticks(_ticks(layers))
     axes.tick_params(length=0, labelsize=9)
@@ -306,7 +370,9 @@ def _cells(axes: Axes, values_lh: np.ndarray, grid: bool = True, least: float = 
 
 
 def _bar(figure: Figure, image: AxesImage, axes: Axes, pad: float) -> Colorbar:
-    bar = figure.colorbar(image, ax=axes, pad=pad, fraction=0.05, aspect=18, shrink=min(1.0, 4 / figure.get_figheight()))
+    bar = figure.colorbar(
+        image, ax=axes, pad=pad, fraction=0.05, aspect=18, shrink=min(1.0, 4 / figure.get_figheight())
+    )
     bar.ax.tick_params(labelsize=8)
     bar.outline.set_visible(False)
     return bar

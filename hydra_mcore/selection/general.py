@@ -32,8 +32,9 @@ LIST_SIZES = range(7, 11)
 ENOUGH_WORDS = 20  # that lists differ
 
 _REGULAR = (
-    "apple artist bird boat book bottle car chair cup dog doctor door engine farmer field flower friend garden girl house"
-    " key king lamp letter map picture river road ship singer student table teacher tower tree wall window worker writer"
+    "apple artist bird boat book bottle car chair cup dog doctor door engine farmer field flower friend garden girl"
+    " house key king lamp letter map picture river road ship singer student table teacher tower tree wall window worker"
+    " writer"
 ).split()
 _IRREGULAR = (("man", "men"), ("woman", "women"), ("child", "children"), ("person", "people"))
 NOUNS = (*((noun, f"{noun}s") for noun in _REGULAR), *_IRREGULAR)
@@ -50,7 +51,9 @@ class Texts(NamedTuple):
     distractor: str
 
 
-def general_pairs(probe: str, tokenizer: Tokenizer, fmt: NeedleFormat, length: int, pairs: int, seed: int) -> list[Pair]:
+def general_pairs(
+    probe: str, tokenizer: Tokenizer, fmt: NeedleFormat, length: int, pairs: int, seed: int
+) -> list[Pair]:
     """Different pairs of one probe; fewer, or none, where the tokenizer or the length leaves no more.
 
     Args:
@@ -79,7 +82,11 @@ def _encode(tokenizer: Tokenizer, texts: Texts) -> Pair:
     """
     true, other, swapped = (
         encode(tokenizer, prompt + answer)
-        for prompt, answer in ((texts.clean, texts.answer), (texts.clean, texts.distractor), (texts.corrupt, texts.answer))
+        for prompt, answer in (
+            (texts.clean, texts.answer),
+            (texts.clean, texts.distractor),
+            (texts.corrupt, texts.answer),
+        )
     )
     if tokenizer.unk_token_id is not None and any(tokenizer.unk_token_id in ids for ids in (true, other, swapped)):
         raise ValueError("words that the tokenizer does not know")
@@ -100,7 +107,9 @@ def _first_difference(one: np.ndarray, two: np.ndarray) -> int:
 
 
 def _copying(tokenizer: Tokenizer, fmt: NeedleFormat, rng: Generator) -> Iterator[Texts]:
-    """A list of words, begun again: its next word is the answer, and the list of the corrupt prompt has another there."""
+    """A list of words, begun again: its next word is the answer, and the list of the corrupt prompt has another
+    there.
+    """
     words = _words(tokenizer, fmt)
     while len(words) >= ENOUGH_WORDS:
         size = int(rng.choice(LIST_SIZES))
@@ -116,7 +125,9 @@ def _copying(tokenizer: Tokenizer, fmt: NeedleFormat, rng: Generator) -> Iterato
 
 
 def _words(tokenizer: Tokenizer, fmt: NeedleFormat) -> list[str]:
-    """Words of equally many tokens: the format's value pieces if they are words, which its model surely knows, else its keys'."""
+    """Words of equally many tokens: the format's value pieces if they are words, which its model surely knows, else its
+    keys'.
+    """
     words = [piece for piece in fmt.value_pieces if piece[:1].isspace()]
     if len(set(words)) < ENOUGH_WORDS:
         words = [f" {word}" for key in fmt.keys for word in re.findall(r"\w+", key)]
@@ -129,13 +140,16 @@ def _words(tokenizer: Tokenizer, fmt: NeedleFormat) -> list[str]:
 
 
 def _agreement(tokenizer: Tokenizer, fmt: NeedleFormat, rng: Generator) -> Iterator[Texts]:
-    """A subject, another noun, and the verb that agrees with the first; two sentences before show the verb's two forms."""
+    """A subject, another noun, and the verb that agrees with the first; two sentences before show the verb's two
+    forms.
+    """
     while True:
         nouns = [NOUNS[i] for i in rng.permutation(len(NOUNS))[:6]]
         verb, adjectives = VERBS[rng.integers(len(VERBS))], rng.permutation(ADJECTIVES)
         phrases = [f"near the {nouns[i][rng.integers(2)]}" for i in range(3, 6)]
         shown = "".join(
-            f"The {nouns[i][number]} {phrases[i]} {verb[number]} {adjectives[i]}. " for i, number in enumerate(rng.permutation(2).tolist())
+            f"The {nouns[i][number]} {phrases[i]} {verb[number]} {adjectives[i]}. "
+            for i, number in enumerate(rng.permutation(2).tolist())
         )
         number = int(rng.integers(2))
         clean, corrupt = (f"{shown}The {nouns[2][n]} {phrases[2]}" for n in (number, 1 - number))

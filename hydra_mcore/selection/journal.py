@@ -2,8 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a scoring run has finished, kept line by line, so that a killed run goes on where it stopped.
 
-A folder holds one ``*.jsonl`` file for each writer. Its first line says what the run is, every other line is one finished
-piece: its name, its value and a checksum of both. A last line that was cut off is no piece, and neither is a damaged one.
+A folder holds one ``*.jsonl`` file for each writer. Its first line says what the run is, every other line is one
+finished
+piece: its name, its value and a checksum of both. A last line that was cut off is no piece, and neither is a damaged
+    one.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ def read_journal(folder: Path, run: dict[str, Any]) -> Pieces:
         run: JSON facts that must be equal for pieces to belong together.
 
     Raises:
-        InputError: the folder holds pieces of another run; the first fact that differs is named. Or what a file says of its run
-            cannot be read.
+        InputError: the folder holds pieces of another run; the first fact that differs is named. Or what a file says of
+            its run cannot be read.
     """
     pieces: Pieces = {}
     for path in sorted(folder.glob("*.jsonl")):

@@ -32,7 +32,9 @@ class Pair:
     corrupt_ids: np.ndarray  # int64 [s]
     answer_ids: np.ndarray  # int64 [p], continues clean: a+ of Eq 9
     distractor_ids: np.ndarray  # int64 [p], continues corrupt: a- of Eq 9
-    source: np.ndarray | None = None  # int64 [p], where in the prompt the answer is copied from; None where it is not copied
+    source: np.ndarray | None = (
+        None  # int64 [p], where in the prompt the answer is copied from; None where it is not copied
+    )
 
     def __post_init__(self) -> None:
         for one, two in (("clean", "corrupt"), ("answer", "distractor")):
@@ -41,7 +43,9 @@ class Pair:
                 if not len(given):
                     raise ValueError(f"{name} has no tokens; give it some text")
             if len(ids) != len(other_ids):
-                raise ValueError(f"{one} and {two} have {len(ids)} and {len(other_ids)} tokens; reword one until both have as many")
+                raise ValueError(
+                    f"{one} and {two} have {len(ids)} and {len(other_ids)} tokens; reword one until both have as many"
+                )
             if np.array_equal(ids, other_ids):
                 raise ValueError(f"{one} and {two} are the same tokens; make them differ")
 

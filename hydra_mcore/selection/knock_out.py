@@ -35,7 +35,12 @@ def knock_out(scoring: Scoring, batches: Sequence[ProbeBatch], ranking: Sequence
     shuffled = [random.Random(seed + draw).sample(ranking, len(ranking)) for draw in range(RANDOM_ORDERS)]
     orders = {"best first": [list(ranking)], "worst first": [list(ranking)[::-1]], "random": shuffled}
     counts = sorted({round(fraction * len(ranking)) for fraction in FRACTIONS})
-    points = {_name(order[:count]): frozenset(order[:count]) for curves in orders.values() for order in curves for count in counts}
+    points = {
+        _name(order[:count]): frozenset(order[:count])
+        for curves in orders.values()
+        for order in curves
+        for count in counts
+    }
     pieces = {
         f"{name} {index}": lambda silent=silent, batch=batch: _answered(scoring.teacher, batch, silent)
         for name, silent in points.items()
@@ -49,7 +54,10 @@ def knock_out(scoring: Scoring, batches: Sequence[ProbeBatch], ranking: Sequence
     return KnockOut(
         fractions=tuple(count / len(ranking) for count in counts),
         heads=tuple(counts),
-        accuracy={key: tuple(tuple(accuracy[_name(order[:n])] for n in counts) for order in curves) for key, curves in orders.items()},
+        accuracy={
+            key: tuple(tuple(accuracy[_name(order[:n])] for n in counts) for order in curves)
+            for key, curves in orders.items()
+        },
         prompts=prompts,
     )
 

@@ -74,7 +74,9 @@ class NeedleFormat:
             raise ValueError("needle keys must not hold {value}")
         if not self.noise:
             raise ValueError("needle format has no noise text")
-        if len(set(self.value_pieces)) < 2 or not all(1 <= pieces <= MOST_PIECES for pieces in (self.short_pieces, self.long_pieces)):
+        if len(set(self.value_pieces)) < 2 or not all(
+            1 <= pieces <= MOST_PIECES for pieces in (self.short_pieces, self.long_pieces)
+        ):
             raise ValueError(f"values need at least two different pieces, and 1 to {MOST_PIECES} pieces a value")
 
     def save(self, path: str | Path) -> None:

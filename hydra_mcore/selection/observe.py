@@ -22,8 +22,10 @@ OBSERVED = ("attention mass", "retrieval head")
 def observed_scores(teacher: Teacher, batch: ProbeBatch) -> Tensor:
     """Two scores [2, l, h, b] in 0..1, in the order of ``OBSERVED``, float64, on every rank.
 
-    attention mass: what the answer's positions attend to the tokens that the answer is copied from, averaged over positions.
-    retrieval head (Wu et al., arXiv:2404.15574): the share of answer tokens for which the token to copy gets most attention.
+    attention mass: what the answer's positions attend to the tokens that the answer is copied from, averaged over
+        positions.
+    retrieval head (Wu et al., arXiv:2404.15574): the share of answer tokens for which the token to copy gets most
+    attention.
 
     Args:
         batch: of a probe whose answer is copied (``source_bp`` is given).
@@ -39,7 +41,9 @@ def observed_scores(teacher: Teacher, batch: ProbeBatch) -> Tensor:
             source_bhpp = batch.source_bp[:, None, None].expand(*weight_bhps.shape[:3], -1)
             mass_bh = weight_bhps.gather(-1, source_bhpp).sum(-1).mean(-1)
             right_bhp = weight_bhps.argmax(-1) == batch.source_bp[:, None]
-            result[:, layer_idx, teacher.own_heads(layer_idx)] = torch.stack([mass_bh.T, right_bhp.double().mean(-1).T]).double()
+            result[:, layer_idx, teacher.own_heads(layer_idx)] = torch.stack(
+                [mass_bh.T, right_bhp.double().mean(-1).T]
+            ).double()
 
         return teacher.layers[layer_idx].self_attention.fa.core_attention.register_forward_pre_hook(before_attention)
 

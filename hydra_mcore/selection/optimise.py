@@ -3,7 +3,8 @@
 """The best heads where a constraint couples them: few kv groups alive, or the same count on every tensor-parallel rank.
 
 Both searches are exact. They maximise whole numbers made of the scores (``worths``), so that no rounding of a sum
-decides between equals. Shape suffixes beside those of ``hydra_mcore.heads``: l layers, n groups opened, x heads left out.
+decides between equals. Shape suffixes beside those of ``hydra_mcore.heads``: l layers, n groups opened, x heads left
+    out.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ NEVER = -(2**62)  # the worth of what cannot be
 def worths(scores: Sequence[Sequence[float]], ranking: Sequence[Head]) -> np.ndarray:
     """What each head is worth, [layers, heads] int64, all different: the score first, then the place in the ranking.
 
-    Of two sets with the same sum of scores, the one whose places sum to less is worth more. Scores are rounded to a power
-    of two, which is at most one part in 2^41 of the sum of their sizes for 448 heads, in 2^35 for 4096; so ties of scores
-    with few digits stay ties.
+    Of two sets with the same sum of scores, the one whose places sum to less is worth more. Scores are rounded to a
+    power of two, which is at most one part in 2^41 of the sum of their sizes for 448 heads, in 2^35 for 4096; so ties
+    of scores with few digits stay ties.
     """
     scores_lh = np.asarray(scores, dtype=np.float64)
     places_lh = np.empty(scores_lh.shape, dtype=np.int64)
@@ -72,7 +73,9 @@ def best_in_groups(worth_lh: np.ndarray, num_kv_groups: int, budget: int, kv_bud
 
 
 def _open(before_nx: np.ndarray, best_nx: np.ndarray, best_first_h: np.ndarray) -> np.ndarray:
-    """Open one group more where that is better: changes ``best_nx``, returns how many heads it leaves out there, -1: closed."""
+    """Open one group more where that is better: changes ``best_nx``, returns how many heads it leaves out there, -1:
+    closed.
+    """
     size, limit = len(best_first_h), best_nx.shape[1] - 1
     kept_sums = [0, *np.cumsum(best_first_h).tolist()]
     left_nx = np.full(best_nx.shape, -1, dtype=np.min_scalar_type(-size - 1))

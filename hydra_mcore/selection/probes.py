@@ -43,7 +43,9 @@ class ProbeBatch:
     answer_start: int
     answer_bp: Tensor  # int64, a+ of Eq 9
     distractor_bp: Tensor  # int64, a- of Eq 9
-    source_bp: Tensor | None  # int64, where in the prompt the answer is copied from, token for token; None where it is not copied
+    source_bp: (
+        Tensor | None
+    )  # int64, where in the prompt the answer is copied from, token for token; None where it is not copied
 
     def to(self, device: torch.device) -> ProbeBatch:
         return self._each(lambda ids: ids.to(device))
@@ -54,13 +56,17 @@ class ProbeBatch:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> ProbeBatch:
         tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return dataclasses.replace(self, **{name: change(ids) for name, ids in tensors.items() if isinstance(ids, Tensor)})
+        return dataclasses.replace(
+            self, **{name: change(ids) for name, ids in tensors.items() if isinstance(ids, Tensor)}
+        )
 
 
 def check_seed(seed: int) -> None:
     """Raise InputError for a seed that belongs to evaluation."""
     if not 0 <= seed < EVALUATION_SEEDS:
-        raise InputError(f"seed {seed}: selection uses 0 to {EVALUATION_SEEDS - 1}; larger ones are kept for evaluation")
+        raise InputError(
+            f"seed {seed}: selection uses 0 to {EVALUATION_SEEDS - 1}; larger ones are kept for evaluation"
+        )
 
 
 def build_probes(
@@ -73,7 +79,8 @@ def build_probes(
     capabilities: Sequence[str] = (RETRIEVAL, GENERAL),
     files: Mapping[str, Path] = {},
 ) -> dict[str, list[ProbeBatch]]:
-    """The batches of each sub-probe by its name, small enough to bound a forward's memory; the same seed gives the same.
+    """The batches of each sub-probe by its name, small enough to bound a forward's memory; the same seed gives the
+    same.
 
     A general sub-probe that the tokenizer or the length leaves no pair is left out, with a line on stderr.
 
@@ -85,8 +92,8 @@ def build_probes(
         files: capability -> JSONL file, always used; its sub-probe has the name of the file without its ending.
 
     Raises:
-        InputError: a seed of evaluation; no pairs; an unknown capability; two probes of one name; a haystack that is too
-            short; needle prompts that cannot be built; a file of pairs that cannot be used.
+        InputError: a seed of evaluation; no pairs; an unknown capability; two probes of one name; a haystack that is
+            too short; needle prompts that cannot be built; a file of pairs that cannot be used.
     """
     check_seed(seed)
     if pairs < 1:
@@ -102,11 +109,16 @@ def build_probes(
         if general := general_pairs(probe, tokenizer, fmt, length, pairs, seed):
             found[probe] = _batches(probe, GENERAL, general)
         else:
-            print(f"probe {probe} is left out: this tokenizer leaves it no pair of at most {length} tokens", file=sys.stderr)
+            print(
+                f"probe {probe} is left out: this tokenizer leaves it no pair of at most {length} tokens",
+                file=sys.stderr,
+            )
     for capability, path in files.items():
         found[Path(path).stem] = _batches(Path(path).stem, capability, load_pairs(tokenizer, path))
     if not found:
-        raise InputError(f"no probe has a pair of at most {length} tokens; give a longer --length, or another capability")
+        raise InputError(
+            f"no probe has a pair of at most {length} tokens; give a longer --length, or another capability"
+        )
     return found
 
 
@@ -114,7 +126,10 @@ def _check_names(capabilities: Sequence[str], files: Mapping[str, Path]) -> None
     """Raise InputError for a capability that nobody knows, and for names that are there twice."""
     for name in capabilities:
         if name not in BUILT_IN and name not in files:
-            raise InputError(f"unknown capability {name!r}: choose from {', '.join([*BUILT_IN, *files])}, or give a file of pairs for it")
+            raise InputError(
+                f"unknown capability {name!r}: choose from {', '.join([*BUILT_IN, *files])}, or give a file of pairs"
+                " for it"
+            )
     for name, path in files.items():
         if name in BUILT_IN:
             raise InputError(f"capability {name!r} of {path} is built in; give the file's capability another name")
@@ -139,7 +154,9 @@ def _needle_pairs(
         try:
             prompts = build_prompts(task, fmt, tokenizer, haystack_ids, length, pairs, seed)
         except ValueError as error:
-            raise InputError(f"probe {task} with {length} tokens: {error}; give a longer --length or another --format") from None
+            raise InputError(
+                f"probe {task} with {length} tokens: {error}; give a longer --length or another --format"
+            ) from None
         found[task] = []
         for prompt in prompts:
             clean, corrupt = (ids[: prompt.answer_start] for ids in (prompt.ids, prompt.with_value(prompt.distractor)))

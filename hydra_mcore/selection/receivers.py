@@ -26,7 +26,9 @@ from hydra_mcore.selection.teacher import Teacher, Trace
 class PairEffects:
     """The result for a batch of pairs."""
 
-    effects_rlhb: Tensor  # Eq 10, float64: 1 when a head alone moves the metric as far as the corrupt prompt does; r: roles
+    effects_rlhb: (
+        Tensor  # Eq 10, float64: 1 when a head alone moves the metric as far as the corrupt prompt does; r: roles
+    )
     clean_b: Tensor  # m(x), in logits
     corrupt_b: Tensor  # m(x')
     solved_b: Tensor  # bool: the clean run's argmax is the answer at every position
@@ -69,7 +71,9 @@ def _walk(teacher: Teacher, clean: Trace, corrupt: Trace, batch: ProbeBatch) -> 
         x_pnm = clean.residual_sbm[0]
     for layer_idx in teacher.layers:
         x_pnm = x_pnm + clean.attention_sbm[layer_idx].repeat(1, x_pnm.shape[1] // pairs, 1)
-        change_phbm = teacher.written(layer_idx, corrupt.heads_sbhd[layer_idx] - clean.heads_sbhd[layer_idx], range(teacher.num_heads))
+        change_phbm = teacher.written(
+            layer_idx, corrupt.heads_sbhd[layer_idx] - clean.heads_sbhd[layer_idx], range(teacher.num_heads)
+        )
         patched_phbm = x_pnm[:, None, :pairs] + change_phbm
         x_pnm = teacher.mlp(layer_idx, torch.cat([x_pnm, patched_phbm.flatten(1, 2)], dim=1))
     teacher.send(x_pnm)
@@ -77,7 +81,9 @@ def _walk(teacher: Teacher, clean: Trace, corrupt: Trace, batch: ProbeBatch) -> 
 
 
 def receiver_flops(shape: ModelShape, length: int, pairs: int, answer_tokens: int) -> float:
-    """Floating-point operations of ``receiver_effects`` over ``pairs`` pairs, the output layer left out (few positions)."""
+    """Floating-point operations of ``receiver_effects`` over ``pairs`` pairs, the output layer left out (few
+    positions).
+    """
     mlp = 6 * shape.hidden_size * shape.ffn_hidden_size
     rows = shape.num_heads * shape.num_layers * (shape.num_layers + 1) / 2 + shape.num_layers
     return pairs * (2 * forward_flops(shape, length) + answer_tokens * rows * mlp)

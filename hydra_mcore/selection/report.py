@@ -82,7 +82,10 @@ def write_report(
         _origin(scores, choice),
     ]
     title = escape(f"Head selection: {model_name}")
-    head = f'<meta charset="utf-8">\n<meta name="viewport" content="width=device-width">\n<title>{title}</title>\n<style>{STYLE}</style>'
+    head = (
+        '<meta charset="utf-8">\n<meta name="viewport"'
+        f' content="width=device-width">\n<title>{title}</title>\n<style>{STYLE}</style>'
+    )
     path = Path(folder) / REPORT_NAME
     body = "\n".join(sections)
     page = f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}\n</body>\n</html>\n'
@@ -103,7 +106,10 @@ def _chosen(pictures: Path, scores: HeadScores, choice: Choice, model_name: str)
         ("score given up", f"{_share(choice.given_up)} of what the best {kept} heads hold"),
         (
             "KV cache left",
-            f"{_share(choice.kv_fraction)}: {choice.kv_groups} of {scores.shape.num_layers * scores.shape.num_kv_groups} kv groups",
+            (
+                f"{_share(choice.kv_fraction)}: {choice.kv_groups} of"
+                f" {scores.shape.num_layers * scores.shape.num_kv_groups} kv groups"
+            ),
         ),
         ("weights", scores.fingerprint or "not recorded"),
     ]
@@ -111,9 +117,11 @@ def _chosen(pictures: Path, scores: HeadScores, choice: Choice, model_name: str)
         (
             f"<h1>{escape(f'Head selection: {model_name}')}</h1>",
             _p(
-                f"{kept} of {total} attention heads keep full attention (FA); the other {total - kept} become Gated DeltaNet (GDN) heads.",
-                "A head's score says how much of the answer it carries: its output is replaced by the one that it gives when another"
-                f" answer stands in the prompt, and the change of the answer's logits is measured, directly (receiver){senders}.",
+                f"{kept} of {total} attention heads keep full attention (FA); the other {total - kept} become Gated"
+                " DeltaNet (GDN) heads.",
+                "A head's score says how much of the answer it carries: its output is replaced by the one that it"
+                " gives when another answer stands in the prompt, and the change of the answer's logits is measured,"
+                f" directly (receiver){senders}.",
                 *([f"{passed} of the {kept} best heads are not kept under this objective."] if passed else []),
             ),
             _facts(facts),
@@ -125,19 +133,30 @@ def _chosen(pictures: Path, scores: HeadScores, choice: Choice, model_name: str)
 def _pairs(scores: HeadScores) -> str:
     used = sum(probe.used for probe in scores.probes.values() if probe.usable)
     every = sum(len(probe.solved_b) for probe in scores.probes.values())
-    unsolved, unmoved = (sum(getattr(probe, name) for probe in scores.probes.values()) for name in ("unsolved", "unmoved"))
+    unsolved, unmoved = (
+        sum(getattr(probe, name) for probe in scores.probes.values()) for name in ("unsolved", "unmoved")
+    )
     text = [f"{used} of {every} pairs of prompts were used."]
     if unsolved:
-        text.append(f"Left out because the teacher's own answer is wrong, so that its heads cannot be judged there: {unsolved}.")
+        text.append(
+            f"Left out because the teacher's own answer is wrong, so that its heads cannot be judged there: {unsolved}."
+        )
     if unmoved:
-        text.append(f"Left out because the other answer moves the logits by less than {MIN_GAP}, which would blow up noise: {unmoved}.")
+        text.append(
+            f"Left out because the other answer moves the logits by less than {MIN_GAP}, which would blow up noise:"
+            f" {unmoved}."
+        )
     if few := [name for name, probe in scores.probes.items() if not probe.usable]:
-        text.append(f"Probes with fewer than {MIN_SHARE:.0%} of their pairs left do not count at all: {', '.join(few)}.")
+        text.append(
+            f"Probes with fewer than {MIN_SHARE:.0%} of their pairs left do not count at all: {', '.join(few)}."
+        )
     rows = []
     for name, probe in scores.probes.items():
         gap = f"{(probe.clean_b - probe.corrupt_b)[probe.used_b].mean():.2f}" if probe.used else "-"
         critical = str(int((abs(probe.mean_rlh()) >= CRITICAL).any(0).sum())) if probe.usable else "-"
-        rows.append([name, probe.capability, len(probe.solved_b), probe.used, probe.unsolved, probe.unmoved, gap, critical])
+        rows.append(
+            [name, probe.capability, len(probe.solved_b), probe.used, probe.unsolved, probe.unmoved, gap, critical]
+        )
     header = [
         "probe",
         "capability",
@@ -158,15 +177,21 @@ def _roles(pictures: Path, scores: HeadScores, choice: Choice, evidence: Evidenc
         kept_lh[layer_idx, list(layer.fa)] = True
     receives_lh = np.any([effect_lh >= CRITICAL for effect_lh in role_effects(scores)["receiver"].values()], axis=0)
     text = [
-        f"{critical_lh.sum()} of {critical_lh.size} heads ({critical_lh.mean():.1%}) are critical: their effect is {CRITICAL} or more in"
-        f" some capability; {(critical_lh & kept_lh).sum()} of them are kept, {(critical_lh & ~kept_lh).sum()} are not.",
-        f"{convertible_lh.sum()} ({convertible_lh.mean():.1%}) reach {CRITICAL} in no probe and no role, so as far as patching"
-        " tells they can be converted.",
+        (
+            f"{critical_lh.sum()} of {critical_lh.size} heads ({critical_lh.mean():.1%}) are critical: their effect is"
+            f" {CRITICAL} or more in some capability; {(critical_lh & kept_lh).sum()} of them are kept,"
+            f" {(critical_lh & ~kept_lh).sum()} are not."
+        ),
+        (
+            f"{convertible_lh.sum()} ({convertible_lh.mean():.1%}) reach {CRITICAL} in no probe and no role, so as far"
+            " as patching tells they can be converted."
+        ),
     ]
     blocks = [_picture(pictures / "roles.png", "effects by role and capability")]
     if _has_senders(scores):
         text.append(
-            f"{(critical_lh & ~receives_lh).sum()} heads are critical as senders only; the direct effect alone would have missed them."
+            f"{(critical_lh & ~receives_lh).sum()} heads are critical as senders only; the direct effect alone would"
+            " have missed them."
         )
         rounds = max(len(probe.receivers) for probe in scores.probes.values())
         rows = [
@@ -186,7 +211,10 @@ def _removed(pictures: Path, knock_out: KnockOut | None) -> str:
         return _section(title, _p("Not measured for this report."))
     error = 100 * math.sqrt(0.25 / max(knock_out.prompts, 1))
     text = [
-        f"Heads of the teacher are removed in {len(knock_out.accuracy)} orders and {knock_out.prompts} prompts are asked again.",
+        (
+            f"Heads of the teacher are removed in {len(knock_out.accuracy)} orders and {knock_out.prompts} prompts are"
+            " asked again."
+        ),
         f"{figures.knock_out_finding(knock_out)}.",
         f"With so many prompts an accuracy is known to about {error:.0f} points (standard error, at most).",
     ]
@@ -205,23 +233,33 @@ def _stable(pictures: Path, scores: HeadScores, evidence: Evidence) -> str:
         better = last.overlap.mean > control.overlap.high and last.spearman.mean > control.spearman.high
         verdict = "So the ranking is not chance." if better else "That is no better than chance: use more pairs."
         text += [
-            f"Scored from two disjoint sets of {count} pairs a probe, the two rankings of all heads have a Spearman correlation of"
-            f" {_number(last.spearman.mean)}, and the two choices of {evidence.budget} heads overlap to {last.overlap.mean:.2f} (Jaccard"
-            " index: heads in both over heads in either).",
-            f"With shuffled heads these are {_number(control.spearman.mean)} and {control.overlap.mean:.2f} on average,"
-            f" {control.spearman.high:.2f} and {control.overlap.high:.2f} at the 95th percentile; two random choices overlap to"
-            f" {evidence.random_overlap:.2f}. {verdict}",
+            (
+                f"Scored from two disjoint sets of {count} pairs a probe, the two rankings of all heads have a Spearman"
+                f" correlation of {_number(last.spearman.mean)}, and the two choices of {evidence.budget} heads overlap"
+                f" to {last.overlap.mean:.2f} (Jaccard index: heads in both over heads in either)."
+            ),
+            (
+                f"With shuffled heads these are {_number(control.spearman.mean)} and {control.overlap.mean:.2f} on"
+                f" average, {control.spearman.high:.2f} and {control.overlap.high:.2f} at the 95th percentile; two"
+                f" random choices overlap to {evidence.random_overlap:.2f}. {verdict}"
+            ),
         ]
     else:
         text.append("No probe has two usable pairs, so the ranking cannot be checked against itself; use more pairs.")
     text.append(
-        "A part against all pairs reaches 1 in the end by itself: it is made of the same pairs. All parts keep the receivers found on all."
+        "A part against all pairs reaches 1 in the end by itself: it is made of the same pairs. All parts keep the"
+        " receivers found on all."
     )
     blocks = [_picture(pictures / "stability.png", "agreement of scores by pairs and by prompt length")]
     if evidence.by_length:
         likes = evidence.by_length
-        rows = [[figures.short(length), _number(like.spearman), _number(like.overlap)] for length, like in likes.items()]
-        text.append(f"Prompts of other lengths choose heads that overlap to {min(like.overlap for like in likes.values()):.2f} or more.")
+        rows = [
+            [figures.short(length), _number(like.spearman), _number(like.overlap)] for length, like in likes.items()
+        ]
+        text.append(
+            f"Prompts of other lengths choose heads that overlap to {min(like.overlap for like in likes.values()):.2f}"
+            " or more."
+        )
         blocks.append(_table(["prompt length (tokens)", "Spearman", f"overlap of the {evidence.budget} best"], rows))
     return _section("Would other pairs choose the same heads?", _p(*text), *blocks)
 
@@ -229,15 +267,27 @@ def _stable(pictures: Path, scores: HeadScores, evidence: Evidence) -> str:
 def _certain(pictures: Path, scores: HeadScores, evidence: Evidence) -> str:
     sure, near = figures.sure_heads(scores, evidence)
     text = [
-        f"Pairs are drawn anew with replacement within each probe, {evidence.bootstrap.draws} times, and all heads are scored each time.",
-        f"{sure} of the {evidence.budget} best heads are among the best in {figures.SURE:.0%} of the draws or more;"
-        f" {near} heads below the cut are there in more than {1 - figures.SURE:.0%}.",
-        "Bars are the middle nine tenths of a head's scores. The choice of probes and of the prompt length is not drawn, so not judged.",
+        (
+            f"Pairs are drawn anew with replacement within each probe, {evidence.bootstrap.draws} times, and all heads"
+            " are scored each time."
+        ),
+        (
+            f"{sure} of the {evidence.budget} best heads are among the best in {figures.SURE:.0%} of the draws or more;"
+            f" {near} heads below the cut are there in more than {1 - figures.SURE:.0%}."
+        ),
+        (
+            "Bars are the middle nine tenths of a head's scores. The choice of probes and of the prompt length is not"
+            " drawn, so not judged."
+        ),
     ]
     if max(probe.used for probe in scores.probes.values() if probe.usable) == 1:
-        text.append("With one usable pair a probe there is nothing to draw from: intervals without width do not mean certainty.")
+        text.append(
+            "With one usable pair a probe there is nothing to draw from: intervals without width do not mean certainty."
+        )
     return _section(
-        "How certain is each head?", _p(*text), _picture(pictures / "intervals.png", "intervals of the scores of the best heads")
+        "How certain is each head?",
+        _p(*text),
+        _picture(pictures / "intervals.png", "intervals of the scores of the best heads"),
     )
 
 
@@ -246,13 +296,17 @@ def _by_layer(pictures: Path, evidence: Evidence) -> str:
     none = int((~evidence.critical_lh.any(1)).sum())
     layers = len(evidence.gini_l)
     text = [
-        f"Within a layer the Gini coefficient of the scores is {evidence.gini_l.mean():.2f} on average"
-        f" ({evidence.gini_l.min():.2f} to {evidence.gini_l.max():.2f}); over the layers' sums it is {gini(evidence.share_l):.2f}."
-        " 0 means all alike, near 1 that one has it all.",
+        (
+            f"Within a layer the Gini coefficient of the scores is {evidence.gini_l.mean():.2f} on average"
+            f" ({evidence.gini_l.min():.2f} to {evidence.gini_l.max():.2f}); over the layers' sums it is"
+            f" {gini(evidence.share_l):.2f}. 0 means all alike, near 1 that one has it all."
+        ),
         f"{both} of {layers} layers hold critical and convertible heads side by side; {none} hold no critical head.",
         f"{figures.half_of(evidence.share_l)} layers make up half of the whole score.",
     ]
-    return _section("Where the score lies", _p(*text), _picture(pictures / "layers.png", "Gini and share of the score by layer"))
+    return _section(
+        "Where the score lies", _p(*text), _picture(pictures / "layers.png", "Gini and share of the score by layer")
+    )
 
 
 def _costs(pictures: Path, evidence: Evidence) -> str:
@@ -269,9 +323,10 @@ def _costs(pictures: Path, evidence: Evidence) -> str:
         _picture(pictures / "budgets.png", "score kept and KV cache left by ratio"),
         _table(["GDN:FA", "FA heads", "score kept", "KV cache left"], rows),
         _p(
-            "Attention FLOPs a token, predicted by counting: 4 d n for an FA head at the end of a context of n tokens and 2 d n on average"
-            " over a prompt of n, 7 d d for a GDN head at any length (d: dimension of a head). Left out is what no context makes larger:"
-            " projections, gates and MLPs, and in the KV cache the states of GDN heads."
+            "Attention FLOPs a token, predicted by counting: 4 d n for an FA head at the end of a context of n tokens"
+            " and 2 d n on average over a prompt of n, 7 d d for a GDN head at any length (d: dimension of a head)."
+            " Left out is what no context makes larger: projections, gates and MLPs, and in the KV cache the states of"
+            " GDN heads."
         ),
         _table(["GDN:FA", *names], flops),
     )
@@ -282,32 +337,50 @@ def _observed(evidence: Evidence) -> str:
     if not evidence.observed:
         return _section(title, _p("None were recorded."))
     control = evidence.control
-    text = ["They look at attention, or estimate the effects from one gradient. Where they disagree with patching, patching was followed."]
+    text = [
+        "They look at attention, or estimate the effects from one gradient. Where they disagree with patching, patching"
+        " was followed."
+    ]
     if looks := {name: like for name, like in evidence.observed.items() if name not in ESTIMATES}:
         name, best = max(looks.items(), key=lambda item: item[1].overlap)
         text.append(
-            f"Of those that only look the nearest is {name}: its {evidence.budget} best heads overlap with those of the causal score"
-            f" to {best.overlap:.2f} (chance: {evidence.random_overlap:.2f})."
+            f"Of those that only look the nearest is {name}: its {evidence.budget} best heads overlap with those of the"
+            f" causal score to {best.overlap:.2f} (chance: {evidence.random_overlap:.2f})."
         )
     if chance := [name for name, like in evidence.observed.items() if like.overlap <= control.overlap.high]:
         text.append(f"No better than shuffled heads (95th percentile {control.overlap.high:.2f}): {', '.join(chance)}.")
     rows = [
-        [name, f"exact effect as {ESTIMATES[name]}" if name in ESTIMATES else "causal score", _number(like.spearman), _number(like.overlap)]
+        [
+            name,
+            f"exact effect as {ESTIMATES[name]}" if name in ESTIMATES else "causal score",
+            _number(like.spearman),
+            _number(like.overlap),
+        ]
         for name, like in evidence.observed.items()
     ]
-    return _section(title, _p(*text), _table(["score", "compared with", "Spearman", f"overlap of the {evidence.budget} best"], rows))
+    return _section(
+        title, _p(*text), _table(["score", "compared with", "Spearman", f"overlap of the {evidence.budget} best"], rows)
+    )
 
 
 def _caveats(scores: HeadScores, choice: Choice) -> str:
     share = choice.head_map.num_fa / scores.scores_lh.size
     notes = [
-        "Heads that can stand in for each other are under-scored: with one patched, the other still carries the answer.",
-        "HydraHead's paper (arXiv 2606.20097) found that keeping about 10% of the heads already costs accuracy although only"
-        f" 6.5% are critical. This choice keeps {share:.1%}.",
+        (
+            "Heads that can stand in for each other are under-scored: with one patched, the other still carries the"
+            " answer."
+        ),
+        (
+            "HydraHead's paper (arXiv 2606.20097) found that keeping about 10% of the heads already costs accuracy"
+            f" although only 6.5% are critical. This choice keeps {share:.1%}."
+        ),
         "Scores tell what the teacher needs. How well a converted head learns its part is seen only after training.",
     ]
     if len(scores.by_capability) == 1:
-        notes.append(f"Only one capability was probed ({next(iter(scores.by_capability))}); heads that others need may look useless.")
+        notes.append(
+            f"Only one capability was probed ({next(iter(scores.by_capability))}); heads that others need may look"
+            " useless."
+        )
     return _section("What the scores do not tell", *map(_p, notes))
 
 

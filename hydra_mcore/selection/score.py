@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the effects of single pairs to one score a head (paper Eq 11 and 12), and the file that keeps them.
 
-Arrays of effects carry the suffix ``rlhb``: role, layer, head, pair. Role 0 is the receiver (Eq 10, paths to the logits),
+Arrays of effects carry the suffix ``rlhb``: role, layer, head, pair. Role 0 is the receiver (Eq 10, paths to the
+    logits),
 role k the sender of round k (paths to the receivers found in round k - 1).
 """
 
@@ -82,12 +83,15 @@ class ProbeEffects:
     def take(self, pairs: ArrayLike) -> ProbeEffects:
         """The same probe with these of its pairs, in this order, repeats allowed."""
         index = np.asarray(pairs)
-        arrays = {name: getattr(self, name)[..., index] for name in ("effects_rlhb", "clean_b", "corrupt_b", "solved_b")}
+        arrays = {
+            name: getattr(self, name)[..., index] for name in ("effects_rlhb", "clean_b", "corrupt_b", "solved_b")
+        }
         return dataclasses.replace(self, **arrays)
 
 
 def capability_scores(means: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Eq 11 of one capability from the mean effects [r, l, h] of its sub-probes: score s and size of the effect, [l, h].
+    """Eq 11 of one capability from the mean effects [r, l, h] of its sub-probes: score s and size of the effect, [l,
+    h].
 
     s = |IE| * kappa in the role in which |IE|, averaged over the sub-probes, is largest; kappa is the fraction of
     sub-probes in which |IE| >= CRITICAL in that role.
@@ -124,13 +128,18 @@ class HeadScores:
             raise ScoresError(f"roles {self.roles!r}: choose one of {', '.join(ROLES)}")
         counted = {probe.capability for probe in self.probes.values() if probe.usable}
         if not counted:
-            unsolved, pairs = sum(p.unsolved for p in self.probes.values()), sum(len(p.solved_b) for p in self.probes.values())
+            unsolved, pairs = (
+                sum(p.unsolved for p in self.probes.values()),
+                sum(len(p.solved_b) for p in self.probes.values()),
+            )
             raise ScoresError(
-                f"no usable probe: the teacher fails {unsolved} of {pairs} prompts, of the rest few react to another value;"
-                " try a shorter --length, or the needle --format it knows"
+                f"no usable probe: the teacher fails {unsolved} of {pairs} prompts, of the rest few react to another"
+                " value; try a shorter --length, or the needle --format it knows"
             )
         if not any(self.weights.get(name, 1.0) > 0 for name in counted):
-            raise ScoresError(f"no score without weight: {', '.join(sorted(counted))} count 0; give one a weight above 0")
+            raise ScoresError(
+                f"no score without weight: {', '.join(sorted(counted))} count 0; give one a weight above 0"
+            )
 
     @cached_property
     def by_capability(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -228,11 +237,17 @@ class _ProbeFile:
 
     def effects_of(self, path: str | Path, name: str, shape: ModelShape) -> ProbeEffects:
         pairs, roles = len(self.solved), len(self.receivers) + 1
-        effects_rlhb = _array(path, f"effects of {name}", self.effects, (roles, shape.num_layers, shape.num_heads, pairs))
+        effects_rlhb = _array(
+            path, f"effects of {name}", self.effects, (roles, shape.num_layers, shape.num_heads, pairs)
+        )
         if not set(np.ndindex(effects_rlhb.shape[1:3])).issuperset(itertools.chain(*self.receivers)):
             raise ScoresError(f"scores {path}: receivers of {name!r} are no heads of the model")
-        clean_b, corrupt_b = (_array(path, f"{what} of {name}", getattr(self, what), (pairs,)) for what in ("clean", "corrupt"))
-        return ProbeEffects(self.capability, effects_rlhb, self.receivers, clean_b, corrupt_b, np.asarray(self.solved, dtype=bool))
+        clean_b, corrupt_b = (
+            _array(path, f"{what} of {name}", getattr(self, what), (pairs,)) for what in ("clean", "corrupt")
+        )
+        return ProbeEffects(
+            self.capability, effects_rlhb, self.receivers, clean_b, corrupt_b, np.asarray(self.solved, dtype=bool)
+        )
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A whole scoring run: every sub-probe, receivers first, then senders round by round; resumable, on all ranks.
 
-The work is cut into pieces, each a batch of pairs for one purpose. Data-parallel replicas share the pieces of a purpose; a
-finished piece goes to the journal, and to all ranks before the next purpose.
+The work is cut into pieces, each a batch of pairs for one purpose. Data-parallel replicas share the pieces of a
+purpose; a finished piece goes to the journal, and to all ranks before the next purpose.
 """
 
 from __future__ import annotations
@@ -47,25 +47,38 @@ class Scoring:
         InputError: the journal holds another run.
     """
 
-    def __init__(self, teacher: Teacher, probes: dict[str, list[ProbeBatch]], folder: Path, run: dict[str, Any]) -> None:
+    def __init__(
+        self, teacher: Teacher, probes: dict[str, list[ProbeBatch]], folder: Path, run: dict[str, Any]
+    ) -> None:
         self.teacher = teacher
         self.probes = {name: [batch.to(teacher.device) for batch in batches] for name, batches in probes.items()}
         self.done = from_first_rank(lambda: read_journal(folder, run))
-        self.replica, self.replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        self.replica, self.replicas = (
+            parallel_state.get_data_parallel_rank(),
+            parallel_state.get_data_parallel_world_size(),
+        )
         self.writes = teacher.last and parallel_state.get_tensor_model_parallel_rank() == 0
         self.journal = JournalWriter(folder, run, f"replica{self.replica}")
 
     def exact(self, roles: str = "both") -> dict[str, ProbeEffects]:
-        """Receivers by Eq 10 and, if both roles are wanted, senders by path patching until a round finds no new head."""
+        """Receivers by Eq 10 and, if both roles are wanted, senders by path patching until a round finds no new
+        head.
+        """
         received = {name: self._receivers(name) for name in self.probes}
-        return received if roles == "receiver" else {name: self._senders(name, effects) for name, effects in received.items()}
+        return (
+            received
+            if roles == "receiver"
+            else {name: self._senders(name, effects) for name, effects in received.items()}
+        )
 
     def attributed(self) -> dict[str, ProbeEffects]:
         """Both roles estimated from gradients."""
         return {name: self._estimates(name) for name in self.probes}
 
     def observed(self) -> dict[str, np.ndarray]:
-        """Scores [l, h] that only look, averaged over the pairs of the probes whose answer is copied; none without such."""
+        """Scores [l, h] that only look, averaged over the pairs of the probes whose answer is copied; none without
+        such.
+        """
         pieces = {
             f"{name} observed {index}": lambda batch=batch: {"scores": observed_scores(self.teacher, batch)}
             for name, batches in self.probes.items()
@@ -92,13 +105,17 @@ class Scoring:
         }
         return self._effects(name, self.run(f"{name}: attribution", pieces), ((),))
 
-    def _effects(self, name: str, results: list[dict[str, np.ndarray]], receivers: tuple[tuple[Head, ...], ...]) -> ProbeEffects:
+    def _effects(
+        self, name: str, results: list[dict[str, np.ndarray]], receivers: tuple[tuple[Head, ...], ...]
+    ) -> ProbeEffects:
         joined = {key: np.concatenate([result[key] for result in results], axis=-1) for key in results[0]}
         # Divided by almost nothing, an effect is no number; such pairs are left out by the same rule.
         moved_b = joined["clean"] - joined["corrupt"] >= MIN_GAP
         effects_rlhb = np.where(moved_b, joined["effects"], 0.0)
         capability = self.probes[name][0].capability
-        return ProbeEffects(capability, effects_rlhb, receivers, joined["clean"], joined["corrupt"], joined["solved"].astype(bool))
+        return ProbeEffects(
+            capability, effects_rlhb, receivers, joined["clean"], joined["corrupt"], joined["solved"].astype(bool)
+        )
 
     def _senders(self, name: str, effects: ProbeEffects) -> ProbeEffects:
         """Rounds of senders, the critical heads of each round being the receivers of the next, until none is new.
@@ -106,11 +123,15 @@ class Scoring:
         Heads of the first layer have none before them, so they are no receivers.
         """
         known: set[Head] = set()
-        while effects.usable and (found := sorted(head for head in _critical(effects.mean_rlh()[-1]) - known if head[0] > 0)):
+        while effects.usable and (
+            found := sorted(head for head in _critical(effects.mean_rlh()[-1]) - known if head[0] > 0)
+        ):
             known |= set(found)
             round_lhb = self._sender_round(name, effects, tuple(found), len(effects.receivers) + 1)
             stacked_rlhb = np.concatenate([effects.effects_rlhb, round_lhb[None]])
-            effects = dataclasses.replace(effects, effects_rlhb=stacked_rlhb, receivers=(*effects.receivers, tuple(found)))
+            effects = dataclasses.replace(
+                effects, effects_rlhb=stacked_rlhb, receivers=(*effects.receivers, tuple(found))
+            )
         return effects
 
     def _sender_round(self, name: str, effects: ProbeEffects, receivers: tuple[Head, ...], number: int) -> np.ndarray:
@@ -118,7 +139,8 @@ class Scoring:
         batches, used_b = self.probes[name], effects.used_b
         starts = np.cumsum([0, *(len(batch.clean_bs) for batch in batches)])
         kept = {
-            index: [int(pair) for pair in range(len(batch.clean_bs)) if used_b[starts[index] + pair]] for index, batch in enumerate(batches)
+            index: [int(pair) for pair in range(len(batch.clean_bs)) if used_b[starts[index] + pair]]
+            for index, batch in enumerate(batches)
         }
         runs: dict[int, SenderRuns] = {}
 
@@ -131,7 +153,9 @@ class Scoring:
 
         layers = range(max(layer for layer, _ in receivers))
         pieces = {
-            f"{name} senders {number} {index} {layer_idx}": lambda index=index, layer_idx=layer_idx: piece(index, layer_idx)
+            f"{name} senders {number} {index} {layer_idx}": lambda index=index, layer_idx=layer_idx: piece(
+                index, layer_idx
+            )
             for index in kept
             if kept[index]
             for layer_idx in layers
@@ -164,7 +188,9 @@ class Scoring:
         return [{key: np.asarray(value) for key, value in self.done[name].items()} for name in pieces]
 
     def _keep(self, name: str, value: Any) -> str:
-        """Put a piece into the journal; what the disk says if it refuses: the other ranks must not wait for one that stops."""
+        """Put a piece into the journal; what the disk says if it refuses: the other ranks must not wait for one that
+        stops.
+        """
         try:
             self.journal.add(name, value)
         except OSError as error:
@@ -181,4 +207,9 @@ def _critical(mean_lh: np.ndarray) -> set[Head]:
 def _facts(result: PairEffects | None) -> dict[str, Tensor] | None:
     if result is None:
         return None
-    return {"effects": result.effects_rlhb, "clean": result.clean_b, "corrupt": result.corrupt_b, "solved": result.solved_b}
+    return {
+        "effects": result.effects_rlhb,
+        "clean": result.clean_b,
+        "corrupt": result.corrupt_b,
+        "solved": result.solved_b,
+    }

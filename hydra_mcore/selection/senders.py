@@ -2,16 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The exact effect of heads that act through other heads: path patching, one step back (paper section 2 point 4).
 
-The paper gives one sentence; the definition is that of Wang et al. (arXiv:2211.00593, appendix B), whose first step Eq 10 is
-too. For a sender u and a set of receivers:
+The paper gives one sentence; the definition is that of Wang et al. (arXiv:2211.00593, appendix B), whose first step Eq
+10 is too. For a sender u and a set of receivers:
 
     C. clean run in which u's output is that of the corrupt run, at all positions, and all other attention heads keep
        their clean outputs; MLPs run. Record what the receivers would hand on, given the stream that so reaches them.
     D. clean run in which the receivers hand on what C recorded; everything after them runs as it does.
 
-The effect is (m(x) - m(D)) / (m(x) - m(x')). Both runs go up through the layers side by side, all senders of a layer as one
-batch. Nothing changes before the first token in which the prompts differ, so the streams hold only the tokens from there
-on. C ends at the last receiver, D begins at the first one above u.
+The effect is (m(x) - m(D)) / (m(x) - m(x')). Both runs go up through the layers side by side, all senders of a layer as
+one batch. Nothing changes before the first token in which the prompts differ, so the streams hold only the tokens from
+there on. C ends at the last receiver, D begins at the first one above u.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ class SenderRuns:
     @torch.no_grad()
     def __init__(self, teacher: Teacher, batch: ProbeBatch, receivers: Collection[Head]) -> None:
         self.teacher, self.batch = teacher, batch
-        self.receivers = {layer: sorted(h for at, h in receivers if at == layer) for layer in sorted({at for at, _ in receivers})}
+        self.receivers = {
+            layer: sorted(h for at, h in receivers if at == layer) for layer in sorted({at for at, _ in receivers})
+        }
         self.changed = int((batch.clean_bs != batch.corrupt_bs).any(0).nonzero()[0])
         everything, answer = slice(None), answer_positions(batch)
         self.clean: Trace = teacher.run(batch.clean_bs, answer, everything)
@@ -52,7 +54,11 @@ class SenderRuns:
         """
         teacher, pairs = self.teacher, len(self.batch.answer_bp)
         if layer_idx >= max(self.receivers, default=-1):
-            return torch.zeros(teacher.num_heads, pairs, dtype=torch.float64, device=teacher.device) if teacher.last else None
+            return (
+                torch.zeros(teacher.num_heads, pairs, dtype=torch.float64, device=teacher.device)
+                if teacher.last
+                else None
+            )
         at_once = max(1, TOKENS_A_BATCH // self.batch.clean_bs.numel())
         parts = []
         for start in range(0, teacher.num_heads, at_once):
@@ -91,8 +97,12 @@ class SenderRuns:
         streams = list(self.teacher.receive(length, rows * (has_frozen + has_replaced)).split(rows, dim=1))
         return streams.pop(0) if has_frozen else None, streams.pop(0) if has_replaced else None
 
-    def _layer(self, layer_idx: int, frozen: Tensor | None, replaced: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Both streams through one layer above the senders; ``replaced`` begins at the first layer that has receivers."""
+    def _layer(
+        self, layer_idx: int, frozen: Tensor | None, replaced: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Both streams through one layer above the senders; ``replaced`` begins at the first layer that has
+        receivers.
+        """
         teacher, heads = self.teacher, self.receivers.get(layer_idx, [])
         own = [place for place, head_idx in enumerate(teacher.own_heads(layer_idx)) if head_idx in heads]
         places, recorded = torch.tensor(own, dtype=torch.long, device=teacher.device), []
@@ -126,9 +136,11 @@ class SenderRuns:
 
 
 def sender_flops(shape: ModelShape, length: int, pairs: int) -> float:
-    """Floating-point operations of one round with receivers up to the last layer, where prompts differ from their middle on.
+    """Floating-point operations of one round with receivers up to the last layer, where prompts differ from their
+    middle on.
 
-    Two runs; then for each head, through the layers above it, half the MLPs in C and in D (the tokens from the middle on),
+    Two runs; then for each head, through the layers above it, half the MLPs in C and in D (the tokens from the middle
+    on),
     and the attention in D, which runs over whole prompts: together one forward pass through those layers.
     """
     above = shape.num_heads * (shape.num_layers - 1) / 2  # heads, each times the share of the layers above it

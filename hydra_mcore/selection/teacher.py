@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The teacher as patching needs it: run whole and recorded, or walked through layer by layer; one rank's part of it.
 
-Every rank makes the same calls. A rank holds some heads (tensor parallel) of some layers (pipeline parallel); what comes
-out at the end of the model, metrics and logits, is known on the last stage only.
+Every rank makes the same calls. A rank holds some heads (tensor parallel) of some layers (pipeline parallel); what
+comes out at the end of the model, metrics and logits, is known on the last stage only.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ class Teacher:
     # ---- the whole model
 
     def run(self, ids_bs: Tensor, answer: slice, keep: slice, heads_only: bool = False) -> Trace:
-        """One forward pass; logits for the positions ``answer``, everything else, or the heads alone, for the positions ``keep``."""
+        """One forward pass; logits for the positions ``answer``, everything else, or the heads alone, for the positions
+        ``keep``.
+        """
         trace = Trace({}, {}, {}, None, None)
         final: list[Tensor] = []
 
@@ -104,14 +106,18 @@ class Teacher:
         batch, length = ids_bs.shape
         position_ids_bs = torch.arange(length, device=ids_bs.device).expand_as(ids_bs)
         self.model.set_input_tensor(self.receive(length, batch))
-        with self.model.output_layer.register_forward_pre_hook(before_logits) if self.last else contextlib.nullcontext():
+        with (
+            self.model.output_layer.register_forward_pre_hook(before_logits) if self.last else contextlib.nullcontext()
+        ):
             out = self.model(ids_bs, position_ids_bs, None)
         self.send(out)
         return out if self.last else None
 
     def solved(self, logits_bpw: Tensor, answer_bp: Tensor) -> Tensor:
         """Whether the model's own choice is the answer at every position: bool [b]; last stage only."""
-        return (gather_from_tensor_model_parallel_region(logits_bpw, group=self.tp_group).argmax(-1) == answer_bp).all(-1)
+        return (gather_from_tensor_model_parallel_region(logits_bpw, group=self.tp_group).argmax(-1) == answer_bp).all(
+            -1
+        )
 
     # ---- its pieces
 
@@ -124,7 +130,8 @@ class Teacher:
     def attend(self, layer_idx: int, x_sbm: Tensor, edit: Callable[[Tensor], Tensor]) -> Tensor:
         """A layer's attention output [s, b, m] for the input x of whole rows.
 
-        ``edit`` gets what this rank's heads hand to the output projection, [s, b, h, d], and says what they hand instead.
+        ``edit`` gets what this rank's heads hand to the output projection, [s, b, h, d], and says what they hand
+        instead.
         """
         layer = self.layers[layer_idx]
 
@@ -132,7 +139,9 @@ class Teacher:
             return (edit(args[0].unflatten(-1, (-1, self.model.config.kv_channels))).flatten(2), *args[1:])
 
         with layer.self_attention.linear_proj.register_forward_pre_hook(before_projection):
-            return layer.self_attention(layer.input_layernorm(x_sbm), rotary_pos_emb=self.model.rotary_pos_emb(len(x_sbm)))[0]
+            return layer.self_attention(
+                layer.input_layernorm(x_sbm), rotary_pos_emb=self.model.rotary_pos_emb(len(x_sbm))
+            )[0]
 
     def written(self, layer_idx: int, heads_sbhd: Tensor, wanted: range) -> Tensor:
         """What each of the ``wanted`` heads adds to the residual stream: [s, wanted, b, m], on every rank.
@@ -153,10 +162,18 @@ class Teacher:
         return self.final_metric(self.model.decoder.final_layernorm(x_pnm), batch)
 
     def final_metric(self, x_pnm: Tensor, batch: ProbeBatch) -> Tensor:
-        """The same after the final norm: two logits a position are read, so only their rows of the output weight multiply."""
+        """The same after the final norm: two logits a position are read, so only their rows of the output weight
+        multiply.
+        """
         model, pairs = self.model, len(batch.answer_bp)
-        x_pnm = copy_to_tensor_model_parallel_region(x_pnm, group=self.tp_group)  # its gradient is summed over the vocabulary
-        weight_wm = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else model.output_layer.weight
+        x_pnm = copy_to_tensor_model_parallel_region(
+            x_pnm, group=self.tp_group
+        )  # its gradient is summed over the vocabulary
+        weight_wm = (
+            model.shared_embedding_or_output_weight()
+            if model.share_embeddings_and_output_weights
+            else model.output_layer.weight
+        )
         exact = torch.promote_types(self.dtype, torch.float32)  # a bf16 product would round to a tenth of a logit
         x_rbpm = x_pnm.unflatten(1, (-1, pairs)).permute(1, 2, 0, 3).to(exact)
         logits = []
@@ -192,7 +209,9 @@ class Teacher:
 
 
 def answer_metric(chosen_bp: Tensor, other_bp: Tensor, decay: float = DECAY) -> Tensor:
-    """Eq 9: mean over answer positions j of z_j[a+] - z_j[a-], weighted by decay^j; [..., p] logits -> [...] in float64."""
+    """Eq 9: mean over answer positions j of z_j[a+] - z_j[a-], weighted by decay^j; [..., p] logits -> [...] in
+    float64.
+    """
     difference = chosen_bp.double() - other_bp.double()
     weight_p = decay ** torch.arange(difference.shape[-1], dtype=torch.float64, device=difference.device)
     return (difference * weight_p).sum(-1) / weight_p.sum()

@@ -27,7 +27,9 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or "--help" in argv or "-h" in argv:
         print(__doc__)
-        add_stage_flags(argparse.ArgumentParser(prog="python -m hydra_mcore.train", usage=argparse.SUPPRESS)).print_help()
+        add_stage_flags(
+            argparse.ArgumentParser(prog="python -m hydra_mcore.train", usage=argparse.SUPPRESS)
+        ).print_help()
         return
     from hydra_mcore.train.run import run_stage  # Megatron takes seconds to import: not for the help
 

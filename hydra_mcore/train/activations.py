@@ -2,13 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the layers of a micro-batch keep for their backward pass, worked out without running them.
 
-Every term is a tensor that autograd saves, in bytes a token. p is the size of an activation, d of a head, m of the model,
-C the rows of a chunk. Found by listing saved tensors; ``tests/unit/test_activations.py`` compares with them.
+Every term is a tensor that autograd saves, in bytes a token. p is the size of an activation, d of a head, m of the
+model, C the rows of a chunk. Found by listing saved tensors; ``tests/unit/test_activations.py`` compares with them.
 
 There are two sets of kernels. Without a GPU, torch's own: RMSNorm keeps float32 copies of its input and of its result
 before the weight, SwiGLU five values for each of its width, and the delta rule five C x C matrices a chunk. On a GPU
-(``fused``): RMSNorm and SwiGLU keep their input, and flash-linear-attention's kernel its inputs and one C x C matrix, the
-rest is made again in its backward. The second set is an estimate from the kernels' design, not yet measured on a GPU.
+(``fused``): RMSNorm and SwiGLU keep their input, and flash-linear-attention's kernel its inputs and one C x C matrix,
+the rest is made again in its backward. The second set is an estimate from the kernels' design, not yet measured on a
+GPU.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class Run:
         length: tokens of a row over all context-parallel ranks; ``rows`` of them are a micro-batch.
         value_bytes, gradient_bytes: of an activation or a weight; of a gradient while it accumulates.
         recompute: modules that Megatron's selective recompute names.
-        recompute_layers: of full recompute, ("uniform", layers recomputed together) or ("block", layers of a stage that are).
+        recompute_layers: of full recompute, ("uniform", layers recomputed together) or ("block", layers of a stage that
+            are).
         fused: a GPU's kernels.
     """
 
@@ -99,7 +101,9 @@ class Run:
         return self.tokens / self.tp_size if self.sequence_parallel else self.tokens
 
     def layout(self, card: ModelCard, layer_idx: int) -> HeadLayout:
-        return HeadLayout(card.head_map.layers[layer_idx], card.shape.num_kv_groups, self.tp_size, layer_idx, self.fa_balance)
+        return HeadLayout(
+            card.head_map.layers[layer_idx], card.shape.num_kv_groups, self.tp_size, layer_idx, self.fa_balance
+        )
 
     def layers(self, card: ModelCard, pp_rank: int) -> range:
         """The layers of one pipeline stage."""
@@ -110,7 +114,9 @@ class Run:
         return SequencePart(self.length, self.cp_size, cp_rank)
 
     def norm(self, width: int) -> int:
-        """Kept by RMSNorm of one row: its input and 1 / rms; without fused kernels also the row before the weight, in float32."""
+        """Kept by RMSNorm of one row: its input and 1 / rms; without fused kernels also the row before the weight, in
+        float32.
+        """
         return (self.value_bytes * width if self.fused else 2 * FLOAT * width) + FLOAT
 
 
@@ -119,7 +125,8 @@ class Kept:
     """Bytes of one layer on one rank, of what its forward pass made, in the order in which it was made.
 
     ``before``: up to the inputs of the delta rule and of attention. ``core``: what these two keep beside their inputs.
-    ``after``: fusion, output projection, the MLP's norm and input. ``mlp``: inside the MLP. ``core_workspace``: what the
+    ``after``: fusion, output projection, the MLP's norm and input. ``mlp``: inside the MLP. ``core_workspace``: what
+        the
     delta rule's backward pass needs at most beyond all that.
     """
 
@@ -135,12 +142,17 @@ def layer_bytes(card: ModelCard, layer_idx: int, tp_rank: int, run: Run) -> Kept
     shape, options, p = card.shape, card.options, run.value_bytes
     layout = run.layout(card, layer_idx)
     owned, shared = layout.ranks[tp_rank], len(layout.shared_fa)
-    num_gdn, num_fa = len(owned.gdn), len(owned.fa) + shared / run.tp_size  # shared heads: each rank its part of the queries
+    num_gdn, num_fa = (
+        len(owned.gdn),
+        len(owned.fa) + shared / run.tp_size,
+    )  # shared heads: each rank its part of the queries
     before, core, workspace = p * shape.hidden_size, 0.0, 0.0
     if layout.layer.fa:
         groups = len({layout.group_of(h) for h in owned.fa + layout.shared_fa})
         before += _fa(shape, options, run, num_fa, groups)
-        before += 2 * (len(owned.fa) + shared) * run.cp_size * p * shape.head_dim  # keys and values of the whole row, by head
+        before += (
+            2 * (len(owned.fa) + shared) * run.cp_size * p * shape.head_dim
+        )  # keys and values of the whole row, by head
         core += num_fa * (p * shape.head_dim + FLOAT)  # attention's result, the logarithm of its softmax's sum
     if layout.layer.gdn:
         before += _gdn(shape, options, run, num_gdn)
@@ -158,7 +170,9 @@ def layer_bytes(card: ModelCard, layer_idx: int, tp_rank: int, run: Run) -> Kept
 
 
 def _fusion(shape: ModelShape, options: HydraOptions, run: Run) -> float:
-    """For each head: what it is given; with kernels, also 1 / rms and the input of the scale; the competition's input and share."""
+    """For each head: what it is given; with kernels, also 1 / rms and the input of the scale; the competition's input
+    and share.
+    """
     d, p, kind = shape.head_dim, run.value_bytes, options.fusion
     kept = p * d if kind != "none" else 0
     if run.fused:

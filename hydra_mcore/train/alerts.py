@@ -30,7 +30,10 @@ class TrainingStopped(InputError):
 
 def nonfinite(step: int, where: str) -> str:
     """The line for a value that is NaN or infinite, naming the step (1-based) and where it was seen."""
-    return f"step {step}: {where} is not finite; the last complete checkpoint is kept, lower the learning rate or look at the data"
+    return (
+        f"step {step}: {where} is not finite; the last complete checkpoint is kept, lower the learning rate or look at"
+        " the data"
+    )
 
 
 def stop_together(reason: str | None) -> None:
@@ -73,9 +76,9 @@ def first_nonfinite_layer(model: GPTModel, forward: Callable[[], object]) -> str
 class LossSpikes:
     """Says when a loss jumps above what the last steps make likely: once a spike, not once a step.
 
-    The bound is the median of the last ``WINDOW`` losses plus ``WIDTH`` deviations (1.4826 x the median absolute deviation,
-    which is a normal distribution's). Both are robust, so a spike does not raise its own bound; a loss that stays high
-    becomes the new normal.
+    The bound is the median of the last ``WINDOW`` losses plus ``WIDTH`` deviations (1.4826 x the median absolute
+    deviation, which is a normal distribution's). Both are robust, so a spike does not raise its own bound; a loss that
+    stays high becomes the new normal.
     """
 
     WINDOW, LEAST = 100, 20
@@ -101,8 +104,8 @@ class LossSpikes:
 class DataWatch:
     """Ends the process when data does not come: a file system that hangs would otherwise keep a cluster waiting.
 
-    Half of ``seconds`` late, it says so; after ``seconds`` it says where and exits with status 2, without clean-up, which
-    would wait for the same data.
+    Half of ``seconds`` late, it says so; after ``seconds`` it says where and exits with status 2, without clean-up,
+    which would wait for the same data.
 
     Args:
         where: what is read, for the message.
@@ -119,8 +122,8 @@ class DataWatch:
     def __call__(self) -> Iterator[None]:
         done = threading.Event()
         watch = threading.Thread(target=self._watch, args=(done,), daemon=True)
-        # Where the wait holds Python's lock (a page of a memory map that never arrives) no thread of Python's can speak:
-        # then this one, outside of it, shows the stack and exits with status 1.
+        # Where the wait holds Python's lock (a page of a memory map that never arrives) no thread of Python's can
+        # speak: then this one, outside of it, shows the stack and exits with status 1.
         faulthandler.dump_traceback_later(self.seconds + self.GRACE_S, exit=True, file=sys.__stderr__)
         start = time.monotonic()
         watch.start()

@@ -71,7 +71,9 @@ def align_loss(student_sbm: Tensor, teacher_sbm: Tensor, kind: str, groups: list
 def _after_attention(teacher: GPTModel, student: GPTModel, fit: Callable[..., None]) -> Iterator[None]:
     """Call ``fit(student layer, input, keywords, output)`` after the attention of each teacher layer."""
 
-    def hook(layer: torch.nn.Module, module: torch.nn.Module, inputs: tuple, keywords: dict[str, Any], output: tuple) -> None:
+    def hook(
+        layer: torch.nn.Module, module: torch.nn.Module, inputs: tuple, keywords: dict[str, Any], output: tuple
+    ) -> None:
         fit(layer, inputs[0], keywords, output[0])
 
     pairs = zip(teacher.decoder.layers, student.decoder.layers, strict=True)
@@ -100,7 +102,9 @@ class GradientAtOnce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(None if gradient is None else gradient * scale.to(gradient.dtype) for gradient in ctx.saved_tensors)
+        return None, *(
+            None if gradient is None else gradient * scale.to(gradient.dtype) for gradient in ctx.saved_tensors
+        )
 
 
 class JoinPipeline(torch.autograd.Function):

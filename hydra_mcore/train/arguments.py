@@ -53,8 +53,8 @@ ENGINE: dict[str, Any] = {
     "profile-ranks": [0],
     "distributed-timeout-minutes": 30,
 }
-# The writer is a process of its own that copies tensors off the GPU while training waits, then writes them while it goes
-# on. On a CPU it shares the cores and doubles a rank's memory, so saves are synchronous unless asked for.
+# The writer is a process of its own that copies tensors off the GPU while training waits, then writes them while it
+# goes on. On a CPU it shares the cores and doubles a rank's memory, so saves are synchronous unless asked for.
 ENGINE_GPU: dict[str, Any] = {"async-save": True}
 ENGINE_CPU: dict[str, Any] = {
     "distributed-backend": "gloo",
@@ -64,7 +64,8 @@ ENGINE_CPU: dict[str, Any] = {
     "disable-jit-fuser": True,
 }
 
-CACHE = "cache"  # in the run folder, for all stages: Megatron's indices of the data, which it would else write beside the data
+# In the run folder, for all stages: Megatron's indices of the data, which it would else write beside the data.
+CACHE = "cache"
 EARLY = {"tensorboard", "wandb", CARD_NAME + ".partial"}  # what a run that was stopped at its very start may leave
 
 
@@ -101,11 +102,20 @@ def resolve(argv: list[str]) -> Plan:
     flags += ["--save", str(save)] + (["--load", str(save)] if resume else [])
     card = dataclasses.replace(card, stages=[*trainings(card, start), _this_stage(known)])
     finished = resume is not None and int(resume.name.removeprefix("iter_")) >= known.train_iters
-    return Plan(options, card, start, save, resume is not None, finished, _without_missing_wandb(known, flags + _shard_flags(known)))
+    return Plan(
+        options,
+        card,
+        start,
+        save,
+        resume is not None,
+        finished,
+        _without_missing_wandb(known, flags + _shard_flags(known)),
+    )
 
 
 def recipe_flags(argv: list[str], with_gpu: bool) -> tuple[argparse.ArgumentParser, Recipe, StageOptions]:
-    """What is asked for before the model is known: the parser, the recipe over its defaults, the options of recipe and command line.
+    """What is asked for before the model is known: the parser, the recipe over its defaults, the options of recipe and
+    command line.
 
     Raises:
         ConfigError: an unknown key or flag, one that does nothing here, or no stage.
@@ -119,7 +129,11 @@ def recipe_flags(argv: list[str], with_gpu: bool) -> tuple[argparse.ArgumentPars
     engine = ENGINE | (ENGINE_GPU if with_gpu else ENGINE_CPU)
     recipe = recipe.over(engine | default_flags(chosen.stage))
     known = parser.parse_args(recipe.to_flags(parser) + argv)
-    return parser, recipe, StageOptions(**{field.name: getattr(known, field.name) for field in dataclasses.fields(StageOptions)})
+    return (
+        parser,
+        recipe,
+        StageOptions(**{field.name: getattr(known, field.name) for field in dataclasses.fields(StageOptions)}),
+    )
 
 
 def model_flags(
@@ -148,7 +162,11 @@ def _places(options: StageOptions, start: Path, save: Path) -> dict[str, Any]:
 
 def _this_stage(known: argparse.Namespace) -> dict[str, Any]:
     """This training as the model card lists it."""
-    planned = {"sequence_length": known.seq_length, "batch_size": known.global_batch_size, "iterations": known.train_iters}
+    planned = {
+        "sequence_length": known.seq_length,
+        "batch_size": known.global_batch_size,
+        "iterations": known.train_iters,
+    }
     return {"stage": known.stage, **planned}
 
 
@@ -156,7 +174,9 @@ def _check_folders(options: StageOptions) -> None:
     if not options.run_dir:
         raise ConfigError("no run folder: set run-dir in the recipe or on the command line")
     if options.stage != "extend" and not options.teacher:
-        raise ConfigError(f"stage {options.stage} needs the teacher: set teacher to the folder that tools/convert.py import wrote")
+        raise ConfigError(
+            f"stage {options.stage} needs the teacher: set teacher to the folder that tools/convert.py import wrote"
+        )
 
 
 def _check_output(save: Path, card: ModelCard) -> Path | None:
@@ -189,19 +209,32 @@ def check_settings(known: argparse.Namespace, card: ModelCard, ranks: int) -> No
     """Raise ConfigError for what Megatron would not notice, or say less clearly."""
     _check_layout(known, card, ranks)
     if known.packed_documents and known.micro_batch_size != 1:
-        raise ConfigError(f"packed documents are rows of their own: set micro-batch-size 1 instead of {known.micro_batch_size}")
+        raise ConfigError(
+            f"packed documents are rows of their own: set micro-batch-size 1 instead of {known.micro_batch_size}"
+        )
     if known.reset_position_ids or known.reset_attention_mask:
-        raise ConfigError("reset-position-ids and reset-attention-mask do not reach GDN heads; use packed-documents, which does both")
+        raise ConfigError(
+            "reset-position-ids and reset-attention-mask do not reach GDN heads; use packed-documents, which does both"
+        )
     if known.calculate_per_token_loss and known.stage == "align":
-        raise ConfigError("the align loss is a mean over rows, not over tokens; leave calculate-per-token-loss to the other stages")
+        raise ConfigError(
+            "the align loss is a mean over rows, not over tokens; leave calculate-per-token-loss to the other stages"
+        )
     decay_iters = known.lr_decay_iters or known.train_iters
     if known.lr_warmup_iters >= decay_iters:
-        raise ConfigError(f"lr-warmup-iters {known.lr_warmup_iters} must be fewer than the {decay_iters} steps of the schedule")
+        raise ConfigError(
+            f"lr-warmup-iters {known.lr_warmup_iters} must be fewer than the {decay_iters} steps of the schedule"
+        )
     start, end = known.profile_step_start, known.profile_step_end
     if known.profile and not 0 <= start < end <= known.train_iters:
-        raise ConfigError(f"profile-step-start {start} to profile-step-end {end} is no window of the {known.train_iters} steps of training")
+        raise ConfigError(
+            f"profile-step-start {start} to profile-step-end {end} is no window of the {known.train_iters} steps of"
+            " training"
+        )
     if known.trust_remote_code or known.metadata_path:
-        raise ConfigError("trust-remote-code and tokenizer-metadata would run code that a folder brings along; leave them out")
+        raise ConfigError(
+            "trust-remote-code and tokenizer-metadata would run code that a folder brings along; leave them out"
+        )
     if known.save_retain_interval:
         raise ConfigError("save-retain-interval deletes checkpoints unsafely; use keep-last and keep-every")
     if known.fp16:
@@ -209,21 +242,35 @@ def check_settings(known: argparse.Namespace, card: ModelCard, ranks: int) -> No
 
 
 def _check_layout(known: argparse.Namespace, card: ModelCard, ranks: int) -> None:
-    tp_size, pp_size, cp_size = known.tensor_model_parallel_size, known.pipeline_model_parallel_size, known.context_parallel_size
+    tp_size, pp_size, cp_size = (
+        known.tensor_model_parallel_size,
+        known.pipeline_model_parallel_size,
+        known.context_parallel_size,
+    )
     HeadLayout(card.head_map.layers[0], card.shape.num_kv_groups, tp_size)
-    uneven = known.pipeline_model_parallel_layout or known.decoder_first_pipeline_num_layers or known.decoder_last_pipeline_num_layers
+    uneven = (
+        known.pipeline_model_parallel_layout
+        or known.decoder_first_pipeline_num_layers
+        or known.decoder_last_pipeline_num_layers
+    )
     if card.shape.num_layers % pp_size and not uneven:
         raise ConfigError(f"pipeline parallel size {pp_size} does not divide {card.shape.num_layers} layers")
     if ranks % (tp_size * pp_size * cp_size):
-        raise ConfigError(f"tensor {tp_size} x pipeline {pp_size} x context parallel {cp_size} does not divide {ranks} ranks")
+        raise ConfigError(
+            f"tensor {tp_size} x pipeline {pp_size} x context parallel {cp_size} does not divide {ranks} ranks"
+        )
     part = SequencePart(known.seq_length, cp_size).num_tokens
     if cp_size > 1 and known.seq_length % (2 * cp_size):
         raise ConfigError(f"seq-length {known.seq_length} must divide by twice the context parallel size {cp_size}")
     if known.sequence_parallel and part % tp_size:
-        raise ConfigError(f"sequence parallelism: {part} tokens a rank do not divide by tensor parallel size {tp_size}; change seq-length")
+        raise ConfigError(
+            f"sequence parallelism: {part} tokens a rank do not divide by tensor parallel size {tp_size}; change"
+            " seq-length"
+        )
     if cp_size > 1 and part < card.options.gdn_conv_kernel - 1:
         raise ConfigError(
-            f"{part} tokens a context-parallel rank are fewer than the short convolution of {card.options.gdn_conv_kernel} taps looks back"
+            f"{part} tokens a context-parallel rank are fewer than the short convolution of"
+            f" {card.options.gdn_conv_kernel} taps looks back"
         )
 
 

@@ -32,7 +32,16 @@ from hydra_mcore.compat.saving import stop_writer
 from hydra_mcore.config import ConfigError, ModelCard, StageOptions
 from hydra_mcore.errors import InputError
 from hydra_mcore.files import NO_ROOM, checked, read_json, write_json
-from hydra_mcore.model.build import TRACKER, CutShort, check_complete, iterations, latest_iteration, readable, tracker_mark, write_tracker
+from hydra_mcore.model.build import (
+    TRACKER,
+    CutShort,
+    check_complete,
+    iterations,
+    latest_iteration,
+    readable,
+    tracker_mark,
+    write_tracker,
+)
 from hydra_mcore.model.runtime import from_first_rank
 
 VERSIONS = "versions.json"
@@ -47,9 +56,11 @@ class SaveFailed(InputError):
 
 
 def resumable(save: Path) -> Path | None:
-    """The checkpoint that a stage goes on from: the one its tracker names, else the newest complete one; None to start afresh.
+    """The checkpoint that a stage goes on from: the one its tracker names, else the newest complete one; None to start
+    afresh.
 
-    All ranks ask before they can talk to each other, while rank 0 may be in `tidy` already, which does not change the answer.
+    All ranks ask before they can talk to each other, while rank 0 may be in `tidy` already, which does not change the
+    answer.
 
     Raises:
         ConfigError: a tracker names a checkpoint that is damaged, and there is no other.
@@ -68,7 +79,9 @@ def resumable(save: Path) -> Path | None:
 
 
 def tidy(save: Path) -> None:
-    """Before a stage starts, on rank 0: make the tracker name the checkpoint it goes on from, remove what killed runs left."""
+    """Before a stage starts, on rank 0: make the tracker name the checkpoint it goes on from, remove what killed runs
+    left.
+    """
     for leftover in save.glob(_REMOVING + "*"):
         shutil.rmtree(leftover)
     if (chosen := resumable(save)) is None:
@@ -90,7 +103,8 @@ def tidy(save: Path) -> None:
 
 
 def prune(save: Path, keep_last: int, keep_every: int) -> Path | None:
-    """Remove all but the newest ``keep_last`` checkpoints and those of a multiple of ``keep_every`` steps; returns the newest.
+    """Remove all but the newest ``keep_last`` checkpoints and those of a multiple of ``keep_every`` steps; returns the
+    newest.
 
     The newest is the one to go on from; what is beyond it is being written, and left alone.
     """
@@ -105,7 +119,9 @@ def prune(save: Path, keep_last: int, keep_every: int) -> Path | None:
 
 
 def note_versions(save: Path) -> None:
-    """Write the versions of what trains beside the checkpoints, and say which differ from those that wrote them so far."""
+    """Write the versions of what trains beside the checkpoints, and say which differ from those that wrote them
+    so far.
+    """
     here = {name: _version(name) for name in _PACKAGES}
     there: dict[str, str] = {}
     if (save / VERSIONS).exists():
@@ -137,7 +153,8 @@ def difference(there: ModelCard, here: ModelCard) -> str:
 
 @contextlib.contextmanager
 def checkpoint_care(save: Path, options: StageOptions, args: Namespace, config: GPTModelConfig) -> Iterator[None]:
-    """While a stage trains: room is looked for at the start and before each save, old checkpoints go, a failed save stops it.
+    """While a stage trains: room is looked for at the start and before each save, old checkpoints go, a failed save
+    stops it.
 
     Raises:
         ConfigError: the checkpoint to go on from is damaged.
@@ -171,7 +188,9 @@ def checkpoint_care(save: Path, options: StageOptions, args: Namespace, config: 
 
 
 def _make_room(save: Path, iteration: int, options: StageOptions) -> None:
-    """Before a save: remove what is old, or left under its name from before a step back; raises SaveFailed when that is not enough."""
+    """Before a save: remove what is old, or left under its name from before a step back; raises SaveFailed when that is
+    not enough.
+    """
     if folder := iterations(save).get(iteration):
         _remove(folder)
     if (last := prune(save, options.keep_last, options.keep_every)) is None:
@@ -179,13 +198,15 @@ def _make_room(save: Path, iteration: int, options: StageOptions) -> None:
     needed, free = _size(last), shutil.disk_usage(save).free
     if free < needed:
         raise SaveFailed(
-            f"{save}: a checkpoint takes {_readable(needed)} and {_readable(free)} are free, so step {iteration} is not saved; "
-            f"make room or lower keep-last (step {_iteration(last)} is complete)"
+            f"{save}: a checkpoint takes {_readable(needed)} and {_readable(free)} are free, so step {iteration} is not"
+            f" saved; make room or lower keep-last (step {_iteration(last)} is complete)"
         )
 
 
 def _look_for_room(save: Path, args: Namespace, models: list[GPTModel]) -> list[GPTModel]:
-    """At the start: the disk must hold one checkpoint more, and shared memory the optimizer's state that a writer is handed."""
+    """At the start: the disk must hold one checkpoint more, and shared memory the optimizer's state that a writer is
+    handed.
+    """
     needed = torch.tensor(_checkpoint_bytes(models, args), device=torch.cuda.current_device())
     torch.distributed.all_reduce(needed, group=mpu.get_model_parallel_group())
     from_first_rank(partial(_check_disk, save, int(needed)))
@@ -195,13 +216,19 @@ def _look_for_room(save: Path, args: Namespace, models: list[GPTModel]) -> list[
         if not fits:
             args.async_save = False
             if args.rank == 0:
-                print(f"{SHARED_MEMORY} has less room than a checkpoint needs, {_readable(int(needed))}: saves are synchronous", flush=True)
+                print(
+                    f"{SHARED_MEMORY} has less room than a checkpoint needs, {_readable(int(needed))}: saves are"
+                    " synchronous",
+                    flush=True,
+                )
     return models
 
 
 def _check_disk(save: Path, needed: int) -> None:
     if (free := shutil.disk_usage(save).free) < needed:
-        raise SaveFailed(f"{save}: a checkpoint will take about {_readable(needed)} and {_readable(free)} are free; make room first")
+        raise SaveFailed(
+            f"{save}: a checkpoint will take about {_readable(needed)} and {_readable(free)} are free; make room first"
+        )
 
 
 def _checkpoint_bytes(models: list[GPTModel], args: Namespace) -> int:

@@ -14,7 +14,10 @@ import numpy as np
 import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.blended_megatron_dataset_config import convert_split_vector_to_split_matrix, parse_and_normalize_split
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.models.gpt import GPTModel
@@ -45,8 +48,8 @@ def check_data(args: argparse.Namespace) -> None:
     """Refuse data that is missing, too short or made for another model, before anything is built.
 
     Raises:
-        ConfigError: no data path, a missing file, fewer tokens than seq-length + 1, fewer documents than the split needs,
-            prepared data that is not what its manifest says, or is from another tokenizer than the student's.
+        ConfigError: no data path, a missing file, fewer tokens than seq-length + 1, fewer documents than the split
+            needs, prepared data that is not what its manifest says, or is from another tokenizer than the student's.
     """
     if args.mock_data:
         return
@@ -61,7 +64,8 @@ def check_data(args: argparse.Namespace) -> None:
         tokens = int(np.sum(dataset.sequence_lengths))
         if tokens < args.seq_length + 1:
             raise ConfigError(
-                f"training data {prefix} holds {tokens} tokens, one sequence needs {args.seq_length + 1}; shorten seq-length or add data"
+                f"training data {prefix} holds {tokens} tokens, one sequence needs {args.seq_length + 1}; shorten"
+                " seq-length or add data"
             )
         if blend:
             _check_split(prefix, len(dataset.document_indices) - 1, args.split)
@@ -70,12 +74,15 @@ def check_data(args: argparse.Namespace) -> None:
 
 
 def _check_split(prefix: str, documents: int, split: str) -> None:
-    """Raise ConfigError where rounding leaves a part of the split without documents: Megatron would loop on it forever."""
+    """Raise ConfigError where rounding leaves a part of the split without documents: Megatron would loop on it
+    forever.
+    """
     for part in filter(None, convert_split_vector_to_split_matrix(parse_and_normalize_split(split))):
         first, end = (round(bound * documents) for bound in part)
         if first == end:
             raise ConfigError(
-                f"training data {prefix}: split {split} leaves a part of its {documents} documents empty; set split 100,0,0 or add data"
+                f"training data {prefix}: split {split} leaves a part of its {documents} documents empty; set split"
+                " 100,0,0 or add data"
             )
 
 
@@ -86,7 +93,8 @@ def _check_prepared(prefix: str, args: argparse.Namespace) -> None:
     manifest.check_files(path.parent)
     if manifest.max_id >= args.vocab_size:
         raise ConfigError(
-            f"{path}: holds token {manifest.max_id}, the model has {args.vocab_size} words; prepare the data with the model's tokenizer"
+            f"{path}: holds token {manifest.max_id}, the model has {args.vocab_size} words; prepare the data with the"
+            " model's tokenizer"
         )
     if args.tokenizer_type != "HuggingFaceTokenizer":
         return
@@ -94,8 +102,8 @@ def _check_prepared(prefix: str, args: argparse.Namespace) -> None:
     theirs, ours = manifest.run["tokenizer"]["fingerprint"], fingerprint(tokenizer.backend_tokenizer.to_str())
     if theirs != ours:
         raise ConfigError(
-            f"{path}: was made with another tokenizer (fingerprint {theirs[:12]}) than {args.tokenizer_model} ({ours[:12]});"
-            " prepare the data with the model's tokenizer"
+            f"{path}: was made with another tokenizer (fingerprint {theirs[:12]}) than {args.tokenizer_model}"
+            f" ({ours[:12]}); prepare the data with the model's tokenizer"
         )
 
 
@@ -125,10 +133,13 @@ def build_datasets(args: argparse.Namespace, tokenizer: Any, num_samples: list[i
     return BlendedMegatronDatasetBuilder(GPTDataset, num_samples, on_this_rank, config).build()
 
 
-def fetch_batch(args: argparse.Namespace, waiting: Callable[[], AbstractContextManager], data_iterator: Any, model: GPTModel) -> Batch:
+def fetch_batch(
+    args: argparse.Namespace, waiting: Callable[[], AbstractContextManager], data_iterator: Any, model: GPTModel
+) -> Batch:
     """The next micro-batch of this rank: read by tensor-parallel rank 0, sent to the others, cut to the rank's part.
 
-    The reading stands inside ``waiting()``, which may bound how long it takes. Inside the pipeline only document boundaries
+    The reading stands inside ``waiting()``, which may bound how long it takes. Inside the pipeline only document
+    boundaries
     are needed: without packed documents nothing is read there.
 
     Raises:
@@ -154,8 +165,12 @@ def _reads_data(args: argparse.Namespace, vp_stage: int | None) -> bool:
     return args.packed_documents or is_first_or_last_pipeline_stage(vp_stage)
 
 
-def _broadcast_rows(args: argparse.Namespace, waiting: Callable[[], AbstractContextManager], data_iterator: Any) -> Tensor:
-    """Tokens, labels, loss mask and positions of the next micro-batch, [4, b, s], from tensor-parallel rank 0 to all."""
+def _broadcast_rows(
+    args: argparse.Namespace, waiting: Callable[[], AbstractContextManager], data_iterator: Any
+) -> Tensor:
+    """Tokens, labels, loss mask and positions of the next micro-batch, [4, b, s], from tensor-parallel rank 0 to
+    all.
+    """
     shape = (4, args.micro_batch_size, args.seq_length)
     if mpu.get_tensor_model_parallel_rank() == 0:
         with waiting():
@@ -165,5 +180,7 @@ def _broadcast_rows(args: argparse.Namespace, waiting: Callable[[], AbstractCont
     else:
         rows = torch.empty(shape, dtype=torch.long, device=torch.cuda.current_device())
     if mpu.get_tensor_model_parallel_world_size() > 1:
-        torch.distributed.broadcast(rows, mpu.get_tensor_model_parallel_src_rank(), mpu.get_tensor_model_parallel_group())
+        torch.distributed.broadcast(
+            rows, mpu.get_tensor_model_parallel_src_rank(), mpu.get_tensor_model_parallel_group()
+        )
     return rows

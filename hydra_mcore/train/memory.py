@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a training step needs of one rank's memory, worked out without running it.
 
-With N parameters on the rank (model/sizes.py), T of them trained (all, in align those of the attention blocks), p bytes a
-value (2 for bf16), s ranks that share the optimizer (data x context parallel, 1 without the distributed optimizer):
+With N parameters on the rank (model/sizes.py), T of them trained (all, in align those of the attention blocks), p bytes
+a value (2 for bf16), s ranks that share the optimizer (data x context parallel, 1 without the distributed optimizer):
 
     weights      p N
     gradients    4 T                     2 T with grad-reduce-in-bf16
@@ -17,15 +17,16 @@ The first four stay. The others are those of the fullest of these moments:
 
     the loss is made        what all layers of the micro-batches in flight keep (train/activations.py), and the loss
     an MLP goes backward    what the layers up to it keep, gradients inside the MLP
-    a delta rule goes       what the layers before it keep, its own inputs and what it keeps (made again, where recomputed),
+    a delta rule goes       what the layers before it keep, its own inputs and what it keeps (made again, where
+    recomputed),
       backward              gradients inside it
     align: a layer fits     one layer's attention block, and the gradients of those before it, in p bytes
     align: the teacher runs the inside of an MLP
 
 Pipeline stage i of n holds min(n - i, micro-batches of a step) micro-batches in flight. Not counted: the CUDA context,
 NCCL's buffers and the allocator's waste (tools/plan.py sets a part of the memory aside), a data loader's batches, and
-what an optimizer step needs while no activation is there. ``tests/distributed/test_memory.py`` runs whole stages on a CPU
-and measures; the formula stays within 10%.
+what an optimizer step needs while no activation is there. ``tests/distributed/test_memory.py`` runs whole stages on a
+CPU and measures; the formula stays within 10%.
 """
 
 from __future__ import annotations
@@ -121,9 +122,13 @@ def _token_moments(card: ModelCard, run: Run, layers: list[Kept], in_flight: int
     others, moments, tied_gradient = (in_flight - 1) * sum(stored), [], 0.0
     if last_stage:
         with_teacher = run.stage == "distill"
-        loss = peak_bytes(run.tokens, shape.hidden_size, shape.vocab_size, run.tp_size, run.value_bytes, with_teacher=with_teacher)
+        loss = peak_bytes(
+            run.tokens, shape.hidden_size, shape.vocab_size, run.tp_size, run.value_bytes, with_teacher=with_teacher
+        )
         output = run.tokens * run.value_bytes * shape.hidden_size
-        moments.append((others + sum(stored) + run.tokens_between * run.norm(shape.hidden_size), loss, (1 + with_teacher) * output))
+        moments.append(
+            (others + sum(stored) + run.tokens_between * run.norm(shape.hidden_size), loss, (1 + with_teacher) * output)
+        )
         if shape.tied_embeddings and run.pp_size == 1:  # waits for the embedding's share, the last of the backward pass
             tied_gradient = run.value_bytes * shape.hidden_size * shape.vocab_size / run.tp_size
     inside_mlp = 2 * run.tokens * run.value_bytes * shape.ffn_hidden_size / run.tp_size
@@ -137,7 +142,9 @@ def _token_moments(card: ModelCard, run: Run, layers: list[Kept], in_flight: int
 
 
 def _stored(run: Run, layer: Kept, with_mlp: bool = False) -> float:
-    """What a layer keeps from its forward pass under selective recompute; ``with_mlp``: once its MLP has been made again."""
+    """What a layer keeps from its forward pass under selective recompute; ``with_mlp``: once its MLP has been made
+    again.
+    """
     core = 0.0 if "core_attn" in run.recompute else layer.core
     mlp = 0.0 if "mlp" in run.recompute and not with_mlp else layer.mlp
     return layer.before + core + layer.after + mlp

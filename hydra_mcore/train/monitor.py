@@ -27,9 +27,9 @@ STATISTICS = ("gate", "scale", "rms", "half-life", "write gate")
 class HeadMonitor:
     """Sums over the tokens of every head of one model chunk, gathered by hooks while the student trains.
 
-    ``table`` holds (sum, count) by statistic, layer and head: [statistics, layers, heads, 2], of this rank's share of heads
-    and tokens, so that the sum over all ranks is the whole model's whatever the layout. Where a layer is recomputed its
-    tokens count twice, and means stay the same. A learned factor counts once a micro-batch.
+    ``table`` holds (sum, count) by statistic, layer and head: [statistics, layers, heads, 2], of this rank's share of
+    heads and tokens, so that the sum over all ranks is the whole model's whatever the layout. Where a layer is
+    recomputed its tokens count twice, and means stay the same. A learned factor counts once a micro-batch.
 
     Args:
         due: whether the step under way is to be gathered.
@@ -44,17 +44,26 @@ class HeadMonitor:
             attention.fusion.register_forward_hook(partial(self._fused, attention), with_kwargs=True)
             if hasattr(attention, "gdn"):
                 gdn = attention.gdn
-                gdn.linear_decay.register_forward_hook(partial(self._gdn_gate, attention, "half-life", partial(_log_decay, gdn)))
-                gdn.linear_write.register_forward_hook(partial(self._gdn_gate, attention, "write gate", partial(_write_gate, gdn)))
+                gdn.linear_decay.register_forward_hook(
+                    partial(self._gdn_gate, attention, "half-life", partial(_log_decay, gdn))
+                )
+                gdn.linear_write.register_forward_hook(
+                    partial(self._gdn_gate, attention, "write gate", partial(_write_gate, gdn))
+                )
 
     def _fused(self, attention: HydraAttention, module: Fusion, inputs: tuple, keywords: dict, output: Tensor) -> None:
         if not (self.model.training and self.due()):
             return
         shared, owned = keywords.get("shared", False), attention.layout.ranks[attention.tp_group.rank()]
-        # here, not after the step: then other ranks may hold the new factor already and this one not (overlap-param-gather)
+        # here, not after the step: then other ranks may hold the new factor already and this one not
+        # (overlap-param-gather)
         scale_h = getattr(getattr(module, "scale", None), "weight_shared" if shared else "weight", None)
-        if scale_h is not None and not (shared and attention.tp_group.rank()):  # all ranks hold shared ones: the first counts
-            self._add("scale", attention, attention.layout.shared_fa if shared else owned.heads, scale_h[None, None, :, None])
+        if scale_h is not None and not (
+            shared and attention.tp_group.rank()
+        ):  # all ranks hold shared ones: the first counts
+            self._add(
+                "scale", attention, attention.layout.shared_fa if shared else owned.heads, scale_h[None, None, :, None]
+            )
         for role, (out_sbhd, gate) in inputs[0].items():
             heads = attention.layout.shared_fa if shared else getattr(owned, role.value)
             if gate is not None:
@@ -80,7 +89,9 @@ class HeadMonitor:
         if value_sbhd.numel():
             sums = value_sbhd.detach().sum(dim=(0, 1, 3), dtype=torch.float32).double()
             pairs = torch.stack([sums, torch.full_like(sums, value_sbhd.numel() / len(heads))], dim=-1)
-            self.table[STATISTICS.index(statistic), attention.layer_idx].index_add_(0, torch.tensor(heads, device=sums.device), pairs)
+            self.table[STATISTICS.index(statistic), attention.layer_idx].index_add_(
+                0, torch.tensor(heads, device=sums.device), pairs
+            )
 
     def take(self) -> Tensor:
         """``table`` so far; gathering starts anew."""
@@ -110,7 +121,8 @@ class HeadStatistics:
         return {name: _value(name, pairs_lh) for name, pairs_lh in zip(STATISTICS, self.table, strict=True)}
 
     def by_layer(self) -> dict[str, float]:
-        """Means over the heads of one role, of each layer and of the whole model: "gdn half-life/layer 03", "fa gate/all".
+        """Means over the heads of one role, of each layer and of the whole model: "gdn half-life/layer 03", "fa
+        gate/all".
 
         The mean half-life is that of the mean decay, the mean size that of the mean square. "gdn to fa rms" is their
         ratio (paper Fig 5), in layers that have both.

@@ -47,7 +47,9 @@ class NeedlePanels:
         model = ParallelModel(students)
         with evaluating(students):
             return {
-                panel: Score.of(list(itertools.chain(*score_prompts(model, asked.prompts, self.tokenizer, by_generation=False))))
+                panel: Score.of(
+                    list(itertools.chain(*score_prompts(model, asked.prompts, self.tokenizer, by_generation=False)))
+                )
                 for panel, asked in self.sets.items()
             }
 
@@ -67,11 +69,14 @@ def make_panels(args: argparse.Namespace, checkpoint_dir: Path, vocab_size: int)
     try:
         sets = {panel: prompt_set(task, length, args.needle_prompts, SEED, source) for panel, task in TASKS.items()}
     except InputError as error:
-        raise ConfigError(f"needle prompts of {length} tokens: {error}; change needle-length, or set needle-interval to 0") from None
+        raise ConfigError(
+            f"needle prompts of {length} tokens: {error}; change needle-length, or set needle-interval to 0"
+        ) from None
     largest = max(asked.max_id for asked in sets.values())
     if largest >= vocab_size:
         raise ConfigError(
-            f"the tokenizer of {checkpoint_dir} gives token {largest}, the model knows {vocab_size}; they are not of one model"
+            f"the tokenizer of {checkpoint_dir} gives token {largest}, the model knows {vocab_size}; they are not of"
+            " one model"
         )
     return NeedlePanels(tokenizer, sets)
 

@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.num_microbatches_calculator import get_num_microbatches
-from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
@@ -32,7 +35,9 @@ class TransferStep:
         step_number: the 1-based training step under way.
     """
 
-    def __init__(self, options: StageOptions, fetch: Callable[[Any, GPTModel], Batch], step_number: Callable[[], int]) -> None:
+    def __init__(
+        self, options: StageOptions, fetch: Callable[[Any, GPTModel], Batch], step_number: Callable[[], int]
+    ) -> None:
         self.options, self.fetch, self.step_number = options, fetch, step_number
         self.students: list[GPTModel] = []
         self.teachers: dict[int, GPTModel] = {}
@@ -41,7 +46,9 @@ class TransferStep:
         self.stop_reason: str | None = None
 
     def prepare(self, students: list[GPTModel], teachers: list[GPTModel]) -> None:
-        """Pair each model chunk of this rank with the frozen teacher's same layers; no teachers in a stage without one."""
+        """Pair each model chunk of this rank with the frozen teacher's same layers; no teachers in a stage
+        without one.
+        """
         self.teachers = {id(student): teacher for student, teacher in zip(students, teachers, strict=False)}
         self.students = students
         self.monitors = [HeadMonitor(student, self.heads_due) for student in students]
@@ -72,14 +79,18 @@ class TransferStep:
         if not bool(finite.all()):
             self._must_stop(f"the align loss of layer {layers[int(finite.int().argmin())]}")
         for layer_idx, loss in zip(layers, losses.detach(), strict=True):
-            self.align_losses[layer_idx] = self.align_losses.get(layer_idx, 0.0) + torch.stack([loss, torch.ones_like(loss)])
+            self.align_losses[layer_idx] = self.align_losses.get(layer_idx, 0.0) + torch.stack(
+                [loss, torch.ones_like(loss)]
+            )
         total, entry = losses.sum(), student.decoder.input_tensor
         output = total if student.post_process else hidden_sbm
         scale = 0.0 if student.post_process else student.pg_collection.cp.size() / get_num_microbatches()
         return JoinPipeline.apply(output, total, entry, scale), lambda loss: (loss, {})
 
     def _tokens_forward(self, model: torch.nn.Module, student: GPTModel, batch: Batch) -> Tensor | TokenLoss:
-        """The hidden state for the next stage (teacher's and student's along the batch axis), or the losses on the last."""
+        """The hidden state for the next stage (teacher's and student's along the batch axis), or the losses on the
+        last.
+        """
         teacher = self.teachers.get(id(student))
         inputs = {"input_ids": batch.tokens_bs, "position_ids": batch.position_ids_bs, "attention_mask": None}
         inputs |= {"packed_seq_params": batch.documents}
@@ -92,21 +103,33 @@ class TransferStep:
             with torch.no_grad():
                 teacher_sbm = teacher(**inputs, output_processor=hidden_and_weight)
         if student.post_process:
-            return TokenLoss(*model(**inputs, output_processor=self._losses, output_processor_context=(student, batch, teacher_sbm)))
+            return TokenLoss(
+                *model(**inputs, output_processor=self._losses, output_processor_context=(student, batch, teacher_sbm))
+            )
         student_sbm = model(**inputs)
         return student_sbm if teacher_sbm is None else torch.cat([teacher_sbm, student_sbm], dim=1)
 
     def _losses(self, context: tuple, **output: Any) -> TokenLoss:
         student, batch, teacher = context
         options, group = self.options, student.pg_collection.tp
-        whole = gather_from_sequence_parallel_region if student.config.sequence_parallel else copy_to_tensor_model_parallel_region
+        whole = (
+            gather_from_sequence_parallel_region
+            if student.config.sequence_parallel
+            else copy_to_tensor_model_parallel_region
+        )
         weights = {"ce_weight": 1.0}
         if teacher is not None:
             hidden_sbm, weight_wm = teacher
-            weights = {"ce_weight": options.ce_weight, "kl_weight": options.kl_weight, "temperature": options.kl_temperature}
+            weights = {
+                "ce_weight": options.ce_weight,
+                "kl_weight": options.kl_weight,
+                "temperature": options.kl_temperature,
+            }
             weights["teacher"] = (whole(hidden_sbm, group=group), weight_wm)
         hidden_sbm, weight_wm = hidden_and_weight(**output)
-        return token_loss(whole(hidden_sbm, group=group), weight_wm, batch.labels_bs, batch.mask_bs, tp_group=group, **weights)
+        return token_loss(
+            whole(hidden_sbm, group=group), weight_wm, batch.labels_bs, batch.mask_bs, tp_group=group, **weights
+        )
 
     def _token_result(self, student: GPTModel, forward: Callable, batch: Batch, losses: TokenLoss) -> tuple:
         """Loss of the micro-batch, how many tokens count, and the report: the same on every layout.
@@ -136,7 +159,8 @@ class TransferStep:
     def finish(self) -> dict[str, Tensor]:
         """(sum, count) of the align losses of a whole step, over all layers of the pipeline; nothing in other stages.
 
-        In the form that Megatron sums over micro-batches and data for console, TensorBoard and W&B. Called by all ranks.
+        In the form that Megatron sums over micro-batches and data for console, TensorBoard and W&B. Called by all
+        ranks.
 
         Raises:
             TrainingStopped: a rank met a loss that is not finite, before any parameter has moved.
@@ -146,9 +170,13 @@ class TransferStep:
             return {}
         student = self.students[0]
         empty = torch.zeros(2, device=torch.cuda.current_device())
-        losses = torch.stack([self.align_losses.get(layer_idx, empty) for layer_idx in range(student.config.num_layers)])
+        losses = torch.stack(
+            [self.align_losses.get(layer_idx, empty) for layer_idx in range(student.config.num_layers)]
+        )
         self.align_losses.clear()
         if student.pg_collection.pp.size() > 1:
             torch.distributed.all_reduce(losses, group=student.pg_collection.pp)
         total = torch.stack([losses[:, 0].sum(), losses[0, 1]])
-        return {"align loss": total} | {f"align loss/{layer_name(layer_idx)}": pair for layer_idx, pair in enumerate(losses)}
+        return {"align loss": total} | {
+            f"align loss/{layer_name(layer_idx)}": pair for layer_idx, pair in enumerate(losses)
+        }

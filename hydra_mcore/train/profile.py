@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Profile a window of training steps (``--profile``): a trace to look at, and a table by part.
 
-The parts are ranges of torch's profiler around modules and functions, put on for the window and taken off behind it: a step
-that is not profiled pays nothing, and the code that is measured does not know of it.
+The parts are ranges of torch's profiler around modules and functions, put on for the window and taken off behind it: a
+step that is not profiled pays nothing, and the code that is measured does not know of it.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ CALLS: tuple[tuple[Any, str, str], ...] = (
 )
 
 
-def profiled(call: Callable[[], object], models: Iterable[torch.nn.Module], teachers: Iterable[torch.nn.Module] = ()) -> PartsTable:
+def profiled(
+    call: Callable[[], object], models: Iterable[torch.nn.Module], teachers: Iterable[torch.nn.Module] = ()
+) -> PartsTable:
     """Run ``call()`` once and say where its time went; warm up before.
 
     Args:
@@ -156,7 +158,9 @@ def profiled_steps(args: argparse.Namespace, step: TransferStep) -> Iterator[Non
     trace = Path(args.save) / FOLDER / f"trace-rank{args.rank}.json.gz"
     window = contextlib.ExitStack()
 
-    def train_step(forward: Any, data: Any, models: list[torch.nn.Module], optimizer: Any, *rest: Any, **keywords: Any) -> Any:
+    def train_step(
+        forward: Any, data: Any, models: list[torch.nn.Module], optimizer: Any, *rest: Any, **keywords: Any
+    ) -> Any:
         number = keywords["iteration"] + 1
         if (late := args.iteration >= first) and number == args.iteration + 1:
             print(f" nothing is profiled: step {first} was before this start of the run", flush=True)

@@ -2,8 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the time of a training step went, part by part, read from the trace that torch's profiler wrote.
 
-Every moment belongs to the innermost range or backward operation around it. A backward operation belongs to the part whose
-forward operation made it: the trace links the two (its "fwdbwd" flows, from autograd's sequence numbers). So a step's time is
+Every moment belongs to the innermost range or backward operation around it. A backward operation belongs to the part
+whose
+forward operation made it: the trace links the two (its "fwdbwd" flows, from autograd's sequence numbers). So a step's
+    time is
 dealt out once, and the parts add up to it.
 
 On a CPU time is that of the thread that runs the step, waiting and Python included. On a GPU it is that of kernels and
@@ -60,8 +62,8 @@ NOBODY = Owner("other", "outside")
 class PartsTable:
     """Seconds by part and pass (``PARTS``, ``PASSES``) over some steps, that of ``device`` ("cpu" or "gpu").
 
-    ``wall_seconds`` is how long the steps took; on a CPU the sum of all parts, on a GPU more where it idles and less where
-    streams run side by side.
+    ``wall_seconds`` is how long the steps took; on a CPU the sum of all parts, on a GPU more where it idles and less
+    where streams run side by side.
     """
 
     device: str
@@ -145,7 +147,9 @@ class _Reading:
         self.origin_places = set(origins.values())
         self.owners: dict[tuple[Any, float], Owner] = {}  # of forward operations, by thread and start
         self.launched: dict[int, Owner] = {}  # by a kernel's correlation number
-        self.open: dict[Any, list[tuple[float, Owner]]] = defaultdict(list)  # by thread: (end, owner), the innermost last
+        self.open: dict[Any, list[tuple[float, Owner]]] = defaultdict(
+            list
+        )  # by thread: (end, owner), the innermost last
         self.seconds: dict[Owner, float] = defaultdict(float)
         self.steps, self.wall_seconds = 0, 0.0
         self.step_thread: Any = None
@@ -217,16 +221,25 @@ class _Reading:
 
 
 def _node_key(event: dict[str, Any]) -> tuple[int, int] | None:
-    """What names a backward operation: the thread of its forward operation, by autograd's count, and its number there."""
+    """What names a backward operation: the thread of its forward operation, by autograd's count, and its number
+    there.
+    """
     numbers = event.get("args", {})
     return (numbers["Fwd thread id"], numbers["Sequence number"]) if numbers.get("Fwd thread id") else None
 
 
 def _origins(events: Iterable[dict[str, Any]]) -> dict[tuple[int, int], tuple[Any, float]]:
     """Thread and start of the forward operation of every backward one, from the arrows between them."""
-    starts, ends = ({event["id"]: _place(event) for event in events if event.get("cat") == "fwdbwd" and event["ph"] == ph} for ph in "sf")
+    starts, ends = (
+        {event["id"]: _place(event) for event in events if event.get("cat") == "fwdbwd" and event["ph"] == ph}
+        for ph in "sf"
+    )
     origin_of_place = {ends[number]: place for number, place in starts.items() if number in ends}
-    keyed = ((_node_key(event), origin_of_place.get(_place(event))) for event in events if event.get("ph") == "X" and "tid" in event)
+    keyed = (
+        (_node_key(event), origin_of_place.get(_place(event)))
+        for event in events
+        if event.get("ph") == "X" and "tid" in event
+    )
     return {key: origin for key, origin in keyed if key is not None and origin is not None}
 
 

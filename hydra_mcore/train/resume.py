@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Going on in a stage's folder: one run at a time, and with other settings where they were changed on purpose.
 
-What stands on the command line holds, also where the checkpoint was written with something else; what differs from the last
-start is said in one line. docs/checkpoints.md has the table of what may change.
+What stands on the command line holds, also where the checkpoint was written with something else; what differs from the
+last start is said in one line. docs/checkpoints.md has the table of what may change.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ SETTINGS = "settings.json"
 WAIT_S = 60.0  # for a job that SLURM has asked to end: KillWait's default is half of it
 # Of a place or a process, or of what one start is to do: not of the run.
 _OF_ONE_START = frozenset(
-    "config dry_run exit_duration_in_mins exit_interval load local_rank no_load_optim no_load_rng profile rank run_dir save"
-    " tensorboard_dir tokenizer_model world_size".split()
+    "config dry_run exit_duration_in_mins exit_interval load local_rank no_load_optim no_load_rng profile rank run_dir"
+    " save tensorboard_dir tokenizer_model world_size".split()
 )
 
 
@@ -41,7 +41,8 @@ def alone_in(save: Path, args: argparse.Namespace) -> Iterator[torch.distributed
         The store that the ranks meet in.
 
     Raises:
-        InputError: on all ranks, another run holds the folder and has not ended after ``WAIT_S``, or it cannot be written.
+        InputError: on all ranks, another run holds the folder and has not ended after ``WAIT_S``, or it cannot be
+            written.
     """
     with contextlib.ExitStack() as stack:
         if "RANK" not in os.environ:
@@ -74,15 +75,18 @@ def _refusal(stack: contextlib.ExitStack, save: Path) -> str:
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """All flags as they were given, as JSON holds them; before Megatron's validation derives others."""
     kept = {name: value for name, value in vars(args).items() if name not in _OF_ONE_START}
-    return {name: value if isinstance(value, int | float | str | list | None) else str(value) for name, value in sorted(kept.items())}
+    return {
+        name: value if isinstance(value, int | float | str | list | None) else str(value)
+        for name, value in sorted(kept.items())
+    }
 
 
 def check_settings_of_resume(save: Path, now: Mapping[str, Any], load_optimizer: bool) -> None:
     """Raise ConfigError for what a checkpoint of ``save`` cannot go on with."""
     if load_optimizer and (now["no_save_optim"] or _last_settings(save).get("no_save_optim")):
         raise ConfigError(
-            f"{save}: with no-save-optim nothing is loaded of the optimizer, now or from a checkpoint that was saved so; "
-            "leave it out, or add no-load-optim to begin with fresh moments"
+            f"{save}: with no-save-optim nothing is loaded of the optimizer, now or from a checkpoint that was saved"
+            " so; leave it out, or add no-load-optim to begin with fresh moments"
         )
 
 
@@ -107,7 +111,8 @@ def schedule_of_now(save: Path, args: argparse.Namespace) -> Iterator[None]:
     """While open, a checkpoint is loaded under the schedules of the command line instead of failing where they differ.
 
     Megatron counts a schedule in samples. All flags of ours count steps, so the place within the schedule is the step's
-    also where the batch size has changed. With --use-checkpoint-opt-param-scheduler, schedule and place are the checkpoint's.
+    also where the batch size has changed. With --use-checkpoint-opt-param-scheduler, schedule and place are the
+    checkpoint's.
 
     Raises:
         ConfigError: Megatron cannot go on with these settings.
@@ -119,7 +124,9 @@ def schedule_of_now(save: Path, args: argparse.Namespace) -> Iterator[None]:
         try:
             iteration, flops = stock(model, optimizer, scheduler, *rest, **keywords)
         except AssertionError as error:
-            raise ConfigError(f"{save}: Megatron cannot go on with these settings ({first_line(error)}); set that flag as it was") from None
+            raise ConfigError(
+                f"{save}: Megatron cannot go on with these settings ({first_line(error)}); set that flag as it was"
+            ) from None
         if scheduler.use_checkpoint_opt_param_scheduler:
             for group in optimizer.param_groups:
                 group["max_lr"], group["min_lr"] = scheduler.max_lr, scheduler.min_lr

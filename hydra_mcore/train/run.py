@@ -86,7 +86,9 @@ def _unfinished(argv: list[str]) -> Plan | None:
 
 
 def _validated(plan: Plan) -> tuple[Any, GPTModelConfig, dict[str, Any]]:
-    """Megatron's own parse and validation, which write nothing yet, and the settings as given; its refusals become one line."""
+    """Megatron's own parse and validation, which write nothing yet, and the settings as given; its refusals become one
+    line.
+    """
     sys.argv = [sys.argv[0], *plan.flags]
     args = parse_args(extra_args_provider=add_stage_flags)
     settings = settings_of(args)
@@ -115,15 +117,21 @@ def _prepare_output(plan: Plan, settings: dict[str, Any]) -> None:
         shutil.copytree(plan.start / "tokenizer", plan.save / "tokenizer", dirs_exist_ok=True)
 
 
-def _train(plan: Plan, args: Any, config: GPTModelConfig, panels: NeedlePanels | None, store: torch.distributed.Store) -> None:
-    data = DataWatch(plan.options.data_timeout, lambda: f"rank {args.rank} reads {' '.join(args.data_path or [])}", alert)
+def _train(
+    plan: Plan, args: Any, config: GPTModelConfig, panels: NeedlePanels | None, store: torch.distributed.Store
+) -> None:
+    data = DataWatch(
+        plan.options.data_timeout, lambda: f"rank {args.rank} reads {' '.join(args.data_path or [])}", alert
+    )
     step = TransferStep(plan.options, partial(fetch_batch, args, data), lambda: args.curr_iteration + 1)
     config.pre_wrap_hooks.append(partial(_prepare_models, plan, config, step))
     watch = Watch(plan.card, args, step, data, panels)
     care = checkpoint_care(plan.save, plan.options, args, config)
     resuming = schedule_of_now(plan.save, args)
     with teacher_in_the_pipeline(step), care, resuming, watched(watch), profiled_steps(args, step):
-        pretrain(pretrain_cfg_container_from_args(args, config), _datasets, ModelType.encoder_or_decoder, step, store=store)
+        pretrain(
+            pretrain_cfg_container_from_args(args, config), _datasets, ModelType.encoder_or_decoder, step, store=store
+        )
     if (writer := get_tensorboard_writer()) is not None:
         writer.close()  # its thread would die with the process, and the last values with it
 
@@ -151,15 +159,21 @@ def _build_teachers(plan: Plan, config: GPTModelConfig, students: list[GPTModel]
     teacher_config = model_config(card, plan.options.stage, copy.copy(config.transformer))
     teacher_config.virtual_pipeline_model_parallel_size = config.virtual_pipeline_model_parallel_size
     builder, groups = teacher_config.get_builder_cls()(teacher_config), ProcessGroupCollection.use_mpu_process_groups()
-    # In align only attention is compared: no output layer, and no copy of the embedding on the last stage to keep equal.
+    # In align only attention is compared: no output layer, and no copy of the embedding on the last stage to keep
+    # equal.
     with_output = plan.options.stage != "align"
     teacher_config.share_embeddings_and_output_weights &= with_output
     teachers = [
-        builder.build_model(groups, student.pre_process, student.post_process and with_output, getattr(student, "vp_stage", None))
+        builder.build_model(
+            groups, student.pre_process, student.post_process and with_output, getattr(student, "vp_stage", None)
+        )
         for student in students
     ]
     load_weights(teachers, plan.options.teacher)
-    return [contiguous_parts(teacher, card.shape).requires_grad_(False).to(torch.cuda.current_device()).eval() for teacher in teachers]
+    return [
+        contiguous_parts(teacher, card.shape).requires_grad_(False).to(torch.cuda.current_device()).eval()
+        for teacher in teachers
+    ]
 
 
 def _datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple:

@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Megatron's flags as the stages take them: which ones do nothing here, what values they may have, which one a refusal means."""
+"""Megatron's flags as the stages take them: which ones do nothing here, what values they may have, which one a refusal
+means.
+"""
 
 from __future__ import annotations
 
@@ -18,51 +20,94 @@ from typing import Any, NoReturn
 from hydra_mcore.config import ConfigError
 from hydra_mcore.files import LARGEST_INT
 
-# Flags that the model and the stages do not ask, or that would break them silently: why, and which. Names without dashes, with
-# wildcards; a title in brackets stands for Megatron's whole argument group. The first line that matches gives the reason.
+# Flags that the model and the stages do not ask, or that would break them silently: why, and which. Names without
+# dashes, with wildcards; a title in brackets stands for Megatron's whole argument group. The first line that matches
+# gives the reason.
 UNUSED = {
-    "each layer has one dense MLP": """
-        [moe] moe-* *expert-* use-grouped-gemm-* overlap-moe-* overlap-dispatch-* ep-overlap-* high-priority-a2a-*""",
-    "the layer splits a sequence among ranks in its own way": """
-        hybrid-context-parallel hierarchical-context-parallel-sizes max-seqlen-per-dp-cp-rank cp-comm-type""",
-    "attention and recurrence are HydraHead's; their choices are made with tools/convert.py hybridize": """
-        [mla] [experimental_attention_variant] multi-latent-attention experimental-attention-variant *dsa-* linear-* mamba-*
+    "each layer has one dense MLP": (
+        """
+        [moe] moe-* *expert-* use-grouped-gemm-* overlap-moe-* overlap-dispatch-* ep-overlap-* high-priority-a2a-*"""
+    ),
+    "the layer splits a sequence among ranks in its own way": (
+        """
+        hybrid-context-parallel hierarchical-context-parallel-sizes max-seqlen-per-dp-cp-rank cp-comm-type"""
+    ),
+    "attention and recurrence are HydraHead's; their choices are made with tools/convert.py hybridize": (
+        """
+        [mla] [experimental_attention_variant] multi-latent-attention experimental-attention-variant *dsa-* linear-*
+        mamba-*
         disable-mamba-* is-hybrid-model hybrid-* attention-output-gate attention-backend attention-softmax-in-fp32
         flash-attention-version use-flash-attn fp32-residual-connection softmax-type
-        qk-l2-norm qk-clip* window-* apply-query-key-layer-scaling""",
-    "the model's form and its rotary angles come from the card of the checkpoint": """
-        [heterogeneous architecture] rotary-interleaved rotary-percent rotary-seq-len-* use-rotary-* use-rope-scaling rope-* no-rope-freq
-        no-position-embedding *yarn-* relative-attention-* mrope-section max-position-embeddings openai-gelu squared-relu quick-geglu
-        glu-linear-offset activation-func-clamp-value apply-layernorm-1p apply-residual-* encoder-num-layers decoder-num-layers
-        padded-vocab-size no-pad-vocab-size vocab-extra-ids bert-* no-bias-gelu-fusion onnx-safe mtp-* use-mup mup-* spec yaml-cfg""",
+        qk-l2-norm qk-clip* window-* apply-query-key-layer-scaling"""
+    ),
+    "the model's form and its rotary angles come from the card of the checkpoint": (
+        """
+        [heterogeneous architecture] rotary-interleaved rotary-percent rotary-seq-len-* use-rotary-* use-rope-scaling
+        rope-* no-rope-freq
+        no-position-embedding *yarn-* relative-attention-* mrope-section max-position-embeddings openai-gelu
+        squared-relu quick-geglu
+        glu-linear-offset activation-func-clamp-value apply-layernorm-1p apply-residual-* encoder-num-layers
+        decoder-num-layers
+        padded-vocab-size no-pad-vocab-size vocab-extra-ids bert-* no-bias-gelu-fusion onnx-safe mtp-* use-mup mup-*
+        spec yaml-cfg"""
+    ),
     "weights come from a checkpoint": "init-method-* embedding-init-method-std data-parallel-random-init",
-    "the layers are not Transformer Engine's": """
-        [Transformer-Engine] *fp8* *fp4* first-last-layers-bf16 no-stream-ckpt-dequant num-layers-at-* tp-comm-* no-tp-comm-*
-        delay-wgrad-compute use-te-* te-rng-tracker use-transformer-engine-* *kitchen-* symmetric-ar-type fused-residual-rmsnorm
-        use-fused-weighted-* cpu-offloading-* fine-grained-* offload-modules min-offloaded-* delay-offload-* delta-offload-*
-        activation-offload-* log-max-attention-logit *cuda-graph cuda-graph-*""",
-    "the losses are fused with the output layer, and carry no loss scale": """
-        cross-entropy-* fp16-lm-cross-entropy *loss-scale *loss-scale-window hysteresis defer-embedding-* wgrad-deferral-limit""",
-    "training does not generate text; see tools/evaluate.py": """
-        [inference] inference-* nccl-all-reduce-for-prefill mlp-chunks-for-prefill flash-decode batch-invariant-mode""",
-    "this command trains the stages align, distill and extend on packed text, nothing else": """
-        [rl] [sft] [biencoder] [vision] [Logits Distillation] fim-* mask-prob short-seq-prob sample-rate encoder-seq-length
-        decoder-seq-length skip-train freeze-all-layers""",
-    "a stage counts in steps; use train-iters, lr-decay-iters and lr-warmup-iters": """
-        train-samples lr-decay-samples lr-warmup-samples lr-wsd-decay-samples phase-transition-iterations""",
-    "checkpoints lie below run-dir, a stage goes on by itself, and start-from names another start": """
-        save load pretrained-checkpoint finetune ckpt-step override-ckpt-iteration exit-on-missing-checkpoint use-checkpoint-args
+    "the layers are not Transformer Engine's": (
+        """
+        [Transformer-Engine] *fp8* *fp4* first-last-layers-bf16 no-stream-ckpt-dequant num-layers-at-* tp-comm-*
+        no-tp-comm-*
+        delay-wgrad-compute use-te-* te-rng-tracker use-transformer-engine-* *kitchen-* symmetric-ar-type
+        fused-residual-rmsnorm
+        use-fused-weighted-* cpu-offloading-* fine-grained-* offload-modules min-offloaded-* delay-offload-*
+        delta-offload-*
+        activation-offload-* log-max-attention-logit *cuda-graph cuda-graph-*"""
+    ),
+    "the losses are fused with the output layer, and carry no loss scale": (
+        """
+        cross-entropy-* fp16-lm-cross-entropy *loss-scale *loss-scale-window hysteresis defer-embedding-*
+        wgrad-deferral-limit"""
+    ),
+    "training does not generate text; see tools/evaluate.py": (
+        """
+        [inference] inference-* nccl-all-reduce-for-prefill mlp-chunks-for-prefill flash-decode batch-invariant-mode"""
+    ),
+    "this command trains the stages align, distill and extend on packed text, nothing else": (
+        """
+        [rl] [sft] [biencoder] [vision] [Logits Distillation] fim-* mask-prob short-seq-prob sample-rate
+        encoder-seq-length
+        decoder-seq-length skip-train freeze-all-layers"""
+    ),
+    "a stage counts in steps; use train-iters, lr-decay-iters and lr-warmup-iters": (
+        """
+        train-samples lr-decay-samples lr-warmup-samples lr-wsd-decay-samples phase-transition-iterations"""
+    ),
+    "checkpoints lie below run-dir, a stage goes on by itself, and start-from names another start": (
+        """
+        save load pretrained-checkpoint finetune ckpt-step override-ckpt-iteration exit-on-missing-checkpoint
+        use-checkpoint-args
         use-mp-args-* no-use-tokenizer-model-* auto-detect-ckpt-format ckpt-convert-* dist-ckpt-save-pre-* use-dist-ckpt
-        dist-ckpt-format ckpt-fully-parallel-save non-persistent-* replication* load-main-params-from-ckpt no-strict-fsdp-*""",
-    "parameters are whole on each rank, their optimizer's state is sharded": """
-        use-megatron-fsdp use-torch-fsdp2 megatron-fsdp-* fsdp-* torch-fsdp2-* *-sharding-strategy enable-full-sharding-in-hsdp
-        init-model-with-meta-device suggested-communication-unit-size create-all-gather-group tensor-parallel-num-weight-shards""",
-    "the data set asks nothing but split, seed, packed-documents, eod-mask-loss, data-cache-path and its number of threads": """
-        per-dataset-sequences-path dataloader-* no-create-attention-mask-* object-storage-cache-path mid-level-dataset-surplus
-        allow-ambiguous-pad-tokens""",
+        dist-ckpt-format ckpt-fully-parallel-save non-persistent-* replication* load-main-params-from-ckpt
+        no-strict-fsdp-*"""
+    ),
+    "parameters are whole on each rank, their optimizer's state is sharded": (
+        """
+        use-megatron-fsdp use-torch-fsdp2 megatron-fsdp-* fsdp-* torch-fsdp2-* *-sharding-strategy
+        enable-full-sharding-in-hsdp
+        init-model-with-meta-device suggested-communication-unit-size create-all-gather-group
+        tensor-parallel-num-weight-shards"""
+    ),
+    "the data set asks only split, seed, packed-documents, eod-mask-loss, data-cache-path and its number of threads": (
+        """
+        per-dataset-sequences-path dataloader-* no-create-attention-mask-* object-storage-cache-path
+        mid-level-dataset-surplus
+        allow-ambiguous-pad-tokens"""
+    ),
     "the optimizer is Adam": "muon-* lion-* sgd-*",
-    "jobs are started again by SLURM, and logs go to the console, TensorBoard and Weights & Biases": """
-        [In-process restart] [ft_package] [autoresume] [one logger] [workload inspector] [fault injector] [msc] fake-process-group""",
+    "jobs are started again by SLURM, and logs go to the console, TensorBoard and Weights & Biases": (
+        """
+        [In-process restart] [ft_package] [autoresume] [one logger] [workload inspector] [fault injector] [msc]
+        fake-process-group"""
+    ),
     "code that comes with a tokenizer is not run": "trust-remote-code",
 }
 # Flags that have a meaning here, with fewer values than Megatron's.
@@ -75,7 +120,8 @@ SUPPORTED = {
 
 MAX_SEQUENCES = 2**31 - 1  # of a stage: Megatron lists all of them, in memory, before the first step
 POSITIVE = (
-    "seq-length train-iters *-size *-interval *-minutes *-mins *-instances *-layers *-per-* *-threads *-count ddp-num-buckets".split()
+    "seq-length train-iters *-size *-interval *-minutes *-mins *-instances *-layers *-per-* *-threads *-count"
+    " ddp-num-buckets".split()
 )
 RANGES = {  # where it is not from 0, or 1 for what is positive, to 2**53; that of a list is of each item
     "adam-beta1": (0, 1 - 1e-12),
@@ -94,7 +140,9 @@ RANGES = {  # where it is not from 0, or 1 for what is positive, to 2**53; that 
 
 
 class FlagParser(argparse.ArgumentParser):
-    """A parser whose errors are ConfigErrors, without Megatron's hundreds of lines of usage, and that refuses what does nothing here."""
+    """A parser whose errors are ConfigErrors, without Megatron's hundreds of lines of usage, and that refuses what does
+    nothing here.
+    """
 
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ")
@@ -135,7 +183,9 @@ def flag_name(action: argparse.Action) -> str:
     return action.option_strings[0].removeprefix("--")
 
 
-def check_values(parser: argparse.ArgumentParser, known: argparse.Namespace, card: argparse.Namespace, fixed: Collection[str]) -> None:
+def check_values(
+    parser: argparse.ArgumentParser, known: argparse.Namespace, card: argparse.Namespace, fixed: Collection[str]
+) -> None:
     """Refuse values that no stage can train with, before anything is computed from them.
 
     Args:
@@ -153,7 +203,10 @@ def check_values(parser: argparse.ArgumentParser, known: argparse.Namespace, car
         name, value = flag_name(action), getattr(known, action.dest)
         if name in fixed and value != getattr(card, action.dest):
             shown = action.dest.replace("_", "-") if action.nargs == 0 else name
-            raise ConfigError(f"{shown} is {str(value)[:40]}, and the card of the model says {getattr(card, action.dest)}; leave it out")
+            raise ConfigError(
+                f"{shown} is {str(value)[:40]}, and the card of the model says {getattr(card, action.dest)}; leave"
+                " it out"
+            )
         if name in SUPPORTED and value not in (None, *SUPPORTED[name]):
             raise ConfigError(f"{name} is {str(value)[:40]}; the stages train with {' or '.join(SUPPORTED[name])}")
         if value is not None and action.nargs != 0 and action.type in (int, float) and not unused(action):
@@ -161,8 +214,8 @@ def check_values(parser: argparse.ArgumentParser, known: argparse.Namespace, car
     _check_split(known.split)
     if known.train_iters * known.global_batch_size > MAX_SEQUENCES:
         raise ConfigError(
-            f"train-iters {known.train_iters} x global-batch-size {known.global_batch_size} are more than {MAX_SEQUENCES} sequences,"
-            " whose list would fill the memory; lower train-iters"
+            f"train-iters {known.train_iters} x global-batch-size {known.global_batch_size} are more than"
+            f" {MAX_SEQUENCES} sequences, whose list would fill the memory; lower train-iters"
         )
 
 
@@ -180,11 +233,16 @@ def _check_split(split: str | None) -> None:
     parts = (split or "1").replace(" ", "").split(",")
     numbers = [float(part) for part in parts if re.fullmatch(r"\d+\.?\d*|\.\d+", part)]
     if len(numbers) != len(parts) or len(parts) > 3 or not 0 < numbers[0] <= sum(numbers) < 1e9:
-        raise ConfigError(f"split is {str(split)[:40]!r}; it must be up to three numbers with commas, the first one more than 0 (training)")
+        raise ConfigError(
+            f"split is {str(split)[:40]!r}; it must be up to three numbers with commas, the first one more than 0"
+            " (training)"
+        )
 
 
 def refusal(error: Exception, args: argparse.Namespace) -> ConfigError:
-    """Megatron's refusal of settings in one line that names the flags: those that its words or its failed condition name."""
+    """Megatron's refusal of settings in one line that names the flags: those that its words or its failed condition
+    name.
+    """
     frame = traceback.extract_tb(error.__traceback__)[-1]
     condition = _condition(frame.filename, frame.lineno or 0)
     said = " ".join(str(error).split()) or condition or type(error).__name__
@@ -195,9 +253,15 @@ def refusal(error: Exception, args: argparse.Namespace) -> ConfigError:
 
 
 def _condition(path: str, line: int) -> str:
-    """The condition in the source that ended in an error on this line, of an assert or of the ``if`` around a raise; else the line."""
+    """The condition in the source that ended in an error on this line, of an assert or of the ``if`` around a raise;
+    else the line.
+    """
     source = "".join(linecache.getlines(path))
-    around = [node for node in ast.walk(ast.parse(source)) if getattr(node, "lineno", line + 1) <= line <= getattr(node, "end_lineno", 0)]
+    around = [
+        node
+        for node in ast.walk(ast.parse(source))
+        if getattr(node, "lineno", line + 1) <= line <= getattr(node, "end_lineno", 0)
+    ]
     tests = [node.test for node in around if isinstance(node, ast.Assert | ast.If)]  # walked from the outside in
     if tests and any(isinstance(node, ast.Assert | ast.Raise) for node in around):
         return " ".join(ast.unparse(tests[-1]).split())

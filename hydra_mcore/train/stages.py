@@ -79,8 +79,11 @@ def start_dir(options: StageOptions) -> Path:
         raise ConfigError("no run folder: set run-dir in the recipe or on the command line")
     folder = Path(options.run_dir) / STAGES[options.stage].starts_from
     if not (folder / TRACKER).is_file():
-        maker = "tools/convert.py hybridize" if options.stage == "align" else f"stage {STAGES[options.stage].starts_from}"
+        maker = (
+            "tools/convert.py hybridize" if options.stage == "align" else f"stage {STAGES[options.stage].starts_from}"
+        )
         raise ConfigError(
-            f"stage {options.stage} starts from {folder}, which holds no complete checkpoint; run {maker} first, or set start-from"
+            f"stage {options.stage} starts from {folder}, which holds no complete checkpoint; run {maker} first, or set"
+            " start-from"
         )
     return folder

@@ -18,9 +18,11 @@ from hydra_mcore.commands import INTERRUPTED
 
 @contextlib.contextmanager
 def saved_at_ctrl_c(args: argparse.Namespace) -> Iterator[None]:
-    """While open, a Ctrl-C is what the exit signal (SIGTERM) is: the stage saves after its step and ends; a second one ends it at once.
+    """While open, a Ctrl-C is what the exit signal (SIGTERM) is: the stage saves after its step and ends; a second one
+    ends it at once.
 
-    Needs Megatron's global variables. Processes that load data inherit the handler: there it does nothing, they end with their trainer.
+    Needs Megatron's global variables. Processes that load data inherit the handler: there it does nothing, they end
+    with their trainer.
     """
     if not args.exit_signal_handler or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         yield
@@ -32,7 +34,11 @@ def saved_at_ctrl_c(args: argparse.Namespace) -> Iterator[None]:
             return
         handler._signal_received = True
         if args.rank == 0:
-            end = "ended at once" if pressed else "the step under way, then a save, then the end; Ctrl-C again ends it at once"
+            end = (
+                "ended at once"
+                if pressed
+                else "the step under way, then a save, then the end; Ctrl-C again ends it at once"
+            )
             os.write(sys.__stderr__.fileno(), f"train: Ctrl-C: {end}\n".encode())
         if pressed:
             os._exit(INTERRUPTED)

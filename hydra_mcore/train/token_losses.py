@@ -90,14 +90,19 @@ def token_loss(
     """
     s, b, _ = student_sbm.shape
     rows = len(student_weight_wm)
-    expected = {"student_weight_wm": (student_weight_wm, (rows, student_sbm.shape[2])), "labels_bs": (labels_bs, (b, s))}
+    expected = {
+        "student_weight_wm": (student_weight_wm, (rows, student_sbm.shape[2])),
+        "labels_bs": (labels_bs, (b, s)),
+    }
     expected["mask_bs"] = mask_bs, (b, s)
     if teacher is not None:
         expected["teacher hidden_sbm"] = teacher[0], (s, b, teacher[0].shape[-1])
         expected["teacher weight_wm"] = teacher[1], (rows, teacher[0].shape[-1])
     for name, (tensor, shape) in expected.items():
         if tensor.shape != shape:
-            raise ValueError(f"{name}: shape {list(tensor.shape)}, but student_sbm {list(student_sbm.shape)} asks for {list(shape)}")
+            raise ValueError(
+                f"{name}: shape {list(tensor.shape)}, but student_sbm {list(student_sbm.shape)} asks for {list(shape)}"
+            )
     if not torch.is_grad_enabled():  # ctx.needs_input_grad does not look
         student_sbm, student_weight_wm = student_sbm.detach(), student_weight_wm.detach()
     settings = _Settings(ce_weight, kl_weight if teacher else 0.0, temperature, chunk_elements, tp_group)
@@ -128,11 +133,21 @@ class _FusedTokenLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, student_sbm: Tensor, weight_wm: Tensor, labels_bs: Tensor, mask_bs: Tensor, teacher: Output | None, settings: _Settings
+        ctx: Any,
+        student_sbm: Tensor,
+        weight_wm: Tensor,
+        labels_bs: Tensor,
+        mask_bs: Tensor,
+        teacher: Output | None,
+        settings: _Settings,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         dtype = torch.promote_types(weight_wm.dtype, torch.float32)
-        student_nm, labels_n, mask_n = student_sbm.flatten(0, 1), labels_bs.t().flatten(), mask_bs.t().flatten().to(dtype)
+        student_nm, labels_n, mask_n = (
+            student_sbm.flatten(0, 1),
+            labels_bs.t().flatten(),
+            mask_bs.t().flatten().to(dtype),
+        )
         teacher_nm, teacher_weight_wm = (teacher[0].flatten(0, 1), teacher[1]) if teacher else (None, None)
         d_student_nm = torch.empty_like(student_nm) if wants_hidden else None
         d_weight_wm = torch.zeros_like(weight_wm, dtype=dtype) if wants_weight else None
@@ -142,7 +157,9 @@ class _FusedTokenLoss(torch.autograd.Function):
             part = slice(start, start + size)
             student_cw = _logits(student_nm[part], weight_wm)
             teacher_cw = _logits(teacher_nm[part], teacher_weight_wm) if teacher else None
-            kl_c, ce_c = _to_gradient(student_cw, teacher_cw, labels_n[part], mask_n[part], settings, wants_hidden or wants_weight)
+            kl_c, ce_c = _to_gradient(
+                student_cw, teacher_cw, labels_n[part], mask_n[part], settings, wants_hidden or wants_weight
+            )
             kl += kl_c @ mask_n[part]
             ce += ce_c @ mask_n[part]
             del teacher_cw  # each goes as soon as it may: the formula above counts on it
@@ -174,7 +191,12 @@ def _logits(hidden_cm: Tensor, weight_wm: Tensor) -> Tensor:
 
 
 def _to_gradient(
-    student_cw: Tensor, teacher_cw: Tensor | None, labels_c: Tensor, mask_c: Tensor, settings: _Settings, wants_gradient: bool
+    student_cw: Tensor,
+    teacher_cw: Tensor | None,
+    labels_c: Tensor,
+    mask_c: Tensor,
+    settings: _Settings,
+    wants_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """KL and CE of each token [c]; turns the student's logits into the gradient of the loss, in place.
 
@@ -182,7 +204,9 @@ def _to_gradient(
     """
     group, temperature, (_, w) = settings.tp_group, settings.temperature, student_cw.shape
     logits = [student_cw] if teacher_cw is None else [student_cw, teacher_cw]
-    for x_cw, peak_c in zip(logits, _all_reduce([x_cw.amax(dim=-1) for x_cw in logits], ReduceOp.MAX, group), strict=True):
+    for x_cw, peak_c in zip(
+        logits, _all_reduce([x_cw.amax(dim=-1) for x_cw in logits], ReduceOp.MAX, group), strict=True
+    ):
         x_cw.sub_(peak_c[:, None])
     index_c = labels_c - group.rank() * w
     own_c = (index_c >= 0) & (index_c < w)

@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The Weights & Biases run of a stage: one run however often the job is requeued, and never a reason to stop or to wait."""
+"""The Weights & Biases run of a stage: one run however often the job is requeued, and never a reason to stop or to
+wait.
+"""
 
 from __future__ import annotations
 
@@ -57,12 +59,16 @@ class Tracker:
 
     @_harmless
     def log(self, values: Mapping[str, Any], step: int) -> None:
-        """Values of a training step (1-based); steps that W&B already has are dropped: training repeats them exactly."""
+        """Values of a training step (1-based); steps that W&B already has are dropped: training repeats them
+        exactly.
+        """
         if step >= self.first_step:
             self.run.log(dict(values), step=step)
 
     @_harmless
-    def log_figure(self, name: str, picture: Path, step: int, columns: Sequence[str] = (), rows: Sequence[Sequence[Any]] = ()) -> None:
+    def log_figure(
+        self, name: str, picture: Path, step: int, columns: Sequence[str] = (), rows: Sequence[Sequence[Any]] = ()
+    ) -> None:
         """A picture and, where there are rows, the table of its numbers."""
         import wandb
 
@@ -79,7 +85,9 @@ class Tracker:
 
     @_harmless
     def describe(self, plan: Plan) -> None:
-        """Log what the run is made of, once for each place that it is logged to: flags, model card, head map and its picture."""
+        """Log what the run is made of, once for each place that it is logged to: flags, model card, head map and its
+        picture.
+        """
         import wandb
 
         record = _run_record(self.folder / RUN_FILE) or _RunRecord(self.run.id)
@@ -110,7 +118,8 @@ class Tracker:
 def tracked(plan: Plan) -> Iterator[None]:
     """While open, Megatron's W&B writer is a ``Tracker``, on the last rank and where a project is set.
 
-    Megatron's own wandb.init asks for a key on the terminal, raises where the network is away, and makes a new run every time.
+    Megatron's own wandb.init asks for a key on the terminal, raises where the network is away, and makes a new run
+    every time.
     """
     stock = global_vars._set_wandb_writer, wandb_utils.on_save_checkpoint_success
     global_vars._set_wandb_writer = functools.partial(_set_writer, plan)

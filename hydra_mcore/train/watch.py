@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What is logged after each step beside Megatron's own values, and what is looked at so that nothing goes wrong unseen."""
+"""What is logged after each step beside Megatron's own values, and what is looked at so that nothing goes wrong
+unseen.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,14 @@ class Watch:
         panels: of needles; None for none.
     """
 
-    def __init__(self, card: ModelCard, args: argparse.Namespace, step: TransferStep, data: DataWatch, panels: NeedlePanels | None) -> None:
+    def __init__(
+        self,
+        card: ModelCard,
+        args: argparse.Namespace,
+        step: TransferStep,
+        data: DataWatch,
+        panels: NeedlePanels | None,
+    ) -> None:
         self.card, self.args, self.step, self.data, self.panels = card, args, step, data, panels
         self.spikes, self.waited, self.started, self.empty = LossSpikes(), 0.0, False, 0
 
@@ -61,14 +70,18 @@ class Watch:
             tracker.log(values, iteration)
 
     def begin(self, iteration: int) -> None:
-        """At the first step: values of it and later ones in earlier files are from before a kill, and TensorBoard is to forget them."""
+        """At the first step: values of it and later ones in earlier files are from before a kill, and TensorBoard is to
+        forget them.
+        """
         self.started = True
         if (writer := get_tensorboard_writer()) is not None and len(list(Path(writer.log_dir).iterdir())) > 1:
             writer.close()  # it opens its next file by itself, starting with this mark
             writer.purge_step = iteration
 
     def speed(self, steps: int) -> dict[str, float]:
-        """Means of the ``steps`` since the last time, as Megatron's console counts them (without evaluation and saving)."""
+        """Means of the ``steps`` since the last time, as Megatron's console counts them (without evaluation and
+        saving).
+        """
         seconds = get_timers()("interval-time").elapsed(reset=False) / steps
         sequences, length = get_current_global_batch_size(), self.args.seq_length
         flops = step_flops(self.card, self.step.options.stage, length, sequences)
@@ -129,7 +142,8 @@ class Watch:
         get_timers()("interval-time").start(barrier=True)
 
     def leave_out_empty(self, losses: dict[str, Tensor], totals: dict[str, Any], iteration: int) -> None:
-        """Take out losses that are 0 / 0, where no token of the step counted: they are in no log and in no mean of an interval.
+        """Take out losses that are 0 / 0, where no token of the step counted: they are in no log and in no mean of an
+        interval.
 
         Others that are not finite never come here: training stops at them (``train.alerts.stop_together``).
         """
@@ -161,10 +175,14 @@ def watched(watch: Watch) -> Iterator[None]:
     """While open, Megatron's training loop calls ``watch``: as it logs a step, and as it has done so."""
     stock_log, stock_after = training.training_log, training.post_training_step_callbacks
 
-    def log(losses: dict[str, Tensor], totals: dict[str, Any], rate: Any, iteration: int, *rest: Any, **keywords: Any) -> Any:
+    def log(
+        losses: dict[str, Tensor], totals: dict[str, Any], rate: Any, iteration: int, *rest: Any, **keywords: Any
+    ) -> Any:
         if not watch.started:
             watch.begin(iteration)
-        layers = {name: float(losses.pop(name)) for name in list(losses) if "/" in name}  # not for the console: one a layer
+        layers = {
+            name: float(losses.pop(name)) for name in list(losses) if "/" in name
+        }  # not for the console: one a layer
         watch.log(layers, iteration)
         if iteration % watch.args.log_interval == 0:
             steps = 1 + sum(int(totals.get(f"{kind} iterations", 0)) for kind in ("advanced", "skipped"))
@@ -173,9 +191,11 @@ def watched(watch: Watch) -> Iterator[None]:
             watch.heads(iteration)
         watch.leave_out_empty(losses, totals, iteration)
         watch.losses(losses, iteration)
-        # The line that Megatron adds after a start's first step leaves its interval open, so that the next line would count it
-        # again; where that line is due anyway it closes one.
-        keywords["is_first_iteration"] = keywords.get("is_first_iteration", False) and iteration % watch.args.log_interval != 0
+        # The line that Megatron adds after a start's first step leaves its interval open, so that the next line would
+        # count it again; where that line is due anyway it closes one.
+        keywords["is_first_iteration"] = (
+            keywords.get("is_first_iteration", False) and iteration % watch.args.log_interval != 0
+        )
         outcome = stock_log(losses, totals, rate, iteration, *rest, **keywords)
         grad_norm = rest[3]
         if grad_norm is not None and not math.isfinite(grad_norm):

@@ -43,7 +43,10 @@ def refusal(folder: Path, *flags: str, stage: str = "extend", run: str = "run") 
         (("--context-parallel-size", "4"), "tensor 1 x pipeline 1 x context parallel 4 does not divide 1 ranks"),
         (("--packed-documents",), "packed documents are rows of their own: set micro-batch-size 1 instead of 2"),
         (("--reset-attention-mask",), "do not reach GDN heads; use packed-documents"),
-        (("--recompute-granularity", "full"), "Megatron refuses these settings: Using recompute_granularity: full so recompute_method"),
+        (
+            ("--recompute-granularity", "full"),
+            "Megatron refuses these settings: Using recompute_granularity: full so recompute_method",
+        ),
         (("--seq-length", "1000000"), "one sequence needs 1000001"),
         (("--data-path", "nowhere"), "no nowhere.idx and .bin"),
         (("--start-from", "nowhere"), "nowhere: no complete checkpoint"),
@@ -63,11 +66,31 @@ def test_flags(folder: Path, flags: tuple[str, ...], said: str) -> None:
 @pytest.mark.parametrize(
     ("ranks", "flags", "said"),
     [
-        (2, ("--context-parallel-size", "2", "--seq-length", "31"), "context parallel size 2 does not divide a sequence of 31 tokens"),
-        (2, ("--context-parallel-size", "2", "--seq-length", "30"), "seq-length 30 must divide by twice the context parallel size 2"),
-        (2, ("--context-parallel-size", "2", "--seq-length", "4"), "2 tokens a context-parallel rank are fewer than the short convolution"),
-        (4, ("--tensor-model-parallel-size", "4", "--sequence-parallel", "--seq-length", "30"), "30 tokens a rank do not divide by"),
-        (4, ("--pipeline-model-parallel-size", "4", "--num-layers-per-virtual-pipeline-stage", "3"), "Megatron refuses these settings"),
+        (
+            2,
+            ("--context-parallel-size", "2", "--seq-length", "31"),
+            "context parallel size 2 does not divide a sequence of 31 tokens",
+        ),
+        (
+            2,
+            ("--context-parallel-size", "2", "--seq-length", "30"),
+            "seq-length 30 must divide by twice the context parallel size 2",
+        ),
+        (
+            2,
+            ("--context-parallel-size", "2", "--seq-length", "4"),
+            "2 tokens a context-parallel rank are fewer than the short convolution",
+        ),
+        (
+            4,
+            ("--tensor-model-parallel-size", "4", "--sequence-parallel", "--seq-length", "30"),
+            "30 tokens a rank do not divide by",
+        ),
+        (
+            4,
+            ("--pipeline-model-parallel-size", "4", "--num-layers-per-virtual-pipeline-stage", "3"),
+            "Megatron refuses these settings",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -82,7 +105,16 @@ def _refused_among(rank: int, ranks: int, folder: Path, flags: tuple[str, ...]) 
     import os
 
     os.environ["WORLD_SIZE"] = str(ranks)
-    argv = ["--stage", "extend", "--run-dir", str(folder / "run"), "--start-from", str(folder / "student"), *FLAGS, *flags]
+    argv = [
+        "--stage",
+        "extend",
+        "--run-dir",
+        str(folder / "run"),
+        "--start-from",
+        str(folder / "student"),
+        *FLAGS,
+        *flags,
+    ]
     return training_ended(rank, argv)
 
 
@@ -151,10 +183,15 @@ def test_checkpoint_from_another_head_map(folder: Path) -> None:
     map_ = HeadMap.from_fa([(0, 0), (3, 1)], card.shape.num_layers, card.shape.num_heads, card.shape.num_kv_groups)
     dataclasses.replace(card, head_map=map_).save(folder / "mixed")
     line = refusal(folder, "--start-from", str(folder / "mixed"))
-    assert "are from another head map or shape (no tensor decoder.layers.0.self_attention.fa.linear_q.weight there)" in line
+    assert (
+        "are from another head map or shape (no tensor decoder.layers.0.self_attention.fa.linear_q.weight there)"
+        in line
+    )
 
 
-@pytest.mark.parametrize(("stage", "where"), [("align", r"align loss of layer \d"), ("extend", r"first seen in (the|layer)")])
+@pytest.mark.parametrize(
+    ("stage", "where"), [("align", r"align loss of layer \d"), ("extend", r"first seen in (the|layer)")]
+)
 def test_loss_that_is_not_finite(folder: Path, stage: str, where: str) -> None:
     run = f"nan-{stage}"
     line = refusal(folder, "--lr", "1e37", "--min-lr", "1e37", "--save-interval", "1", stage=stage, run=run)

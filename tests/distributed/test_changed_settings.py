@@ -16,7 +16,16 @@ from tests.support.stages import FLAGS, logged, make_run
 
 pytestmark = pytest.mark.slow  # tests/unit/test_resume_settings.py has the quick part
 STOP, STEPS = 3, 6
-SCHEDULE = ("--train-iters", str(STEPS), "--save-interval", str(STOP), "--micro-batch-size", "1", "--lr-decay-style", "cosine")
+SCHEDULE = (
+    "--train-iters",
+    str(STEPS),
+    "--save-interval",
+    str(STOP),
+    "--micro-batch-size",
+    "1",
+    "--lr-decay-style",
+    "cosine",
+)
 SCHEDULE += ("--lr", "1e-3", "--min-lr", "1e-5")
 LR, LOSS, NORM = "learning-rate", "extend loss", "grad-norm"
 
@@ -52,7 +61,9 @@ def values(folder: Path, run: str) -> dict[str, dict[int, float]]:
     return logged(folder / run / "extend" / "tensorboard")
 
 
-def resumed(folder: Path, *flags: str, start: str = "stopped", ranks: int = 1) -> tuple[int, str, dict[str, dict[int, float]]]:
+def resumed(
+    folder: Path, *flags: str, start: str = "stopped", ranks: int = 1
+) -> tuple[int, str, dict[str, dict[int, float]]]:
     run = "-".join(flag.strip("-").replace("/", "") for flag in flags) or "unchanged"
     shutil.copytree(folder / start, folder / run)
     code, output = train(folder, run, *flags, ranks=ranks)
@@ -85,7 +96,9 @@ def test_another_rate_and_other_moments_take_effect(folder: Path) -> None:
 def test_another_batch_size_keeps_the_place_in_the_schedule(folder: Path, batch: str) -> None:
     code, output, found = resumed(folder, "--global-batch-size", batch)
     assert code == 0 and changed(output) == f"global-batch-size 8 -> {batch}"
-    assert found["batch-size"] == dict.fromkeys(range(1, STOP + 1), 8) | dict.fromkeys(range(STOP + 1, STEPS + 1), int(batch))
+    assert found["batch-size"] == dict.fromkeys(range(1, STOP + 1), 8) | dict.fromkeys(
+        range(STOP + 1, STEPS + 1), int(batch)
+    )
     assert found[LR] == values(folder, "whole")[LR]
 
 
@@ -122,15 +135,20 @@ def test_schedules_are_those_of_a_run_that_always_had_them(folder: Path, flags: 
     code, output, found = resumed(folder, *flags)
     assert code == 0 and all(flag.removeprefix("--") in changed(output) for flag in flags[::2])
     rates = uninterrupted_rates(folder, *flags)
-    assert {step: found[LR][step] for step in rates if step > STOP} == {step: rate for step, rate in rates.items() if step > STOP}
+    assert {step: found[LR][step] for step in rates if step > STOP} == {
+        step: rate for step, rate in rates.items() if step > STOP
+    }
 
 
 def test_the_checkpoints_schedule_can_be_kept(folder: Path) -> None:
-    code, _, found = resumed(folder, "--use-checkpoint-opt-param-scheduler", "--lr", "5e-4", "--lr-decay-style", "linear")
+    code, _, found = resumed(
+        folder, "--use-checkpoint-opt-param-scheduler", "--lr", "5e-4", "--lr-decay-style", "linear"
+    )
     assert code == 0 and found[LR] == values(folder, "whole")[LR]
 
 
-# Flags by the first step at which they tell: the loss of the next step, the one after it (through the parameters), never.
+# Flags by the first step at which they tell: the loss of the next step, the one after it (through the parameters),
+# never.
 EFFECTS = [
     (("--weight-decay", "0.1"), 2),
     (("--start-weight-decay", "0", "--end-weight-decay", "0.5", "--weight-decay-incr-style", "linear"), 2),
@@ -158,14 +176,20 @@ EFFECTS = [
 ]
 
 
-@pytest.mark.parametrize(("flags", "after"), EFFECTS, ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")
+@pytest.mark.parametrize(
+    ("flags", "after"), EFFECTS, ids=lambda value: " ".join(value) if isinstance(value, tuple) else ""
+)
 def test_what_else_may_change(folder: Path, flags: tuple[str, ...], after: int | None) -> None:
     if "STUDENT" in flags:
         shutil.copytree(folder / "student", folder / "moved", dirs_exist_ok=True)
         flags = ("--start-from", str(folder / "moved"))
     code, output, found = resumed(folder, *flags)
     whole = values(folder, "whole")
-    assert code == 0 and flags[0].removeprefix("--") in changed(output) and sorted(found[LOSS]) == list(range(1, STEPS + 1))
+    assert (
+        code == 0
+        and flags[0].removeprefix("--") in changed(output)
+        and sorted(found[LOSS]) == list(range(1, STEPS + 1))
+    )
     assert ("start-from has no effect any more" in output) == (flags[0] == "--start-from")
     near = {step: value == pytest.approx(whole[LOSS][step], rel=1e-6) for step, value in found[LOSS].items()}
     assert [step for step in near if not near[step]][:1] == ([STOP + after] if after else [])
@@ -206,4 +230,6 @@ def test_all_at_once_on_another_layout(folder: Path) -> None:
     flags = ("--lr", "5e-4", "--global-batch-size", "4", "--train-iters", "9", "--tensor-model-parallel-size", "2")
     code, output, found = resumed(folder, *flags, ranks=4)
     assert code == 0 and sorted(found[LOSS]) == list(range(1, 10))
-    assert {"lr 0.001 -> 0.0005", "train-iters 6 -> 9", "tensor-model-parallel-size 1 -> 2"} < set(changed(output).split(", "))
+    assert {"lr 0.001 -> 0.0005", "train-iters 6 -> 9", "tensor-model-parallel-size 1 -> 2"} < set(
+        changed(output).split(", ")
+    )

@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Signals, failing disks and dying writers, with whole stages: training stops in time, says why, and goes on where it was."""
+"""Signals, failing disks and dying writers, with whole stages: training stops in time, says why, and goes on where it
+was.
+"""
 
 import os
 import resource
@@ -34,8 +36,12 @@ def whole(folder: Path) -> dict[str, dict[int, float]]:
     return run_stage(folder, "extend", 1, *SCHEDULE, run="whole")
 
 
-def disturbed(folder: Path, run: str, *flags: str, ranks: int = 1, at: int = 0, act: Callable[[], None] = lambda: None) -> tuple[int, str]:
-    """Run stage extend, calling ``act`` on every rank after step ``at`` (0: models are built, -1: at once): exit status, stderr."""
+def disturbed(
+    folder: Path, run: str, *flags: str, ranks: int = 1, at: int = 0, act: Callable[[], None] = lambda: None
+) -> tuple[int, str]:
+    """Run stage extend, calling ``act`` on every rank after step ``at`` (0: models are built, -1: at once): exit
+    status, stderr.
+    """
     argv = ["--stage", "extend", "--run-dir", str(folder / run), "--start-from", str(folder / "student"), *FLAGS]
     argv += ["--data-path", str(folder / "data"), "--data-cache-path", str(folder / "cache"), *SCHEDULE, *flags]
     return run_ranks(_disturbed, ranks, argv, at, act, timeout=100)[0]
@@ -115,7 +121,9 @@ def refused(outcome: tuple[int, str]) -> str:
 
 
 def short_files() -> None:
-    """From here on, no file of this process and those it starts can be longer than half a megabyte, as if the disk were full."""
+    """From here on, no file of this process and those it starts can be longer than half a megabyte, as if the disk were
+    full.
+    """
     resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, resource.RLIM_INFINITY))
 
 
@@ -124,7 +132,9 @@ def short_files() -> None:
     [(1, ()), pytest.param(2, (), marks=pytest.mark.slow), pytest.param(1, ASYNC, marks=pytest.mark.slow)],
     ids=["sync", "sync-dp2", "async"],
 )
-def test_a_save_that_cannot_be_written_stops_training(folder: Path, two_steps: Path, whole: dict, ranks: int, flags: tuple) -> None:
+def test_a_save_that_cannot_be_written_stops_training(
+    folder: Path, two_steps: Path, whole: dict, ranks: int, flags: tuple
+) -> None:
     run = folder / f"unwritable-{ranks}-{len(flags)}"
     shutil.copytree(two_steps, run)
     line = refused(disturbed(folder, run.name, *flags, ranks=ranks, at=-1, act=short_files))
@@ -153,7 +163,9 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
     def mount(kilobytes: int) -> Path:
         place = tmp_path / f"disk-{kilobytes}"
         place.mkdir()
-        if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", place], capture_output=True).returncode:
+        if subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", place], capture_output=True
+        ).returncode:
             pytest.skip("mounting a small disk needs root")
         mounted.append(place)
         return place
@@ -163,7 +175,9 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
         subprocess.run(["umount", "--lazy", place], check=True)
 
 
-def test_a_disk_without_room_is_noticed_before_training_and_before_a_save(folder: Path, small_disk: Callable[[int], Path]) -> None:
+def test_a_disk_without_room_is_noticed_before_training_and_before_a_save(
+    folder: Path, small_disk: Callable[[int], Path]
+) -> None:
     line = refused(disturbed(folder, str(small_disk(500))))
     assert "a checkpoint will take about 904.9 kB and" in line
     disk = small_disk(9_000)

@@ -18,7 +18,12 @@ TEACHER = ROOT / "examples" / "tiny" / "teacher"
 
 def run(*command: str) -> str:
     done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=240
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
@@ -30,9 +35,9 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "corpus.txt").write_text("\n".join((ROOT / "hydra_mcore" / "heads.py").read_text() for _ in range(4)))
     _write_data(folder)
     (folder / "recipe.yaml").write_text(
-        f"run-dir: {folder}\nteacher: {folder / 'teacher'}\ndata-path: {folder / 'data'}\ndata-cache-path: {folder / 'cache'}\n"
-        "split: 100,0,0\nseq-length: 64\nglobal-batch-size: 4\nlr-warmup-iters: 1\ntrain-iters: 3\nlog-interval: 1\n"
-        "extend: {seq-length: 128, wandb-project: hydra, wandb-exp-name: commands}\n"
+        f"run-dir: {folder}\nteacher: {folder / 'teacher'}\ndata-path: {folder / 'data'}\ndata-cache-path:"
+        f" {folder / 'cache'}\nsplit: 100,0,0\nseq-length: 64\nglobal-batch-size: 4\nlr-warmup-iters: 1\ntrain-iters:"
+        " 3\nlog-interval: 1\nextend: {seq-length: 128, wandb-project: hydra, wandb-exp-name: commands}\n"
     )
     return folder
 
@@ -68,31 +73,70 @@ def test_readme_commands_from_import_to_report(run_dir: Path) -> None:
         card = ModelCard.load(run_dir / stage)
         assert (card.stage, card.head_map.num_fa) == (stage, 8)
     models = (f"teacher={teacher}", f"student={run_dir / 'extend'}")
-    evaluate = ("tools/evaluate.py", "--models", *models, "--yarn", "teacher=2", "--lengths", "128", "256", "--prompts", "2")
+    evaluate = (
+        "tools/evaluate.py",
+        "--models",
+        *models,
+        "--yarn",
+        "teacher=2",
+        "--lengths",
+        "128",
+        "256",
+        "--prompts",
+        "2",
+    )
     evaluate += ("--haystack", text, "--out", str(run_dir / "out"))
     table = run(*evaluate)
     assert re.search(r"\| teacher \| 32 of 32 \|.*\n\| teacher \+ YaRN x2 \|.*\n\| student \| 8 of 32 \|", table)
     assert "holds a report with every piece already" in run(*evaluate, "--skip-existing")
-    verify = ("tools/verify.py", str(run_dir / "extend"), "--teacher", str(teacher), "--hf", str(TEACHER), "--length", "64")
+    verify = (
+        "tools/verify.py",
+        str(run_dir / "extend"),
+        "--teacher",
+        str(teacher),
+        "--hf",
+        str(TEACHER),
+        "--length",
+        "64",
+    )
     assert " 0 failed" in run(*verify)
     export = ("tools/convert.py", "export", "--checkpoint", str(run_dir / "extend"), "--out", str(run_dir / "hf"))
     run(*export, "--evaluation", str(run_dir / "out" / "report.md"))
     assert "| align | 768 | 64 |" in (run_dir / "hf" / "README.md").read_text()
     for document, path in ((run_dir / "hf" / "README.md", "PATH"), (ROOT / "docs" / "conversion.md", "runs/a/hf")):
-        snippet = re.search(r"```python\n(.*?)```", document.read_text(), re.DOTALL)[1].replace(path, str(run_dir / "hf"))
+        snippet = re.search(r"```python\n(.*?)```", document.read_text(), re.DOTALL)[1].replace(
+            path, str(run_dir / "hf")
+        )
         said = run("-c", snippet + "\nprint(type(model).__name__, len(tokenizer))")
         assert said.endswith("HydraHeadForCausalLM 1024\n") and "Do you wish" not in said
 
 
 @pytest.mark.slow
 def test_benchmarks_print_tables() -> None:
-    assert "| 2 | 32768 |" in run("tools/benchmark.py", "communication", "--fa-heads", "2", "--cp", "2", "4", "--lengths", "32768")
+    assert "| 2 | 32768 |" in run(
+        "tools/benchmark.py", "communication", "--fa-heads", "2", "--cp", "2", "4", "--lengths", "32768"
+    )
     assert "| 3:1, random scores, global | 4 |" in run("tools/benchmark.py", "balance", "--tp", "4", "--length", "256")
     assert "all by queries" in run("tools/benchmark.py", "balance", "--measure", "--length", "16", "--repeats", "1")
     assert "| end-to-end backpropagation" in run("tools/benchmark.py", "memory", "--lengths", "512", "1024")
     assert "| first step done |" in run("tools/benchmark.py", "start-up", "--repeats", "1")
-    assert "| distill | 32 |" in run("tools/benchmark.py", "step", "--lengths", "32", "--layers", "1", "--vocabulary", "64")
-    small = ("--hidden", "32", "--head-dim", "8", "--ffn", "48", "--vocabulary", "64", "--length", "32", "--answer", "4")
+    assert "| distill | 32 |" in run(
+        "tools/benchmark.py", "step", "--lengths", "32", "--layers", "1", "--vocabulary", "64"
+    )
+    small = (
+        "--hidden",
+        "32",
+        "--head-dim",
+        "8",
+        "--ffn",
+        "48",
+        "--vocabulary",
+        "64",
+        "--length",
+        "32",
+        "--answer",
+        "4",
+    )
     heads = ("--naive-heads", "12", "--naive-senders", "5")
     table = run("tools/benchmark.py", "selection", "--models", "3x4", *small, *heads).splitlines()
     receivers, attribution, senders = (line.split(" | ") for line in table if line.startswith("| 3 x 4 |"))

@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The lines on the console: each the mean of its own interval, also after a resume; steps in which no token counts are left out."""
+"""The lines on the console: each the mean of its own interval, also after a resume; steps in which no token counts are
+left out.
+"""
 
 import contextlib
 import io
@@ -27,7 +29,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_gaps(prefix: Path, vocab_size: int) -> None:
-    """Documents of a row each: three of four hold nothing but ends of document, which --eod-mask-loss leaves out of the loss."""
+    """Documents of a row each: three of four hold nothing but ends of document, which --eod-mask-loss leaves out of the
+    loss.
+    """
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     builder, random = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16), np.random.default_rng(1)
@@ -39,8 +43,25 @@ def write_gaps(prefix: Path, vocab_size: int) -> None:
 
 def said(folder: Path, run: str, *flags: str, stage: str = "extend", ranks: int = 1, data: str = "data") -> str:
     """What the last rank prints."""
-    argv = ["--stage", stage, "--run-dir", str(folder / run), "--start-from", str(folder / "student"), "--teacher", str(folder / "teacher")]
-    argv += ["--data-path", str(folder / data), "--data-cache-path", str(folder / "cache"), *FLAGS, "--micro-batch-size", "1"]
+    argv = [
+        "--stage",
+        stage,
+        "--run-dir",
+        str(folder / run),
+        "--start-from",
+        str(folder / "student"),
+        "--teacher",
+        str(folder / "teacher"),
+    ]
+    argv += [
+        "--data-path",
+        str(folder / data),
+        "--data-cache-path",
+        str(folder / "cache"),
+        *FLAGS,
+        "--micro-batch-size",
+        "1",
+    ]
     return run_ranks(_said, ranks, [*argv, *flags], timeout=240)[-1]
 
 
@@ -78,9 +99,13 @@ def test_each_line_is_the_mean_of_its_own_interval(folder: Path, interval: int) 
     ],
 )
 def test_steps_in_which_no_token_counts(folder: Path, stage: str, ranks: int, flags: tuple[str, ...]) -> None:
-    run, length = f"gaps-{stage}-{ranks}-{len(flags)}", ("--seq-length", "32", "--train-iters", "8", "--log-interval", "4")
+    run, length = (
+        f"gaps-{stage}-{ranks}-{len(flags)}",
+        ("--seq-length", "32", "--train-iters", "8", "--log-interval", "4"),
+    )
     output = said(
-        folder, run, *flags, *length, "--global-batch-size", "2", "--eod-mask-loss", "--save-interval", "1", "--keep-last", "8",
+        folder, run, *flags, *length, "--global-batch-size", "2", "--eod-mask-loss", "--save-interval", "1",
+        "--keep-last", "8",
         stage=stage, ranks=ranks, data="gaps",
     )  # fmt: skip
     found = logged(folder / run / stage / "tensorboard")
@@ -93,7 +118,9 @@ def test_steps_in_which_no_token_counts(folder: Path, stage: str, ranks: int, fl
         assert not empty
         return
     assert 0 < len(empty) < 8 and {step for step, norm in norms.items() if norm == 0} == empty
-    assert all(bool(torch.isfinite(moment).all()) for moment in gradients(folder / run / stage / "iter_0000008").values())
+    assert all(
+        bool(torch.isfinite(moment).all()) for moment in gradients(folder / run / stage / "iter_0000008").values()
+    )
     last = [float(value) for value in re.findall(rf" iteration +8/.* {stage} loss: (\S+) ", output)]
     counted = [found[f"{stage} loss"][step] for step in range(5, 9) if step not in empty]
     assert last == ([pytest.approx(np.mean(counted), rel=1e-5)] if counted else [0])

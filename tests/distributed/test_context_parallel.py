@@ -44,7 +44,10 @@ def _check_gated_delta(rank: int, ranks: int) -> None:
         mine = slice(rank * LENGTH // ranks, (rank + 1) * LENGTH // ranks)
         for bounds in BOUNDS.values():
             whole = [x.requires_grad_() for x in inputs(1 if bounds else 2)]
-            documents = [naive_gated_delta_rule(*(x[:, a:b] for x in whole))[0] for a, b in itertools.pairwise(bounds or (0, LENGTH))]
+            documents = [
+                naive_gated_delta_rule(*(x[:, a:b] for x in whole))[0]
+                for a, b in itertools.pairwise(bounds or (0, LENGTH))
+            ]
             expected = torch.cat(documents, dim=1)
             weight = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
             gradients = torch.autograd.grad(expected, whole, weight)
@@ -84,7 +87,9 @@ def _check_exchanges(rank: int, ranks: int) -> None:
 @pytest.mark.parametrize("cp_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("shares", [1, 2, 3])
 @pytest.mark.parametrize("documents", [None, (0, 1, 2, 30, 31, 60, 120)])
-def test_queries_of_all_ranks_are_all_queries_once(cp_size: int, shares: int, documents: tuple[int, ...] | None) -> None:
+def test_queries_of_all_ranks_are_all_queries_once(
+    cp_size: int, shares: int, documents: tuple[int, ...] | None
+) -> None:
     """Every pair of a query and a key it may see belongs to exactly one context- and tensor-parallel rank."""
     seen = torch.zeros(120, 120, dtype=torch.int)
     for cp_rank, share in itertools.product(range(cp_size), range(shares)):
@@ -94,7 +99,9 @@ def test_queries_of_all_ranks_are_all_queries_once(cp_size: int, shares: int, do
             for query in range(key_end - (end - start), key_end):
                 seen[query, key_start : query + 1] += 1
     bounds = documents or (0, 120)
-    expected = torch.block_diag(*(torch.ones(b - a, b - a, dtype=torch.int).tril() for a, b in itertools.pairwise(bounds)))
+    expected = torch.block_diag(
+        *(torch.ones(b - a, b - a, dtype=torch.int).tril() for a, b in itertools.pairwise(bounds))
+    )
     assert torch.equal(seen, expected)
 
 

@@ -24,7 +24,8 @@ from tools.benchmark import main
 
 HEADS, GROUPS, WIDTH, HEAD_DIM = 8, 4, 16, 4
 SHAPE = ModelShape(
-    num_layers=1, hidden_size=WIDTH, num_heads=HEADS, num_kv_groups=GROUPS, head_dim=HEAD_DIM, ffn_hidden_size=16, vocab_size=8,
+    num_layers=1, hidden_size=WIDTH, num_heads=HEADS, num_kv_groups=GROUPS, head_dim=HEAD_DIM, ffn_hidden_size=16,
+    vocab_size=8,
     native_length=64,
 )  # fmt: skip
 FA_HEADS = [(), (6,), (0, 1, 5), (0, 2, 3, 5, 7), tuple(range(HEADS))]
@@ -61,7 +62,9 @@ def _check_layers(rank: int, tp_size: int, cp_size: int) -> None:
             assert found == _by_kind(expected, recompute), (fa, options, balance, given_input)
 
 
-def _layer(fa: tuple[int, ...], options: HydraOptions, balance: str, dtype: torch.dtype, recompute: bool, groups: Any) -> torch.nn.Module:
+def _layer(
+    fa: tuple[int, ...], options: HydraOptions, balance: str, dtype: torch.dtype, recompute: bool, groups: Any
+) -> torch.nn.Module:
     from hydra_mcore.model.build import transformer_config
     from hydra_mcore.model.hydra_attention import HydraAttention
 
@@ -133,7 +136,9 @@ def _check_megatron(rank: int, tp_size: int, cp_size: int) -> None:
 
 
 def _megatron_gdn(num_heads: int, dtype: torch.dtype, groups: Any) -> torch.nn.Module:
-    """GatedDeltaNet in its deterministic mode, which is plain torch but for one L2 norm; it asks for FLA all the same."""
+    """GatedDeltaNet in its deterministic mode, which is plain torch but for one L2 norm; it asks for FLA all the
+    same.
+    """
     from megatron.core.ssm.gated_delta_net import common
     from megatron.core.ssm.gated_delta_net.gdn import GatedDeltaNet
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -151,13 +156,20 @@ def _megatron_gdn(num_heads: int, dtype: torch.dtype, groups: Any) -> torch.nn.M
     return GatedDeltaNet(config, parts, layer_number=1, pg_collection=groups)
 
 
-@pytest.mark.parametrize(("num_heads", "tp_size", "cp_size"), [(12, 1, 4), (12, 1, 8), (12, 2, 4), (16, 2, 8), (16, 1, 32)])
+@pytest.mark.parametrize(
+    ("num_heads", "tp_size", "cp_size"), [(12, 1, 4), (12, 1, 8), (12, 2, 4), (16, 2, 8), (16, 1, 32)]
+)
 def test_what_megatron_accepts(num_heads: int, tp_size: int, cp_size: int) -> None:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     sizes = {"tensor_model_parallel_size": tp_size, "context_parallel_size": cp_size}
     heads = {"linear_num_key_heads": num_heads, "linear_num_value_heads": num_heads}
-    dims = {"linear_key_head_dim": 4, "linear_value_head_dim": 4, "linear_conv_kernel_dim": 4, "linear_attention_freq": 1}
+    dims = {
+        "linear_key_head_dim": 4,
+        "linear_value_head_dim": 4,
+        "linear_conv_kernel_dim": 4,
+        "linear_attention_freq": 1,
+    }
     variant = {"experimental_attention_variant": "gated_delta_net"}
     accepted = True
     try:
@@ -178,7 +190,9 @@ def layouts(draw: st.DrawFn, balance: st.SearchStrategy[str]) -> HeadLayout:
 
 @given(layouts(st.sampled_from(["heads", "queries"])), st.sampled_from([1, 2, 3, 4]), st.integers(0, 70), st.data())
 @settings(max_examples=200, deadline=None)
-def test_no_attention_work_is_lost_or_done_twice(layout: HeadLayout, cp_size: int, part_length: int, data: st.DataObject) -> None:
+def test_no_attention_work_is_lost_or_done_twice(
+    layout: HeadLayout, cp_size: int, part_length: int, data: st.DataObject
+) -> None:
     length = (part_length + 1) * cp_size
     inner = data.draw(st.sets(st.integers(1, length - 1), max_size=6)) if length > 1 else ()
     bounds = (0, *sorted(inner), length)
@@ -196,7 +210,9 @@ def test_shared_queries_balance_any_map(layout: HeadLayout, cp_size: int) -> Non
 
 
 def test_work_worked_by_hand() -> None:
-    """Two FA heads on four ranks, eight tokens: whole heads on two of them, or two queries of each head on every rank."""
+    """Two FA heads on four ranks, eight tokens: whole heads on two of them, or two queries of each head on every
+    rank.
+    """
     layer, part = LayerHeads.from_fa([0, 3], 8), SequencePart(8)
     assert fa_work(HeadLayout(layer, 4, 4), part) == (36, 36, 0, 0)
     assert fa_imbalance(HeadLayout(layer, 4, 4), part) == 2.0

@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Ctrl-C, sent to a command's whole process group as a terminal does: one line, exit status 130, no lock and nothing half-written."""
+"""Ctrl-C, sent to a command's whole process group as a terminal does: one line, exit status 130, no lock and nothing
+half-written.
+"""
 
 import os
 import signal
@@ -52,7 +54,16 @@ def loads(process: subprocess.Popen, library: str) -> bool:
 TRAIN = ("-m", "hydra_mcore.train", "--stage", "align", "--run-dir", "OUT/run", "--teacher", "OUT/teacher")
 VERIFY = ("tools/verify.py", "OUT/teacher")
 SELECT = ("tools/select_heads.py", "--teacher", "OUT/teacher", "--out", "OUT/heads")
-EVALUATE = ("tools/evaluate.py", "--models", "teacher=OUT/teacher", "--lengths", "64", "--no-text", "--out", "OUT/evaluation")
+EVALUATE = (
+    "tools/evaluate.py",
+    "--models",
+    "teacher=OUT/teacher",
+    "--lengths",
+    "64",
+    "--no-text",
+    "--out",
+    "OUT/evaluation",
+)
 pytestmark = pytest.mark.slow  # tests/unit/test_commands.py has the quick part
 
 
@@ -73,10 +84,24 @@ def test_while_it_imports(tmp_path: Path, name: str, command: tuple[str, ...], l
 @pytest.mark.parametrize("moment", ["workers start", "work"])
 def test_prepare_data_with_workers(tmp_path: Path, moment: str) -> None:
     write_lines(tmp_path / "in.jsonl", [text * 40 for text in make_texts()] * 20)
-    command = ("tools/prepare_data.py", "--input", "OUT/in.jsonl", "--tokenizer", str(TOKENIZER), "--workers", "2", "--out", "OUT/out")
+    command = (
+        "tools/prepare_data.py",
+        "--input",
+        "OUT/in.jsonl",
+        "--tokenizer",
+        str(TOKENIZER),
+        "--workers",
+        "2",
+        "--out",
+        "OUT/out",
+    )
     process = begin(tmp_path, *command, "--shard-tokens", "1e5")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    wait(process, lambda: len(children.read_text().split()) > 1 if moment == "workers start" else list(tmp_path.glob("*.idx")), tmp_path)
+    wait(
+        process,
+        lambda: len(children.read_text().split()) > 1 if moment == "workers start" else list(tmp_path.glob("*.idx")),
+        tmp_path,
+    )
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(250) == 130
     said = (tmp_path / "said").read_text()
@@ -101,5 +126,9 @@ def test_evaluation_on_several_ranks(tmp_path: Path, ranks: int) -> None:
     status = process.wait(250)
     said = (tmp_path / "said").read_text()
     assert said.count("evaluate: stopped by Ctrl-C") == 1 and (status == 130 or ranks > 1), said[-3000:]
-    traces = [block for block in said.split("Traceback (most recent call last):")[1:] if "torch/distributed/run.py" not in block]
+    traces = [
+        block
+        for block in said.split("Traceback (most recent call last):")[1:]
+        if "torch/distributed/run.py" not in block
+    ]
     assert not traces, said[-3000:]  # torchrun shows its own

@@ -23,7 +23,10 @@ from tests.support.stages import SHAPE, make_run, run_stage, write_data
 
 STEPS, STOP = 6, 3
 SCHEDULE = ("--train-iters", str(STEPS), "--save-interval", str(STOP), "--micro-batch-size", "1")
-OWN_TOKENIZER = ("--tokenizer-type", "HuggingFaceTokenizer")  # the student's, not the one that tests/support/stages.py names
+OWN_TOKENIZER = (
+    "--tokenizer-type",
+    "HuggingFaceTokenizer",
+)  # the student's, not the one that tests/support/stages.py names
 
 
 def word_tokenizer(folder: Path, words: int) -> Path:
@@ -31,18 +34,25 @@ def word_tokenizer(folder: Path, words: int) -> Path:
     vocabulary = {f"w{number}": number for number in range(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=f"w{words - 1}", pad_token="w0").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=f"w{words - 1}", pad_token="w0").save_pretrained(
+        folder
+    )
     return folder
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose student has a tokenizer; folder/web is prepared with it in several shards, folder/plain is a bare pair."""
+    """A run whose student has a tokenizer; folder/web is prepared with it in several shards, folder/plain is a bare
+    pair.
+    """
     folder = make_run(tmp_path_factory.mktemp("blend"))
     word_tokenizer(folder / "student" / "tokenizer", SHAPE.vocab_size)
     write_data(folder / "plain", 40)
     rng = np.random.default_rng(3)
-    rows = [" ".join(f"w{word}" for word in rng.integers(SHAPE.vocab_size - 1, size=rng.integers(1, 90))) for _ in range(120)]
+    rows = [
+        " ".join(f"w{word}" for word in rng.integers(SHAPE.vocab_size - 1, size=rng.integers(1, 90)))
+        for _ in range(120)
+    ]
     (folder / "web.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "BATCH_CHARACTERS", 500)
@@ -51,7 +61,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def prepare_web(out: Path, folder: Path, tokenizer: Path) -> Manifest:
-    return prepare(FileSource([str(folder / "web.jsonl")], "text"), load_encoder(tokenizer), Limits(shard_tokens=2000), out, 1)
+    return prepare(
+        FileSource([str(folder / "web.jsonl")], "text"), load_encoder(tokenizer), Limits(shard_tokens=2000), out, 1
+    )
 
 
 @pytest.mark.slow
@@ -68,7 +80,9 @@ def test_a_blend_goes_on_at_the_exact_sample_with_fewer_ranks(folder: Path) -> N
         for tag in ("extend loss", "grad-norm"):
             exact = ranks == 2
             after = range(STOP + 1, STEPS + 1)
-            assert [resumed[tag][step] for step in after] == pytest.approx([whole[tag][step] for step in after], rel=0 if exact else 1e-5)
+            assert [resumed[tag][step] for step in after] == pytest.approx(
+                [whole[tag][step] for step in after], rel=0 if exact else 1e-5
+            )
     other = run_stage(folder, "extend", 1, "--data-path", str(folder / "web"), *SCHEDULE, *OWN_TOKENIZER, run="own")
     assert other["extend loss"][1] != pytest.approx(whole["extend loss"][1], rel=1e-3)
 
@@ -81,7 +95,9 @@ def test_data_that_does_not_fit(folder: Path, tmp_path: Path) -> None:
     assert "split 969,30,1 leaves a part of its" in line(*web, "--split", "969,30,1")
     other = word_tokenizer(tmp_path / "other", SHAPE.vocab_size - 1)
     prepare_web(tmp_path / "other-data", folder, other)
-    assert "was made with another tokenizer (fingerprint" in line("--data-path", str(tmp_path / "other-data"), *OWN_TOKENIZER)
+    assert "was made with another tokenizer (fingerprint" in line(
+        "--data-path", str(tmp_path / "other-data"), *OWN_TOKENIZER
+    )
     larger = word_tokenizer(tmp_path / "larger", SHAPE.vocab_size + 1)
     prepare_web(tmp_path / "larger-data", folder, larger)
     said = line("--data-path", str(tmp_path / "larger-data"))
@@ -95,4 +111,6 @@ def test_data_that_does_not_fit(folder: Path, tmp_path: Path) -> None:
     assert "no manifest of tools/prepare_data.py" in line("--data-path", str(tmp_path / "web"))
     (tmp_path / "web.json").rename(tmp_path / "web.unfinished.json")
     assert "is not prepared to the end" in line("--data-path", str(tmp_path / "web"))
-    assert "plain has no manifest" in line("--data-path", str(folder / "web"), str(folder / "plain"), str(folder / "data"))
+    assert "plain has no manifest" in line(
+        "--data-path", str(folder / "web"), str(folder / "plain"), str(folder / "data")
+    )

@@ -53,7 +53,11 @@ def ended(*processes: subprocess.Popen[str]) -> list[tuple[int, str, str]]:
 
 
 def lines_of(report: Path, topic: str) -> dict[str, tuple[str, str]]:
-    return {line["what"]: (line["verdict"], line["found"]) for line in json.loads(report.read_text())["lines"] if line["topic"] == topic}
+    return {
+        line["what"]: (line["verdict"], line["found"])
+        for line in json.loads(report.read_text())["lines"]
+        if line["topic"] == topic
+    }
 
 
 @pytest.fixture
@@ -109,7 +113,10 @@ def test_nodes_that_differ(tmp_path: Path, port: int) -> None:
 def test_a_node_that_does_not_come_is_named(tmp_path: Path, port: int) -> None:
     begun = time.monotonic()
     first, third = ended(
-        *(start(node, 3, port, "--only", "machine", "--limit", "6", "--json", str(tmp_path / "report.json")) for node in (0, 2))
+        *(
+            start(node, 3, port, "--only", "machine", "--limit", "6", "--json", str(tmp_path / "report.json"))
+            for node in (0, 2)
+        )
     )
     assert (first[0], third[0]) == (1, 0) and time.monotonic() - begun < 60
     assert lines_of(tmp_path / "report.json", "nodes") == {"nodes": ("fail", "no answer within 6 s from node 1")}
@@ -153,7 +160,10 @@ def test_a_node_that_dies_during_its_report() -> None:
 
 def test_versions_of_nodes() -> None:
     def reports(*versions: str) -> dict[int, list[tuple[str, Line]]]:
-        return {node: [("packages", ok("torch", version)), ("machine", ok("CPUs", str(node)))] for node, version in enumerate(versions)}
+        return {
+            node: [("packages", ok("torch", version)), ("machine", ok("CPUs", str(node)))]
+            for node, version in enumerate(versions)
+        }
 
     place = Place(num_nodes=3, names=("a", "b", "c"))
     (same,) = doctor_nodes.same_everywhere(reports("2.15", "2.15", "2.15"), place)
@@ -164,20 +174,43 @@ def test_versions_of_nodes() -> None:
 
 def test_places() -> None:
     assert doctor_nodes.find_place({}) == Place() and not Place().far
-    assert doctor_nodes.find_place({"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_PROCID": "0"}) == Place()  # a batch script, no srun
-    torchrun = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "n1", "MASTER_PORT": "1"}
+    assert (
+        doctor_nodes.find_place({"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_PROCID": "0"}) == Place()
+    )  # a batch script, no srun
+    torchrun = {
+        "RANK": "9",
+        "WORLD_SIZE": "16",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "8",
+        "MASTER_ADDR": "n1",
+        "MASTER_PORT": "1",
+    }
     place = doctor_nodes.find_place(torchrun)
     assert (place.node, place.num_nodes, place.speaks, place.address, place.far) == (1, 2, False, "n1", True)
-    alone = {"SLURM_STEP_NUM_NODES": "1", "SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "n1"}
+    alone = {
+        "SLURM_STEP_NUM_NODES": "1",
+        "SLURM_PROCID": "0",
+        "SLURM_NODEID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_STEP_NODELIST": "n1",
+    }
     assert doctor_nodes.find_place(alone).num_nodes == 1
 
 
 def test_places_under_srun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scontrol = tmp_path / "scontrol"
-    scontrol.write_text('#!/bin/sh\n[ $2 = hostnames ] && echo n1 && echo n2 || echo "NodeName=$3 NodeAddr=10.0.0.1 NodeHostName=n1"\n')
+    scontrol.write_text(
+        '#!/bin/sh\n[ $2 = hostnames ] && echo n1 && echo n2 || echo "NodeName=$3 NodeAddr=10.0.0.1 NodeHostName=n1"\n'
+    )
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    step = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "8", "SLURM_NODEID": "1", "SLURM_LOCALID": "0"}
+    step = {
+        "SLURM_STEP_NUM_NODES": "2",
+        "SLURM_STEP_NODELIST": "n[1-2]",
+        "SLURM_PROCID": "8",
+        "SLURM_NODEID": "1",
+        "SLURM_LOCALID": "0",
+    }
     place = doctor_nodes.find_place({**step, "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"})
     assert place == Place(1, 2, True, "10.0.0.1", ("n1", "n2"), "7.0")
     assert doctor_nodes.find_place({**step, "MASTER_ADDR": "ib0-n1"}).address == "ib0-n1"

@@ -17,7 +17,11 @@ from hydra_mcore.config import ModelCard
 from tests.support.launch import model_parallel, run_ranks
 from tests.support.stages import SHAPE, make_run
 
-LENGTHS = {3: 3, 37: 1, 150: 2}  # of rows -> how many; divided among ranks, the shortest leave a short convolution too little
+LENGTHS = {
+    3: 3,
+    37: 1,
+    150: 2,
+}  # of rows -> how many; divided among ranks, the shortest leave a short convolution too little
 LAYOUTS = {
     "tp2": {"tp": 2},
     "cp2": {"cp": 2},
@@ -30,7 +34,9 @@ LAYOUTS = {
 QUICK = ("tp2", "cp2", "tp2-sp-cp2", "pp2-dp2")
 
 
-TIES_BW = torch.randint(3, (40, SHAPE.vocab_size), generator=torch.Generator().manual_seed(0))  # many largest logits on every rank
+TIES_BW = torch.randint(
+    3, (40, SHAPE.vocab_size), generator=torch.Generator().manual_seed(0)
+)  # many largest logits on every rank
 
 
 def rows(length: int) -> Tensor:
@@ -54,7 +60,9 @@ def _whole_logits(rank: int, student: Path) -> dict[int, Tensor]:
 
     with model_parallel(), torch.no_grad():
         _, model = load_model(student, torch.float64)
-        return {length: model(rows(length), torch.arange(length).expand(LENGTHS[length], -1), None) for length in LENGTHS}
+        return {
+            length: model(rows(length), torch.arange(length).expand(LENGTHS[length], -1), None) for length in LENGTHS
+        }
 
 
 def build(card: ModelCard, chunks: int, sequence_parallel: bool, fa_balance: str = "heads") -> list[torch.nn.Module]:
@@ -83,7 +91,9 @@ def _answers(rank: int, student: Path, layout: dict[str, Any]) -> dict[str, Any]
 
     layout = {name: size for name, size in layout.items() if name != "dp"}
     sequence_parallel = layout.pop("sequence_parallel", False)
-    parallel.LOGITS_AT_ONCE = 7 * SHAPE.vocab_size // layout.get("tp", 1)  # few tokens at a time, and not all the same number
+    parallel.LOGITS_AT_ONCE = (
+        7 * SHAPE.vocab_size // layout.get("tp", 1)
+    )  # few tokens at a time, and not all the same number
     with model_parallel(**layout):
         chunks = build(ModelCard.load(student), layout.get("vpp", 1), sequence_parallel)
         load_weights(chunks, student)
@@ -100,7 +110,9 @@ def _answers(rank: int, student: Path, layout: dict[str, Any]) -> dict[str, Any]
         return facts | {"found": found, "of ties": model.likeliest(ties_bw)}
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in LAYOUTS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in LAYOUTS]
+)
 def test_every_layout_gives_what_whole_logits_give(student: Path, logits: dict[int, Tensor], name: str) -> None:
     layout, world_size = LAYOUTS[name], 1
     for size in ("tp", "cp", "pp", "dp"):

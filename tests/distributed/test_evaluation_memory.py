@@ -20,7 +20,8 @@ from tools.tracked_memory import tracked_peak
 
 LENGTH, ROOM = 1024, 16
 SHAPE = ModelShape(
-    num_layers=2, hidden_size=96, num_heads=8, num_kv_groups=4, head_dim=16, ffn_hidden_size=160, vocab_size=512, native_length=256
+    num_layers=2, hidden_size=96, num_heads=8, num_kv_groups=4, head_dim=16, ffn_hidden_size=160, vocab_size=512,
+    native_length=256
 )  # fmt: skip
 # One FA head or two of different groups; ranks of TP 2 hold different numbers.
 HEAD_MAP = HeadMap.from_fa([(0, 2), (1, 0), (1, 5)], 2, 8, 4)
@@ -29,7 +30,9 @@ STUDENT = dataclasses.replace(TEACHER, head_map=HEAD_MAP, options=HydraOptions()
 CARDS = {
     "teacher": TEACHER,
     "student": STUDENT,
-    "no convolution": dataclasses.replace(STUDENT, options=HydraOptions(gdn_conv_kernel=0, fa_gate="headwise", fa_position="rope")),
+    "no convolution": dataclasses.replace(
+        STUDENT, options=HydraOptions(gdn_conv_kernel=0, fa_gate="headwise", fa_position="rope")
+    ),
     "wide MLP": dataclasses.replace(TEACHER, shape=dataclasses.replace(SHAPE, ffn_hidden_size=1200)),
     "many words": dataclasses.replace(TEACHER, shape=dataclasses.replace(SHAPE, vocab_size=32_768)),
 }
@@ -49,7 +52,9 @@ CASES = [
 @pytest.mark.parametrize(("name", "dtype", "layout", "room"), CASES, ids=str)
 def test_a_model_needs_what_is_said(name: str, dtype: torch.dtype, layout: dict[str, int], room: int) -> None:
     run = Forward(length=LENGTH, room=room, value_bytes=dtype.itemsize, fused=False, **layout)
-    places = list(itertools.product(range(run.pp_size), range(run.cp_size), range(run.tp_size)))  # as Megatron numbers ranks
+    places = list(
+        itertools.product(range(run.pp_size), range(run.cp_size), range(run.tp_size))
+    )  # as Megatron numbers ranks
     measured = run_ranks(_measured, len(places), CARDS[name], run, dtype)
     for (pp_rank, _, tp_rank), (weights, _) in zip(places, measured, strict=True):
         assert weights == rank_memory(CARDS[name], run, pp_rank, tp_rank).weights

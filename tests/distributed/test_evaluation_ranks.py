@@ -41,7 +41,9 @@ def alone(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dic
         (2, ()),
         (2, ("--tensor-model-parallel-size", "2")),
         pytest.param(4, ("--context-parallel-size", "2"), marks=pytest.mark.slow),
-        pytest.param(4, ("--pipeline-model-parallel-size", "2", "--tensor-model-parallel-size", "2"), marks=pytest.mark.slow),
+        pytest.param(
+            4, ("--pipeline-model-parallel-size", "2", "--tensor-model-parallel-size", "2"), marks=pytest.mark.slow
+        ),
     ],
     ids=["2 replicas", "TP 2", "CP 2 x 2 replicas", "TP 2 x PP 2"],
 )
@@ -56,7 +58,9 @@ def test_the_report_of_several_ranks_is_that_of_one(
                 assert value == alone[name][key], (name, key)
         for text, expected in zip(entry["text"], alone[name]["text"], strict=True):
             assert text["nll"] == pytest.approx(expected["nll"], rel=1e-5)
-            assert [part["nll"] for part in text["by_position"]] == pytest.approx([p["nll"] for p in expected["by_position"]], rel=1e-5)
+            assert [part["nll"] for part in text["by_position"]] == pytest.approx(
+                [p["nll"] for p in expected["by_position"]], rel=1e-5
+            )
             assert text["agreement"]["share"] == expected["agreement"]["share"]
     assert alone["teacher"]["text"][0]["nll"] != alone["student"]["text"][0]["nll"]
     assert len({task["digest"] for task in alone["teacher"]["tasks"]}) == 6

@@ -83,7 +83,14 @@ def _dry_runs(rank: int, folder: Path) -> dict[Case, dict[str, Any]]:
     for (model, overlays, ranks), stage in itertools.product(CASES, STAGE_SECTIONS):
         os.environ.update(WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE="8")
         argv = ["--stage", stage, "--config", *files(model, overlays), "--dry-run", "--run-dir", str(folder / "run")]
-        argv += ["--start-from", str(folder / model), "--data-path", str(folder / "data"), "--teacher", str(folder / model)]
+        argv += [
+            "--start-from",
+            str(folder / model),
+            "--data-path",
+            str(folder / "data"),
+            "--teacher",
+            str(folder / model),
+        ]
         argv += ["--needle-interval", "0"]  # its prompts need the tokenizer
         seen: dict[str, Any] = {}
         door.check_data = lambda args, seen=seen: seen.update(vars(args))
@@ -101,7 +108,9 @@ def test_stages_dry_run(resolved: dict, model: str, overlays: tuple[str, ...], r
     schedule = next((name for name in overlays if name in TOKENS), "")
     tokens = args["train_iters"] * args["global_batch_size"] * args["seq_length"] / 1e9
     # the paper's numbers of steps are round
-    assert tokens == pytest.approx(TOKENS[schedule][STAGE_SECTIONS.index(stage)], rel=0.1 if schedule == "paper-2.3b" else 0.05)
+    assert tokens == pytest.approx(
+        TOKENS[schedule][STAGE_SECTIONS.index(stage)], rel=0.1 if schedule == "paper-2.3b" else 0.05
+    )
     if stage == "extend":
         assert args["seq_length"] == (65_536 if "extend-64k" in overlays else 16_384)
         assert args["context_parallel_size"] > 1
@@ -130,15 +139,21 @@ def test_commands_know_the_keys_of_their_section(model: str, section: str) -> No
     assert given and all(found[name.replace("-", "_")] not in (None, "") for name in given)
 
 
-def test_the_walk_through_shows_cost_and_jobs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_walk_through_shows_cost_and_jobs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = (EXAMPLES / "qwen3-1.7b" / "README.md").read_text()
     stages, evaluation = re.findall(r"^python (tools/plan.py .*)$", text, re.MULTILINE)
     (jobs,) = re.findall(r"^bash (slurm/pipeline.sh --dry-run .*)$", text, re.MULTILINE)
-    said = subprocess.run([sys.executable, *stages.split()], cwd=ROOT, check=True, capture_output=True, text=True, timeout=120).stdout
+    said = subprocess.run(
+        [sys.executable, *stages.split()], cwd=ROOT, check=True, capture_output=True, text=True, timeout=120
+    ).stdout
     assert said.count("Fits: ") == 3 and "| all |  | 15.00 |" in said
     monkeypatch.chdir(ROOT)
     plan.main(evaluation.split()[1:])
     said = capsys.readouterr().out
     assert said.count("Fits: ") == 1 and "| student, 524,288 |" in said
-    said = subprocess.run(["bash", *jobs.split()], cwd=ROOT, check=True, capture_output=True, text=True, timeout=60).stdout
+    said = subprocess.run(
+        ["bash", *jobs.split()], cwd=ROOT, check=True, capture_output=True, text=True, timeout=60
+    ).stdout
     assert said.count("sbatch ") == 6

@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What four ranks trained leaves as one model: nothing of their layout shows in the export, or in what is imported again."""
+"""What four ranks trained leaves as one model: nothing of their layout shows in the export, or in what is imported
+again.
+"""
 
 import dataclasses
 from pathlib import Path

@@ -1,6 +1,9 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Where a run may write, and what it says where it may not. Root may write anywhere, until it gives that capability up."""
+"""Where a run may write, and what it says where it may not.
+
+Root may write anywhere, until it gives that capability up.
+"""
 
 import ctypes
 import os
@@ -74,13 +77,24 @@ def test_whether_a_folder_can_be_written(folder: Path) -> None:
     said = run_ranks(_bound, 1, lambda: [_said(folder / name) for name in PROBLEMS])[0]
     for line, (name, problem) in zip(said, PROBLEMS.items(), strict=True):
         assert line == (
-            problem and f"run-dir {folder / name}: {problem.format(root=folder)}; change its permissions, or choose another folder"
+            problem
+            and f"run-dir {folder / name}: {problem.format(root=folder)}; "
+            "change its permissions, or choose another folder"
         )
 
 
 def _argv(folder: Path, run: str, *flags: str, stage: str = "extend") -> list[str]:
     read = folder / "read"
-    argv = ["--stage", stage, "--run-dir", str(folder / run), "--start-from", str(read / "student"), "--teacher", str(read / "teacher")]
+    argv = [
+        "--stage",
+        stage,
+        "--run-dir",
+        str(folder / run),
+        "--start-from",
+        str(read / "student"),
+        "--teacher",
+        str(read / "teacher"),
+    ]
     return [*argv, *FLAGS, "--data-path", str(read / "data"), "--train-iters", "3", *flags]
 
 
@@ -89,8 +103,18 @@ def test_it_is_said_before_anything_is_built(folder: Path) -> None:
     cases = {
         ("read/run",): f"run-dir {read}/run/extend: {read} cannot be written",
         ("own/run", "--data-cache-path", f"{read}/cache"): f"data-cache-path {read}/cache: {read} cannot be written",
-        ("own/run", "--tensorboard-dir", f"{read}/data.idx"): f"tensorboard-dir {read}/data.idx: {read}/data.idx is no folder",
-        ("own/run", "--wandb-project", "p", "--wandb-save-dir", f"{read}"): f"wandb-save-dir {read}: {read} cannot be written",
+        (
+            "own/run",
+            "--tensorboard-dir",
+            f"{read}/data.idx",
+        ): f"tensorboard-dir {read}/data.idx: {read}/data.idx is no folder",
+        (
+            "own/run",
+            "--wandb-project",
+            "p",
+            "--wandb-save-dir",
+            f"{read}",
+        ): f"wandb-save-dir {read}: {read} cannot be written",
     }
     found = run_ranks(_bound, 1, lambda: [training_ended(0, _argv(folder, *case)) for case in cases])[0]
     for (code, said), expected in zip(found, cases.values(), strict=True):
@@ -147,7 +171,8 @@ def test_an_index_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda data: data[:-9], lambda data: b"", lambda data: bytes(len(data)), lambda _: b"cos\nsystem\n(S'true'\ntR."]
+    "damage",
+    [lambda data: data[:-9], lambda data: b"", lambda data: bytes(len(data)), lambda _: b"cos\nsystem\n(S'true'\ntR."],
 )
 def test_a_damaged_index_is_named(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     from megatron.core.datasets import blended_dataset, gpt_dataset
@@ -156,5 +181,7 @@ def test_a_damaged_index_is_named(tmp_path: Path, damage: Callable[[bytes], byte
     np.save(path, np.arange(30))
     path.write_bytes(damage(path.read_bytes()))
     for module in (gpt_dataset, blended_dataset):
-        with pytest.raises(InputError, match=r"index\.npy: a damaged index of the data \(.+\); remove its folder, it is made again"):
+        with pytest.raises(
+            InputError, match=r"index\.npy: a damaged index of the data \(.+\); remove its folder, it is made again"
+        ):
             module.safe_numpy_load(str(path), allow_pickle=True, mmap_mode="r")

@@ -49,7 +49,9 @@ def _naive(rank: int, checkpoint: Path) -> dict[int, tuple[Tensor, Tensor]]:
         return {length: naive_decoding(model, prompts(length), ROOM) for length in LENGTHS}
 
 
-def _decoded(rank: int, checkpoint: Path, layouts: list[dict[str, Any]]) -> list[dict[int, tuple[Tensor, Tensor | None]]]:
+def _decoded(
+    rank: int, checkpoint: Path, layouts: list[dict[str, Any]]
+) -> list[dict[int, tuple[Tensor, Tensor | None]]]:
     """On each layout: every rank's tokens and, where this rank chose them, its part of the logits [b, step, w]."""
     from hydra_mcore.evaluation.generation import from_memory, greedy
     from hydra_mcore.evaluation.parallel import ParallelModel
@@ -67,11 +69,16 @@ def _decoded(rank: int, checkpoint: Path, layouts: list[dict[str, Any]]) -> list
             for length in LENGTHS[1:]:
                 tokens, logits = zip(*itertools.islice(from_memory(model, prompts(length), ROOM), ROOM), strict=True)
                 chose = logits[0] is not None and model.groups.cp.rank() == model.groups.cp.size() - 1
-                found[-1][length] = torch.stack(tokens, 1), (model.groups.tp.rank(), torch.stack(logits, 1)) if chose else None
+                found[-1][length] = (
+                    torch.stack(tokens, 1),
+                    (model.groups.tp.rank(), torch.stack(logits, 1)) if chose else None,
+                )
     return found
 
 
-def check(students: Path, expected: dict[int, tuple[Tensor, Tensor]], ranks: int, layouts: list[dict[str, Any]]) -> None:
+def check(
+    students: Path, expected: dict[int, tuple[Tensor, Tensor]], ranks: int, layouts: list[dict[str, Any]]
+) -> None:
     by_rank = run_ranks(_decoded, ranks, students / "student", layouts)
     for (number, layout), length in itertools.product(enumerate(layouts), LENGTHS):
         tokens_bs, logits_bsw = expected[length]
@@ -82,7 +89,9 @@ def check(students: Path, expected: dict[int, tuple[Tensor, Tensor]], ranks: int
             if chosen is not None:
                 tp_rank, part_bsw = chosen
                 whole_bsw = logits_bsw.chunk(layout.get("tp", 1), dim=-1)[tp_rank]
-                torch.testing.assert_close(part_bsw, whole_bsw, rtol=0, atol=1e-5, msg=lambda text, at=layout: f"{at}: {text}")
+                torch.testing.assert_close(
+                    part_bsw, whole_bsw, rtol=0, atol=1e-5, msg=lambda text, at=layout: f"{at}: {text}"
+                )
                 choosers += 1
         assert length == LENGTHS[0] or choosers == ranks // layout.get("cp", 1) // layout.get("pp", 1)
 
@@ -91,7 +100,9 @@ def test_two_ranks(students: Path, expected: dict[int, tuple[Tensor, Tensor]]) -
     check(students, expected, 2, TWO)
 
 
-def test_heads_shared_by_ranks_that_also_divide_the_row(students: Path, expected: dict[int, tuple[Tensor, Tensor]]) -> None:
+def test_heads_shared_by_ranks_that_also_divide_the_row(
+    students: Path, expected: dict[int, tuple[Tensor, Tensor]]
+) -> None:
     check(students, expected, 4, [SHARED_HEADS])
 
 
@@ -103,7 +114,9 @@ def test_other_layouts_of_four_ranks(students: Path, expected: dict[int, tuple[T
 @pytest.mark.slow
 def test_keys_and_values_of_both_branches(tmp_path: Path) -> None:
     """Shared projections, whose kv groups tensor-parallel ranks must split, and short convolutions of many taps."""
-    options = HydraOptions(gdn_kv="per_group", qkv="shared", gdn_conv_kernel=8, fusion="competition", fa_position="rope")
+    options = HydraOptions(
+        gdn_kv="per_group", qkv="shared", gdn_conv_kernel=8, fusion="competition", fa_position="rope"
+    )
     folder = make_run(tmp_path, options=options)
     check(folder, run_ranks(_naive, 1, folder / "student")[0], 4, [SHARED_HEADS, *FOUR[:2]])
 
@@ -137,11 +150,16 @@ def _check_parts(rank: int) -> None:
         part = tuple(x[:, mine] for x in inputs)
         found = gated_delta_rule(*part, cp_group=group, state_of_part=True)
         torch.testing.assert_close(found, (expected[:, mine], state), rtol=0, atol=2e-6)
-        fla_kernels.kernels = lambda: fla_kernels.Kernels(chunked=kernel, recurrent=None, conv=None, l2norm=None)  # in this process
+        fla_kernels.kernels = lambda: fla_kernels.Kernels(
+            chunked=kernel, recurrent=None, conv=None, l2norm=None
+        )  # in this process
         fla_kernels.serve = lambda x: x.numel() > 0
         found = gated_delta_rule(*part, cp_group=group, state_of_part=True)
         torch.testing.assert_close(found, (expected[:, mine], state), rtol=0, atol=2e-6)
-        score, value = 300 * torch.randn(2, 4, 5, 3 * s, dtype=torch.float64), torch.randn(2, 4, 3 * s, 6, dtype=torch.float64)
+        score, value = (
+            300 * torch.randn(2, 4, 5, 3 * s, dtype=torch.float64),
+            torch.randn(2, 4, 3 * s, 6, dtype=torch.float64),
+        )
         own, own_value = score[..., mine], value[:, :, mine]
         merged = merge_softmax(own.softmax(-1) @ own_value, own.logsumexp(-1, keepdim=True), group)
         torch.testing.assert_close(merged, score.softmax(-1) @ value, rtol=0, atol=1e-12)

@@ -33,7 +33,10 @@ LAYOUTS = {
     "tp2-pp2": (4, {"tp": 2, "pp": 2}),
     "pp4": (4, {"pp": 4}),
 }
-layouts = [pytest.param(*layout, id=name, marks=[pytest.mark.slow] if name == "pp4" else []) for name, layout in LAYOUTS.items()]
+layouts = [
+    pytest.param(*layout, id=name, marks=[pytest.mark.slow] if name == "pp4" else [])
+    for name, layout in LAYOUTS.items()
+]
 
 Results = dict[str, torch.Tensor | None]
 
@@ -81,7 +84,9 @@ def measure(folder: Path) -> Results:
 
 
 @pytest.mark.parametrize(("world_size", "sizes"), layouts)
-def test_every_layout_measures_what_one_process_does(folder: Path, alone: Results, naive: Results, world_size: int, sizes: dict) -> None:
+def test_every_layout_measures_what_one_process_does(
+    folder: Path, alone: Results, naive: Results, world_size: int, sizes: dict
+) -> None:
     def worker(rank: int) -> Results:
         with model_parallel(**sizes):
             return measure(folder)
@@ -91,13 +96,17 @@ def test_every_layout_measures_what_one_process_does(folder: Path, alone: Result
     for results in ranks:
         for name, value in results.items():
             if value is not None:
-                torch.testing.assert_close(value, alone[name], rtol=1e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+                torch.testing.assert_close(
+                    value, alone[name], rtol=1e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
+                )
         for name, expected in naive.items():
             if results[name] is not None:
                 torch.testing.assert_close(results[name], expected, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize(("world_size", "sizes", "replicas"), [(2, {}, 2), (3, {"tp": 3}, 1), (3, {"pp": 3}, 1)], ids=["dp2", "tp3", "pp3"])
+@pytest.mark.parametrize(
+    ("world_size", "sizes", "replicas"), [(2, {}, 2), (3, {"tp": 3}, 1), (3, {"pp": 3}, 1)], ids=["dp2", "tp3", "pp3"]
+)
 def test_a_scoring_run_on_several_ranks(tmp_path: Path, world_size: int, sizes: dict, replicas: int) -> None:
     """All ranks end with the scores of one process; each replica did a part of the work, and only once."""
     with process_groups():

@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""kill -9 at random moments of training, saving and pruning: the stage always goes on, as if it had never been stopped."""
+"""kill -9 at random moments of training, saving and pruning: the stage always goes on, as if it had never been
+stopped.
+"""
 
 import contextlib
 import ctypes
@@ -23,7 +25,16 @@ from tests.support.launch import run_ranks
 from tests.support.stages import FLAGS, make_run
 
 STEPS, INTERVAL = 24, 2
-SCHEDULE = ("--train-iters", str(STEPS), "--save-interval", str(INTERVAL), "--keep-every", "8", "--micro-batch-size", "1")
+SCHEDULE = (
+    "--train-iters",
+    str(STEPS),
+    "--save-interval",
+    str(INTERVAL),
+    "--keep-every",
+    "8",
+    "--micro-batch-size",
+    "1",
+)
 TAGS = ("extend loss", "grad-norm", "learning-rate")
 ASYNC = ("--async-save",)
 
@@ -53,7 +64,9 @@ def test_killed_at_random_moments(folder: Path, ranks: int, flags: tuple[str, ..
     run = next(runs)
     for _ in range(kills):
         job = run.start()
-        if run.killed(job, run.moment(moments, 1.5 * took + (5 if flags else 0))):  # a background writer starts in seconds
+        if run.killed(
+            job, run.moment(moments, 1.5 * took + (5 if flags else 0))
+        ):  # a background writer starts in seconds
             run.check_what_is_left()
         else:  # it was faster than its kill: that counts as none of them losing anything, and the next run is a new one
             run.check_equals(whole)
@@ -63,12 +76,29 @@ def test_killed_at_random_moments(folder: Path, ranks: int, flags: tuple[str, ..
 
 
 class Run:
-    """Stage extend in a folder, started as real processes as often as it takes; every step's values are journalled at once."""
+    """Stage extend in a folder, started as real processes as often as it takes; every step's values are journalled at
+    once.
+    """
 
     def __init__(self, folder: Path, name: str, ranks: int, flags: tuple[str, ...] = ()) -> None:
         self.save, self.journal, self.ranks = folder / name / "extend", folder / f"{name}.journal", ranks
-        self.argv = ["--stage", "extend", "--run-dir", str(folder / name), "--start-from", str(folder / "student"), *FLAGS]
-        self.argv += ["--data-path", str(folder / "data"), "--data-cache-path", str(folder / "cache"), *SCHEDULE, *flags]
+        self.argv = [
+            "--stage",
+            "extend",
+            "--run-dir",
+            str(folder / name),
+            "--start-from",
+            str(folder / "student"),
+            *FLAGS,
+        ]
+        self.argv += [
+            "--data-path",
+            str(folder / "data"),
+            "--data-cache-path",
+            str(folder / "cache"),
+            *SCHEDULE,
+            *flags,
+        ]
         self.tracked = 0
 
     def start(self) -> int:
@@ -113,10 +143,16 @@ class Run:
         return True
 
     def moment(self, moments: random.Random, longest_s: float) -> Callable[[], bool]:
-        """A random time of the whole run, or shortly after a random event: a save begins, one is complete, one is removed."""
+        """A random time of the whole run, or shortly after a random event: a save begins, one is complete, one is
+        removed.
+        """
         began, seen = time.monotonic(), _entries(self.save)
         kind = moments.choice(["time", "iter_*", "iter_*", TRACKER, "removing_*"])
-        wait, left = (moments.uniform(0.0, longest_s), 0) if kind == "time" else (moments.uniform(0.0, 0.06), moments.randint(1, 3))
+        wait, left = (
+            (moments.uniform(0.0, longest_s), 0)
+            if kind == "time"
+            else (moments.uniform(0.0, 0.06), moments.randint(1, 3))
+        )
         state = {"left": left, "at": began + wait if kind == "time" else None}
 
         def come() -> bool:
@@ -131,7 +167,9 @@ class Run:
         return come
 
     def check_what_is_left(self) -> None:
-        """The newest checkpoint that ever counted still does, and no more than an interval of training is lost with a plain save."""
+        """The newest checkpoint that ever counted still does, and no more than an interval of training is lost with a
+        plain save.
+        """
         found = resumable(self.save)
         step = int(found.name.removeprefix("iter_")) if found else 0
         assert step >= self.tracked
@@ -144,7 +182,9 @@ class Run:
             yield tag, int(step), value
 
     def check_equals(self, whole: "Run") -> None:
-        """Every value that any of its processes logged is that of the uninterrupted run, no step is missing; so is the result."""
+        """Every value that any of its processes logged is that of the uninterrupted run, no step is missing; so is the
+        result.
+        """
         reference = {(tag, step): value for tag, step, value in whole.values()}
         logged = list(self.values())
         assert {(tag, step) for tag, step, _ in logged} == set(reference) and len(reference) == len(TAGS) * STEPS
@@ -159,7 +199,9 @@ class Run:
 
 
 def _train(rank: int, argv: list[str], journal: Path) -> None:
-    """A stage whose every logged value is on the disk at once, and whose removals take a while, so that kills meet them."""
+    """A stage whose every logged value is on the disk at once, and whose removals take a while, so that kills meet
+    them.
+    """
     from torch.utils.tensorboard import SummaryWriter
 
     from hydra_mcore.train.__main__ import main
@@ -203,6 +245,10 @@ def _state(checkpoint: Path) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint."""
     reader = dcp.FileSystemReader(checkpoint)
     entries = reader.read_metadata().state_dict_metadata
-    state = {name: torch.zeros(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items() if hasattr(entry, "size")}
+    state = {
+        name: torch.zeros(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if hasattr(entry, "size")
+    }
     dcp.load(state, storage_reader=reader, no_dist=True)
     return state

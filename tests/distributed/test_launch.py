@@ -54,7 +54,10 @@ def test_no_process_is_left(ending: str, tmp_path: Path) -> None:
     if ending == "return":
         run_ranks(worker, 2)
     else:
-        message = {"time-out": r"(?s)time-out: ranks \[0, 1\].*test_launch\.py.* in worker", "exception": "AssertionError"}
+        message = {
+            "time-out": r"(?s)time-out: ranks \[0, 1\].*test_launch\.py.* in worker",
+            "exception": "AssertionError",
+        }
         with pytest.raises(RankError, match=message[ending]):
             run_ranks(worker, 2, timeout=2.0)
     pids = [pid for path in tmp_path.iterdir() for pid in path.read_text().split()]

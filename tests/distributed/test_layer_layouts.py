@@ -18,7 +18,8 @@ from tests.support.launch import model_parallel, run_ranks
 
 HEADS, GROUPS, WIDTH, CASES = 8, 4, 16, 50
 SHAPE = ModelShape(
-    num_layers=1, hidden_size=WIDTH, num_heads=HEADS, num_kv_groups=GROUPS, head_dim=4, ffn_hidden_size=16, vocab_size=8,
+    num_layers=1, hidden_size=WIDTH, num_heads=HEADS, num_kv_groups=GROUPS, head_dim=4, ffn_hidden_size=16,
+    vocab_size=8,
     native_length=64, norm_epsilon=1e-2,
 )  # fmt: skip
 SHAPES = [SHAPE, dataclasses.replace(SHAPE, qkv_bias=True, qk_norm=False)]  # Qwen3's attention, Qwen2's
@@ -33,7 +34,9 @@ OPTIONS = [
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One layer and its input: the shape, the FA heads, the options, tokens for each of four parts, inner document boundaries."""
+    """One layer and its input: the shape, the FA heads, the options, tokens for each of four parts, inner document
+    boundaries.
+    """
 
     shape: ModelShape
     fa: frozenset[int]
@@ -48,11 +51,15 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    part_length = draw(st.sampled_from([4, 5, 8, 70])) * 2  # four tensor-parallel ranks share a part under sequence parallelism
+    part_length = (
+        draw(st.sampled_from([4, 5, 8, 70])) * 2
+    )  # four tensor-parallel ranks share a part under sequence parallelism
     documents = None
     if draw(st.booleans()):
         length = 4 * part_length
-        near_borders = [border + shift for border in (0, part_length, 2 * part_length, 64, 128, length) for shift in (-1, 0, 1)]
+        near_borders = [
+            border + shift for border in (0, part_length, 2 * part_length, 64, 128, length) for shift in (-1, 0, 1)
+        ]
         bounds = draw(st.sets(st.sampled_from(near_borders) | st.integers(1, length - 1), max_size=8))
         documents = (0, *sorted(bound for bound in bounds if 0 < bound < length), length)
     return Case(
@@ -78,7 +85,9 @@ def _check_cases(rank: int, tp_size: int, cp_size: int) -> int:
     """Every rank draws the same cases; a difference anywhere is a failure everywhere, so that all shrink alike."""
     ran = []
 
-    @settings(max_examples=CASES, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=CASES, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
+    )
     @given(cases())
     def check(case: Case) -> None:
         ran.append(case)
@@ -119,7 +128,9 @@ def _differences(case: Case, groups: Any, one_rank: Any) -> dict[str, float]:
         torch.distributed.all_reduce(parameter.grad, group=groups.cp)
     scale = max(block.square().mean().sqrt().item() for block in expected.values())
     blocks = _blocks(parallel, "grad")
-    differences["parameters"] = max((_ratio(block, expected[key], 1e-3 * scale) for key, block in blocks.items()), default=0.0)
+    differences["parameters"] = max(
+        (_ratio(block, expected[key], 1e-3 * scale) for key, block in blocks.items()), default=0.0
+    )
     return differences
 
 
@@ -159,7 +170,9 @@ def _factories(layer: torch.nn.Module) -> dict:
     return {
         name: factory
         for prefix, module in layer.named_children()
-        for name, factory in sharded_state_dict_default(module, prefix + ".", (), {"dp_cp_group": torch.distributed.group.WORLD}).items()
+        for name, factory in sharded_state_dict_default(
+            module, prefix + ".", (), {"dp_cp_group": torch.distributed.group.WORLD}
+        ).items()
     }
 
 

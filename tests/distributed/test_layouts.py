@@ -47,17 +47,25 @@ LAYOUTS |= {
     # first and last stage hold no layer: nothing to train there in align
     "pp4-uneven": layout(1, 1, 4, 1, "--pipeline-model-parallel-layout", "E|tt|tt|L"),
     # several gradient buckets
-    "cp2-dp2-overlap": layout(1, 2, 1, 2, "--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", "100"),
+    "cp2-dp2-overlap": layout(
+        1, 2, 1, 2, "--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", "100"
+    ),
     "cp2-per-token-loss": layout(1, 2, 1, 1, "--calculate-per-token-loss"),
     "cp2-full-recompute": layout(
         1, 2, 1, 1, "--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"
     ),
-    "tp2-cp2-selective-recompute": layout(2, 2, 1, 1, "--recompute-granularity", "selective", "--recompute-modules", "core_attn"),
+    "tp2-cp2-selective-recompute": layout(
+        2, 2, 1, 1, "--recompute-granularity", "selective", "--recompute-modules", "core_attn"
+    ),
 }
 # What `make test` runs; `make test-all` runs everything.
 QUICK = {("tp2-cp2-pp2-dp1", stage, "packed") for stage in STAGES}
 QUICK |= {("tp2-cp1-pp1-dp2", "align", "dense"), ("cp2-pp2-virtual", "distill", "dense")}
-QUICK |= {("tp1-cp4-pp1-dp1", "extend", "dense"), ("pp4-uneven", "align", "dense"), ("cp2-full-recompute", "distill", "packed")}
+QUICK |= {
+    ("tp1-cp4-pp1-dp1", "extend", "dense"),
+    ("pp4-uneven", "align", "dense"),
+    ("cp2-full-recompute", "distill", "packed"),
+}
 QUICK |= {("cp2-dp2-overlap", "distill", "dense")}
 CASES = [
     pytest.param(name, stage, rows, marks=() if (name, stage, rows) in QUICK else pytest.mark.slow)
@@ -65,7 +73,9 @@ CASES = [
     if (name, stage) != ("cp2-per-token-loss", "align")
 ]
 BIASED = [("tp2-cp1-pp1-dp1-shared", "align"), ("tp2-cp2-pp2-dp1", "distill"), ("tp4-cp2-pp1-dp1-shared", "extend")]
-CASES += [pytest.param(name, stage, "biased", marks=pytest.mark.slow if stage == "distill" else ()) for name, stage in BIASED]
+CASES += [
+    pytest.param(name, stage, "biased", marks=pytest.mark.slow if stage == "distill" else ()) for name, stage in BIASED
+]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +86,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def biased(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Teachers of other families: biases on q, k and v, no q/k norm, scaled rotary frequencies."""
-    shape = dataclasses.replace(SHAPE, qkv_bias=True, qk_norm=False, rope_scaling={"rope_type": "linear", "factor": 4.0})
+    shape = dataclasses.replace(
+        SHAPE, qkv_bias=True, qk_norm=False, rope_scaling={"rope_type": "linear", "factor": 4.0}
+    )
     return make_run(tmp_path_factory.mktemp("biased"), shape=shape)
 
 
@@ -115,11 +127,13 @@ def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, to
 # Every option away from its default, in sets, because shared K/V exclude per-head ones.
 ABLATIONS = {
     "shared-kv": HydraOptions(
-        qkv="shared", gdn_kv="per_group", fusion="competition", fa_gate="headwise", gdn_gate="headwise", gate_order="after_norm",
+        qkv="shared", gdn_kv="per_group", fusion="competition", fa_gate="headwise", gdn_gate="headwise",
+        gate_order="after_norm",
         fa_position="rope", gdn_position="nope", gdn_conv_kernel=0, gdn_qk_norm="none", fusion_norm_weight="none",
     ),
     "per-group": HydraOptions(
-        gdn_kv="per_group", fusion="norm", fa_gate="none", gdn_gate="elementwise", gate_activation="silu", fa_log_scale="always",
+        gdn_kv="per_group", fusion="norm", fa_gate="none", gdn_gate="elementwise", gate_activation="silu",
+        fa_log_scale="always",
         gdn_conv_activation="silu", gdn_write_max=2.0, gdn_half_life=10.0, fa_log_scale_base=20.0,
     ),
     "bare": HydraOptions(fusion="none", fa_gate="none", fa_log_scale="never", gdn_conv_kernel=2),
@@ -151,7 +165,9 @@ def test_parts_that_count_different_numbers_of_tokens(folder: Path, more: tuple[
     assert_same_gradients(gradients(folder / run / "distill" / "iter_0000001"), expected)
 
 
-@pytest.mark.parametrize("stage", ["distill", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("align", "extend"))])
+@pytest.mark.parametrize(
+    "stage", ["distill", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("align", "extend"))]
+)
 def test_validation_losses_equal_one_process(folder: Path, stage: str) -> None:
     validation = ("--split", "50,50,0", "--eval-iters", "1", "--eval-interval", "1", "--packed-documents")
     one = run_stage(folder, stage, 1, *STEPS, *validation, run="validation-1")
@@ -165,15 +181,23 @@ def test_validation_losses_equal_one_process(folder: Path, stage: str) -> None:
 
 def test_biases_stored_by_two_ranks_load_on_one(biased: Path, tmp_path: Path) -> None:
     run_ranks(_store_by_two, 2, biased / "student", tmp_path / "two")
-    (expected,), (found,) = (run_ranks(_parameters, 1, checkpoint) for checkpoint in (biased / "student", tmp_path / "two"))
+    (expected,), (found,) = (
+        run_ranks(_parameters, 1, checkpoint) for checkpoint in (biased / "student", tmp_path / "two")
+    )
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
     # Layer 2 keeps three FA heads, of both groups; each of its five GDN heads has keys and values of its own.
     layer = "decoder.layers.2.self_attention."
     rows = {"fa.linear_q": 3 * 8, "fa.linear_kv": 2 * 16, "gdn.linear_q": 5 * 8, "gdn.linear_kv": 5 * 16}
-    assert {name: found[f"{layer}{name}.bias"].shape for name in rows} == {name: (count,) for name, count in rows.items()}
-    assert all(value.count_nonzero() == value.numel() for name, value in found.items() if name.endswith(("_q.bias", "_kv.bias")))
+    assert {name: found[f"{layer}{name}.bias"].shape for name in rows} == {
+        name: (count,) for name, count in rows.items()
+    }
+    assert all(
+        value.count_nonzero() == value.numel()
+        for name, value in found.items()
+        if name.endswith(("_q.bias", "_kv.bias"))
+    )
 
 
 def _store_by_two(rank: int, source: Path, target: Path) -> None:

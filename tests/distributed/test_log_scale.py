@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The base of the log-position scale: one that was planted is found, on one rank and on several; what is written is used."""
+"""The base of the log-position scale: one that was planted is found, on one rank and on several; what is written is
+used.
+"""
 
 from __future__ import annotations
 
@@ -84,9 +86,13 @@ def test_every_trial_is_the_loss_of_a_model_built_with_that_base(alone: dict, ru
     assert [by_base[base]["loss"] for base in some] == pytest.approx(expected.mean(1).tolist(), rel=1e-6)
     gaps = np.array(others) - best
     assert [by_base[base]["difference"] for base in some[1:]] == pytest.approx(gaps.mean(1).tolist(), rel=1e-5)
-    assert [by_base[base]["error"] for base in some[1:]] == pytest.approx((gaps.std(1, ddof=1) / WINDOWS**0.5).tolist(), rel=1e-4)
+    assert [by_base[base]["error"] for base in some[1:]] == pytest.approx(
+        (gaps.std(1, ddof=1) / WINDOWS**0.5).tolist(), rel=1e-4
+    )
     for entry in alone["trials"]:
-        whole = sum(loss * (end - start) for loss, (start, end) in zip(entry["by_position"], alone["positions"], strict=True))
+        whole = sum(
+            loss * (end - start) for loss, (start, end) in zip(entry["by_position"], alone["positions"], strict=True)
+        )
         assert whole / (LENGTH - 1) == pytest.approx(entry["loss"], rel=1e-9)
         assert (entry["difference"] == 0) == (entry["base"] == alone["best"])
 
@@ -96,7 +102,9 @@ def test_two_ranks_find_the_same(alone: dict, run: Path, tmp_path: Path, flags: 
     found = tune(run, tmp_path, 2, *flags)
     assert [entry["base"] for entry in found["trials"]] == [entry["base"] for entry in alone["trials"]]
     for mine, theirs in zip(found["trials"], alone["trials"], strict=True):
-        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5) and mine["error"] == pytest.approx(theirs["error"], rel=1e-3)
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5) and mine["error"] == pytest.approx(
+            theirs["error"], rel=1e-3
+        )
 
 
 def test_what_is_written_is_the_choice_alone_and_is_loaded(run: Path, tmp_path: Path) -> None:
@@ -108,7 +116,9 @@ def test_what_is_written_is_the_choice_alone_and_is_loaded(run: Path, tmp_path: 
     after = json.loads((tmp_path / "student" / "model.json").read_text())
     changed = {key for key in before["options"] if before["options"][key] != after["options"][key]}
     assert changed == {"fa_log_scale_base"} and after["options"]["fa_log_scale_base"] == found["best"] < 50
-    assert {key: after[key] for key in after if key != "options"} == {key: before[key] for key in before if key != "options"}
+    assert {key: after[key] for key in after if key != "options"} == {
+        key: before[key] for key in before if key != "options"
+    }
     assert tune(tmp_path, tmp_path / "again", 1, *few)["present"] == found["best"]
 
 
@@ -123,9 +133,15 @@ def test_a_scale_that_does_harm_is_switched_off(tmp_path: Path) -> None:
 
 def test_the_report_says_what_was_found(alone: dict, run: Path) -> None:
     text = (run / "alone" / TABLE_NAME).read_text()
-    assert f"Least loss: a = {alone['best']:g}" in text and "The scale should be on: " in text and "more than twice its error" in text
+    assert (
+        f"Least loss: a = {alone['best']:g}" in text
+        and "The scale should be on: " in text
+        and "more than twice its error" in text
+    )
     assert "| off |" in text and "| a = 500 (now) |" in text and "| 128 to 159 |" in text
-    assert (run / "alone" / FIGURE_NAME).read_bytes().startswith(b"\x89PNG") and not list((run / "alone").glob("*.partial"))
+    assert (run / "alone" / FIGURE_NAME).read_bytes().startswith(b"\x89PNG") and not list(
+        (run / "alone").glob("*.partial")
+    )
 
 
 @pytest.mark.parametrize("truth", [3.7, 20.0, 517.0, 90_000.0])
@@ -183,7 +199,11 @@ def test_bad_input_is_one_line_and_status_2(
     assert line.startswith("tune_log_scale: ") and message in line
 
 
-def test_windows_within_the_training_length_are_warned_of(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_windows_within_the_training_length_are_warned_of(
+    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     main([*command(run, "--out", str(tmp_path)), "--length", "64"])
     said = capfd.readouterr()
-    assert "warning: windows of 64 tokens are no longer than the 64 of training" in said.err and "Least loss: " in said.out
+    assert (
+        "warning: windows of 64 tokens are no longer than the 64 of training" in said.err and "Least loss: " in said.out
+    )

@@ -1,6 +1,9 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a run logs: one W&B run over requeues, with every panel; never a reason to stop or wait. And that it runs in bf16."""
+"""What a run logs: one W&B run over requeues, with every panel; never a reason to stop or wait.
+
+And that it runs in bf16.
+"""
 
 import contextlib
 import dataclasses
@@ -55,12 +58,29 @@ def _write_student(rank: int, folder: Path) -> None:
 
 def test_one_run_over_three_requeues_and_a_kill(hybrid: Path) -> None:
     """Two requeues at a step, one after a kill that forgets a step which is then done again."""
-    flags = (*WANDB, "--train-iters", "8", "--exit-interval", "2", "--save-interval", "2", "--head-statistics-interval", "4")
+    flags = (
+        *WANDB,
+        "--train-iters",
+        "8",
+        "--exit-interval",
+        "2",
+        "--save-interval",
+        "2",
+        "--head-statistics-interval",
+        "4",
+    )
     flags += ("--needle-interval", "4", "--needle-length", "64", "--needle-prompts", "4")
     run_stage(hybrid, "distill", 1, *flags, run="requeued")
     with pytest.raises(RankError, match="SIGKILL"):
         argv = ["--stage", "distill", "--run-dir", str(hybrid / "requeued"), "--teacher", str(hybrid / "teacher")]
-        argv += ["--start-from", str(hybrid / "student"), "--data-path", str(hybrid / "data"), "--data-cache-path", str(hybrid / "cache")]
+        argv += [
+            "--start-from",
+            str(hybrid / "student"),
+            "--data-path",
+            str(hybrid / "data"),
+            "--data-cache-path",
+            str(hybrid / "cache"),
+        ]
         run_ranks(_killed_after_step_3, 1, [*argv, *FLAGS, *flags])
     for _ in range(3):  # to step 4, 6, 8
         found = run_stage(hybrid, "distill", 1, *flags, run="requeued")
@@ -80,7 +100,18 @@ def test_one_run_over_three_requeues_and_a_kill(hybrid: Path) -> None:
             joined[step] = joined.get(step, {}) | values
     panels = {name for values in joined.values() for name in values}
     by_layer = [f"{name}/{where}" for name in BY_HEAD for where in ("layer 01", "all")]
-    assert panels >= {"kl", "ce", "distill loss", "learning-rate", "grad-norm", "head map", "heads", "heads table", *SPEED, *by_layer}
+    assert panels >= {
+        "kl",
+        "ce",
+        "distill loss",
+        "learning-rate",
+        "grad-norm",
+        "head map",
+        "heads",
+        "heads table",
+        *SPEED,
+        *by_layer,
+    }
     assert panels >= {"needles/needle single-key", "needles/needle multi-key", "gdn to fa rms/layer 00"}
     assert [step for step, values in sorted(joined.items()) if "heads" in values] == [1, 4, 8]
     for name in ("kl", "distill loss", *SPEED):
@@ -118,7 +149,9 @@ def _tensorboard_forgets_what_was_done_again(folder: Path) -> None:
 
 
 def test_align_logs_every_layer(folder: Path) -> None:
-    found = run_stage(folder, "align", 2, *WANDB, "--wandb-exp-name", "mine", run="wandb")  # the last rank logs, not the first
+    found = run_stage(
+        folder, "align", 2, *WANDB, "--wandb-exp-name", "mine", run="wandb"
+    )  # the last rank logs, not the first
     layers = [f"align loss/layer {layer:02d}" for layer in range(SHAPE.num_layers)]
     assert found["align loss"][1] == pytest.approx(sum(found[layer][1] for layer in layers), rel=1e-6)
     (part,) = read_runs(folder / "wandb" / "align" / "wandb")
@@ -219,7 +252,10 @@ def test_training_goes_on_without_wandb(folder: Path) -> None:
 def _train_without_wandb(rank: int, argv: list[str]) -> None:
     from hydra_mcore.train.__main__ import main
 
-    find, importlib.util.find_spec = importlib.util.find_spec, lambda name, *a: None if name == "wandb" else find(name, *a)
+    find, importlib.util.find_spec = (
+        importlib.util.find_spec,
+        lambda name, *a: None if name == "wandb" else find(name, *a),
+    )
     sys.modules["wandb"] = None  # importing it fails, as where it is not installed
     main(argv)
 
@@ -227,12 +263,23 @@ def _train_without_wandb(rank: int, argv: list[str]) -> None:
 PIPELINED = ("--pipeline-model-parallel-size", "2", "--context-parallel-size", "2", "--micro-batch-size", "1")
 
 
-@pytest.mark.parametrize("stage", ["distill", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("align", "extend"))])
+@pytest.mark.parametrize(
+    "stage", ["distill", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("align", "extend"))]
+)
 @pytest.mark.slow
 def test_bf16_is_near_float32(folder: Path, stage: str) -> None:
     exact = run_stage(folder, stage, 1, "--micro-batch-size", "1", "--train-iters", "4", run=f"{stage}-fp32")
     sharded = run_stage(
-        folder, stage, 2, "--tensor-model-parallel-size", "2", "--sequence-parallel", "--bf16", "--train-iters", "4", run=f"{stage}-bf16"
+        folder,
+        stage,
+        2,
+        "--tensor-model-parallel-size",
+        "2",
+        "--sequence-parallel",
+        "--bf16",
+        "--train-iters",
+        "4",
+        run=f"{stage}-bf16",
     )
     pipelined = run_stage(folder, stage, 4, *PIPELINED, "--bf16", "--train-iters", "4", run=f"{stage}-bf16-pipelined")
     for step, value in exact[f"{stage} loss"].items():

@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The memory formula against whole stages that run: weights, gradients, optimizer, teacher, activations and loss of every rank."""
+"""The memory formula against whole stages that run: weights, gradients, optimizer, teacher, activations and loss of
+every rank.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,14 @@ from tests.support.stages import make_run
 from tools.tracked_memory import tracked_peak
 
 SHAPE = ModelShape(
-    num_layers=4, hidden_size=96, num_heads=8, num_kv_groups=4, head_dim=16, ffn_hidden_size=160, vocab_size=512, native_length=256
+    num_layers=4, hidden_size=96, num_heads=8, num_kv_groups=4, head_dim=16, ffn_hidden_size=160, vocab_size=512,
+    native_length=256
 )  # fmt: skip
 # One FA head or two of different groups; ranks of TP 2 hold different numbers.
 HEAD_MAP = HeadMap.from_fa([(0, 2), (1, 0), (1, 5), (2, 2), (3, 0), (3, 5)], 4, 8, 4)
 FLAGS = [
-    "--tokenizer-type", "NullTokenizer", "--split", "100,0,0", "--seq-length", "256", "--micro-batch-size", "1", "--global-batch-size", "4",
+    "--tokenizer-type", "NullTokenizer", "--split", "100,0,0", "--seq-length", "256", "--micro-batch-size", "1",
+    "--global-batch-size", "4",
     "--train-iters", "3", "--lr-warmup-iters", "1", "--save-interval", "1000", "--no-save-rng",
 ]  # fmt: skip
 TP, PP = ["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"]
@@ -49,9 +53,20 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(tmp_path_factory.mktemp("memory"), HEAD_MAP, shape=SHAPE)
 
 
-@pytest.mark.parametrize(("stage", "ranks", "flags"), CASES, ids=lambda x: " ".join(x) if isinstance(x, list) else str(x))
+@pytest.mark.parametrize(
+    ("stage", "ranks", "flags"), CASES, ids=lambda x: " ".join(x) if isinstance(x, list) else str(x)
+)
 def test_a_stage_needs_what_is_said(run: Path, tmp_path: Path, stage: str, ranks: int, flags: list[str]) -> None:
-    argv = ["--stage", stage, "--run-dir", str(tmp_path), "--teacher", str(run / "teacher"), "--start-from", str(run / "student")]
+    argv = [
+        "--stage",
+        stage,
+        "--run-dir",
+        str(tmp_path),
+        "--teacher",
+        str(run / "teacher"),
+        "--start-from",
+        str(run / "student"),
+    ]
     argv += ["--data-path", str(run / "data"), "--data-cache-path", str(run / "cache"), *FLAGS, *flags]
     card = ModelCard.load(run / "student")
     parser, given, _ = recipe_flags(argv, with_gpu=False)

@@ -19,10 +19,13 @@ from tests.support.launch import model_parallel, run_ranks
 from tests.support.stages import FLAGS, HEAD_MAP, SHAPE, make_run, run_stage, write_data
 
 LAYOUTS = {
-    "tp2-pp2-queries": (4, "--tensor-model-parallel-size", "2", "--sequence-parallel", "--pipeline-model-parallel-size", "2",
+    "tp2-pp2-queries": (4, "--tensor-model-parallel-size", "2", "--sequence-parallel",
+        "--pipeline-model-parallel-size", "2",
                         "--fa-balance", "queries", "--micro-batch-size", "1"),
-    "cp2-dp2-recompute": (4, "--context-parallel-size", "2", "--recompute-granularity", "full", "--recompute-method", "uniform",
-                          "--recompute-num-layers", "1", "--micro-batch-size", "1", "--overlap-grad-reduce", "--overlap-param-gather"),
+    "cp2-dp2-recompute": (4, "--context-parallel-size", "2", "--recompute-granularity", "full", "--recompute-method",
+        "uniform",
+                          "--recompute-num-layers", "1", "--micro-batch-size", "1", "--overlap-grad-reduce",
+                          "--overlap-param-gather"),
     "tp2-heads": (2, "--tensor-model-parallel-size", "2"),
     "pp2-virtual": (2, "--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1"),
 }  # fmt: skip
@@ -62,7 +65,9 @@ def test_statistics_of_every_head_on_every_layout(folder: Path, name: str) -> No
 
 @pytest.fixture(scope="module")
 def needle_run(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``student``: the tiny example's teacher, which finds needles, with so much noise that it misses some; and data."""
+    """``student``: the tiny example's teacher, which finds needles, with so much noise that it misses some; and
+    data.
+    """
     folder = tmp_path_factory.mktemp("needles")
     run_ranks(_with_noise, 1, tiny_teacher, folder / "student")
     shutil.copytree(tiny_teacher / "tokenizer", folder / "student" / "tokenizer")
@@ -111,7 +116,9 @@ def test_needle_accuracy_is_that_of_evaluation(needle_run: Path, name: str) -> N
     (expected,) = run_ranks(_evaluated, 1, needle_run / "student")
     assert all(0 < accuracy < 1 for accuracy in expected.values()), "a test that a constant would pass"
     frozen = ("--lr", "0", "--min-lr", "0", "--clip-grad", "0")
-    found = run_stage(needle_run, "extend", ranks, *NEEDLES, *frozen, *flags, run=name, start_from=needle_run / "student")
+    found = run_stage(
+        needle_run, "extend", ranks, *NEEDLES, *frozen, *flags, run=name, start_from=needle_run / "student"
+    )
     for panel, accuracy in expected.items():
         assert found[f"needles/{panel}"] == pytest.approx({1: accuracy, 2: accuracy}, abs=1e-6)
 
@@ -125,21 +132,52 @@ def _evaluated(rank: int, checkpoint: Path) -> dict[str, float]:
     from hydra_mcore.train.needles import make_panels
 
     facts = describe(checkpoint)
-    panels = make_panels(Namespace(needle_interval=1, needle_length=127, needle_prompts=12), checkpoint, facts.vocab_size)
+    panels = make_panels(
+        Namespace(needle_interval=1, needle_length=127, needle_prompts=12), checkpoint, facts.vocab_size
+    )
     with model_parallel():
         model = open_model(facts, torch.float32)
-        scores = {panel: score_prompts(model, asked.prompts, panels.tokenizer, by_generation=False) for panel, asked in panels.sets.items()}
+        scores = {
+            panel: score_prompts(model, asked.prompts, panels.tokenizer, by_generation=False)
+            for panel, asked in panels.sets.items()
+        }
         return {panel: np.mean([score for batch in batches for score in batch]) for panel, batches in scores.items()}
 
 
 def test_the_probe_changes_nothing(needle_run: Path) -> None:
-    flags = ("--train-iters", "4", "--micro-batch-size", "1", "--lr-warmup-iters", "1", "--lr", "1e-3", "--hidden-dropout", "0.1")
+    flags = (
+        "--train-iters",
+        "4",
+        "--micro-batch-size",
+        "1",
+        "--lr-warmup-iters",
+        "1",
+        "--lr",
+        "1e-3",
+        "--hidden-dropout",
+        "0.1",
+    )
     flags += ("--tensor-model-parallel-size", "2")
     without = run_stage(
-        needle_run, "extend", 2, *flags, "--head-statistics-interval", "0", run="without", start_from=needle_run / "student"
+        needle_run,
+        "extend",
+        2,
+        *flags,
+        "--head-statistics-interval",
+        "0",
+        run="without",
+        start_from=needle_run / "student",
     )
     probed = run_stage(
-        needle_run, "extend", 2, *NEEDLES, *flags, "--head-statistics-interval", "1", run="probed", start_from=needle_run / "student"
+        needle_run,
+        "extend",
+        2,
+        *NEEDLES,
+        *flags,
+        "--head-statistics-interval",
+        "1",
+        run="probed",
+        start_from=needle_run / "student",
     )
     assert set(probed["needles/needle single-key"]) == {1, 2, 3, 4} and not any("needle" in name for name in without)
     for name in ("extend loss", "grad-norm"):
@@ -167,7 +205,16 @@ BAD = ("--save-interval", "1", "--train-iters", "4", "--head-statistics-interval
 def test_all_ranks_stop_when_one_meets_a_bad_value(folder: Path, stage: str, what: str) -> None:
     """With data parallelism one rank sees it; the first says it, and none is left waiting."""
     run = folder / f"bad-{stage}"
-    argv = ["--stage", stage, "--run-dir", str(run), "--teacher", str(folder / "teacher"), "--start-from", str(folder / "student")]
+    argv = [
+        "--stage",
+        stage,
+        "--run-dir",
+        str(run),
+        "--teacher",
+        str(folder / "teacher"),
+        "--start-from",
+        str(folder / "student"),
+    ]
     argv += ["--data-path", str(folder / "data"), *FLAGS, *BAD]
     outcomes = run_ranks(_bad_on_the_last, 2, argv, stage)
     assert [status for status, _ in outcomes] == [2, 2]

@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Every command on a checkpoint that somebody made to run code, or that lost a byte: one line, exit status 2, nothing run."""
+"""Every command on a checkpoint that somebody made to run code, or that lost a byte: one line, exit status 2, nothing
+run.
+"""
 
 from __future__ import annotations
 
@@ -42,12 +44,18 @@ def text_models(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 COMMANDS = {
     "hybridize": (
-        "tools/convert.py hybridize --teacher {teacher} --heads {head_map.json} --calibration-text {text.txt} --out {out}",
+        (
+            "tools/convert.py hybridize --teacher {teacher} --heads {head_map.json} --calibration-text {text.txt} --out"
+            " {out}"
+        ),
         "teacher",
     ),
     "export": ("tools/convert.py export --checkpoint {student} --out {out}", "student"),
     "select": ("tools/select_heads.py --teacher {teacher} --out {out} --pairs 1 --length 128", "teacher"),
-    "evaluate": ("tools/evaluate.py --models {student} --out {out} --lengths 64 --prompts 1 --no-text --haystack {text.txt}", "student"),
+    "evaluate": (
+        "tools/evaluate.py --models {student} --out {out} --lengths 64 --prompts 1 --no-text --haystack {text.txt}",
+        "student",
+    ),
     "verify": ("tools/verify.py {student} --length 32", "student"),
     "tune": ("tools/tune_log_scale.py --checkpoint {student} --text {text.txt} --length 600 --windows 2", "student"),
 }
@@ -69,7 +77,9 @@ def test_commands(text_models: Path, tmp_path: Path, command: str, place: str) -
     for name in ("teacher", "student", "head_map.json", "text.txt", "out"):
         line = line.replace("{" + name + "}", str(folder / name))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, *line.split()], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, *line.split()], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert not marker.exists()
     if command == "export" and place == "common_state":  # it reads tensors alone
         assert done.returncode == 0, done.stderr
@@ -85,9 +95,25 @@ def test_commands(text_models: Path, tmp_path: Path, command: str, place: str) -
 
 
 def arguments(folder: Path, stage: str, run: str, iterations: int) -> list[str]:
-    argv = ["--stage", stage, "--run-dir", str(folder / run), "--teacher", str(folder / "teacher"), "--start-from", str(folder / "student")]
+    argv = [
+        "--stage",
+        stage,
+        "--run-dir",
+        str(folder / run),
+        "--teacher",
+        str(folder / "teacher"),
+        "--start-from",
+        str(folder / "student"),
+    ]
     argv += ["--data-path", str(folder / "data"), "--data-cache-path", str(folder / "cache"), *SAVING]
-    return [*argv, "--train-iters", str(iterations), "--rerun-mode", "validate_results", "--override-opt_param-scheduler"]
+    return [
+        *argv,
+        "--train-iters",
+        str(iterations),
+        "--rerun-mode",
+        "validate_results",
+        "--override-opt_param-scheduler",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +125,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 VICTIMS = [
-    *(("extend", place) for place in (INDEX, "common.pt", "common_state", "rng_state", "rerun_state_machine_state", TENSOR)),
+    *(
+        ("extend", place)
+        for place in (INDEX, "common.pt", "common_state", "rng_state", "rerun_state_machine_state", TENSOR)
+    ),
     ("extend", "optimizer.state.exp_avg"),
     *((folder, place) for folder in ("student", "teacher") for place in (INDEX, "common.pt", "common_state", TENSOR)),
 ]

@@ -61,7 +61,12 @@ def train(rank: int, argv: list[str]) -> None:
     from hydra_mcore.train import align
     from hydra_mcore.train.__main__ import main
 
-    plant((gdn_heads.ShortConv, "forward"), (gdn_heads, "gated_delta_rule"), (align, "align_loss"), *[(MLP, "forward")] * 3 * rank)
+    plant(
+        (gdn_heads.ShortConv, "forward"),
+        (gdn_heads, "gated_delta_rule"),
+        (align, "align_loss"),
+        *[(MLP, "forward")] * 3 * rank,
+    )
     align.GradientAtOnce.forward = staticmethod(slowed(align.GradientAtOnce.forward))
     main(argv)
 
@@ -79,7 +84,9 @@ def parts(stage: Path, rank: int = 0) -> dict[str, dict[str, float]]:
     table = json.loads((stage / "profile" / f"parts-rank{rank}.json").read_text())
     assert (table["device"], table["steps"]) == ("cpu", 1) and list(table["parts"]) == list(PARTS)
     assert all(list(passes) == list(PASSES) for passes in table["parts"].values())
-    assert sum(sum(passes.values()) for passes in table["parts"].values()) == pytest.approx(table["wall_seconds"], rel=1e-6)
+    assert sum(sum(passes.values()) for passes in table["parts"].values()) == pytest.approx(
+        table["wall_seconds"], rel=1e-6
+    )
     return table["parts"]
 
 
@@ -106,9 +113,20 @@ def test_align_is_profiled_and_trains_alike(folder: Path) -> None:
         assert seconds[part]["forward"] > 0 < seconds[part]["backward"], part
     events = json.loads(gzip.decompress((profiled / "profile" / "trace-rank0.json.gz").read_bytes()))["traceEvents"]
     names = {event["name"] for event in events if event.get("cat") == "user_annotation"}
-    assert {"step: 2", "part: conv", "part: GDN delta rule", "teacher: MLP", "part: optimizer", "backward pass"} <= names
+    assert {
+        "step: 2",
+        "part: conv",
+        "part: GDN delta rule",
+        "teacher: MLP",
+        "part: optimizer",
+        "backward pass",
+    } <= names
     assert not {"step: 1", "step: 3"} & names
-    assert (profiled / "profile" / "parts-rank0.md").read_text().startswith("Milliseconds of CPU time a step, over 1 steps of")
+    assert (
+        (profiled / "profile" / "parts-rank0.md")
+        .read_text()
+        .startswith("Milliseconds of CPU time a step, over 1 steps of")
+    )
 
 
 @pytest.mark.slow
@@ -125,7 +143,9 @@ def test_distill_on_two_ranks_with_recompute(folder: Path) -> None:
         assert seconds["conv"]["recomputed"] == 0 < calls * FORWARD <= seconds["conv"]["forward"]
         assert rule["teacher"] == rule["outside"] == 0 < seconds["loss"]["forward"]
     waits, calls = parts(stage)["communication"], 4 * MICRO_BATCHES
-    assert min(waits["teacher"], waits["forward"]) >= calls * FORWARD and waits["backward"] >= calls * BACKWARD, "a third of it"
+    assert min(waits["teacher"], waits["forward"]) >= calls * FORWARD and waits["backward"] >= calls * BACKWARD, (
+        "a third of it"
+    )
 
 
 def test_one_call_of_a_layer(folder: Path) -> None:
@@ -155,7 +175,16 @@ def test_a_window_that_cannot_be_is_refused(folder: Path) -> None:
     from hydra_mcore.config import ConfigError
     from hydra_mcore.train.arguments import resolve
 
-    argv = ["--stage", "extend", "--run-dir", str(folder / "no"), "--start-from", str(folder / "student"), *FLAGS, *STEPS]
+    argv = [
+        "--stage",
+        "extend",
+        "--run-dir",
+        str(folder / "no"),
+        "--start-from",
+        str(folder / "student"),
+        *FLAGS,
+        *STEPS,
+    ]
     assert resolve([*argv, "--profile"]).options.stage == "extend"
     with pytest.raises(ConfigError, match="profile-step-start 1 to profile-step-end 4 is no window of the 3 steps"):
         resolve([*argv, "--profile", "--profile-step-end", "4"])
@@ -176,7 +205,9 @@ def steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace
     )  # fmt: skip
 
 
-def test_a_run_that_starts_behind_the_window_says_so(steps: argparse.Namespace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_starts_behind_the_window_says_so(
+    steps: argparse.Namespace, capsys: pytest.CaptureFixture[str]
+) -> None:
     from megatron.training import training
 
     from hydra_mcore.train.profile import profiled_steps
@@ -200,7 +231,9 @@ def test_an_error_leaves_no_range_and_no_half_profile(steps: argparse.Namespace)
         for iteration in range(3):
             assert training.train_step(None, None, [], optimizer, iteration=iteration) == iteration
             assert (optimizer.step is print) == (iteration == 0)
-    assert training.train_step is stock and torch.distributed.Work.wait is wait and optimizer.step is pair.fetch is print
+    assert (
+        training.train_step is stock and torch.distributed.Work.wait is wait and optimizer.step is pair.fetch is print
+    )
     assert not list(steps.save.iterdir())
 
 

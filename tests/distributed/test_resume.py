@@ -14,7 +14,11 @@ SCHEDULE = ("--train-iters", str(STEPS), "--save-interval", str(STOP), "--micro-
 
 
 def sizes(tp: int = 1, cp: int = 1, pp: int = 1) -> tuple[str, ...]:
-    return (f"--tensor-model-parallel-size={tp}", f"--context-parallel-size={cp}", f"--pipeline-model-parallel-size={pp}")
+    return (
+        f"--tensor-model-parallel-size={tp}",
+        f"--context-parallel-size={cp}",
+        f"--pipeline-model-parallel-size={pp}",
+    )
 
 
 VIRTUAL = ("--num-layers-per-virtual-pipeline-stage", "1")
@@ -74,7 +78,9 @@ def stopped(folder: Path) -> dict[str, Path]:
         pytest.param("cp2-dp2", "pp2-virtual", marks=pytest.mark.slow),
     ],
 )
-def test_checkpoint_goes_on_with_another_layout(folder: Path, stopped: dict[str, Path], before: str, after: str) -> None:
+def test_checkpoint_goes_on_with_another_layout(
+    folder: Path, stopped: dict[str, Path], before: str, after: str
+) -> None:
     if before not in stopped:
         ranks, flags = LAYOUTS[before]
         run_stage(folder, "distill", ranks, *SCHEDULE, *flags, "--exit-interval", str(STOP), run=before)

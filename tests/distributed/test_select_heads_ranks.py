@@ -38,12 +38,16 @@ def on_ranks(world_size: int, *flags: str) -> list[tuple[int, str]]:
     ("world_size", "flags"),
     [
         (2, ["--tensor-model-parallel-size", "2"]),
-        pytest.param(4, ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"], marks=pytest.mark.slow),
+        pytest.param(
+            4, ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"], marks=pytest.mark.slow
+        ),
         pytest.param(4, ["--pipeline-model-parallel-size", "2"], marks=pytest.mark.slow),
     ],
     ids=["tp2", "tp2-pp2", "pp2-dp2"],
 )
-def test_ranks_find_what_one_process_finds(tiny_teacher: Path, alone: Path, tmp_path: Path, world_size: int, flags: list[str]) -> None:
+def test_ranks_find_what_one_process_finds(
+    tiny_teacher: Path, alone: Path, tmp_path: Path, world_size: int, flags: list[str]
+) -> None:
     out = tmp_path / "out"
     ended = on_ranks(world_size, "--teacher", str(tiny_teacher), "--out", str(out), *SMALL, *flags)
     assert [code for code, _ in ended] == [0] * world_size
@@ -60,12 +64,17 @@ def test_ranks_find_what_one_process_finds(tiny_teacher: Path, alone: Path, tmp_
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--tensor-model-parallel-size", "3"], "2 processes are no multiple of 3 tensor-parallel x 1 pipeline-parallel ranks"),
+        (
+            ["--tensor-model-parallel-size", "3"],
+            "2 processes are no multiple of 3 tensor-parallel x 1 pipeline-parallel ranks",
+        ),
         (["--ratio", "31:1"], "global_c keeps one in each of 4 layers"),
         (["--length", "96"], "holds an unfinished scoring whose"),  # which only the first rank reads
     ],
 )
-def test_bad_input_is_said_once_and_ends_every_rank(tiny_teacher: Path, tmp_path: Path, flags: list[str], message: str) -> None:
+def test_bad_input_is_said_once_and_ends_every_rank(
+    tiny_teacher: Path, tmp_path: Path, flags: list[str], message: str
+) -> None:
     other = tmp_path / "out" / "unfinished" / "96"
     other.mkdir(parents=True)
     (other / "replica0.jsonl").write_text('{"teacher": "another"}\n["piece", 1]\n')

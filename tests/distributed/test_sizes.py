@@ -18,21 +18,25 @@ from hydra_mcore.model.sizes import ATTENTION_PARTS, PARTS, rank_parameters
 from tests.support.launch import model_parallel, run_ranks
 
 SHAPE = ModelShape(
-    num_layers=4, hidden_size=20, num_heads=12, num_kv_groups=6, head_dim=6, ffn_hidden_size=36, vocab_size=60, native_length=64
+    num_layers=4, hidden_size=20, num_heads=12, num_kv_groups=6, head_dim=6, ffn_hidden_size=36, vocab_size=60,
+    native_length=64
 )  # fmt: skip
 # Layers with no FA head, one, five (two of one group) and all.
 HEAD_MAP = HeadMap.from_fa([(1, 7), *((2, h) for h in (0, 1, 4, 7, 10)), *((3, h) for h in range(12))], 4, 12, 6)
 OPTIONS = [
     HydraOptions(),
     HydraOptions(gdn_kv="per_group", fa_gate="headwise", gdn_gate="elementwise", gdn_conv_kernel=0, fusion="norm"),
-    HydraOptions(gdn_kv="per_group", qkv="shared", fa_gate="none", gdn_gate="headwise", fusion="competition", gdn_conv_kernel=2),
+    HydraOptions(
+        gdn_kv="per_group", qkv="shared", fa_gate="none", gdn_gate="headwise", fusion="competition", gdn_conv_kernel=2
+    ),
     HydraOptions(fusion="none", gdn_qk_norm="none", fusion_norm_weight="none"),
     HydraOptions(fusion_norm_weight="none"),
 ]
 SHAPES = [SHAPE, dataclasses.replace(SHAPE, tied_embeddings=False, qk_norm=False, qkv_bias=True)]
 PART_OF = {
     "linear_proj": "output projection", "conv": "convolution", "gate": "gates", "fusion": "fusion", "fa": "FA heads",
-    "gdn": "GDN heads", "linear_kv": "FA heads", "mlp": "MLP", "input_layernorm": "layer norms", "pre_mlp_layernorm": "layer norms",
+    "gdn": "GDN heads", "linear_kv": "FA heads", "mlp": "MLP", "input_layernorm": "layer norms",
+    "pre_mlp_layernorm": "layer norms",
     "final_layernorm": "layer norms", "embedding": "embedding", "output_layer": "output layer",
 }  # fmt: skip
 
@@ -59,7 +63,9 @@ def _compare(rank: int, tp_size: int, pp_size: int) -> None:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     cards = [teacher_card(shape, "") for shape in SHAPES]
-    cards += [ModelCard(shape=s, head_map=HEAD_MAP, options=o, fingerprint="") for s, o in itertools.product(SHAPES, OPTIONS)]
+    cards += [
+        ModelCard(shape=s, head_map=HEAD_MAP, options=o, fingerprint="") for s, o in itertools.product(SHAPES, OPTIONS)
+    ]
     with model_parallel(tp=tp_size, pp=pp_size):
         groups = ProcessGroupCollection.use_mpu_process_groups()
         stage, per_stage = groups.pp.rank(), SHAPE.num_layers // pp_size
@@ -86,5 +92,7 @@ def _compare_shared(rank: int, tp_size: int) -> None:
             card = ModelCard(shape=shape, head_map=HEAD_MAP, options=options, fingerprint="")
             config = model_config(card, "align", transformer_config(shape, torch.float32, tp_size))
             apply_card(config, card, "align", "queries")
-            expected = rank_parameters(card, range(shape.num_layers), tp_size=tp_size, tp_rank=rank, fa_balance="queries")
+            expected = rank_parameters(
+                card, range(shape.num_layers), tp_size=tp_size, tp_rank=rank, fa_balance="queries"
+            )
             assert counted(config.get_builder_cls()(config).build_model(groups)) == expected, card

@@ -32,9 +32,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Job:
     """Stage extend in forked ranks that a process of their own launches; its output is a file."""
 
-    def __init__(self, folder: Path, run: str, *flags: str, ranks: int = 1, wait_s: float = 0.5, before: Callable[[], None] | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        run: str,
+        *flags: str,
+        ranks: int = 1,
+        wait_s: float = 0.5,
+        before: Callable[[], None] | None = None,
+    ):
         argv = ["--stage", "extend", "--run-dir", str(folder / run), "--start-from", str(folder / "student")]
-        argv += ["--data-path", str(folder / "data"), "--data-cache-path", str(folder / "cache"), *FLAGS, *SCHEDULE, *flags]
+        argv += [
+            "--data-path",
+            str(folder / "data"),
+            "--data-cache-path",
+            str(folder / "cache"),
+            *FLAGS,
+            *SCHEDULE,
+            *flags,
+        ]
         self.save, self.lock = folder / run / "extend", folder / run / "extend.lock"
         self.log, self.statuses = folder / f"{run}-{time.monotonic_ns()}.log", folder / f"{run}-{time.monotonic_ns()}"
         self.statuses.mkdir()
@@ -78,7 +94,9 @@ class Job:
         return [line for line in self.output().splitlines() if line.startswith("train: ")]
 
 
-def _train(rank: int, argv: list[str], log: Path, statuses: Path, wait_s: float, before: Callable[[], None] | None) -> None:
+def _train(
+    rank: int, argv: list[str], log: Path, statuses: Path, wait_s: float, before: Callable[[], None] | None
+) -> None:
     from hydra_mcore.train import resume
     from hydra_mcore.train.__main__ import main
 
@@ -192,7 +210,11 @@ def _slow_saves() -> None:
 
 MOMENTS = {
     "a step": ((), None, lambda job: job.trains()),
-    "models are built": ((), None, lambda job: job.until(lambda: "setting number of microbatches" in job.output() or job.lock.exists())),
+    "models are built": (
+        (),
+        None,
+        lambda job: job.until(lambda: "setting number of microbatches" in job.output() or job.lock.exists()),
+    ),
     "a save": (("--save-interval", "2"), _slow_saves, lambda job: job.until(lambda: "saving" in job.output())),
     "a save in the background": (("--save-interval", "2", "--async-save"), None, lambda job: job.trains(3)),
     "data workers": (("--num-workers", "2"), None, lambda job: job.trains()),
@@ -248,10 +270,24 @@ def test_a_second_ctrl_c_ends_it_at_once(job: Callable[..., Job]) -> None:
 def test_ctrl_c_under_torchrun(folder: Path, ranks: int) -> None:
     """On the terminal's group: torchrun hands it on to its ranks, which are no part of it."""
     run = folder / f"torchrun-{ranks}"
-    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "hydra_mcore.train"]
+    argv = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+        "-m",
+        "hydra_mcore.train",
+    ]
     argv += ["--stage", "extend", "--run-dir", str(run), "--start-from", str(folder / "student")]
     argv += ["--data-path", str(folder / "data"), "--data-cache-path", str(folder / "cache"), *FLAGS, *SCHEDULE]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "PYTHONUNBUFFERED": "1",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300",
+    }
     with (folder / f"torchrun-{ranks}.log").open("w+") as log:
         heard = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
         process = subprocess.Popen(

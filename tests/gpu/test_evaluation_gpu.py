@@ -22,7 +22,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU (not yet run on one)"),
 ]
 SHAPE = ModelShape(
-    num_layers=2, hidden_size=256, num_heads=4, num_kv_groups=2, head_dim=64, ffn_hidden_size=512, vocab_size=1024, native_length=512
+    num_layers=2, hidden_size=256, num_heads=4, num_kv_groups=2, head_dim=64, ffn_hidden_size=512, vocab_size=1024,
+    native_length=512
 )  # fmt: skip
 STEPS = 6
 
@@ -37,7 +38,9 @@ def groups() -> Iterator[None]:
 @torch.no_grad()
 def test_reading_and_decoding_equal_whole_rows(length: int) -> None:
     torch.manual_seed(0)
-    card = ModelCard(shape=SHAPE, head_map=HeadMap.from_fa([(0, 1), (1, 0), (1, 3)], 2, 4, 2), options=HydraOptions(), fingerprint="")
+    card = ModelCard(
+        shape=SHAPE, head_map=HeadMap.from_fa([(0, 1), (1, 0), (1, 3)], 2, 4, 2), options=HydraOptions(), fingerprint=""
+    )
     whole = build_model(card).eval()
     for parameter in whole.parameters():
         if parameter.dim() > 1:

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every kernel of flash-linear-attention that we call, against float64 on the CPU.
 
-Not yet run on a GPU. The same cases passed on a CPU in Triton's interpreter (flash-linear-attention 0.6.0, float32), which checks
-names, layouts, signs and gradients but neither bfloat16 nor compiled code.
+Not yet run on a GPU. The same cases passed on a CPU in Triton's interpreter (flash-linear-attention 0.6.0, float32),
+which checks names, layouts, signs and gradients but neither bfloat16 nor compiled code.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of kernels without ma
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 
-def check(kernel: Callable[..., Tensor], reference: Callable[..., Tensor], inputs: Sequence[Tensor], dtype: torch.dtype) -> None:
+def check(
+    kernel: Callable[..., Tensor], reference: Callable[..., Tensor], inputs: Sequence[Tensor], dtype: torch.dtype
+) -> None:
     """Compare results and all gradients; the reference gets the kernel's own (rounded) inputs in float64."""
     rounded = [x.to(dtype) for x in inputs]
     results = []
@@ -60,7 +62,10 @@ def test_short_conv(b: int, s: int, bounds: tuple[int, ...] | None, activation: 
 
     def reference(x: Tensor, weight: Tensor) -> Tensor:
         documents = [x[start:end].flatten(2).permute(1, 2, 0) for start, end in itertools.pairwise(bounds or (0, s))]
-        out = [F.conv1d(F.pad(document, (taps - 1, 0)), weight[:, None], groups=h * c).permute(2, 0, 1) for document in documents]
+        out = [
+            F.conv1d(F.pad(document, (taps - 1, 0)), weight[:, None], groups=h * c).permute(2, 0, 1)
+            for document in documents
+        ]
         joined = torch.cat(out).unflatten(2, (h, c))
         return F.silu(joined) if activation else joined
 
@@ -68,7 +73,9 @@ def test_short_conv(b: int, s: int, bounds: tuple[int, ...] | None, activation: 
 
 
 @each_dtype
-@pytest.mark.parametrize("size", [1.0, 1e-4])  # the second one is where an epsilon of 1e-6 beside the squared length would show
+@pytest.mark.parametrize(
+    "size", [1.0, 1e-4]
+)  # the second one is where an epsilon of 1e-6 beside the squared length would show
 def test_unit_length(size: float, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     check(fla_kernels.unit_length, lambda x: F.normalize(x, dim=-1), [size * torch.randn(40, 2, 3, 64)], dtype)
@@ -80,7 +87,11 @@ def test_unit_length(size: float, dtype: torch.dtype) -> None:
 def test_few_tokens_take_the_recurrent_kernel(s: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     b, h, d = 2, 3, 64
-    inputs = [F.normalize(torch.randn(b, s, h, d), dim=-1), F.normalize(torch.randn(b, s, h, d), dim=-1), torch.randn(b, s, h, d)]
+    inputs = [
+        F.normalize(torch.randn(b, s, h, d), dim=-1),
+        F.normalize(torch.randn(b, s, h, d), dim=-1),
+        torch.randn(b, s, h, d),
+    ]
     inputs = [x.to(dtype) for x in inputs] + [-0.2 * torch.rand(b, s, h), torch.rand(b, s, h), torch.randn(b, h, d, d)]
     expected = gated_delta_rule(*(x.double() for x in inputs[:5]), initial_state_bhdv=inputs[5].double())
     only_recurrent = fla_kernels.kernels()._replace(chunked=None)

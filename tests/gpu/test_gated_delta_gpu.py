@@ -26,7 +26,9 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-3), (torch.bfloat16, 2e-2)], ids=str)  # float32 in TF32
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 5e-3), (torch.bfloat16, 2e-2)], ids=str
+)  # float32 in TF32
 @pytest.mark.parametrize("bounds", [None, [0, 1, 64, 65, 200, 333]])
 @pytest.mark.parametrize(("d", "v"), [(128, 128), (64, 128)])
 def test_kernel_equals_reference(

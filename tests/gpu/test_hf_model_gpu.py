@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The exported model on a GPU, with whatever kernels are there, against itself on the CPU. Not yet run on a GPU.
 
-Both kernels gave what the torch functions give in Triton's interpreter on a CPU (flash-linear-attention 0.6.0, float32 and float16).
+Both kernels gave what the torch functions give in Triton's interpreter on a CPU (flash-linear-attention 0.6.0, float32
+and float16).
 """
 
 from __future__ import annotations

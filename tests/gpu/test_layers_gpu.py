@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole layers with flash-linear-attention's kernels against the same layers without: results, gradients, decoding.
 
-Not yet run on a GPU. The same cases passed on a CPU in Triton's interpreter (flash-linear-attention 0.6.0, float32), and so did two
-context-parallel ranks with the package's own context parallelism: results to 3e-7, gradients to 2e-5.
+Not yet run on a GPU. The same cases passed on a CPU in Triton's interpreter (flash-linear-attention 0.6.0, float32),
+and so did two context-parallel ranks with the package's own context parallelism: results to 3e-7, gradients to 2e-5.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason="needs flash-linear-attention"),
 ]
 SHAPE = ModelShape(
-    num_layers=2, hidden_size=128, num_heads=4, num_kv_groups=2, head_dim=64, ffn_hidden_size=128, vocab_size=64, native_length=512
+    num_layers=2, hidden_size=128, num_heads=4, num_kv_groups=2, head_dim=64, ffn_hidden_size=128, vocab_size=64,
+    native_length=512
 )  # fmt: skip
 HEAD_MAP = HeadMap.from_fa([(0, 0), (1, 1), (1, 2)], SHAPE.num_layers, SHAPE.num_heads, SHAPE.num_kv_groups)
 LENGTH, STEPS = 150, 3

@@ -1,6 +1,9 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The table by part of GPU time. Not yet run on a GPU; tests/unit/test_profile_table.py reads traces written by hand."""
+"""The table by part of GPU time.
+
+Not yet run on a GPU; tests/unit/test_profile_table.py reads traces written by hand.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU (not yet run on one)"),
 ]
 SHAPE = ModelShape(
-    num_layers=2, hidden_size=256, num_heads=4, num_kv_groups=2, head_dim=64, ffn_hidden_size=256, vocab_size=512, native_length=256
+    num_layers=2, hidden_size=256, num_heads=4, num_kv_groups=2, head_dim=64, ffn_hidden_size=256, vocab_size=512,
+    native_length=256
 )  # fmt: skip
 CYCLES = 20_000_000  # some 10 ms of a GPU, far more than any part here takes
 

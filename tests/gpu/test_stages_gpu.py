@@ -25,7 +25,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU (not yet run on one)"),
 ]
 SHAPE = ModelShape(
-    num_layers=3, hidden_size=256, num_heads=4, num_kv_groups=2, head_dim=64, ffn_hidden_size=512, vocab_size=64, native_length=256
+    num_layers=3, hidden_size=256, num_heads=4, num_kv_groups=2, head_dim=64, ffn_hidden_size=512, vocab_size=64,
+    native_length=256
 )  # fmt: skip
 HEAD_MAP = HeadMap.from_fa([(1, 0), (2, 0), (2, 3)], SHAPE.num_layers, SHAPE.num_heads, SHAPE.num_kv_groups)
 STAGES = ("align", "distill", "extend")
@@ -39,7 +40,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     teacher = teacher_card(SHAPE, fingerprint="f" * 64)
     with process_groups():
-        for name, head_map, options in (("teacher", teacher.head_map, teacher.options), ("student", HEAD_MAP, HydraOptions())):
+        for name, head_map, options in (
+            ("teacher", teacher.head_map, teacher.options),
+            ("student", HEAD_MAP, HydraOptions()),
+        ):
             card = dataclasses.replace(teacher, head_map=head_map, options=options, stage=name)
             model = build_model(card, "align")
             randomise(model)
@@ -53,7 +57,12 @@ def test_all_stages_in_turn(folder: Path) -> None:
     for stage in STAGES:
         flags = [*FLAGS, "--seq-length", "256", "--bf16", "--train-iters", str(STEPS), "--lr", "1e-3"]
         flags += [] if stage == "distill" else ["--packed-documents", "--micro-batch-size", "1"]
-        paths = {"run-dir": folder, "teacher": folder / "teacher", "data-path": folder / "data", "data-cache-path": folder / "cache"}
+        paths = {
+            "run-dir": folder,
+            "teacher": folder / "teacher",
+            "data-path": folder / "data",
+            "data-cache-path": folder / "cache",
+        }
         flags += [word for flag, path in paths.items() for word in (f"--{flag}", str(path))]
         command = [sys.executable, "-m", "hydra_mcore.train", "--stage", stage, *flags]
         done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=300)

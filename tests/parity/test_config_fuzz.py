@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever stands in a model directory's small files: a card, or one line that names the file; never a traceback, never the memory."""
+"""Whatever stands in a model directory's small files: a card, or one line that names the file; never a traceback, never
+the memory.
+"""
 
 import json
 import random
@@ -22,10 +24,47 @@ from tests.support.tiny_hf import tiny_qwen3
 
 DEEP, HUGE = "[" * 900 + "]" * 900, "1" + "0" * 400
 VALUES = (
-    *("null", "true", "false", '"x"', '"1e-6"', '""', "[]", "[1]", "[null]", "{}", '{"a": 1}', "[[[0]]]", '"\\ud800"', '"\\u0000"'),
-    *("NaN", "Infinity", "-Infinity", "-1", "0", "-0.0", "1", "3", "2.5", "1e-300", "1e19", "10000000000000000000", "1e308", HUGE, DEEP),
+    *(
+        "null",
+        "true",
+        "false",
+        '"x"',
+        '"1e-6"',
+        '""',
+        "[]",
+        "[1]",
+        "[null]",
+        "{}",
+        '{"a": 1}',
+        "[[[0]]]",
+        '"\\ud800"',
+        '"\\u0000"',
+    ),
+    *(
+        "NaN",
+        "Infinity",
+        "-Infinity",
+        "-1",
+        "0",
+        "-0.0",
+        "1",
+        "3",
+        "2.5",
+        "1e-300",
+        "1e19",
+        "10000000000000000000",
+        "1e308",
+        HUGE,
+        DEEP,
+    ),
 )
-YARN = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 16, "attention_factor": 1.0}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 5000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "attention_factor": 1.0,
+}
 
 
 def family_config(family: str, tmp_path: Path) -> dict[str, Any]:
@@ -44,7 +83,14 @@ def family_config(family: str, tmp_path: Path) -> dict[str, Any]:
 
 def spoilt(raw: dict[str, Any], rng: random.Random, share: float) -> Iterator[tuple[str, str]]:
     """What was changed, and the text: each key dropped, and given each value (or a share of them, drawn)."""
-    keys = {**dict.fromkeys(raw), **CONFIG_KEYS, "hidden_act": 0, "attention_bias": 0, "num_experts": 0, "quantization_config": 0}
+    keys = {
+        **dict.fromkeys(raw),
+        **CONFIG_KEYS,
+        "hidden_act": 0,
+        "attention_bias": 0,
+        "num_experts": 0,
+        "quantization_config": 0,
+    }
     for key in keys:
         if key in raw:
             yield f"{key} dropped", json.dumps({name: value for name, value in raw.items() if name != key})
@@ -56,7 +102,10 @@ def spoilt(raw: dict[str, Any], rng: random.Random, share: float) -> Iterator[tu
         for value in VALUES:
             if rng.random() < share:
                 for name in ("rope_parameters", "rope_scaling"):
-                    yield f"{name} {key} {value[:20]}", json.dumps(raw | {name: YARN | {key: "HERE"}}).replace('"HERE"', value)
+                    yield (
+                        f"{name} {key} {value[:20]}",
+                        json.dumps(raw | {name: YARN | {key: "HERE"}}).replace('"HERE"', value),
+                    )
 
 
 def check(folder: Path, family: str, share: float) -> int:
@@ -71,9 +120,16 @@ def check(folder: Path, family: str, share: float) -> int:
             card = read_config(folder)
             json.dumps(card.source, indent=1)
             accepted += 1
-            if family in FAMILIES and "-0.0" not in text:  # which we take for 0, where transformers wants whole numbers written so
-                kind = CONFIG_MAPPING[family](**{key: value for key, value in json.loads(text).items() if key in CONFIG_KEYS})
-                assert (kind.rms_norm_eps, kind.num_key_value_heads) == (card.shape.norm_epsilon, card.shape.num_kv_groups), what
+            if (
+                family in FAMILIES and "-0.0" not in text
+            ):  # which we take for 0, where transformers wants whole numbers written so
+                kind = CONFIG_MAPPING[family](
+                    **{key: value for key, value in json.loads(text).items() if key in CONFIG_KEYS}
+                )
+                assert (kind.rms_norm_eps, kind.num_key_value_heads) == (
+                    card.shape.norm_epsilon,
+                    card.shape.num_kv_groups,
+                ), what
                 assert kind.rope_parameters["rope_theta"] == card.shape.rope_theta, what
         except InputError as error:
             assert str(path) in str(error) and "\n" not in str(error) and len(str(error)) < 2000, (what, str(error))
@@ -103,11 +159,17 @@ NAMED = [
     *(("rms_norm_eps", value) for value in (float("nan"), -1, "x", [], {}, "1e-6", 0, 1e19)),
     *(("tie_word_embeddings", value) for value in ("x", 1, None)),
     *(("rope_theta", value) for value in (float("nan"), float("inf"), True, -1, 0)),
-    *((key, 1e19) for key in ("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads", "max_position_embeddings")),
+    *(
+        (key, 1e19)
+        for key in ("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads", "max_position_embeddings")
+    ),
     *((key, 10**9) for key in ("num_hidden_layers", "num_attention_heads", "head_dim")),
     *(("model_type", value) for value in (3, [], {}, None, True)),
     *(("layer_types", value) for value in (3, "x", [3], {}, [None] * 3)),
-    *(("rope_scaling", value) for value in (3, "x", [3], {"rope_type": []}, {"type": None}, {"rope_type": "yarn", "factor": "x"})),
+    *(
+        ("rope_scaling", value)
+        for value in (3, "x", [3], {"rope_type": []}, {"type": None}, {"rope_type": "yarn", "factor": "x"})
+    ),
     ("rope_scaling", YARN | {"attention_factor": []}),
     ("eos_token_id", "x"),
 ]
@@ -115,7 +177,11 @@ NAMED = [
 
 @pytest.mark.parametrize(("key", "value"), NAMED, ids=lambda value: str(value)[:30])
 def test_the_line_names_the_key(tmp_path, key, value):
-    raw = {name: item for name, item in family_config("llama", tmp_path).items() if key != "rope_theta" or name != "rope_parameters"}
+    raw = {
+        name: item
+        for name, item in family_config("llama", tmp_path).items()
+        if key != "rope_theta" or name != "rope_parameters"
+    }
     (tmp_path / "config.json").write_text(json.dumps(raw | {key: value}))
     tracemalloc.start()
     with pytest.raises(InputError) as caught:
@@ -125,9 +191,25 @@ def test_the_line_names_the_key(tmp_path, key, value):
     assert key.removeprefix("rope_scaling") in str(caught.value) and str(tmp_path / "config.json") in str(caught.value)
 
 
-NAMES = ("../x.safetensors", "/dev/zero", "/etc/passwd", "x\0.safetensors", "", ".", "a/b.safetensors", "none.safetensors")
+NAMES = (
+    "../x.safetensors",
+    "/dev/zero",
+    "/etc/passwd",
+    "x\0.safetensors",
+    "",
+    ".",
+    "a/b.safetensors",
+    "none.safetensors",
+)
 INDICES = (
-    *("[]", "{", '{"weight_map": []}', '{"weight_map": {"a": 3}}', DEEP, '{"weight_map": {"\\ud800": "x.safetensors"}}'),
+    *(
+        "[]",
+        "{",
+        '{"weight_map": []}',
+        '{"weight_map": {"a": 3}}',
+        DEEP,
+        '{"weight_map": {"\\ud800": "x.safetensors"}}',
+    ),
     *(json.dumps({"weight_map": {"a": name}}) for name in (*NAMES, "x" * 5000 + ".safetensors")),
 )
 

@@ -45,7 +45,9 @@ def write_model(hf_dir: Path, layers_per_shard: int) -> None:
         save_file({name: torch.randn(rules[name].shape, dtype=torch.bfloat16) for name in names}, hf_dir / file_name)
     (hf_dir / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     config = {key: getattr(SHAPE, field) for field, key in SHAPE_KEYS.items()}
-    (hf_dir / "config.json").write_text(json.dumps({"model_type": "qwen3", "head_dim": 128, "rope_theta": 1e6, **config}))
+    (hf_dir / "config.json").write_text(
+        json.dumps({"model_type": "qwen3", "head_dim": 128, "rope_theta": 1e6, **config})
+    )
 
 
 def peak_bytes(*arguments: object) -> int:
@@ -65,7 +67,13 @@ def test_peak_memory_stays_near_one_shard(tmp_path):
     bar = 1.5 * max(sizes) + 1e9
     importing = peak_bytes("import", "--hf", tmp_path / "hf", "--out", tmp_path / "checkpoint")
     exporting = peak_bytes(
-        "export", "--checkpoint", tmp_path / "checkpoint", "--out", tmp_path / "back", "--max-shard-size", max(sizes) / 1e9
+        "export",
+        "--checkpoint",
+        tmp_path / "checkpoint",
+        "--out",
+        tmp_path / "back",
+        "--max-shard-size",
+        max(sizes) / 1e9,
     )
     largest = max(path.stat().st_size for path in (tmp_path / "back").glob("*.safetensors"))
     print(f"\nmodel {sum(sizes) / 1e9:.2f} GB, largest shard {max(sizes) / 1e9:.2f} GB in, {largest / 1e9:.2f} GB out")

@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""One model in two formats is one model to evaluation; YaRN is transformers' own; folders that cannot be used say why."""
+"""One model in two formats is one model to evaluation; YaRN is transformers' own; folders that cannot be used
+say why.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {name: root / name for name in ("hf", "teacher", "student", "exported")}
     tiny_model("qwen3", folders["hf"])
     (folders["hf"] / "tokenizer_config.json").write_text("{}")
-    (folders["hf"] / "generation_config.json").write_text(json.dumps({"do_sample": True, "repetition_penalty": 9.0, "eos_token_id": 3}))
+    (folders["hf"] / "generation_config.json").write_text(
+        json.dumps({"do_sample": True, "repetition_penalty": 9.0, "eos_token_id": 3})
+    )
     import_hf(folders["hf"], folders["teacher"])
     hybridize(folders["teacher"], HEAD_MAP, HydraOptions(), folders["student"])
     export_hf(folders["student"], folders["exported"])
@@ -56,8 +60,12 @@ def few_logits_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "LOGITS_AT_ONCE", 5 * 3 * ODD["vocab_size"])  # of three rows five positions
 
 
-@pytest.mark.parametrize(("ours", "theirs", "yarn"), [("teacher", "hf", None), ("teacher", "hf", YARN), ("student", "exported", None)])
-def test_a_directory_is_the_checkpoint_of_the_same_weights(folders: dict[str, Path], ours: str, theirs: str, yarn: float | None) -> None:
+@pytest.mark.parametrize(
+    ("ours", "theirs", "yarn"), [("teacher", "hf", None), ("teacher", "hf", YARN), ("student", "exported", None)]
+)
+def test_a_directory_is_the_checkpoint_of_the_same_weights(
+    folders: dict[str, Path], ours: str, theirs: str, yarn: float | None
+) -> None:
     ids_bs = random_tokens(3, 48)
     models = [open_model(describe(folders[name], yarn), torch.float64) for name in (ours, theirs)]
     (loss_bp, found_bp), (their_loss_bp, their_found_bp) = (model.token_losses(ids_bs) for model in models)
@@ -85,7 +93,9 @@ def test_a_directory_gives_what_transformers_gives(folders: dict[str, Path], yar
 
 def test_yarn_changes_the_model(folders: dict[str, Path]) -> None:
     ids_bs = random_tokens(3, 48)
-    with_and_without = [open_model(describe(folders["teacher"], yarn), torch.float64).token_losses(ids_bs)[0] for yarn in (None, YARN)]
+    with_and_without = [
+        open_model(describe(folders["teacher"], yarn), torch.float64).token_losses(ids_bs)[0] for yarn in (None, YARN)
+    ]
     assert (with_and_without[0] - with_and_without[1]).abs().max() > 1e-2
 
 
@@ -98,7 +108,9 @@ def test_greedy_decoding_takes_the_likeliest_token_again_and_again(folders: dict
     expected_br = expected_bs[:, 20:]
     assert torch.equal(model.generated(ids_bs, 9, frozenset()), expected_br)
     stop = int(expected_br[0, 3])
-    for row, found in zip(expected_br.tolist(), model.generated(ids_bs, 9, frozenset({stop, 60})).tolist(), strict=True):
+    for row, found in zip(
+        expected_br.tolist(), model.generated(ids_bs, 9, frozenset({stop, 60})).tolist(), strict=True
+    ):
         end = next((at for at, token in enumerate(row) if token in (stop, 60)), len(row))
         assert found == (row[: end + 1] + [row[end]] * 9)[:9] if end < 9 else found == row
 
@@ -106,7 +118,10 @@ def test_greedy_decoding_takes_the_likeliest_token_again_and_again(folders: dict
 @pytest.mark.parametrize("family", ["gemma2", "cohere"])
 def test_models_whose_logits_are_scaled_or_capped(tmp_path: Path, family: str) -> None:
     """The output layer's product alone would give other losses."""
-    changes = {"gemma2": {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 16}, "cohere": {"logit_scale": 0.25, "head_dim": None}}
+    changes = {
+        "gemma2": {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 16},
+        "cohere": {"logit_scale": 0.25, "head_dim": None},
+    }
     settings = {"hidden_size": 48, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     plain = tiny_model(family, tmp_path, **settings, **changes[family]).double()
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -120,12 +135,27 @@ def test_models_whose_logits_are_scaled_or_capped(tmp_path: Path, family: str) -
 def test_facts(folders: dict[str, Path]) -> None:
     heads, card = 3 * 6, ModelCard.load(folders["teacher"])
     teacher, hf, student, exported = (describe(folders[name]) for name in ("teacher", "hf", "student", "exported"))
-    assert (teacher.stage, teacher.num_fa, teacher.lineage, teacher.strategy) == ("teacher", heads, card.fingerprint, "teacher")
+    assert (teacher.stage, teacher.num_fa, teacher.lineage, teacher.strategy) == (
+        "teacher",
+        heads,
+        card.fingerprint,
+        "teacher",
+    )
     assert (hf.stage, hf.num_fa, hf.lineage, hf.strategy) == ("qwen3", None, "", "")
     for facts in (student, exported):
-        assert (facts.stage, facts.num_fa, facts.lineage, facts.strategy) == ("student", HEAD_MAP.num_fa, card.fingerprint, "by hand")
+        assert (facts.stage, facts.num_fa, facts.lineage, facts.strategy) == (
+            "student",
+            HEAD_MAP.num_fa,
+            card.fingerprint,
+            "by hand",
+        )
     for facts in (teacher, hf, student, exported):
-        assert (facts.num_heads, facts.native_length, facts.vocab_size, facts.yarn) == (heads, 64, ODD["vocab_size"], None)
+        assert (facts.num_heads, facts.native_length, facts.vocab_size, facts.yarn) == (
+            heads,
+            64,
+            ODD["vocab_size"],
+            None,
+        )
         assert (facts.tokenizer_dir / "tokenizer_config.json").is_file()
 
 
@@ -168,11 +198,15 @@ def refusal(folder: Path, yarn: float | None = None) -> str:
 
 
 def test_folders_that_cannot_be_used(folders: dict[str, Path], tmp_path: Path) -> None:
-    assert "neither a checkpoint of hydra_mcore (model.json) nor a Hugging Face directory (config.json)" in refusal(tmp_path / "none")
+    assert "neither a checkpoint of hydra_mcore (model.json) nor a Hugging Face directory (config.json)" in refusal(
+        tmp_path / "none"
+    )
     for name, tokenizer in (("teacher", "tokenizer"), ("hf", "tokenizer_config.json")):
         copy = shutil.copytree(folders[name], tmp_path / f"{name}-wordless", ignore=shutil.ignore_patterns(tokenizer))
         assert "no tokenizer there" in refusal(copy)
-    assert "no weights" in refusal(shutil.copytree(folders["hf"], tmp_path / "empty", ignore=shutil.ignore_patterns("*.safetensors")))
+    assert "no weights" in refusal(
+        shutil.copytree(folders["hf"], tmp_path / "empty", ignore=shutil.ignore_patterns("*.safetensors"))
+    )
     changed = shutil.copytree(folders["hf"], tmp_path / "changed")
     config = json.loads((changed / "config.json").read_text())
     for change in ({"num_hidden_layers": 4, "layer_types": None}, {"intermediate_size": 57}):

@@ -31,12 +31,33 @@ from tests.support.tiny_hf import random_tokens, tiny_model
 
 DOOR = Path(__file__).parents[2] / "tools" / "convert.py"
 # A layer with some FA heads, one with none, one with all; 6 heads in 2 kv groups.
-HEAD_MAP = HeadMap.from_fa([(0, 1), (0, 5), *((2, h) for h in range(6))], 3, 6, 2, strategy="by hand", made_by={"seed": 3})
+HEAD_MAP = HeadMap.from_fa(
+    [(0, 1), (0, 5), *((2, h) for h in range(6))], 3, 6, 2, strategy="by hand", made_by={"seed": 3}
+)
 OPTIONS = [
     {},
-    {"fa_gate": "headwise", "gdn_gate": "elementwise", "fusion": "competition", "gate_order": "after_norm", "gdn_conv_activation": "silu"},
-    {"fa_gate": "none", "gdn_gate": "headwise", "gdn_conv_kernel": 0, "gdn_qk_norm": "none", "fusion": "norm", "gate_activation": "silu"},
-    {"gdn_kv": "per_group", "fusion_norm_weight": "none", "fa_position": "rope", "gdn_position": "nope", "fa_log_scale": "never"},
+    {
+        "fa_gate": "headwise",
+        "gdn_gate": "elementwise",
+        "fusion": "competition",
+        "gate_order": "after_norm",
+        "gdn_conv_activation": "silu",
+    },
+    {
+        "fa_gate": "none",
+        "gdn_gate": "headwise",
+        "gdn_conv_kernel": 0,
+        "gdn_qk_norm": "none",
+        "fusion": "norm",
+        "gate_activation": "silu",
+    },
+    {
+        "gdn_kv": "per_group",
+        "fusion_norm_weight": "none",
+        "fa_position": "rope",
+        "gdn_position": "nope",
+        "fa_log_scale": "never",
+    },
     {"gdn_kv": "per_group", "qkv": "shared", "fusion": "none", "gdn_write_max": 2.0},
 ]
 
@@ -52,7 +73,9 @@ def tensors_of(hf_dir: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_tensors(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
-    assert {name: tensor.dtype for name, tensor in left.items()} == {name: tensor.dtype for name, tensor in right.items()}
+    assert {name: tensor.dtype for name, tensor in left.items()} == {
+        name: tensor.dtype for name, tensor in right.items()
+    }
     for name, tensor in left.items():
         assert torch.equal(tensor, right[name]), name
 
@@ -85,16 +108,22 @@ def test_a_teacher_comes_back_bit_for_bit(tmp_path, family, changes, shard_size,
     export_hf(tmp_path / "checkpoint", tmp_path / "back", max_shard_bytes=20_000)
     assert_same_tensors(tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "back"))
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
-        assert json.loads((tmp_path / "back" / name).read_text()) == json.loads((tmp_path / "hf" / name).read_text()), name
+        assert json.loads((tmp_path / "back" / name).read_text()) == json.loads((tmp_path / "hf" / name).read_text()), (
+            name
+        )
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
-    assert_same_tensors(dict(again.named_parameters()), dict(AutoModelForCausalLM.from_pretrained(tmp_path / "hf").named_parameters()))
+    assert_same_tensors(
+        dict(again.named_parameters()), dict(AutoModelForCausalLM.from_pretrained(tmp_path / "hf").named_parameters())
+    )
 
 
 def test_mixed_dtypes_and_a_stored_copy_of_a_tied_output_layer_come_back_too(tmp_path):
     tiny_model("qwen3", tmp_path / "hf", tie_word_embeddings=True)
     path = tmp_path / "hf" / "model.safetensors"
     tensors = {name: tensor if "norm" in name else tensor.bfloat16() for name, tensor in load_file(path).items()}
-    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, path, metadata={"format": "pt"})
+    save_file(
+        tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, path, metadata={"format": "pt"}
+    )
     import_hf(tmp_path / "hf", tmp_path / "checkpoint")
     export_hf(tmp_path / "checkpoint", tmp_path / "back")
     assert_same_tensors(load_file(path), tensors_of(tmp_path / "back"))
@@ -111,7 +140,10 @@ def student(tmp_path: Path, family: str, options: dict, **changes: object) -> Pa
     card, model = load_model(tmp_path / "start")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if any(part in name for part in ("norm", "scale", "conv", "A_log", "gate", "decay", "write", "bias", "competition")):
+            if any(
+                part in name
+                for part in ("norm", "scale", "conv", "A_log", "gate", "decay", "write", "bias", "competition")
+            ):
                 parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.3)
     stages = [{"stage": "align", "sequence_length": 32, "batch_size": 4, "iterations": 10}]
     save_weights([model], replace(card, stage="align", stages=stages), tmp_path / "student")
@@ -119,7 +151,8 @@ def student(tmp_path: Path, family: str, options: dict, **changes: object) -> Pa
 
 
 @pytest.mark.parametrize(
-    ("family", "options"), [("qwen3", OPTIONS[0]), ("qwen3", OPTIONS[4]), *zip(["qwen2", "llama", "qwen2"], OPTIONS[1:4], strict=True)]
+    ("family", "options"),
+    [("qwen3", OPTIONS[0]), ("qwen3", OPTIONS[4]), *zip(["qwen2", "llama", "qwen2"], OPTIONS[1:4], strict=True)],
 )
 def test_a_student_computes_the_same_in_hugging_face_and_comes_back_bit_for_bit(tmp_path, family, options):
     checkpoint = student(tmp_path, family, options)
@@ -130,7 +163,9 @@ def test_a_student_computes_the_same_in_hugging_face_and_comes_back_bit_for_bit(
         expected, found = logits_of(checkpoint, tokens_bs), exported(tokens_bs).logits
     assert expected.std() > 0.5, "flat logits would prove nothing"
     assert (found - expected).abs().max() < 1e-4
-    kl = torch.nn.functional.kl_div(found.double().log_softmax(-1), expected.double().log_softmax(-1), log_target=True, reduction="none")
+    kl = torch.nn.functional.kl_div(
+        found.double().log_softmax(-1), expected.double().log_softmax(-1), log_target=True, reduction="none"
+    )
     assert kl.sum(-1).mean() < 1e-9
 
     back = import_hf(tmp_path / "hydra", tmp_path / "back")
@@ -151,7 +186,14 @@ def test_the_model_card_tells_where_the_model_comes_from(tmp_path):
     export_hf(checkpoint, tmp_path / "hydra", evaluation=tmp_path / "report.md")
     text = (tmp_path / "hydra" / "README.md").read_text()
     fingerprint = ModelCard.load(checkpoint).fingerprint[:16]
-    for fact in (f"qwen3, weights `{fingerprint}`", "8 of 18 heads", "`by hand`", "fusion = norm", "| align | 1,280 | 32 |", "93%"):
+    for fact in (
+        f"qwen3, weights `{fingerprint}`",
+        "8 of 18 heads",
+        "`by hand`",
+        "fusion = norm",
+        "| align | 1,280 | 32 |",
+        "93%",
+    ):
         assert fact in text, fact
     assert "| 0 | 1, 5 | 4 |" in text and "| 1 | - | 6 |" in text
 
@@ -191,14 +233,22 @@ def forget_the_source(checkpoint: Path) -> None:
 BAD_CHECKPOINTS = {
     "no checkpoint": ("student", lambda d: (d / "model.json").unlink(), ["not a hydra_mcore checkpoint"]),
     "incomplete": ("student", lambda d: (d / "latest_checkpointed_iteration.txt").unlink(), ["no complete checkpoint"]),
-    "cut short": ("teacher", lambda d: next(d.glob("iter_*/__0_3_0.distcp")).write_bytes(b""), ["__0_3_0.distcp", "cut short"]),
+    "cut short": (
+        "teacher",
+        lambda d: next(d.glob("iter_*/__0_3_0.distcp")).write_bytes(b""),
+        ["__0_3_0.distcp", "cut short"],
+    ),
     "nan": ("student", poison, ["layers.1.mlp.linear_fc2.weight", "NaN"]),
     "card of another map": (
         "student",
         lambda d: claim_more_heads(d, 0),
         ["layers.0.self_attention.fa.linear_q.weight", "[2, 16, 40]", "card"],
     ),
-    "card with another branch": ("student", lambda d: claim_more_heads(d, 1), ["layers.1.self_attention.fa.linear_q.weight", "card"]),
+    "card with another branch": (
+        "student",
+        lambda d: claim_more_heads(d, 1),
+        ["layers.1.self_attention.fa.linear_q.weight", "card"],
+    ),
     "teacher without source": ("teacher", forget_the_source, ["config.json", "import the teacher again"]),
 }
 
@@ -215,7 +265,9 @@ def test_an_unusable_checkpoint_is_named_and_nothing_is_written(tmp_path, which,
 
 def edit_config(hf_dir: Path, **changes: object) -> None:
     raw = json.loads((hf_dir / "config.json").read_text())
-    (hf_dir / "config.json").write_text(json.dumps({key: value for key, value in (raw | changes).items() if value is not ...}))
+    (hf_dir / "config.json").write_text(
+        json.dumps({key: value for key, value in (raw | changes).items() if value is not ...})
+    )
 
 
 BAD_EXPORTS = {
@@ -276,7 +328,15 @@ def test_a_disk_that_fills_up_half_way_leaves_nothing(tmp_path):
 def test_a_killed_export_leaves_no_folder_of_the_targets_name(tmp_path):
     tiny_model("qwen3", tmp_path / "hf", num_hidden_layers=40, intermediate_size=4096)
     import_hf(tmp_path / "hf", tmp_path / "checkpoint")
-    command = [sys.executable, str(DOOR), "export", "--checkpoint", str(tmp_path / "checkpoint"), "--out", str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        str(DOOR),
+        "export",
+        "--checkpoint",
+        str(tmp_path / "checkpoint"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     process = subprocess.Popen([*command, "--max-shard-size", "0.0001"], stderr=subprocess.DEVNULL)
     while not list(tmp_path.glob("out.partial/*.safetensors")):
         assert process.poll() is None, "the export ended before it could be killed"

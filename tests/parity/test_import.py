@@ -43,7 +43,13 @@ def logits_of(checkpoint_dir: Path, tokens_bs: torch.Tensor) -> torch.Tensor:
         return model(tokens_bs, torch.arange(tokens_bs.shape[1])[None], None)
 
 
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 
 
@@ -56,10 +62,18 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ("qwen3", {"num_key_value_heads": 1, "num_hidden_layers": 1, "tie_word_embeddings": True}, "20KB"),
         ("qwen3", {"rope_parameters": {"rope_theta": 5000.0, **YARN}}, "1GB"),
         ("qwen2", {"head_dim": None, "hidden_size": 48, "tie_word_embeddings": True}, "1GB"),
-        ("qwen2", {"num_key_value_heads": 6, "rope_parameters": {"rope_theta": 5000.0, **YARN, "attention_factor": 1.3}}, "20KB"),
+        (
+            "qwen2",
+            {"num_key_value_heads": 6, "rope_parameters": {"rope_theta": 5000.0, **YARN, "attention_factor": 1.3}},
+            "20KB",
+        ),
         ("llama", {"rope_parameters": {"rope_theta": 5000.0, **LLAMA3}}, "20KB"),
         ("llama", {"head_dim": None, "hidden_size": 48, "tie_word_embeddings": True}, "1GB"),
-        ("llama", {"rope_parameters": {"rope_theta": 5000.0, "rope_type": "linear", "factor": 2.0}, "num_key_value_heads": 3}, "1GB"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_theta": 5000.0, "rope_type": "linear", "factor": 2.0}, "num_key_value_heads": 3},
+            "1GB",
+        ),
     ],
     ids=lambda value: str(value)[:60],
 )
@@ -83,7 +97,9 @@ def test_fingerprint_names_the_values_not_their_layout(tmp_path):
     with torch.no_grad():
         model.model.norm.weight[3] += 1e-3
     model.save_pretrained(tmp_path / "other")
-    cards = {path.name: import_hf(path, tmp_path / "out" / path.name) for path in sorted(tmp_path.iterdir()) if path.is_dir()}
+    cards = {
+        path.name: import_hf(path, tmp_path / "out" / path.name) for path in sorted(tmp_path.iterdir()) if path.is_dir()
+    }
     assert cards["single"].fingerprint == cards["sharded"].fingerprint == cards["with_lm_head"].fingerprint
     assert cards["single"].fingerprint != cards["other"].fingerprint
     assert ModelCard.load(tmp_path / "out" / "single") == cards["single"]
@@ -96,7 +112,12 @@ def test_tokenizer_files_travel_and_others_do_not(tmp_path):
     (tmp_path / "hf" / "notes.txt").write_text("notes")
     import_hf(tmp_path / "hf", tmp_path / "out")
     folder = tmp_path / "out" / "tokenizer"
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "generation_config.json", "needles.json", "tokenizer.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "needles.json",
+        "tokenizer.json",
+    ]
     assert (folder / "needles.json").read_text() == (tmp_path / "hf" / "needles.json").read_text()
     assert json.loads((folder / "config.json").read_text()) == {"model_type": "qwen3"}
 
@@ -143,7 +164,9 @@ def test_missing_keys_mean_what_the_family_says(tmp_path):
     """Old Llama configs know neither head_dim nor kv groups."""
     tiny_model("llama", tmp_path, num_key_value_heads=6, head_dim=None, hidden_size=48)
     edit_config(tmp_path, lambda raw: [raw.pop(key) for key in ("head_dim", "num_key_value_heads", "rms_norm_eps")])
-    edit_config(tmp_path, lambda raw: raw.update(qk_norm=True, qkv_bias=True))  # HydraHead's keys, which say nothing in a Llama's
+    edit_config(
+        tmp_path, lambda raw: raw.update(qk_norm=True, qkv_bias=True)
+    )  # HydraHead's keys, which say nothing in a Llama's
     shape = read_config(tmp_path).shape
     assert (shape.head_dim, shape.num_kv_groups, shape.norm_epsilon) == (8, 6, 1e-6)
     assert not shape.qk_norm and not shape.qkv_bias and not shape.tied_embeddings
@@ -151,7 +174,11 @@ def test_missing_keys_mean_what_the_family_says(tmp_path):
 
 AS_PEOPLE_HAVE_THEM = {
     "no rope_theta, as Llama 2": ("llama", {"rope_parameters": None}, lambda c: c.pop("rope_parameters")),
-    "rope_theta beside it": ("qwen3", {}, lambda c: c.update(rope_theta=c.pop("rope_parameters")["rope_theta"], rope_scaling=None)),
+    "rope_theta beside it": (
+        "qwen3",
+        {},
+        lambda c: c.update(rope_theta=c.pop("rope_parameters")["rope_theta"], rope_scaling=None),
+    ),
     "kv heads null": ("llama", {"num_key_value_heads": 6}, lambda c: c.update(num_key_value_heads=None)),
     "kv heads null in Qwen": ("qwen2", {"num_key_value_heads": 6}, lambda c: c.update(num_key_value_heads=None)),
     "native length missing": ("qwen3", {"max_position_embeddings": 32768}, lambda c: c.pop("max_position_embeddings")),
@@ -166,18 +193,32 @@ AS_PEOPLE_HAVE_THEM = {
         {},
         lambda c: c.update(use_sliding_window=True, max_window_layers=3, layer_types=None, sliding_window=8),
     ),
-    "windows without a size": ("qwen3", {}, lambda c: c.update(use_sliding_window=True, max_window_layers=0, sliding_window=None)),
-    "windows that layer_types rule out": ("qwen3", {}, lambda c: c.update(use_sliding_window=True, max_window_layers=0, sliding_window=8)),
+    "windows without a size": (
+        "qwen3",
+        {},
+        lambda c: c.update(use_sliding_window=True, max_window_layers=0, sliding_window=None),
+    ),
+    "windows that layer_types rule out": (
+        "qwen3",
+        {},
+        lambda c: c.update(use_sliding_window=True, max_window_layers=0, sliding_window=8),
+    ),
     "layer_types null": ("qwen3", {}, lambda c: c.update(layer_types=None)),
     "silu by its other name": ("llama", {}, lambda c: c.update(hidden_act="swish")),
-    "keys that mean nothing here": ("llama", {}, lambda c: c.update(pretraining_tp=1, torch_dtype="float32", x={"y": [None]}, id2label=[])),
+    "keys that mean nothing here": (
+        "llama",
+        {},
+        lambda c: c.update(pretraining_tp=1, torch_dtype="float32", x={"y": [None]}, id2label=[]),
+    ),
 }
 
 
 @pytest.mark.parametrize(("family", "changes", "edit"), AS_PEOPLE_HAVE_THEM.values(), ids=list(AS_PEOPLE_HAVE_THEM))
 def test_configs_as_people_have_them(tmp_path, family, changes, edit):
     settings = {key: value for key, value in changes.items() if value is not None}
-    truth = tiny_model(family, tmp_path / "hf", **({"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}} | settings))
+    truth = tiny_model(
+        family, tmp_path / "hf", **({"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}} | settings)
+    )
     edit_config(tmp_path / "hf", edit)
     card = import_hf(tmp_path / "hf", tmp_path / "out")
     tokens_bs = random_tokens(length=60)
@@ -232,19 +273,35 @@ BAD_DIRECTORIES = {
     "no config": (lambda d: (d / "config.json").unlink(), ["config.json", "Hugging Face"]),
     "config not json": (lambda d: (d / "config.json").write_text("{"), ["config.json", "not JSON"]),
     "config not an object": (lambda d: (d / "config.json").write_text("[]"), ["config.json", "object"]),
-    "other family": (lambda d: edit_config(d, lambda c: c.update(model_type="gpt2")), ["model_type", "'gpt2'", "qwen3", "hydra_head"]),
+    "other family": (
+        lambda d: edit_config(d, lambda c: c.update(model_type="gpt2")),
+        ["model_type", "'gpt2'", "qwen3", "hydra_head"],
+    ),
     "moe": (lambda d: edit_config(d, lambda c: c.update(model_type="qwen3_moe")), ["'qwen3_moe'"]),
     "sliding window": (
-        lambda d: edit_config(d, lambda c: c.update(use_sliding_window=True, max_window_layers=1, layer_types=None, sliding_window=8)),
+        lambda d: edit_config(
+            d, lambda c: c.update(use_sliding_window=True, max_window_layers=1, layer_types=None, sliding_window=8)
+        ),
         ["layer_types", "'sliding_attention'", "use_sliding_window"],
     ),
-    "sliding layer": (lambda d: edit_config(d, lambda c: c["layer_types"].__setitem__(1, "sliding_attention")), ["layer_types"]),
+    "sliding layer": (
+        lambda d: edit_config(d, lambda c: c["layer_types"].__setitem__(1, "sliding_attention")),
+        ["layer_types"],
+    ),
     "rope scaling": (
-        lambda d: edit_config(d, lambda c: c.update(rope_scaling={"type": "dynamic"}, rope_parameters={"rope_theta": 1e4})),
+        lambda d: edit_config(
+            d, lambda c: c.update(rope_scaling={"type": "dynamic"}, rope_parameters={"rope_theta": 1e4})
+        ),
         ["dynamic"],
     ),
-    "rope type": (lambda d: edit_config(d, lambda c: c["rope_parameters"].update(rope_type="longrope")), ["rope_type", "longrope", "yarn"]),
-    "rope factor": (lambda d: edit_config(d, lambda c: c["rope_parameters"].update(rope_type="linear")), ["linear", "factor"]),
+    "rope type": (
+        lambda d: edit_config(d, lambda c: c["rope_parameters"].update(rope_type="longrope")),
+        ["rope_type", "longrope", "yarn"],
+    ),
+    "rope factor": (
+        lambda d: edit_config(d, lambda c: c["rope_parameters"].update(rope_type="linear")),
+        ["linear", "factor"],
+    ),
     "partial rotary": (
         lambda d: edit_config(d, lambda c: c["rope_parameters"].update(partial_rotary_factor=0.5)),
         ["partial_rotary_factor 0.5"],
@@ -252,25 +309,43 @@ BAD_DIRECTORIES = {
     "attention bias": (lambda d: edit_config(d, lambda c: c.update(attention_bias=True)), ["attention_bias"]),
     "activation": (lambda d: edit_config(d, lambda c: c.update(hidden_act="gelu")), ["hidden_act", "'gelu'"]),
     "quantised": (lambda d: edit_config(d, lambda c: c.update(quantization_config={})), ["quantization_config"]),
-    "key missing": (lambda d: edit_config(d, lambda c: c.pop("hidden_size")), ["shape (61, 40)", "config.json lacks hidden_size"]),
-    "key not a number": (lambda d: edit_config(d, lambda c: c.update(num_hidden_layers="3")), ["num_hidden_layers", "'3'"]),
+    "key missing": (
+        lambda d: edit_config(d, lambda c: c.pop("hidden_size")),
+        ["shape (61, 40)", "config.json lacks hidden_size"],
+    ),
+    "key not a number": (
+        lambda d: edit_config(d, lambda c: c.update(num_hidden_layers="3")),
+        ["num_hidden_layers", "'3'"],
+    ),
     "groups": (lambda d: edit_config(d, lambda c: c.update(num_key_value_heads=4)), ["num_key_value_heads 4", "6"]),
     "odd head": (lambda d: edit_config(d, lambda c: c.update(head_dim=15)), ["head_dim", "15", "even"]),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), ["no weights"]),
     "cut short": (cut_short, ["model.safetensors", "cut short"]),
-    "not safetensors": (lambda d: (d / "model.safetensors").write_bytes(b"x" * 100), ["model.safetensors", "not safetensors"]),
+    "not safetensors": (
+        lambda d: (d / "model.safetensors").write_bytes(b"x" * 100),
+        ["model.safetensors", "not safetensors"],
+    ),
     "missing tensor": (lambda d: edit_tensors(d, lambda t: t.pop(K1)), [K1, "missing"]),
     "missing output layer": (lambda d: edit_tensors(d, lambda t: t.pop(HEAD)), [HEAD, "missing"]),
-    "extra tensor": (lambda d: edit_tensors(d, lambda t: t.update({"model.bias": torch.ones(3)})), ["model.bias", "not part"]),
+    "extra tensor": (
+        lambda d: edit_tensors(d, lambda t: t.update({"model.bias": torch.ones(3)})),
+        ["model.bias", "not part"],
+    ),
     "one layer more": (
         lambda d: edit_config(d, lambda c: c.update(num_hidden_layers=2, layer_types=None)),
         ["model.layers.2.", "not part"],
     ),
-    "mis-shaped": (lambda d: edit_tensors(d, lambda t: t.update({O2: t[O2].T.contiguous()})), [O2, "(96, 40)", "(40, 96)"]),
+    "mis-shaped": (
+        lambda d: edit_tensors(d, lambda t: t.update({O2: t[O2].T.contiguous()})),
+        [O2, "(96, 40)", "(40, 96)"],
+    ),
     "nan": (lambda d: edit_tensors(d, lambda t: put(t, O2, float("nan"))), [O2, "NaN"]),
     "infinity": (lambda d: edit_tensors(d, lambda t: put(t, O2, float("-inf"))), [O2, "infinity"]),
     "integers": (lambda d: edit_tensors(d, lambda t: t.update({O2: t[O2].to(torch.int8)})), [O2, "I8", "unquantised"]),
-    "tied but different": (lambda d: edit_config(d, lambda c: c.update(tie_word_embeddings=True)), [HEAD, "tie_word_embeddings"]),
+    "tied but different": (
+        lambda d: edit_config(d, lambda c: c.update(tie_word_embeddings=True)),
+        [HEAD, "tie_word_embeddings"],
+    ),
 }
 
 
@@ -308,7 +383,10 @@ def double(hf_dir: Path) -> None:
 
 BAD_SHARDS = {
     "shard missing": (lambda d: first_shard(d).unlink(), ["model-00001-of-", "missing"]),
-    "shard cut short": (lambda d: first_shard(d).write_bytes(first_shard(d).read_bytes()[:-40]), ["model-00001-of-", "cut short"]),
+    "shard cut short": (
+        lambda d: first_shard(d).write_bytes(first_shard(d).read_bytes()[:-40]),
+        ["model-00001-of-", "cut short"],
+    ),
     "index without map": (lambda d: (d / "model.safetensors.index.json").write_text("{}"), ["weight_map"]),
     "index names a ghost": (misplace, ["model.ghost", "missing"]),
     "tensor twice": (double, ["another file"]),
@@ -371,7 +449,9 @@ def test_parts_are_exactly_the_tensors_that_transformers_saves(tmp_path, family)
 
 
 def run_door(*arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(DOOR), *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        [sys.executable, str(DOOR), *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def test_door_refuses_in_one_line_with_status_2(tmp_path):

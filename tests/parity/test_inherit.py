@@ -112,7 +112,9 @@ def biased_pair(head_map: HeadMap, **options: object) -> tuple:
     """A random teacher whose projections have biases, as Qwen2's, and its student."""
     shape = dataclasses.replace(teachers.SHAPE, qkv_bias=True, qk_norm=False)
     teacher = teachers.random_teacher(shape)
-    student = build_model(ModelCard(shape=shape, head_map=head_map, options=HydraOptions(**options), fingerprint="")).eval()
+    student = build_model(
+        ModelCard(shape=shape, head_map=head_map, options=HydraOptions(**options), fingerprint="")
+    ).eval()
     inherit(teacher, student)
     return teacher, student
 
@@ -127,18 +129,25 @@ def test_all_fa_student_of_a_teacher_with_biases_is_the_teacher(qkv):
 
 @pytest.mark.parametrize("gdn_kv", ["per_head", "per_group"])
 def test_biases_go_where_their_rows_go(gdn_kv):
-    """Layer 0 keeps heads of both groups, layer 1 of the second, layer 2 none; the teacher's own biases, block by block."""
+    """Layer 0 keeps heads of both groups, layer 1 of the second, layer 2 none; the teacher's own biases, block by
+    block.
+    """
     head_map = HeadMap.from_fa([(0, 1), (0, 4), (0, 5), (1, 3), *((3, h) for h in range(6))], 4, 6, 2)
     teacher, student = biased_pair(head_map, gdn_kv=gdn_kv)
     for layer_idx, layer in enumerate(head_map.layers):
-        theirs, ours = teacher.decoder.layers[layer_idx].self_attention.fa, student.decoder.layers[layer_idx].self_attention
+        theirs, ours = (
+            teacher.decoder.layers[layer_idx].self_attention.fa,
+            student.decoder.layers[layer_idx].self_attention,
+        )
         query_hd, kv_gd = theirs.linear_q.bias.view(6, 16), theirs.linear_kv.bias.view(2, 32)
         groups = {"fa": sorted({h // 3 for h in layer.fa}), "gdn": sorted({h // 3 for h in layer.gdn})}
         if gdn_kv == "per_head":
             groups["gdn"] = [h // 3 for h in layer.gdn]
         for branch in (name for name in ("fa", "gdn") if getattr(layer, name)):
             found = getattr(ours, branch)
-            assert torch.equal(found.linear_q.bias.view(-1, 16), torch.stack([query_hd[h] for h in getattr(layer, branch)]))
+            assert torch.equal(
+                found.linear_q.bias.view(-1, 16), torch.stack([query_hd[h] for h in getattr(layer, branch)])
+            )
             assert torch.equal(found.linear_kv.bias.view(-1, 32), torch.stack([kv_gd[g] for g in groups[branch]]))
 
 
@@ -164,13 +173,17 @@ def test_what_the_teacher_lacks_keeps_its_start(source, teacher):
 
 
 def test_kept_heads_compute_what_they_computed(source, teacher):
-    """With rotary positions, no gate and no fusion, an FA head's output is the teacher's, whatever its neighbours are."""
+    """With rotary positions, no gate and no fusion, an FA head's output is the teacher's, whatever its
+    neighbours are.
+    """
     student = student_of(source, teacher, **PLAIN)
     x_sbm, rotary = torch.randn(9, 2, ODD["hidden_size"]), teacher.rotary_pos_emb(9)
     seen: list[Tensor] = []
     for model in (student, teacher):
         attention = model.decoder.layers[0].self_attention
-        hook = attention.linear_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].unflatten(2, (6, -1))))
+        hook = attention.linear_proj.register_forward_pre_hook(
+            lambda _, args: seen.append(args[0].unflatten(2, (6, -1)))
+        )
         with torch.no_grad():
             attention(x_sbm, rotary_pos_emb=rotary)
         hook.remove()
@@ -191,19 +204,26 @@ def test_sharing_keys_and_values_changes_weights_not_outputs(source, teacher):
 def naive_rms(truth, tokens_bs: Tensor) -> Tensor:
     """RMS of each head's slice of o_proj's input in transformers' model, in float64."""
     seen: list[Tensor] = []
-    hooks = [layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for layer in truth.model.layers]
+    hooks = [
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        for layer in truth.model.layers
+    ]
     with torch.no_grad():
         truth(tokens_bs)
     for hook in hooks:
         hook.remove()
-    return torch.tensor([[out[..., h * D : (h + 1) * D].double().pow(2).mean().sqrt() for h in range(HEADS)] for out in seen])
+    return torch.tensor(
+        [[out[..., h * D : (h + 1) * D].double().pow(2).mean().sqrt() for h in range(HEADS)] for out in seen]
+    )
 
 
 def test_head_output_rms_is_that_of_transformers(source, teacher):
     tokens_bs = random_tokens()
     expected = naive_rms(source[0], tokens_bs)
     assert expected.max() > 1.2 * expected.min(), "equal heads would prove nothing"
-    torch.testing.assert_close(head_output_rms(teacher, tokens_bs).double(), expected, rtol=1e-5, atol=0, check_dtype=False)
+    torch.testing.assert_close(
+        head_output_rms(teacher, tokens_bs).double(), expected, rtol=1e-5, atol=0, check_dtype=False
+    )
     assert not any(layer.self_attention.linear_proj._forward_pre_hooks for layer in teacher.decoder.layers)
 
 
@@ -252,7 +272,9 @@ def test_hybridize_writes_a_student_that_loads(source, teacher, tmp_path, calibr
     assert card == written and card.stage == "student" and card.fingerprint == ModelCard.load(source[2]).fingerprint
     kept = HeadMap.load(tmp_path / "student" / "head_map.json")
     assert (kept.model, kept.made_by, card.head_map.model) == (facts, {"seed": 7}, facts)
-    assert (tmp_path / "student" / "tokenizer" / "tokenizer.json").read_bytes() == (source[1] / "tokenizer.json").read_bytes()
+    assert (tmp_path / "student" / "tokenizer" / "tokenizer.json").read_bytes() == (
+        source[1] / "tokenizer.json"
+    ).read_bytes()
     expected = student_of(source, teacher, scale=head_output_rms(teacher, tokens_bs) if calibrated else None)
     for (name, found), truth in zip(student.named_parameters(), expected.parameters(), strict=True):
         if ".gate." not in name:  # random at the start
@@ -284,7 +306,10 @@ BAD_MAPS = {
     "other layers": (HeadMap.from_fa([(0, 0)], 2, HEADS, GROUPS), "num_layers is 2 there, 3 in the teacher"),
     "other heads": (HeadMap.from_fa([(0, 0)], 3, 8, GROUPS), "num_heads is 8 there, 6 in the teacher"),
     "other groups": (HeadMap.from_fa([(0, 0)], 3, HEADS, 3), "num_kv_groups is 3 there, 2 in the teacher"),
-    "other teacher": (HeadMap.from_fa([(0, 0)], 3, HEADS, GROUPS, fingerprint="ab" * 32), "weights abababababab there, "),
+    "other teacher": (
+        HeadMap.from_fa([(0, 0)], 3, HEADS, GROUPS, fingerprint="ab" * 32),
+        "weights abababababab there, ",
+    ),
 }
 
 
@@ -307,9 +332,13 @@ def map_for(card: ModelCard) -> HeadMap:
 
 
 def test_head_map_of_a_teacher_with_equal_weights_and_another_configuration_is_refused(source, tmp_path):
-    other = imported(tmp_path, tiny_qwen3(tie_word_embeddings=False, rope_parameters={"rope_type": "default", "rope_theta": 7000.0}))
+    other = imported(
+        tmp_path, tiny_qwen3(tie_word_embeddings=False, rope_parameters={"rope_type": "default", "rope_theta": 7000.0})
+    )
     assert other.fingerprint == ModelCard.load(source[2]).fingerprint
-    with pytest.raises(InputError, match=r"for another model: rope_theta is 7000\.0 there, 5000\.0 in the teacher; select heads"):
+    with pytest.raises(
+        InputError, match=r"for another model: rope_theta is 7000\.0 there, 5000\.0 in the teacher; select heads"
+    ):
         hybridize(source[2], map_for(other), HydraOptions(), tmp_path / "student")
     assert not (tmp_path / "student").exists()
 
@@ -352,7 +381,9 @@ def test_a_student_is_no_teacher_and_a_target_is_written_once(source, tmp_path):
 
 
 def run_door(*arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(DOOR), *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        [sys.executable, str(DOOR), *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def test_door_hybridizes(source, tmp_path):
@@ -374,7 +405,9 @@ def test_door_refuses_a_broken_head_map_in_one_line(source, tmp_path):
     raw = MIXED.to_dict()
     raw["layers"][1]["gdn"].remove(3)
     (tmp_path / "map.json").write_text(json.dumps(raw))
-    done = run_door("hybridize", "--teacher", source[2], "--heads", tmp_path / "map.json", "--out", tmp_path / "student")
+    done = run_door(
+        "hybridize", "--teacher", source[2], "--heads", tmp_path / "map.json", "--out", tmp_path / "student"
+    )
     assert done.returncode == 2
     assert done.stderr.splitlines() == ["convert: head map: layer 1 lacks head 3; give it a role, fa or gdn"]
     assert not (tmp_path / "student").exists()

@@ -54,14 +54,22 @@ class Evaluation:
 
 
 def run_documented(hf_dir: Path, out: Path, batch_size: int) -> Evaluation:
-    """Run the document's command with another model, output, batch size and few documents; nothing is taken from the network."""
+    """Run the document's command with another model, output, batch size and few documents; nothing is taken from the
+    network.
+    """
     command = f"{COMMAND} --limit {LIMIT}"
     ours = {"runs/demo/hf": str(hf_dir), "runs/demo/lm_eval": str(out), "--batch_size 4": f"--batch_size {batch_size}"}
     for documented, replacement in ours.items():
         assert command.count(documented) == 1
         command = command.replace(documented, replacement)
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HOME": str(out / "home")}
-    done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "HF_HOME": str(out / "home"),
+    }
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     (results,) = out.glob("*/results_*.json")
     found = json.loads(results.read_text())["results"]
@@ -91,7 +99,9 @@ def checkpoints(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="module")
-def evaluated(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Evaluation]:
+def evaluated(
+    checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, int], Evaluation]:
     """By model and batch size."""
     root = tmp_path_factory.mktemp("lm_eval")
     for name, checkpoint in checkpoints.items():
@@ -105,7 +115,9 @@ def evaluated(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFac
 def test_committed_documents_are_what_their_script_makes() -> None:
     committed = (ROOT / "examples" / "lm_eval" / "needles.jsonl").read_text().splitlines()
     assert list(map(json.loads, committed)) == list(needle_documents())
-    assert len({len(json.loads(line)["prompt"]) for line in committed}) > DOCUMENTS / 2, "rows of a batch differ in length"
+    assert len({len(json.loads(line)["prompt"]) for line in committed}) > DOCUMENTS / 2, (
+        "rows of a batch differ in length"
+    )
 
 
 def test_only_the_teacher_finds_the_needles(evaluated: dict[tuple[str, int], Evaluation]) -> None:

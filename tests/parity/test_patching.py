@@ -42,7 +42,9 @@ def groups() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("shape", [SHAPE, TIED, ONE_KV_HEAD, EVERY_HEAD_ITS_OWN], ids=["gqa", "tied", "one kv head", "mha"])
+@pytest.mark.parametrize(
+    "shape", [SHAPE, TIED, ONE_KV_HEAD, EVERY_HEAD_ITS_OWN], ids=["gqa", "tied", "one kv head", "mha"]
+)
 def test_receivers_equal_one_full_forward_a_head(shape) -> None:
     model, batch = random_teacher(shape), random_pairs()
     fast = receiver_effects(Teacher(model), batch).effects_rlhb[0]
@@ -158,10 +160,15 @@ def test_metric_by_hand() -> None:
 
 
 def test_no_head_is_a_receiver_twice(tmp_path: Path) -> None:
-    """In a random model heads are receivers and senders at once; a round is made of heads that are critical for the first time."""
+    """In a random model heads are receivers and senders at once; a round is made of heads that are critical for the
+    first time.
+    """
     model, batch = random_teacher(), random_pairs()
     (probe,) = Scoring(Teacher(model), {"own": [answered(model, batch)]}, tmp_path, {}).exact().values()
-    critical = [{tuple(head) for head in np.argwhere(abs(mean_lh) >= CRITICAL).tolist() if head[0] > 0} for mean_lh in probe.mean_rlh()]
+    critical = [
+        {tuple(head) for head in np.argwhere(abs(mean_lh) >= CRITICAL).tolist() if head[0] > 0}
+        for mean_lh in probe.mean_rlh()
+    ]
     assert probe.usable and critical[0] & critical[1]
     known: set[Head] = set()
     for found, receivers in zip(critical, [*map(set, probe.receivers), set()], strict=True):
@@ -170,7 +177,9 @@ def test_no_head_is_a_receiver_twice(tmp_path: Path) -> None:
 
 
 def answered(model: GPTModel, batch: ProbeBatch) -> ProbeBatch:
-    """The same pairs with the model's own answers, and as distractors the tokens that the corrupt prompt makes likelier."""
+    """The same pairs with the model's own answers, and as distractors the tokens that the corrupt prompt makes
+    likelier.
+    """
     clean_bs, corrupt_bs, start = batch.clean_bs.clone(), batch.corrupt_bs.clone(), batch.answer_start
 
     def logits_bsw(ids_bs: torch.Tensor) -> torch.Tensor:
@@ -180,4 +189,6 @@ def answered(model: GPTModel, batch: ProbeBatch) -> ProbeBatch:
     for position in range(start, LENGTH):  # causal: what follows a position does not change its logits
         clean_bs[:, position] = corrupt_bs[:, position] = logits_bsw(clean_bs)[:, position - start].argmax(-1)
     distractor_bp = (logits_bsw(corrupt_bs) - logits_bsw(clean_bs)).argmax(-1)
-    return dataclasses.replace(batch, clean_bs=clean_bs, corrupt_bs=corrupt_bs, answer_bp=clean_bs[:, start:], distractor_bp=distractor_bp)
+    return dataclasses.replace(
+        batch, clean_bs=clean_bs, corrupt_bs=corrupt_bs, answer_bp=clean_bs[:, start:], distractor_bp=distractor_bp
+    )

@@ -113,7 +113,9 @@ def test_every_pair_is_solved_and_the_other_value_turns_it_round(model: GPTModel
 def test_critical_heads_are_exactly_the_receivers(model: GPTModel) -> None:
     effects_lhb = as_receivers(model)
     assert critical(effects_lhb) == RECEIVERS
-    torch.testing.assert_close(at(effects_lhb.mean(-1), RECEIVERS), torch.full((2,), 0.5, dtype=torch.float64), rtol=0, atol=0.05)
+    torch.testing.assert_close(
+        at(effects_lhb.mean(-1), RECEIVERS), torch.full((2,), 0.5, dtype=torch.float64), rtol=0, atol=0.05
+    )
     assert at(effects_lhb.abs().mean(-1), OTHERS).max() > 1e-5  # they are not dead
 
 
@@ -143,7 +145,9 @@ def test_attention_weights_are_those_of_the_model(model: GPTModel) -> None:
     values, handed = [], []
     for layer in model.decoder.layers:
         attention = layer.self_attention
-        attention.fa.linear_kv.register_forward_hook(lambda module, args, output: values.append(output.chunk(2, dim=-1)[1]))
+        attention.fa.linear_kv.register_forward_hook(
+            lambda module, args, output: values.append(output.chunk(2, dim=-1)[1])
+        )
         attention.linear_proj.register_forward_pre_hook(lambda module, args: handed.append(args[0]))
     for weights_bhqk, v_sbgd, out_sbn in zip(attention_weights(model, PAIRS[0]), values, handed, strict=True):
         v_sbhd = v_sbgd.double().repeat_interleave(SHAPE.num_heads // SHAPE.num_kv_groups, dim=2)
@@ -170,10 +174,14 @@ def test_a_sender_counts_by_the_receivers_that_are_asked_for(model: GPTModel) ->
 
 def test_a_scoring_run_ranks_the_circuit_first_and_says_who_sends_to_whom(model: GPTModel, tmp_path: Path) -> None:
     probe = scored(model, tmp_path)
-    assert probe.receivers == (tuple(RECEIVERS),)  # the only sender stands in the first layer, so there is no second round
+    assert probe.receivers == (
+        tuple(RECEIVERS),
+    )  # the only sender stands in the first layer, so there is no second round
     scores = HeadScores(SHAPE, "", {"planted": probe})
     assert scores.ranking()[:3] == SENDERS + sorted(RECEIVERS, key=lambda head: -scores.scores_lh[head])
-    assert scores.scores_lh[SENDERS[0]] == 1.0 and {tuple(head) for head in zip(*scores.scores_lh.nonzero(), strict=True)} == {
+    assert scores.scores_lh[SENDERS[0]] == 1.0 and {
+        tuple(head) for head in zip(*scores.scores_lh.nonzero(), strict=True)
+    } == {
         *SENDERS,
         *RECEIVERS,
     }
@@ -200,7 +208,9 @@ def test_each_round_goes_one_step_back_along_a_chain(chain: GPTModel, tmp_path: 
     effects_rlhb = torch.from_numpy(probe.effects_rlhb)
     assert [critical(effects_lhb) for effects_lhb in effects_rlhb] == [[head] for head in CHAIN]
     for effects_lhb, head in zip(effects_rlhb, CHAIN, strict=True):
-        torch.testing.assert_close(effects_lhb[head], torch.ones_like(effects_lhb[head]), rtol=0, atol=0.05)  # on every pair
+        torch.testing.assert_close(
+            effects_lhb[head], torch.ones_like(effects_lhb[head]), rtol=0, atol=0.05
+        )  # on every pair
     for effects_lhb, receivers in zip(effects_rlhb[1:], probe.receivers, strict=True):
         naive_lhb = naive_sender_effects(chain, *PAIRS, receivers)
         torch.testing.assert_close(effects_lhb.mean(-1), naive_lhb.mean(-1), rtol=0, atol=1e-4)
@@ -224,7 +234,10 @@ def test_a_scoring_run_ranks_a_whole_chain_first(chain: GPTModel, tmp_path: Path
 def test_observed_scores_are_the_attention_on_the_value(model: GPTModel) -> None:
     mass_lhb, copied_lhb = observed_scores(Teacher(model), batch_of())
     torch.testing.assert_close(mass_lhb.mean(-1), mass_on(model, NEEDLES_BN[:, 1:2]), rtol=1e-4, atol=1e-6)
-    assert {tuple(head) for head in (copied_lhb.mean(-1) > 0.5).nonzero().tolist()} == {(1, 4), (1, 5)}  # bystanders, both
+    assert {tuple(head) for head in (copied_lhb.mean(-1) > 0.5).nonzero().tolist()} == {
+        (1, 4),
+        (1, 5),
+    }  # bystanders, both
 
 
 def test_observed_scores_of_a_longer_answer_follow_each_of_its_tokens(model: GPTModel) -> None:
@@ -232,10 +245,16 @@ def test_observed_scores_of_a_longer_answer_follow_each_of_its_tokens(model: GPT
     start = clean_bs.shape[1] - 3
     source_bp = torch.stack([torch.arange(at, at + 3) for at in range(5, 5 + len(clean_bs))])
     pairs = (clean_bs, corrupt_bs, start, clean_bs[:, start:], corrupt_bs[:, start:])
-    mass_lhb, copied_lhb = observed_scores(Teacher(model), ProbeBatch("longer", "retrieval", *pairs, source_bp=source_bp))
+    mass_lhb, copied_lhb = observed_scores(
+        Teacher(model), ProbeBatch("longer", "retrieval", *pairs, source_bp=source_bp)
+    )
     for layer_idx, weight_bhss in enumerate(attention_weights(model, clean_bs)):
         asking_bhps = weight_bhss[:, :, start - 1 : -1]
         for b, positions in enumerate(source_bp):
-            torch.testing.assert_close(mass_lhb[layer_idx, :, b], asking_bhps[b, :, :, positions].sum(-1).mean(-1), rtol=1e-4, atol=1e-6)
-            torch.testing.assert_close(copied_lhb[layer_idx, :, b], (asking_bhps[b].argmax(-1) == positions).double().mean(-1))
+            torch.testing.assert_close(
+                mass_lhb[layer_idx, :, b], asking_bhps[b, :, :, positions].sum(-1).mean(-1), rtol=1e-4, atol=1e-6
+            )
+            torch.testing.assert_close(
+                copied_lhb[layer_idx, :, b], (asking_bhps[b].argmax(-1) == positions).double().mean(-1)
+            )
     assert copied_lhb.any()

@@ -39,7 +39,9 @@ def prompts(folder: Path, pairs: int, seed: int, capabilities: tuple[str, ...]) 
     return build_probes(tokenizer, load_format(folder), haystack_ids, LENGTH, pairs, seed, capabilities)
 
 
-def test_a_twentieth_of_the_heads_by_score_breaks_retrieval_and_at_random_does_not(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_a_twentieth_of_the_heads_by_score_breaks_retrieval_and_at_random_does_not(
+    tiny_teacher: Path, tmp_path: Path
+) -> None:
     scoring, scores = scored(tiny_teacher, tmp_path, pairs=3, seed=0)
     batches = [batch for batches in prompts(tiny_teacher, 8, 77, (RETRIEVAL,)).values() for batch in batches]
     curves = knock_out(scoring, batches, scores.ranking(), seed=0)
@@ -53,5 +55,8 @@ def test_a_twentieth_of_the_heads_by_score_breaks_retrieval_and_at_random_does_n
 
 @pytest.mark.slow
 def test_six_pairs_rank_as_twenty_four_other_ones(tiny_teacher: Path, tmp_path: Path) -> None:
-    (_, many), (_, few) = scored(tiny_teacher, tmp_path / "many", 24, seed=0), scored(tiny_teacher, tmp_path / "few", 6, seed=1)
+    (_, many), (_, few) = (
+        scored(tiny_teacher, tmp_path / "many", 24, seed=0),
+        scored(tiny_teacher, tmp_path / "few", 6, seed=1),
+    )
     assert likeness(many, few, 8).spearman > 0.9

@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint's tokenizer, and an export's, give the ids of the directory they came from, whatever class that directory names."""
+"""A checkpoint's tokenizer, and an export's, give the ids of the directory they came from, whatever class that
+directory names.
+"""
 
 import json
 from pathlib import Path
@@ -54,8 +56,16 @@ CASES = {
     "qwen3 that says nothing": ("qwen3", "gpt2", {"tokenizer_class": None}),
     "qwen3 that says Qwen2": ("qwen3", "qwen", {"tokenizer_class": "Qwen2Tokenizer"}),
     "llama that says nothing": ("llama", "llama", {"tokenizer_class": None}),
-    "llama that says Llama": ("llama", "llama", {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True}),
-    "llama of old": ("llama", "llama", {"tokenizer_class": "LlamaTokenizerFast", "legacy": True, "add_prefix_space": None}),
+    "llama that says Llama": (
+        "llama",
+        "llama",
+        {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True},
+    ),
+    "llama of old": (
+        "llama",
+        "llama",
+        {"tokenizer_class": "LlamaTokenizerFast", "legacy": True, "add_prefix_space": None},
+    ),
 }
 
 
@@ -77,7 +87,9 @@ def test_ids_are_those_of_the_source(tmp_path, family, kind, settings):
     for name in ("teacher/tokenizer", "back", "student/tokenizer", "hydra", "again/tokenizer"):
         assert ids(tmp_path / name, trust_remote_code=False) == truth, name
     assert ids(tmp_path / "hydra", trust_remote_code=True) == truth
-    assert fingerprint(load_encoder(tmp_path / "teacher", "e").serialised) == fingerprint(load_encoder(hf, "e").serialised)
+    assert fingerprint(load_encoder(tmp_path / "teacher", "e").serialised) == fingerprint(
+        load_encoder(hf, "e").serialised
+    )
 
 
 def test_files_of_every_kind_travel(tmp_path):
@@ -85,7 +97,9 @@ def test_files_of_every_kind_travel(tmp_path):
     hf = source(tmp_path, "qwen2", "qwen")
     tokenizer = json.loads((hf / "tokenizer.json").read_text())
     (hf / "vocab.json").write_text(json.dumps(tokenizer["model"]["vocab"]))
-    (hf / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in tokenizer["model"]["merges"]))
+    (hf / "merges.txt").write_text(
+        "#version: 0.2\n" + "\n".join(" ".join(pair) for pair in tokenizer["model"]["merges"])
+    )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (hf / name).unlink()
     (hf / "added_tokens.json").write_text(json.dumps({"<|mine|>": 1100}))
@@ -106,7 +120,10 @@ def test_a_copy_with_other_ids_is_refused_and_nothing_is_written(tmp_path, monke
     edit(hf / "tokenizer_config.json", tokenizer_class=None)
     small_tokenizer("gpt2").save_pretrained(tmp_path / "other")
     (hf / "tokenizer.json").write_text((tmp_path / "other" / "tokenizer.json").read_text())
-    with pytest.raises(InputError, match=r"hf: its tokenizer and the checkpoint's copy tokenizer/ differ: Qwen2Tokenizer makes \d+ tokens"):
+    with pytest.raises(
+        InputError,
+        match=r"hf: its tokenizer and the checkpoint's copy tokenizer/ differ: Qwen2Tokenizer makes \d+ tokens",
+    ):
         import_hf(hf, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

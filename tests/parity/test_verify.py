@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The verification passes what is right, and each of its checks fails for what it is there to catch, and for nothing else."""
+"""The verification passes what is right, and each of its checks fails for what it is there to catch, and for nothing
+else.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,8 @@ SIZES = {"num_hidden_layers": LAYERS, "vocab_size": 64}  # which two ranks can s
 # No FA head, one, some of uneven groups, all.
 HEAD_MAP = HeadMap.from_fa([(1, 4), (2, 0), (2, 1), (2, 5), *((3, h) for h in range(HEADS))], LAYERS, HEADS, GROUPS)
 OPTIONS = HydraOptions(
-    fa_log_scale="always", fa_log_scale_base=7.0, gdn_conv_kernel=3, gdn_write_max=2.0, gdn_gate="headwise", gdn_half_life=20.0,
+    fa_log_scale="always", fa_log_scale_base=7.0, gdn_conv_kernel=3, gdn_write_max=2.0, gdn_gate="headwise",
+    gdn_half_life=20.0,
     fusion="competition",
 )  # fmt: skip
 ALONE = tuple(name for name in NAMES if name != "layouts")  # what needs no other processes
@@ -49,7 +52,9 @@ EXPORT = {("export", ""), ("packed", "")}
 
 @dataclasses.dataclass(frozen=True)
 class Made:
-    """Folders: a Hugging Face model, the teacher imported from it, a student of random weights, the student's export."""
+    """Folders: a Hugging Face model, the teacher imported from it, a student of random weights, the student's
+    export.
+    """
 
     hf: Path
     teacher: Path
@@ -118,7 +123,9 @@ def test_a_students_checks_all_pass_on_the_command_line(made: Made, tmp_path: Pa
     ]
     environment = {name: value for name, value in os.environ.items() if name != "HF_MODULES_CACHE"}
     environment |= {"TMPDIR": str(tmp_path), "HF_HOME": str(tmp_path / "home")}
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     cores, total = os.cpu_count() or 1, len(verification.CHECKS)
     skipped = (3 if cores < 2 else 0) + (2 if cores < 4 else 0)  # layouts
@@ -139,7 +146,11 @@ def test_a_teachers_checks_all_pass(made: Made, tmp_path: Path) -> None:
     assert not failed(found) and all(check == "layouts" for check, _ in left_out)
     assert ("identity", "head map") not in found and ("identity", "teacher") not in found, "these are a student's"
     assert found["source", ""]["numbers"]["tokens"] == 128
-    assert all(result["numbers"]["tokens"] == 128 + 64 for (check, _), result in found.items() if check == "layouts" and result["numbers"])
+    assert all(
+        result["numbers"]["tokens"] == 128 + 64
+        for (check, _), result in found.items()
+        if check == "layouts" and result["numbers"]
+    )
     assert found["padding", "left"]["numbers"]["tokens"] == sum([1, 10, 19, 28, 37, 46, 55, 64])
 
 
@@ -198,7 +209,9 @@ BROKEN_CODE = {
 
 @pytest.fixture
 def whatever_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Code that is not this version's runs too: these tests plant in it the faults that a version of ours might have."""
+    """Code that is not this version's runs too: these tests plant in it the faults that a version of ours might
+    have.
+    """
     monkeypatch.setattr(verification, "check_model_code", lambda *_: None)
 
 
@@ -213,7 +226,9 @@ def test_broken_code_in_the_export(made: Made, tmp_path: Path, name: str) -> Non
 @pytest.mark.usefixtures("whatever_code")
 def test_code_that_raises_is_a_failure_not_a_traceback(made: Made, tmp_path: Path) -> None:
     old = "        if padding is not None:\n            x_bsc = "
-    export = edited_export(made, tmp_path / "raising", "heads_hydra_head.py", old, old.replace("x_bsc = ", "raise ValueError('planted')#"))
+    export = edited_export(
+        made, tmp_path / "raising", "heads_hydra_head.py", old, old.replace("x_bsc = ", "raise ValueError('planted')#")
+    )
     found = results(tmp_path, made.student, "--export", export)
     assert failed(found) == {("padding", "left"), ("padding", "right")}
     assert found["padding", "left"]["said"] == "ValueError: planted"
@@ -335,7 +350,9 @@ def test_another_head_map_beside_the_checkpoint(made: Made, tmp_path: Path, keys
     ],
     ids=["fingerprint", "option"],
 )
-def test_an_export_that_says_something_else(made: Made, tmp_path: Path, keys: tuple[str], value: Any, expected: set) -> None:
+def test_an_export_that_says_something_else(
+    made: Made, tmp_path: Path, keys: tuple[str], value: Any, expected: set
+) -> None:
     export = edited_json(made.export, tmp_path / f"says_{keys[-1]}", "config.json", *keys, value=value)
     assert failed(results(tmp_path, made.student, "--teacher", made.teacher, "--export", export)) == expected
 
@@ -346,7 +363,9 @@ def test_a_tensor_that_is_not_finite(made: Made, tmp_path: Path) -> None:
 
     with process_groups():
         trained(made.student, tmp_path / "student", spoil)
-    found = results(tmp_path, tmp_path / "student", "--teacher", made.teacher, "--export", made.export, only=("identity", "export"))
+    found = results(
+        tmp_path, tmp_path / "student", "--teacher", made.teacher, "--export", made.export, only=("identity", "export")
+    )
     assert failed(found) == {("identity", "finite"), ("export", "")}
     assert found["identity", "finite"]["said"] == "tensor decoder.layers.0.mlp.linear_fc2.weight holds NaN or infinity"
     assert found["export", ""]["numbers"]["kl"] is None, "JSON has no NaN"
@@ -391,4 +410,6 @@ def test_ranks_that_are_killed(made: Made, tmp_path: Path, monkeypatch: pytest.M
     module.write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     monkeypatch.setattr(layout_logits, "ROOT", tmp_path)
     said = results(tmp_path, made.student, only=("layouts",))["layouts", "TP 2"]["said"]
-    assert said.startswith("the ranks failed: rank ") and said.endswith(" was ended by SIGKILL; is there enough memory?")
+    assert said.startswith("the ranks failed: rank ") and said.endswith(
+        " was ended by SIGKILL; is there enough memory?"
+    )

@@ -83,11 +83,18 @@ class Cluster:
         self._run("slurmctld", "slurmctld", "-D")
         for node in NODES:
             self.start_node(node)
-        wait_for(lambda: self("sinfo", "-h", "-N", "-o", "%T", check=False).split() == ["idle"] * 2, 30, "both nodes are idle")
+        wait_for(
+            lambda: self("sinfo", "-h", "-N", "-o", "%T", check=False).split() == ["idle"] * 2,
+            30,
+            "both nodes are idle",
+        )
 
     def last_errors(self) -> str:
         """The last error of each daemon."""
-        logs = [log.read_text(errors="replace").splitlines() for log in sorted(self.root.glob("*.log")) + sorted(self.root.glob("*.out"))]
+        logs = [
+            log.read_text(errors="replace").splitlines()
+            for log in sorted(self.root.glob("*.log")) + sorted(self.root.glob("*.out"))
+        ]
         errors = [[line for line in lines if re.search("error|fatal", line, re.IGNORECASE)] for lines in logs]
         return "; ".join(lines[-1] for lines in errors if lines)
 

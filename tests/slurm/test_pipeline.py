@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""slurm/pipeline.sh on a real SLURM of two nodes: one pipeline undisturbed, beside it one that is stopped in every way."""
+"""slurm/pipeline.sh on a real SLURM of two nodes: one pipeline undisturbed, beside it one that is stopped in
+every way.
+"""
 
 import contextlib
 import os
@@ -68,7 +70,9 @@ class Pipeline:
     def submit(self) -> None:
         environment = {**self.cluster.environment, **SITE, "HYDRA_LOGS": str(self.run / "logs")}
         recipe = str(self.run / "recipe.yaml")
-        done = subprocess.run(["bash", "slurm/pipeline.sh", recipe], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            ["bash", "slurm/pipeline.sh", recipe], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         self.said = done.stdout
         self.jobs = dict(re.findall(r"^(\w+): job (\d+),", self.said, re.MULTILINE))
@@ -132,7 +136,9 @@ def write_data(folder: Path) -> None:
 
 
 def reach_the_time_limit(pipeline: Pipeline, script: str) -> None:
-    """Let a running job's time run out: its limit, of whole minutes, is put where SLURM's next check, in half a minute, warns."""
+    """Let a running job's time run out: its limit, of whole minutes, is put where SLURM's next check, in half a minute,
+    warns.
+    """
     job = pipeline.jobs[script]
     with pipeline.frozen(script):
         hours, minutes, seconds = map(int, pipeline.cluster.job(job)["RunTime"].split(":"))
@@ -156,7 +162,9 @@ class Story:
 
 @pytest.fixture(scope="module")
 def story(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
-    """Two pipelines at once to the end, one of them stopped four times, the other submitted again when it is finished."""
+    """Two pipelines at once to the end, one of them stopped four times, the other submitted again when it is
+    finished.
+    """
     folder = tmp_path_factory.mktemp("pipelines")
     write_data(folder)
     whole, stopped = make_pipeline(cluster, folder, "whole"), make_pipeline(cluster, folder, "stopped")
@@ -193,7 +201,9 @@ def test_two_pipelines_at_once_end_well(story: Story) -> None:
     for script in story.stopped.jobs:
         assert story.stopped.state(script) == "COMPLETED", story.stopped.log(script)[-3000:]
     for pipeline in (story.whole, story.stopped):
-        assert (pipeline.run / "evaluation" / "results.json").exists() and (pipeline.run / "hf" / "config.json").exists()
+        assert (pipeline.run / "evaluation" / "results.json").exists() and (
+            pipeline.run / "hf" / "config.json"
+        ).exists()
 
 
 def test_losses_of_the_stopped_pipeline_are_those_of_the_undisturbed_one(story: Story) -> None:
@@ -207,7 +217,9 @@ def test_losses_of_the_stopped_pipeline_are_those_of_the_undisturbed_one(story: 
 def test_a_stop_that_is_announced_loses_no_step_and_a_lost_node_less_than_two_saves(story: Story) -> None:
     for script, lost in (("stage1", [0, 0]), ("stage2", [0, 2 * SAVE_INTERVAL])):
         log = story.stopped.log(script)
-        starts = [list(map(int, re.findall(r" iteration +(\d+)/", part))) for part in log.split("torch.distributed.run")[1:]]
+        starts = [
+            list(map(int, re.findall(r" iteration +(\d+)/", part))) for part in log.split("torch.distributed.run")[1:]
+        ]
         assert len(starts) == 3 and starts[-1][-1] == STEPS["align"], log[-3000:]
         for earlier, later, most in zip(starts, starts[1:], lost, strict=False):
             assert earlier == list(range(earlier[0], earlier[-1] + 1))
@@ -218,8 +230,13 @@ def test_a_stop_that_is_announced_loses_no_step_and_a_lost_node_less_than_two_sa
 def test_a_finished_pipeline_does_nothing(story: Story) -> None:
     assert set(map(story.again.state, story.again.jobs)) == {"COMPLETED"}
     assert story.again.files() == story.before[1]
-    assert "holds a head map already" in story.again.log("select") and story.again.log("select").count("is there already") == 2
-    assert "holds a report with every piece already" in story.again.log("evaluate") and "is there already" in story.again.log("evaluate")
+    assert (
+        "holds a head map already" in story.again.log("select")
+        and story.again.log("select").count("is there already") == 2
+    )
+    assert "holds a report with every piece already" in story.again.log(
+        "evaluate"
+    ) and "is there already" in story.again.log("evaluate")
     for number, stage in enumerate(STEPS, 1):
         assert f"stage {stage} is finished" in story.again.log(f"stage{number}")
 

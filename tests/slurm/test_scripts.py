@@ -20,19 +20,28 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
 JOBS = {
     "prepare": ["tools/prepare_data.py --config"],
-    "select": ["tools/convert.py import --config", "tools/select_heads.py --config", "tools/convert.py hybridize --config"],
+    "select": [
+        "tools/convert.py import --config",
+        "tools/select_heads.py --config",
+        "tools/convert.py hybridize --config",
+    ],
     "stage1": ["-m hydra_mcore.train --stage align --config"],
     "stage2": ["-m hydra_mcore.train --stage distill --config"],
     "stage3": ["-m hydra_mcore.train --stage extend --config"],
     "evaluate": ["tools/evaluate.py --config", "tools/convert.py export --config"],
 }
-SECTIONS = "run-dir: runs/a\nprepare: {a: 1}\nimport: {a: 1}\nselect: {a: 1}\nhybridize: {a: 1}\nevaluate: {a: 1}\nexport: {a: 1}\n"
+SECTIONS = (
+    "run-dir: runs/a\nprepare: {a: 1}\nimport: {a: 1}\nselect: {a: 1}\nhybridize: {a: 1}\nevaluate: {a: 1}\nexport: {a:"
+    " 1}\n"
+)
 BASH = shutil.which("bash")
 OUTSIDE = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "HYDRA"))}
 
 
 def bash(*command: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess:
-    return subprocess.run([BASH, *command], cwd=cwd, env={**OUTSIDE, **variables}, capture_output=True, text=True, timeout=30)
+    return subprocess.run(
+        [BASH, *command], cwd=cwd, env={**OUTSIDE, **variables}, capture_output=True, text=True, timeout=30
+    )
 
 
 @pytest.fixture
@@ -45,7 +54,9 @@ def recipe(tmp_path: Path) -> str:
 def test_scripts_are_sound(path: Path) -> None:
     done = bash("-n", str(path))
     assert done.returncode == 0, done.stderr
-    assert path.read_text().removeprefix("#!/usr/bin/env bash\n").startswith("# Copyright 2026 the hydra_mcore authors.\n")
+    assert (
+        path.read_text().removeprefix("#!/usr/bin/env bash\n").startswith("# Copyright 2026 the hydra_mcore authors.\n")
+    )
     if checker := shutil.which("shellcheck"):
         found = subprocess.run([checker, "-x", str(path)], cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert found.returncode == 0, found.stdout
@@ -80,13 +91,18 @@ def test_only_the_sections_that_a_recipe_has_are_run(tmp_path: Path) -> None:
     files = (str(tmp_path / "recipe.yaml"), str(overlay))
     assert len(bash("slurm/select.sh", "--dry-run", *files).stdout.splitlines()) == 1
     assert bash("slurm/pipeline.sh", "--dry-run", *files).stdout.count("sbatch ") == 5
-    assert f"--config {files[0]} {files[1]}" in bash("slurm/evaluate.sh", "--dry-run", HYDRA_RECIPE=" ".join(files)).stdout
+    assert (
+        f"--config {files[0]} {files[1]}" in bash("slurm/evaluate.sh", "--dry-run", HYDRA_RECIPE=" ".join(files)).stdout
+    )
 
 
 @pytest.mark.parametrize(
     ("sections", "lines"),
     [
-        ("\"prepare\": {a: 1}\n'import' : {a: 1}\n? hybridize\n: {a: 1}\n", 2),  # a section is one however its name is written
+        (
+            "\"prepare\": {a: 1}\n'import' : {a: 1}\n? hybridize\n: {a: 1}\n",
+            2,
+        ),  # a section is one however its name is written
         ("# import:\ntext: |\n  prepare:\n  select:\nhybridize:\nimport: {}\n", 0),  # and no other line is
     ],
 )
@@ -115,7 +131,10 @@ def test_outside_of_jobs_a_container_is_not_asked_for_sections(tmp_path: Path) -
     assert done.returncode == 0 and "no section prepare: nothing to do" in done.stdout
 
 
-GPU_LIST = "#!/bin/sh\necho 'GPU 0: H100 (UUID: GPU-a)'\necho '  MIG 1g.10gb Device 0: (UUID: MIG-a)'\necho 'GPU 1: H100 (UUID: GPU-b)'\n"
+GPU_LIST = (
+    "#!/bin/sh\necho 'GPU 0: H100 (UUID: GPU-a)'\necho '  MIG 1g.10gb Device 0: (UUID: MIG-a)'\necho 'GPU 1: H100"
+    " (UUID: GPU-b)'\n"
+)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +158,9 @@ GPU_LIST = "#!/bin/sh\necho 'GPU 0: H100 (UUID: GPU-a)'\necho '  MIG 1g.10gb Dev
     ],
     ids=str,
 )
-def test_each_node_counts_its_own_gpus(variables: dict[str, str], nvidia_smi: str, ranks: str | None, tmp_path: Path) -> None:
+def test_each_node_counts_its_own_gpus(
+    variables: dict[str, str], nvidia_smi: str, ranks: str | None, tmp_path: Path
+) -> None:
     if ranks is None and list(Path("/dev").glob("nvidia[0-9]*")) and not variables:
         pytest.skip("this machine has GPUs")
     (tmp_path / "nvidia-smi").write_text(nvidia_smi)
@@ -149,7 +170,12 @@ def test_each_node_counts_its_own_gpus(variables: dict[str, str], nvidia_smi: st
     command = [BASH, "slurm/node.sh", BASH, "-c", "echo $PET_NPROC_PER_NODE"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=30)
     if ranks is None:
-        assert done.returncode == 2 and not done.stdout and done.stderr.count("\n") == 1 and "HYDRA_RANKS_PER_NODE" in done.stderr
+        assert (
+            done.returncode == 2
+            and not done.stdout
+            and done.stderr.count("\n") == 1
+            and "HYDRA_RANKS_PER_NODE" in done.stderr
+        )
     else:
         assert (done.returncode, done.stdout, done.stderr) == (0, f"{ranks}\n", "")
 
@@ -157,7 +183,14 @@ def test_each_node_counts_its_own_gpus(variables: dict[str, str], nvidia_smi: st
 @pytest.mark.slow
 def test_torchrun_takes_the_count_from_the_node(tmp_path: Path) -> None:
     (tmp_path / "rank.py").write_text("import os; print(os.environ['LOCAL_WORLD_SIZE'], end=' ', flush=True)")
-    command = ["-m", "torch.distributed.run", "--nnodes=1", "--master-addr=127.0.0.1", "--master-port=0", str(tmp_path / "rank.py")]
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=1",
+        "--master-addr=127.0.0.1",
+        "--master-port=0",
+        str(tmp_path / "rank.py"),
+    ]
     done = bash("slurm/node.sh", sys.executable, *command, SLURM_NODEID="0", HYDRA_RANKS_PER_NODE="3")
     assert done.stdout.split() == ["3"] * 3, done.stderr
 
@@ -168,7 +201,12 @@ def test_without_a_recipe_it_is_the_example() -> None:
 
 def test_a_container_is_srun_s_business(recipe: str) -> None:
     said = bash(
-        "slurm/stage3.sh", "--dry-run", recipe, HYDRA_CONTAINER="image.sqsh", HYDRA_MOUNTS="/data:/data", HYDRA_PYTHON="python3"
+        "slurm/stage3.sh",
+        "--dry-run",
+        recipe,
+        HYDRA_CONTAINER="image.sqsh",
+        HYDRA_MOUNTS="/data:/data",
+        HYDRA_PYTHON="python3",
     ).stdout
     mounts = f"--container-mounts={ROOT}:{ROOT},/data:/data"
     assert f"--container-image=image.sqsh {mounts} --container-workdir={ROOT} bash slurm/node.sh python3 -m" in said
@@ -204,7 +242,10 @@ def test_pipeline_refuses_what_it_cannot_submit(recipe: str, tmp_path: Path) -> 
     done = bash("slurm/pipeline.sh", recipe, "--", "--lr", "3")
     assert done.returncode == 2 and "flags belong in a recipe file here" in done.stderr
     done = bash("slurm/pipeline.sh", recipe, PATH=str(tmp_path))
-    assert done.returncode == 2 and done.stderr == "pipeline.sh: no sbatch here: start it on a machine of the cluster, or with --dry-run\n"
+    assert (
+        done.returncode == 2
+        and done.stderr == "pipeline.sh: no sbatch here: start it on a machine of the cluster, or with --dry-run\n"
+    )
 
 
 TORCHRUN = """
@@ -231,8 +272,15 @@ def node(tmp_path: Path) -> Iterator[subprocess.Popen]:
     """slurm/node.sh with a launcher that takes a second to start its rank, which has a data loader."""
     (tmp_path / "torchrun.py").write_text(TORCHRUN)
     (tmp_path / "rank.py").write_text(RANK)
-    command = ["bash", "slurm/node.sh", sys.executable, *(str(tmp_path / name) for name in ("torchrun.py", "rank.py", ""))]
-    process = subprocess.Popen(command, cwd=ROOT, env={**OUTSIDE, "SLURM_NODEID": "0", "HYDRA_RANKS_PER_NODE": "1"}, start_new_session=True)
+    command = [
+        "bash",
+        "slurm/node.sh",
+        sys.executable,
+        *(str(tmp_path / name) for name in ("torchrun.py", "rank.py", "")),
+    ]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**OUTSIDE, "SLURM_NODEID": "0", "HYDRA_RANKS_PER_NODE": "1"}, start_new_session=True
+    )
     yield process
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

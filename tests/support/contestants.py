@@ -33,7 +33,9 @@ SHAPE = ModelShape(
 
 
 def write_contestants(root: Path) -> Path:
-    """root/teacher and root/student with the tiny teacher's tokenizer, root/other with one of its own, and root/text.txt."""
+    """root/teacher and root/student with the tiny teacher's tokenizer, root/other with one of its own, and
+    root/text.txt.
+    """
     text = Path(dataclasses.__file__).read_text(encoding="utf-8")[:16_000]
     (root / "text.txt").write_text(text, encoding="utf-8")
     head_map = HeadMap.from_fa([(0, 1), (1, 0), (1, 3)], SHAPE.num_layers, SHAPE.num_heads, SHAPE.num_kv_groups)
@@ -69,6 +71,8 @@ def byte_level(text: str, words: int = 400) -> PreTrainedTokenizerFast:
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<|endoftext|>"]
-    trainer = trainers.BpeTrainer(vocab_size=words, initial_alphabet=alphabet, special_tokens=special, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=words, initial_alphabet=alphabet, special_tokens=special, show_progress=False
+    )
     backend.train_from_iterator([text], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")

@@ -29,7 +29,9 @@ def make_texts() -> list[str]:
 def encode_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The worker's own encoding without worker processes, and batches of a few documents."""
 
-    def in_this_process(batches: Iterator[Batch], encoder: Encoder, workers: int) -> Iterator[tuple[Batch, list[np.ndarray]]]:
+    def in_this_process(
+        batches: Iterator[Batch], encoder: Encoder, workers: int
+    ) -> Iterator[tuple[Batch, list[np.ndarray]]]:
         encode = BatchEncoder(encoder)
         for batch in batches:
             ids, ends = encode([document.text for document in batch.documents])
@@ -41,7 +43,9 @@ def encode_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write_lines(path: Path, texts: list[str]) -> Path:
-    lines = "".join(json.dumps({"id": number, "text": text}) + "\n" + "\n" * (number % 5 == 0) for number, text in enumerate(texts))
+    lines = "".join(
+        json.dumps({"id": number, "text": text}) + "\n" + "\n" * (number % 5 == 0) for number, text in enumerate(texts)
+    )
     path.write_bytes(gzip.compress(lines.encode()) if path.suffix == ".gz" else lines.encode())
     return path
 

@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Damaged files: what bad disks, editors, other programs and attackers make of a valid one, and what a reader may say to them."""
+"""Damaged files: what bad disks, editors, other programs and attackers make of a valid one, and what a reader may say
+to them.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def as_text(value: Any) -> str:
 
 
 def damaged_values(value: Any) -> Iterator[Any]:
-    """A JSON value with one thing wrong: a key dropped or added, a value replaced by each odd one, an item doubled or left out."""
+    """A JSON value with one thing wrong: a key dropped or added, a value replaced by each odd one, an item doubled or
+    left out.
+    """
     for path in _paths(value):
         for odd in ODD:
             yield _with(value, path, odd)
@@ -47,7 +51,9 @@ def damaged_values(value: Any) -> Iterator[Any]:
 
 
 def damaged_bytes(content: bytes, seed: int = 0, count: int = 40) -> Iterator[bytes]:
-    """A file's bytes cut off, with flipped bits, with a stretch of zeros or of something else; and what is no such file at all."""
+    """A file's bytes cut off, with flipped bits, with a stretch of zeros or of something else; and what is no such file
+    at all.
+    """
     rng = random.Random(seed)
     yield from (b"", b"\0" * len(content), b"\xff\xfe\x00", b"[" * 100_000, content + content, b"\n" + content)
     for _ in range(count):
@@ -66,10 +72,11 @@ def damaged_texts(content: str, sample: int | None = None, seed: int = 0) -> lis
 
 
 def survey(path: Path, contents: list[bytes], use: Callable[[], Any]) -> list[str]:
-    """Put each content in a file's place, then a folder and nothing, and use it. What was wrong with the outcome, if anything.
+    """Put each content in a file's place, then a folder and nothing, and use it. What was wrong with the outcome, if
+    anything.
 
-    A use ends well, or in one InputError of one short line, or with what the disk says; memory is bounded. At the end the file is
-    what it was.
+    A use ends well, or in one InputError of one short line, or with what the disk says; memory is bounded. At the end
+    the file is what it was.
     """
     valid, problems = path.read_bytes(), []
     for content in contents:

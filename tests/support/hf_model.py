@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Random HydraHead models in exported folders, loaded as a user loads them: by transformers, with the code in the folder."""
+"""Random HydraHead models in exported folders, loaded as a user loads them: by transformers, with the code in the
+folder.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,13 @@ TINY: dict[str, Any] = {**ODD, "tie_word_embeddings": False, "fa_heads": [[1, 4,
 def write_config(folder: Path, **changes: Any) -> Path:
     """A folder with the model's code and config.json, as an export writes it, without weights."""
     copy_model_code(folder)
-    config = {**TINY, "model_type": "hydra_head", "architectures": ["HydraHeadForCausalLM"], "auto_map": AUTO_MAP, **changes}
+    config = {
+        **TINY,
+        "model_type": "hydra_head",
+        "architectures": ["HydraHeadForCausalLM"],
+        "auto_map": AUTO_MAP,
+        **changes,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -61,7 +69,8 @@ def random_model(folder: Path, dtype: torch.dtype = torch.float64, **changes: An
 # Together every value of every option, with biases and scaled rotary positions.
 VARIANTS: list[dict[str, Any]] = [
     {},
-    {"fa_position": "rope", "fa_log_scale": "always", "fa_log_scale_base": 7.0, "gdn_kv": "per_group", "qkv_bias": True},
+    {"fa_position": "rope", "fa_log_scale": "always", "fa_log_scale_base": 7.0, "gdn_kv": "per_group",
+        "qkv_bias": True},
     {
         "fa_gate": "headwise", "gdn_gate": "elementwise", "gate_order": "after_norm", "gdn_conv_kernel": 2,
         "gdn_conv_activation": "silu", "gdn_write_max": 2.0, "fusion": "competition", "fusion_norm_weight": "none",
@@ -73,10 +82,13 @@ VARIANTS: list[dict[str, Any]] = [
     {
         "gdn_gate": "headwise", "gate_activation": "silu", "fusion": "norm", "qk_norm": False, "gdn_conv_kernel": 1,
         "fa_position": "rope", "gdn_half_life": 5.0,
-        "rope_parameters": {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 16},
+        "rope_parameters": {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0,
+            "original_max_position_embeddings": 16},
     },
 ]  # fmt: skip
-each_variant = pytest.mark.parametrize("options", VARIANTS, ids=lambda options: " ".join(map(str, options.values()))[:40] or "default")
+each_variant = pytest.mark.parametrize(
+    "options", VARIANTS, ids=lambda options: " ".join(map(str, options.values()))[:40] or "default"
+)
 
 
 def random_tokens(*shape: int, seed: int = 1) -> Tensor:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 @torch.no_grad()
 def naive_decoding(model: torch.nn.Module, ids_bs: Tensor, room: int) -> tuple[Tensor, Tensor]:
-    """The next ``room`` tokens, [b, room], and the logits that chose them, [b, room, w], of a model whole on this process.
+    """The next ``room`` tokens, [b, room], and the logits that chose them, [b, room, w], of a model whole on this
+    process.
 
     A random model may say one token for ever, which would prove little: the tokens are checked to vary.
     """

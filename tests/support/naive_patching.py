@@ -1,6 +1,9 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Eq 10 and path patching by their definition: full forward passes for every head, by hooks. Slow, and free of cleverness."""
+"""Eq 10 and path patching by their definition: full forward passes for every head, by hooks.
+
+Slow, and free of cleverness.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What stands in the files of offline W&B runs: LevelDB's log format behind a header of seven bytes, one protobuf a record."""
+"""What stands in the files of offline W&B runs: LevelDB's log format behind a header of seven bytes, one protobuf a
+record.
+"""
 
 import json
 import struct

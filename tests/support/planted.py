@@ -7,7 +7,8 @@ of its own. The residual stream has a place for every fact, one axis a token (CO
 
 ``planted_model`` takes the value in one hop, and has heads that only look as if they did:
 
-    SENDERS      layer 0        look one token back and note that token in PREV: so an end token knows its needle's value
+    SENDERS      layer 0        look one token back and note that token in PREV: so an end token knows its needle's
+        value
     RECEIVERS    layers 1, 2    look from the asked key to its end token and copy the value from PREV to OUT, which the
                                 logits read; each does half of the work
     OVERRIDDEN   layer 1        look at the needle just as hard, and write the value to SHADOW, which the logits read as
@@ -19,7 +20,8 @@ of its own. The residual stream has a place for every fact, one axis a token (CO
 ``planted_chain`` takes it in two hops, by the three heads of CHAIN:
 
     sender       layer 0        as above: the end token knows the value
-    relay        layer 1        looks one token back and carries the value on from PREV to RELAYED, so that the token after
+    relay        layer 1        looks one token back and carries the value on from PREV to RELAYED, so that the token
+    after
                                 the end token knows it
     receiver     layer 2        looks from the asked key to that token, which the sender told that the end token stands
                                 before it, and copies the value from RELAYED to OUT
@@ -117,7 +119,11 @@ def _noting_model(others: Sequence[Head]) -> GPTModel:
         if parameter.dim() == 2:  # norm weights stay 1
             parameter.normal_(0.0, 0.002, generator=generator)
     for layer, head in others:  # alive, but no part of this
-        for weight in (_queries(model, layer)[head], *_keys_values(model, layer, head), _projections(model, layer)[:, head]):
+        for weight in (
+            _queries(model, layer)[head],
+            *_keys_values(model, layer, head),
+            _projections(model, layer)[:, head],
+        ):
             weight.normal_(0.0, 0.02, generator=generator)
     embedding = model.embedding.word_embeddings.weight
     embedding[:, CONST] += LEVEL
@@ -145,7 +151,9 @@ def _queries(model: GPTModel, layer_idx: int) -> Tensor:
 def _keys_values(model: GPTModel, layer_idx: int, head_idx: int) -> tuple[Tensor, Tensor]:
     """[d, m] each: those of the head's group."""
     weight = model.decoder.layers[layer_idx].self_attention.fa.linear_kv.weight
-    return weight.unflatten(0, (SHAPE.num_kv_groups, 2, -1))[head_idx * SHAPE.num_kv_groups // SHAPE.num_heads].unbind(0)
+    return weight.unflatten(0, (SHAPE.num_kv_groups, 2, -1))[head_idx * SHAPE.num_kv_groups // SHAPE.num_heads].unbind(
+        0
+    )
 
 
 def _projections(model: GPTModel, layer_idx: int) -> Tensor:
@@ -183,7 +191,8 @@ def _erase_shadow(model: GPTModel, layer_idx: int) -> None:
     """An MLP that takes away what stands in SHADOW: its gates see CONST alone and are all alike."""
     mlp = model.decoder.layers[layer_idx].mlp
     gate, up = mlp.linear_fc1.weight.chunk(2)
-    # Beside CONST, the asked key then holds one fact each in SELF and PREV, two in UNREAD, and twice the value in OUT and SHADOW.
+    # Beside CONST, the asked key then holds one fact each in SELF and PREV, two in UNREAD, and twice the value in OUT
+    # and SHADOW.
     rms = math.sqrt((LEVEL**2 + 4 + 2 * 2**2) / SHAPE.hidden_size)
     open_gate = 4.0
     gate[: len(SHADOW), CONST] += open_gate * rms / LEVEL
@@ -224,7 +233,9 @@ def attention_weights(model: GPTModel, ids_bs: Tensor) -> list[Tensor]:
     for layer in model.decoder.layers:
         heads = layer.self_attention.fa
         hooks.append(heads.linear_q.register_forward_hook(lambda module, args, output: queries.append(output)))
-        hooks.append(heads.linear_kv.register_forward_hook(lambda module, args, output: keys.append(output.chunk(2, dim=-1)[0])))
+        hooks.append(
+            heads.linear_kv.register_forward_hook(lambda module, args, output: keys.append(output.chunk(2, dim=-1)[0]))
+        )
     positions = torch.arange(ids_bs.shape[1])
     model(ids_bs, positions.expand_as(ids_bs), None)
     for hook in hooks:
@@ -241,5 +252,8 @@ def attention_weights(model: GPTModel, ids_bs: Tensor) -> list[Tensor]:
 def _turned(x_sbhd: Tensor) -> Tensor:
     """Rotary positions as complex numbers: pair (j, j + HALF) times exp(i * position * TURN[j])."""
     angles_sd = torch.arange(x_sbhd.shape[0])[:, None] * torch.tensor(TURN, dtype=torch.float64)
-    pairs = torch.complex(*x_sbhd.double().chunk(2, dim=-1)) * torch.polar(torch.ones_like(angles_sd), angles_sd)[:, None, None]
+    pairs = (
+        torch.complex(*x_sbhd.double().chunk(2, dim=-1))
+        * torch.polar(torch.ones_like(angles_sd), angles_sd)[:, None, None]
+    )
     return torch.cat([pairs.real, pairs.imag], dim=-1)

@@ -51,7 +51,9 @@ def write_index(folder: Path, index: Any) -> None:
     """Replace the index, its checksum too: who can do the one can do the other."""
     data = pickle.dumps(index, protocol=4)
     (folder / INDEX).write_bytes(data)
-    (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", INDEX_CHECKSUM: hashlib.sha256(data).hexdigest()}))
+    (folder / "metadata.json").write_text(
+        json.dumps({"sharded_backend": "torch_dist", INDEX_CHECKSUM: hashlib.sha256(data).hexdigest()})
+    )
 
 
 def saved(value: Any) -> bytes:
@@ -74,7 +76,9 @@ def replace_entry(folder: Path, name: str, data: bytes) -> None:
 
 
 def plant(folder: Path, place: str, marker: Path) -> None:
-    """Put a program into a checkpoint (an ``iter_*`` folder): into its index, a ``common.pt``, or an entry of this name."""
+    """Put a program into a checkpoint (an ``iter_*`` folder): into its index, a ``common.pt``, or an entry of this
+    name.
+    """
     if place == INDEX:
         index = raw_index(folder)
         index.planner_data = Program(marker)
@@ -89,5 +93,7 @@ def unprotected_load(data: bytes) -> Any:
     """What torch itself does with an entry: the proof that a planted program runs where nobody stops it."""
     planner = type("Planner", (), {"flatten_state_dict": False, "state_dict": {}})()
     request = type("Request", (), {"dest_index": type("Index", (), {"fqn": "x"})()})()
-    original("torch.distributed.checkpoint.default_planner:DefaultLoadPlanner.load_bytes")(planner, request, io.BytesIO(data))
+    original("torch.distributed.checkpoint.default_planner:DefaultLoadPlanner.load_bytes")(
+        planner, request, io.BytesIO(data)
+    )
     return planner.state_dict["x"]

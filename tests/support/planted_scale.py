@@ -22,7 +22,8 @@ from hydra_mcore.model.fa_heads import set_log_scale
 from tests.support.launch import model_parallel
 
 SHAPE = ModelShape(
-    num_layers=2, hidden_size=32, num_heads=4, num_kv_groups=2, head_dim=8, ffn_hidden_size=48, vocab_size=64, native_length=64,
+    num_layers=2, hidden_size=32, num_heads=4, num_kv_groups=2, head_dim=8, ffn_hidden_size=48, vocab_size=64,
+    native_length=64,
     rope_theta=1e4, norm_epsilon=1e-2,
 )  # fmt: skip
 HEAD_MAP = HeadMap.from_fa([(0, 0), (0, 1), (0, 3), (1, 0), (1, 1), (1, 2), (1, 3)], 2, 4, 2)
@@ -30,8 +31,12 @@ WINDOWS, LENGTH = 12, 160
 
 
 def planted_run(rank: int, folder: Path, base: float | None) -> None:
-    """Write folder/student, its tokenizer of 64 words, and folder/text.txt: windows written under ``base``, one after the other."""
-    card = dataclasses.replace(teacher_card(SHAPE, "f" * 64), head_map=HEAD_MAP, options=HydraOptions(), stage="student")
+    """Write folder/student, its tokenizer of 64 words, and folder/text.txt: windows written under ``base``, one after
+    the other.
+    """
+    card = dataclasses.replace(
+        teacher_card(SHAPE, "f" * 64), head_map=HEAD_MAP, options=HydraOptions(), stage="student"
+    )
     with model_parallel():
         model = planted_model(card)
         save_weights([model], card, folder / "student")

@@ -17,15 +17,20 @@ from hydra_mcore.evaluation.ruler.haystack import Haystack, read_haystack
 TEXT = "\n\n".join(topics[name] for name in sorted(topics))[:150_000]
 KINDS = ("gpt2", "qwen", "llama", "byte")
 # How Qwen's tokenizers cut a text into words: every digit alone, lines ends with the signs before them.
-_QWEN = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
-_CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+_QWEN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+)
 _THINK = "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
 
 
 @cache
 def small_tokenizer(kind: str) -> PreTrainedTokenizerBase:
-    """One of KINDS: two byte-level BPEs, of which the second has a chat template, one in the manner of SentencePiece that puts
-    a BOS and a space before every text, and bytes."""
+    """One of KINDS: two byte-level BPEs, of which the second has a chat template, one in the manner of SentencePiece
+    that puts a BOS and a space before every text, and bytes."""
     if kind == "byte":
         return ByT5Tokenizer()
     return {"gpt2": _gpt2, "qwen": _qwen, "llama": _llama}[kind]()
@@ -56,11 +61,16 @@ def _gpt2() -> PreTrainedTokenizerFast:
 def _qwen() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(_QWEN), behavior="isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer = _trained(tokenizer, ["<|im_end|>", "<|im_start|>"])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", extra_special_tokens=["<|im_start|>"], chat_template=_CHAT + _THINK
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        extra_special_tokens=["<|im_start|>"],
+        chat_template=_CHAT + _THINK,
     )
 
 

@@ -56,7 +56,9 @@ FLAGS = [
 ]
 
 
-def make_run(folder: Path, head_map: HeadMap = HEAD_MAP, options: HydraOptions | None = None, shape: ModelShape = SHAPE) -> Path:
+def make_run(
+    folder: Path, head_map: HeadMap = HEAD_MAP, options: HydraOptions | None = None, shape: ModelShape = SHAPE
+) -> Path:
     """Write folder/teacher, folder/student (random weights, gates included) and folder/data; returns ``folder``."""
     run_ranks(_write_checkpoints, 1, folder, head_map, options or HydraOptions(), shape)
     write_data(folder / "data", shape.vocab_size)
@@ -108,7 +110,9 @@ def run_stage(
 
 
 def gradients(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Adam's first moment of every parameter, whole, by its name in a checkpoint; after one step, 0.1 x the clipped gradient."""
+    """Adam's first moment of every parameter, whole, by its name in a checkpoint; after one step, 0.1 x the clipped
+    gradient.
+    """
     import torch.distributed.checkpoint as dcp
 
     prefix, reader = "optimizer.state.exp_avg.", dcp.FileSystemReader(checkpoint)

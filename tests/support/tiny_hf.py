@@ -33,7 +33,11 @@ def tiny_model(family: str, hf_dir: Path | None = None, max_shard_size: str = "1
     No weight is left at a value that would hide a mix-up.
     """
     torch.manual_seed(0)
-    settings = {**ODD, **({"hidden_size": 48} if family == "llama" else {}), **changes}  # Llama's heads must divide the width
+    settings = {
+        **ODD,
+        **({"hidden_size": 48} if family == "llama" else {}),
+        **changes,
+    }  # Llama's heads must divide the width
     config = AutoConfig.for_model(family, **{key: value for key, value in settings.items() if value is not None})
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():

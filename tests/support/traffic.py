@@ -12,7 +12,8 @@
 
 Counted where torch.distributed hands a tensor to the group: so it does not matter by which name a caller got hold of a
 function (Megatron-Core binds several at import), and communication for which there is no rule here is an error, not a
-gap. Not counted still lower, by a TorchDispatchMode: torch's causal_lower_right, which attention needs, fails under one.
+gap. Not counted still lower, by a TorchDispatchMode: torch's causal_lower_right, which attention needs, fails under
+    one.
 """
 
 import contextlib
@@ -24,8 +25,8 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-# Method of a group: our name for it, which argument holds the tensors that count, bytes sent of their n in a group of p.
-# The rules are those of hydra_mcore/model/costs.py.
+# Method of a group: our name for it, which argument holds the tensors that count, bytes sent of their n in a group of
+# p. The rules are those of hydra_mcore/model/costs.py.
 _ALL_GATHER = ("all_gather", 1, lambda n, p: (p - 1) * n)
 _REDUCE_SCATTER = ("reduce_scatter", 0, lambda n, p: (p - 1) * n)
 _ALL_TO_ALL = ("all_to_all", 1, lambda n, p: (p - 1) * n // p)
@@ -40,8 +41,9 @@ _RULES: dict[str, tuple[str, int, Callable[[int, int], int]]] = {
     "send": ("send", 0, lambda n, p: n),
 }
 _NO_RULE = (
-    "allgather allgather_coalesced allgather_into_tensor_coalesced all_gather_single_coalesced allreduce_coalesced alltoall broadcast "
-    "gather gather_single gather_into_tensor reduce reduce_scatter reduce_scatter_tensor_coalesced reduce_scatter_single_coalesced scatter"
+    "allgather allgather_coalesced allgather_into_tensor_coalesced all_gather_single_coalesced allreduce_coalesced"
+    " alltoall broadcast gather gather_single gather_into_tensor reduce reduce_scatter reduce_scatter_tensor_coalesced"
+    " reduce_scatter_single_coalesced scatter"
 ).split()
 
 
@@ -52,7 +54,9 @@ def sent_bytes(group: dist.ProcessGroup) -> Iterator[Counter]:
     with contextlib.ExitStack() as patches:
         for method in (*_RULES, *_NO_RULE):
             if hasattr(dist.ProcessGroup, method):
-                patches.enter_context(mock.patch.object(dist.ProcessGroup, method, _counting(method, group.group_name, counted)))
+                patches.enter_context(
+                    mock.patch.object(dist.ProcessGroup, method, _counting(method, group.group_name, counted))
+                )
         yield counted
 
 
@@ -71,4 +75,7 @@ def _counting(method: str, group_name: str, counted: Counter) -> Callable[..., A
 
 
 def _bytes(tensors: torch.Tensor | list[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in ([tensors] if isinstance(tensors, torch.Tensor) else tensors))
+    return sum(
+        tensor.numel() * tensor.element_size()
+        for tensor in ([tensors] if isinstance(tensors, torch.Tensor) else tensors)
+    )

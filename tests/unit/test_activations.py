@@ -16,7 +16,8 @@ from hydra_mcore.train.activations import Run, layer_bytes
 
 LENGTH, ROWS = 192, 2
 SHAPE = ModelShape(
-    num_layers=1, hidden_size=40, num_heads=4, num_kv_groups=2, head_dim=8, ffn_hidden_size=56, vocab_size=100, native_length=256
+    num_layers=1, hidden_size=40, num_heads=4, num_kv_groups=2, head_dim=8, ffn_hidden_size=56, vocab_size=100,
+    native_length=256
 )  # fmt: skip
 OPTIONS = {
     "default": HydraOptions(),
@@ -30,7 +31,9 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("fa_heads", [(), (1, 2), (0, 1, 2, 3)], ids=len)
 @pytest.mark.parametrize("recompute", [(), ("core_attn",)], ids=["", "recompute"])
-def test_a_layer_keeps_what_is_said(dtype: torch.dtype, options: str, fa_heads: tuple[int, ...], recompute: tuple[str, ...]) -> None:
+def test_a_layer_keeps_what_is_said(
+    dtype: torch.dtype, options: str, fa_heads: tuple[int, ...], recompute: tuple[str, ...]
+) -> None:
     head_map = HeadMap.from_fa([(0, head_idx) for head_idx in fa_heads], 1, 4, 2)
     card = ModelCard(shape=SHAPE, head_map=head_map, options=OPTIONS[options], fingerprint="")
     run = Run("extend", LENGTH, ROWS, ROWS, 1, dtype.itemsize, 4, recompute=recompute)
@@ -57,6 +60,8 @@ def _saved_bytes(card: ModelCard, dtype: torch.dtype, recompute: tuple[str, ...]
 
         hidden = torch.randn(LENGTH, ROWS, SHAPE.hidden_size, dtype=dtype, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-            kept_alive = model.decoder.layers[0](hidden_states=hidden, attention_mask=None, rotary_pos_emb=model.rotary_pos_emb(LENGTH))
+            kept_alive = model.decoder.layers[0](
+                hidden_states=hidden, attention_mask=None, rotary_pos_emb=model.rotary_pos_emb(LENGTH)
+            )
         assert kept_alive is not None
         return sum(x.untyped_storage().nbytes() for address, x in saved.items() if address not in weights)

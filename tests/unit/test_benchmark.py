@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark's door: what it measures comes out alike as table, JSON and figure; no test looks at how long anything took."""
+"""The benchmark's door: what it measures comes out alike as table, JSON and figure; no test looks at how long anything
+took.
+"""
 
 from __future__ import annotations
 
@@ -19,22 +21,30 @@ from tools.benchmarks.layers import TEACHER
 from tools.benchmarks.measure import in_turn, measured, peak_bytes
 from tools.benchmarks.report import Report, markdown
 
-RULE = "delta-rule --lengths 96 160 --heads 2 --head-dim 16 --batch 2 --repeats 3 --slow-limit 160 --chunk-sizes 32 64 --accuracy-length 70"
+RULE = (
+    "delta-rule --lengths 96 160 --heads 2 --head-dim 16 --batch 2 --repeats 3 --slow-limit 160 --chunk-sizes 32 64"
+    " --accuracy-length 70"
+)
 LAYER = "layer --lengths 64 128 --heads 8 --kv-groups 4 --head-dim 16 --hidden 32 --repeats 2"
 DECODE = (
-    "decode --lengths 24 40 --steps 3 --layers 1 --hidden 32 --heads 4 --kv-groups 2 --head-dim 8 --ffn 16 --vocabulary 32 --fa-heads 1"
+    "decode --lengths 24 40 --steps 3 --layers 1 --hidden 32 --heads 4 --kv-groups 2 --head-dim 8 --ffn 16 --vocabulary"
+    " 32 --fa-heads 1"
 )
 
 
 def run_door(command: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    """The JSON of a section, having checked that the tables on stdout are those in it, and that the figure is a picture."""
+    """The JSON of a section, having checked that the tables on stdout are those in it, and that the figure is a
+    picture.
+    """
     main([*command.split(), "--json", str(folder / "out.json"), "--figure", str(folder / "out.png")])
     found = json.loads((folder / "out.json").read_text())
     printed = [cells(line) for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert printed == [row for table in found["tables"] for row in (table["columns"], *table["rows"])]
     assert (folder / "out.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in folder.iterdir()) == ["out.json", "out.png"]
-    assert found["command"][: len(command.split())] == command.split() and found["machine"]["torch"] == torch.__version__
+    assert (
+        found["command"][: len(command.split())] == command.split() and found["machine"]["torch"] == torch.__version__
+    )
     return found
 
 
@@ -74,7 +84,9 @@ def test_delta_rule(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
         seconds = medians(table)
         assert list(seconds) == contestants
         assert column(table, "times ours") == [f"{seconds[n, name] / seconds[n, OURS]:.3g}" for n, name in contestants]
-        assert column(table, "times attention") == [f"{seconds[n, name] / seconds[n, ATTENTION]:.3g}" for n, name in contestants]
+        assert column(table, "times attention") == [
+            f"{seconds[n, name] / seconds[n, ATTENTION]:.3g}" for n, name in contestants
+        ]
         assert [len(point["seconds"]) for point in table["points"]] == [3, 3, 3, 3, 3, 3, 1, 1]
         limit = table["limits"][ATTENTION]["160"]
         assert column(table, "of the limit")[5] == f"{100 * limit / seconds[160, ATTENTION]:.0f}%"
@@ -89,7 +101,7 @@ def test_delta_rule(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
 
 def test_a_wrong_rule_has_an_error() -> None:
     rules = Rules(1, 2, 16, "cpu", "float32")
-    (right, *_) = rules.errors(70)
+    right, *_ = rules.errors(70)
     ours = rules.fast[OURS]
     rules.fast[OURS] = lambda q, k, v, log_decay, write: ours(q, k, v, 1.01 * log_decay, write)
     wrong, *others = rules.errors(70)
@@ -128,7 +140,9 @@ def test_decode_with_prefill(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     faster = [f"{seconds[n, 'teacher'] / seconds[n, name]:.2f}" for n, name in seconds]
     assert column(prompts, "times faster than the teacher") == faster
     teacher_cache = {point["length"]: point["peak_bytes"] for point in decoded["points"] if point["name"] == "teacher"}
-    assert teacher_cache == {n: 2 * 2 * 8 * 4 * n for n in (24, 40)}  # keys and values of two groups of 8 float32 channels
+    assert teacher_cache == {
+        n: 2 * 2 * 8 * 4 * n for n in (24, 40)
+    }  # keys and values of two groups of 8 float32 channels
 
 
 def test_contestants_take_turns() -> None:
@@ -158,7 +172,9 @@ def test_peak_is_what_lives_at_once() -> None:
 def test_tables_stand_one_after_the_other() -> None:
     second = Report("second", "with notes", ("c",), [])
     report = Report("first", "", ("a", "b"), [[1, 2]], more=[second])
-    assert markdown(report) == "**first**\n\n| a | b |\n|---|---:|\n| 1 | 2 |\n\n**second**\n\nwith notes\n\n| c |\n|---|"
+    assert (
+        markdown(report) == "**first**\n\n| a | b |\n|---|---:|\n| 1 | 2 |\n\n**second**\n\nwith notes\n\n| c |\n|---|"
+    )
 
 
 @pytest.mark.parametrize(

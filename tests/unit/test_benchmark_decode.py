@@ -16,7 +16,8 @@ from tools.benchmark import main
 from tools.benchmarks.decoders import measured, prefills, random_decoders
 
 SHAPE = ModelShape(
-    num_layers=2, hidden_size=48, num_heads=6, num_kv_groups=2, head_dim=16, ffn_hidden_size=80, vocab_size=64, native_length=64
+    num_layers=2, hidden_size=48, num_heads=6, num_kv_groups=2, head_dim=16, ffn_hidden_size=80, vocab_size=64,
+    native_length=64
 )  # fmt: skip
 FLAGS = "--layers 2 --hidden 48 --heads 6 --kv-groups 2 --head-dim 16 --ffn 80 --vocabulary 64".split()
 SMALL = "--lengths 40 72 --steps 3".split()
@@ -24,7 +25,9 @@ SMALL = "--lengths 40 72 --steps 3".split()
 
 @pytest.fixture(scope="module", autouse=True)
 def exported(tmp_path_factory) -> Path:
-    """An exported model with layers of uneven kv groups, without FA and without GDN heads; keeps transformers' copies of code apart."""
+    """An exported model with layers of uneven kv groups, without FA and without GDN heads; keeps transformers' copies
+    of code apart.
+    """
     folder = tmp_path_factory.mktemp("hf")
     random_model(folder)
     return folder
@@ -47,7 +50,9 @@ def test_table_and_figure(tmp_path, capsys):
 
 
 def test_bytes_and_calls_by_hand():
-    """Float32, 2 layers: keys and values 128 bytes a token and group; 4 GDN heads: a 16 x 16 state, 3 inputs of 3 x 16 channels each."""
+    """Float32, 2 layers: keys and values 128 bytes a token and group; 4 GDN heads: a 16 x 16 state, 3 inputs of 3 x 16
+    channels each.
+    """
     lengths = (9, 64)
     found = list(measured(random_decoders(SHAPE, [[0, 1], [0, 3]], "cpu", "float32"), lengths, steps=3))
     constant = 2 * 4 * (16 * 16 * 4 + 3 * 3 * 16 * 4)
@@ -103,7 +108,11 @@ def test_bad_input_is_one_line(flags, message, capsys):
 
 def test_a_prefill_reads_the_whole_prompt_in_one_call():
     decoders, lengths = random_decoders(SHAPE, [[0, 1]], "cpu", "float32"), []
-    decoders[1].model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+    decoders[1].model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, inputs: lengths.append(inputs[0].shape[1])
+    )
     points = prefills(decoders, [24, 9], repeats=2)
     assert lengths == [9, 9, 9, 24, 24]  # the shortest warms up
-    assert [(point.name, point.length, len(point.seconds)) for point in points[1::2]] == [(decoders[1].name, n, 2) for n in (9, 24)]
+    assert [(point.name, point.length, len(point.seconds)) for point in points[1::2]] == [
+        (decoders[1].name, n, 2) for n in (9, 24)
+    ]

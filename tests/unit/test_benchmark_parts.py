@@ -9,11 +9,16 @@ from tools.benchmarks import layer, step
 from tools.benchmarks.report import Report
 
 LAYER = "layer --device cpu --lengths 32 48 --heads 8 --kv-groups 4 --head-dim 16 --hidden 32 --repeats 1 --profile"
-STEP = "step --device cpu --lengths 16 24 --whole-logits 0 --repeats 1 --layers 2 --hidden 24 --heads 4 --kv-groups 2 --head-dim 8 --ffn 20"
+STEP = (
+    "step --device cpu --lengths 16 24 --whole-logits 0 --repeats 1 --layers 2 --hidden 24 --heads 4 --kv-groups 2"
+    " --head-dim 8 --ffn 20"
+)
 
 
 def tables(report: Report) -> dict[str, Report]:
-    return {table.title.removesuffix(" tokens, by part"): table for table in report.more if table.title.endswith("by part")}
+    return {
+        table.title.removesuffix(" tokens, by part"): table for table in report.more if table.title.endswith("by part")
+    }
 
 
 def passes(table: Report, part: str) -> dict[str, float]:

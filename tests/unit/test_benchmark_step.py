@@ -13,24 +13,49 @@ from tools.benchmarks.step import REFERENCE, TEACHER, WHOLE, run
 from tools.benchmarks.training_step import Pair, student_card
 
 SHAPE = ModelShape(
-    num_layers=2, hidden_size=24, num_heads=4, num_kv_groups=2, head_dim=8, ffn_hidden_size=20, vocab_size=96, native_length=64
+    num_layers=2, hidden_size=24, num_heads=4, num_kv_groups=2, head_dim=8, ffn_hidden_size=20, vocab_size=96,
+    native_length=64
 )  # fmt: skip
-SMALL = ["--layers", "2", "--hidden", "24", "--heads", "4", "--kv-groups", "2", "--head-dim", "8", "--ffn", "20", "--vocabulary", "96"]
+SMALL = [
+    "--layers",
+    "2",
+    "--hidden",
+    "24",
+    "--heads",
+    "4",
+    "--kv-groups",
+    "2",
+    "--head-dim",
+    "8",
+    "--ffn",
+    "20",
+    "--vocabulary",
+    "96",
+]
 
 
 def test_a_row_for_every_stage_and_the_reference_that_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(measure.GEMM_ROWS, "cpu", 64)
     report = run(
-        parser().parse_args(["step", "--device", "cpu", "--lengths", "16", "80", "--repeats", "2", "--whole-logits", "16", *SMALL])
+        parser().parse_args(
+            ["step", "--device", "cpu", "--lengths", "16", "80", "--repeats", "2", "--whole-logits", "16", *SMALL]
+        )
     )
     names = ["align", "distill", "extend", TEACHER, WHOLE, REFERENCE]
-    assert [(row[0], row[1]) for row in report.rows] == [(name, 16) for name in names] + [(name, 80) for name in names if name != WHOLE]
+    assert [(row[0], row[1]) for row in report.rows] == [(name, 16) for name in names] + [
+        (name, 80) for name in names if name != WHOLE
+    ]
     points = {(point.name, point.length): point for point in report.points}
     for length in (16, 80):
         teacher, student, both = (points[name, length] for name in (TEACHER, "extend", REFERENCE))
         assert both.seconds == (teacher.seconds[0] + student.seconds[0], teacher.seconds[1] + student.seconds[1])
     cells = {(row[0], row[1]): dict(zip(report.columns, row, strict=True)) for row in report.rows}
-    assert cells["distill", 80]["predicted"] == cells[REFERENCE, 80]["predicted"] == cells[REFERENCE, 80]["of reference"] == "1.00"
+    assert (
+        cells["distill", 80]["predicted"]
+        == cells[REFERENCE, 80]["predicted"]
+        == cells[REFERENCE, 80]["of reference"]
+        == "1.00"
+    )
     parts = [float(cells[name, 80]["predicted"]) for name in (TEACHER, "extend")]
     assert abs(sum(parts) - 1) < 0.011 and float(cells["align", 80]["predicted"]) < 1
     assert "1 FA heads a layer" in report.notes and "{" not in report.notes

@@ -1,7 +1,9 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: RUF001
-"""Where needles may stand in a text: sentences of every script, words where there are none, and even depths either way."""
+"""Where needles may stand in a text: sentences of every script, words where there are none, and even depths
+either way.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ def ends_of(kind: str, text: str) -> list[tuple[str, int]]:
 @pytest.mark.parametrize("kind", SOME_KINDS)
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_sentences_of_every_script(script: str, kind: str) -> None:
-    """Every terminator ends one, nothing else does, and no character is cut; most of these tokenizers give bytes for them."""
+    """Every terminator ends one, nothing else does, and no character is cut; most of these tokenizers give bytes for
+    them.
+    """
     text = SCRIPTS[script] * 2
     found = [(before.strip(), end) for before, end in ends_of(kind, text)]
     sentences = {before for before, end in found if end == SENTENCE and before != text.strip()}
@@ -68,8 +72,10 @@ def test_sentences_of_every_script(script: str, kind: str) -> None:
 @pytest.mark.parametrize(
     ("left", "right", "ends"),
     [
-        ("end.", " Next", SENTENCE), ("3.", "14", CHARACTER), ("है।", " वह", SENTENCE), ("है।", "”", CHARACTER), ("है।”", "वह", SENTENCE),
-        ("。", "」", CHARACTER), ("！", "！", CHARACTER), ("。」", "次", SENTENCE), ("क", "ा", NOTHING), ("न", "्", NOTHING),
+        ("end.", " Next", SENTENCE), ("3.", "14", CHARACTER), ("है।", " वह", SENTENCE), ("है।", "”", CHARACTER),
+        ("है।”", "वह", SENTENCE),
+        ("。", "」", CHARACTER), ("！", "！", CHARACTER), ("。」", "次", SENTENCE), ("क", "ा", NOTHING), ("न", "्",
+            NOTHING),
         ("e", "\u0301", NOTHING), ("👩\u200d", "👧", NOTHING), ("word", " word", WORD), ("ไทย", "ไทย", CHARACTER),
         ("ไทย", "\u200bไทย", WORD),
         ("བོད་", "ཡིག", WORD), ("ቤቱ፡", "አሮጌ", WORD), ("line", "\n\nnext", SENTENCE), ("line", "\nnext", WORD),
@@ -121,7 +127,9 @@ def test_depths_are_even_whatever_the_paragraphs(layout: str, kind: str, tmp_pat
         assert not decode(prompt.ids[end:]).startswith("\ufffd")
 
 
-@pytest.mark.parametrize("text", ["".join(f"word{number} " for number in range(4000)), "".join(f"w{number}" for number in range(4000))])
+@pytest.mark.parametrize(
+    "text", ["".join(f"word{number} " for number in range(4000)), "".join(f"w{number}" for number in range(4000))]
+)
 def test_prompts_begin_anywhere_in_a_text_without_sentences(text: str, tmp_path: Path) -> None:
     found, rng = haystack_of("gpt2", text, tmp_path), np.random.default_rng(0)
     assert len({tuple(found.part(500, rng)[0][:9].tolist()) for _ in range(20)}) > 15
@@ -136,9 +144,12 @@ def test_the_nearest_place_is_between_sentences_if_one_is_near_enough() -> None:
 
 
 def test_sentences_found_before_are_found_alike(tmp_path: Path) -> None:
-    """Needles in English prose stand where the first version of the prompts had them: a sentence was always near enough."""
+    """Needles in English prose stand where the first version of the prompts had them: a sentence was always near
+    enough.
+    """
     text = "".join(
-        f'This is sentence {number} of a book. Is it? "Yes!" (It is.) {"And so on. " * (number % 4)}\n\n' for number in range(800)
+        f'This is sentence {number} of a book. Is it? "Yes!" (It is.) {"And so on. " * (number % 4)}\n\n'
+        for number in range(800)
     )
     found = haystack_of("gpt2", text, tmp_path)
     source = Source(small_tokenizer("gpt2"), RULER, found)

@@ -28,9 +28,9 @@ from tools.evaluate import main
 
 # As Llama 3.1 and SmolLM3 have it.
 LLAMA = (
-    "{%- if not date_string is defined %}{%- if strftime_now is defined %}{%- set date_string = strftime_now('%d %b %Y') %}"
-    "{%- else %}{%- set date_string = '26 Jul 2024' %}{%- endif %}{%- endif %}"
-    "system\nCutting Knowledge Date: December 2023\nToday Date: {{ date_string }}\n\n{{ messages[0].content }}\nassistant\n"
+    "{%- if not date_string is defined %}{%- if strftime_now is defined %}{%- set date_string = strftime_now('%d %b"
+    " %Y') %}{%- else %}{%- set date_string = '26 Jul 2024' %}{%- endif %}{%- endif %}system\nCutting Knowledge Date:"
+    " December 2023\nToday Date: {{ date_string }}\n\n{{ messages[0].content }}\nassistant\n"
 )
 SMOLLM = "{%- set today = strftime_now('%d %B %Y') -%}Today Date: {{ today }}\n{{ messages[0].content }}\nassistant\n"
 PLAIN = "{{ messages[0].content }}\nassistant\n"
@@ -72,7 +72,9 @@ def calendar_says(day: str, monkeypatch: pytest.MonkeyPatch) -> None:
         ("{% if date_string is defined %}never{% endif %}{{ messages[0].content }}", ""),
     ],
 )
-def test_a_template_is_the_same_text_at_every_hour(template: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_is_the_same_text_at_every_hour(
+    template: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer, found = with_template(template), set()
     for now in ("2026-03-07 23:59:59", "2026-03-08 00:00:01", "2030-12-31 12:00:00"):
         calendar_says(now, monkeypatch)
@@ -86,10 +88,15 @@ def test_the_day_is_asked_only_where_it_shows() -> None:
         raise AssertionError
 
     assert load_wording("chat", with_template(PLAIN), Path("none"), asked).name == "chat"
-    assert load_wording("chat", with_template("{{ strftime_now('%H') }} {{ messages[0].content }}"), Path("none"), asked)
+    assert load_wording(
+        "chat", with_template("{{ strftime_now('%H') }} {{ messages[0].content }}"), Path("none"), asked
+    )
     with pytest.raises(AssertionError):
         load_wording("chat", with_template(LLAMA), Path("none"), asked)
-    days = [load_wording("chat", with_template(LLAMA), Path("none"), lambda day=day: date(2026, 3, day)).digest for day in (7, 7, 8)]
+    days = [
+        load_wording("chat", with_template(LLAMA), Path("none"), lambda day=day: date(2026, 3, day)).digest
+        for day in (7, 7, 8)
+    ]
     assert days[0] == days[1] != days[2]
 
 
@@ -138,7 +145,11 @@ def test_an_evaluation_goes_on_the_next_day(
     evaluate(runs, tmp_path, model="student")
     found = json.loads((tmp_path / "results.json").read_text())
     teacher, student = (line["tasks"][0] for line in found["models"].values())
-    assert found["date"] == "2026-03-07" and teacher["digest"] == student["digest"] and teacher["wording"] == student["wording"]
+    assert (
+        found["date"] == "2026-03-07"
+        and teacher["digest"] == student["digest"]
+        and teacher["wording"] == student["wording"]
+    )
     assert "says that today is 2026-03-07." in (tmp_path / "report.md").read_text()
     capsys.readouterr()
     evaluate(runs, tmp_path, "--skip-existing", "--date", "2026-03-07")
@@ -160,7 +171,10 @@ def test_an_evaluation_goes_on_the_next_day(
     (tmp_path / "records" / "today").write_text("yesterday")
     with pytest.raises(SystemExit) as stop:
         evaluate(runs, tmp_path)
-    assert stop.value.code == 2 and "records/today: holds no day; write the day" in capsys.readouterr().err.splitlines()[-1]
+    assert (
+        stop.value.code == 2
+        and "records/today: holds no day; write the day" in capsys.readouterr().err.splitlines()[-1]
+    )
 
 
 def note(root: Path, day: int, barrier: Barrier, found: Queue) -> None:

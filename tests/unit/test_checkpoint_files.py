@@ -29,7 +29,15 @@ from hydra_mcore.compat.reading import check_entry
 from hydra_mcore.config import ConfigError
 from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.hugging_face import HuggingFaceModel
-from hydra_mcore.model.build import TRACKER, build_model, iterations, latest_iteration, load_model, teacher_card, write_checkpoint
+from hydra_mcore.model.build import (
+    TRACKER,
+    build_model,
+    iterations,
+    latest_iteration,
+    load_model,
+    teacher_card,
+    write_checkpoint,
+)
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.model.streaming import StoredTensors
 from hydra_mcore.train.checkpoints import resumable, tidy
@@ -130,7 +138,9 @@ def test_planted_code_does_not_run(model: Path, tmp_path: Path, place: str) -> N
     assert not marker.exists()
 
 
-def test_an_environment_variable_does_not_open_the_gate(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_environment_variable_does_not_open_the_gate(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     plant(model / "iter_0000000", "common_state", tmp_path / "ran")
     (model / "iter_0000000" / "common.pt").write_bytes(saved({"iteration": Program(tmp_path / "ran")}))
@@ -138,9 +148,25 @@ def test_an_environment_variable_does_not_open_the_gate(model: Path, tmp_path: P
 
 
 def test_tensors_of_all_kinds_are_read(tmp_path: Path) -> None:
-    kinds = [torch.bool, torch.uint8, torch.int64, torch.float16, torch.bfloat16, torch.float64, torch.complex64, torch.float8_e4m3fn]
-    state = {str(kind): torch.ones(3, 2).to(kind) for kind in kinds} | {"none": torch.empty(0, 4), "one": torch.tensor(7.0)}
-    state |= {"part": torch.arange(100.0)[10:20], "turned": torch.arange(6.0).view(2, 3).T, "large": torch.rand(600_000)}
+    kinds = [
+        torch.bool,
+        torch.uint8,
+        torch.int64,
+        torch.float16,
+        torch.bfloat16,
+        torch.float64,
+        torch.complex64,
+        torch.float8_e4m3fn,
+    ]
+    state = {str(kind): torch.ones(3, 2).to(kind) for kind in kinds} | {
+        "none": torch.empty(0, 4),
+        "one": torch.tensor(7.0),
+    }
+    state |= {
+        "part": torch.arange(100.0)[10:20],
+        "turned": torch.arange(6.0).view(2, 3).T,
+        "large": torch.rand(600_000),
+    }
     dcp.save(state, storage_writer=dcp.FileSystemWriter(tmp_path / "iter_0000001"), no_dist=True)
     found = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
     dcp.load(found, storage_reader=dcp.FileSystemReader(tmp_path / "iter_0000001"), no_dist=True)
@@ -164,11 +190,15 @@ ENTRIES = {
     "zeros": bytes(2000),
     "empty": b"",
     "a-plain-pickle": pickle.dumps([1, 2]),
-    "the-old-format": (lambda buffer: (torch.save([1], buffer, _use_new_zipfile_serialization=False), buffer.getvalue())[1])(io.BytesIO()),
+    "the-old-format": (
+        lambda buffer: (torch.save([1], buffer, _use_new_zipfile_serialization=False), buffer.getvalue())[1]
+    )(io.BytesIO()),
     "compressed": zipped(lambda new, record, old: new.writestr(record.filename, old, zipfile.ZIP_DEFLATED)),
     "two-pickles": zipped(lambda new, record, old: [new.writestr(name + record.filename, old) for name in ("", "b/")]),
     "no-pickle": zipped(lambda new, record, old: record.filename.endswith("/data.pkl") or new.writestr(record, old)),
-    "a-bytearray-of-100-GB": with_pickle(b"\x80\x02c__builtin__\nbytearray\n\x8a\x05" + struct.pack("<q", 10**11)[:5] + b"\x85R."),
+    "a-bytearray-of-100-GB": with_pickle(
+        b"\x80\x02c__builtin__\nbytearray\n\x8a\x05" + struct.pack("<q", 10**11)[:5] + b"\x85R."
+    ),
     "a-tensor-by-its-class": with_pickle(b"\x80\x02ctorch\nTensor\nK\x01\x85R."),
     "old-names": with_pickle(b"\x80\x02c__builtin__\neval\nX\x01\x00\x00\x001\x85R."),
     "unpickles-again": with_pickle(b"\x80\x02ctorch.storage\n_load_from_bytes\nX\x01\x00\x00\x001\x85R."),
@@ -193,7 +223,9 @@ def test_what_settings_may_hold(tmp_path: Path) -> None:
     from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
     layout = PipelineParallelLayerLayout("E|tt|tt|L", pipeline_model_parallel_size=4)
-    args = Namespace(a=AttnBackend.auto, b=[CudaGraphModule.attn], c=layout, d=Path("x"), e=torch.bfloat16, f={1, 2}, g=None, h=2**40)
+    args = Namespace(
+        a=AttnBackend.auto, b=[CudaGraphModule.attn], c=layout, d=Path("x"), e=torch.bfloat16, f={1, 2}, g=None, h=2**40
+    )
     data = saved([{"args": args}])
     check_entry(io.BytesIO(data), len(data))
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False)
@@ -267,7 +299,9 @@ def test_a_file_of_zeros_or_none(model: Path, kind: str) -> None:
         assert "\n" not in str(error.value)
 
 
-def test_a_rank_that_alone_finds_damage_says_so(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_a_rank_that_alone_finds_damage_says_so(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     file = model / "iter_0000000" / "__0_0.distcp"
     file.write_bytes(bytes(file.stat().st_size))
     monkeypatch.setenv("RANK", "1")
@@ -278,7 +312,21 @@ def test_a_rank_that_alone_finds_damage_says_so(model: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    "text", [b"", b"\xc2\xb2", b"9" * 5000, b"9" * 19, b"-5", b"1e3", b"0x2", b"\xff\xfe", b"\0" * 100, b"2\n4", "٢".encode(), b"[" * 10**6]
+    "text",
+    [
+        b"",
+        b"\xc2\xb2",
+        b"9" * 5000,
+        b"9" * 19,
+        b"-5",
+        b"1e3",
+        b"0x2",
+        b"\xff\xfe",
+        b"\0" * 100,
+        b"2\n4",
+        "٢".encode(),
+        b"[" * 10**6,
+    ],
 )
 def test_trackers_that_name_no_step(small: Path, text: bytes) -> None:
     (small.parent / TRACKER).write_bytes(text)

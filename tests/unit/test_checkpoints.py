@@ -52,14 +52,29 @@ def steps(save: Path) -> list[int]:
         (lambda save: (save / TRACKER).write_text(""), 6, [2, 4, 6]),
         (lambda save: (save / TRACKER).unlink(), 6, [2, 4, 6]),
         (lambda save: (save / "iter_0000008").mkdir(), 6, [2, 4, 6]),
-        (lambda save: checkpoint(save, 8), 6, [2, 4, 6, 8]),  # its save was killed just before the tracker: it does not count
+        (
+            lambda save: checkpoint(save, 8),
+            6,
+            [2, 4, 6, 8],
+        ),  # its save was killed just before the tracker: it does not count
         (lambda save: write_tracker(save, 4), 4, [2, 4, 6]),  # somebody stepped back
         (lambda save: cut_short(save / "iter_0000006"), 4, [2, 4]),
         (lambda save: shutil.rmtree(save / "iter_0000006"), 4, [2, 4]),
         (lambda save: ((save / TRACKER).unlink(), cut_short(save / "iter_0000004")), 6, [2, 6]),
         (lambda save: (save / "iter_0000002").rename(save / "removing_iter_0000002"), 6, [4, 6]),
     ],
-    ids=["whole", "empty-tracker", "no-tracker", "half-saved", "untracked", "stepped-back", "cut", "removed", "two", "half-removed"],
+    ids=[
+        "whole",
+        "empty-tracker",
+        "no-tracker",
+        "half-saved",
+        "untracked",
+        "stepped-back",
+        "cut",
+        "removed",
+        "two",
+        "half-removed",
+    ],
 )
 def test_a_stage_goes_on_from_what_counts(save: Path, damage, chosen: int, left: list[int]) -> None:
     damage(save)
@@ -98,7 +113,14 @@ def test_the_only_checkpoint_is_damaged(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("last", "every", "left"),
-    [(1, 0, [6, 8]), (2, 0, [4, 6, 8]), (9, 0, [2, 4, 6, 8]), (1, 4, [4, 6, 8]), (1, 2, [2, 4, 6, 8]), (1, 100, [6, 8])],
+    [
+        (1, 0, [6, 8]),
+        (2, 0, [4, 6, 8]),
+        (9, 0, [2, 4, 6, 8]),
+        (1, 4, [4, 6, 8]),
+        (1, 2, [2, 4, 6, 8]),
+        (1, 100, [6, 8]),
+    ],
 )
 def test_what_is_kept(save: Path, last: int, every: int, left: list[int]) -> None:
     (save / "iter_0000008").mkdir()  # being written: it neither counts nor goes
@@ -106,7 +128,9 @@ def test_what_is_kept(save: Path, last: int, every: int, left: list[int]) -> Non
     assert steps(save) == left
 
 
-def test_a_removal_killed_midway_leaves_nothing_that_looks_like_a_checkpoint(save: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_removal_killed_midway_leaves_nothing_that_looks_like_a_checkpoint(
+    save: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def killed(folder: Path) -> None:
         next(folder.glob("*.distcp")).unlink()
         raise KeyboardInterrupt
@@ -130,7 +154,9 @@ CARD = dataclasses.replace(teacher_card(SHAPE, "a" * 64), stage="align")
 
 
 def with_heads(fa: list[tuple[int, int]]) -> ModelCard:
-    return dataclasses.replace(CARD, head_map=HeadMap.from_fa(fa, SHAPE.num_layers, SHAPE.num_heads, SHAPE.num_kv_groups))
+    return dataclasses.replace(
+        CARD, head_map=HeadMap.from_fa(fa, SHAPE.num_layers, SHAPE.num_heads, SHAPE.num_kv_groups)
+    )
 
 
 @pytest.mark.parametrize(
@@ -139,9 +165,21 @@ def with_heads(fa: list[tuple[int, int]]) -> ModelCard:
         (CARD, CARD, ""),
         (with_heads([(3, 1), (3, 5)]), with_heads([(3, 1), (3, 6)]), "layer 3: FA heads 1, 5 there, 1, 6 here"),
         (with_heads([(0, 2)]), with_heads([]), "layer 0: FA heads 2 there, none here"),
-        (CARD, dataclasses.replace(CARD, options=HydraOptions(fa_gate="headwise")), "fa_position is 'rope' there, 'nope' here"),
-        (CARD, dataclasses.replace(CARD, shape=dataclasses.replace(SHAPE, num_layers=3)), "num_layers is 4 there, 3 here"),
-        (CARD, dataclasses.replace(CARD, fingerprint="b" * 64), "the teacher's weights are aaaaaaaaaaaa there, bbbbbbbbbbbb here"),
+        (
+            CARD,
+            dataclasses.replace(CARD, options=HydraOptions(fa_gate="headwise")),
+            "fa_position is 'rope' there, 'nope' here",
+        ),
+        (
+            CARD,
+            dataclasses.replace(CARD, shape=dataclasses.replace(SHAPE, num_layers=3)),
+            "num_layers is 4 there, 3 here",
+        ),
+        (
+            CARD,
+            dataclasses.replace(CARD, fingerprint="b" * 64),
+            "the teacher's weights are aaaaaaaaaaaa there, bbbbbbbbbbbb here",
+        ),
         (CARD, dataclasses.replace(CARD, stage="distill"), "stage align there, distill here"),
         (CARD, dataclasses.replace(CARD, stages=[{"stage": "align"}]), ""),  # another schedule is still this run
     ],
@@ -156,7 +194,10 @@ def test_a_change_of_versions_is_said_once(tmp_path: Path, capsys: pytest.Captur
     note_versions(tmp_path)
     assert capsys.readouterr().out == ""
     found = json.loads((tmp_path / "versions.json").read_text())
-    assert set(found) == {"hydra_mcore", "megatron-core", "torch"} and found["torch"] == torch.__version__.partition("+")[0]
+    assert (
+        set(found) == {"hydra_mcore", "megatron-core", "torch"}
+        and found["torch"] == torch.__version__.partition("+")[0]
+    )
     (tmp_path / "versions.json").write_text(json.dumps(found | {"torch": "1.0"}))
     note_versions(tmp_path)
     assert f"torch was 1.0 so far and is {found['torch']} now" in capsys.readouterr().out

@@ -20,12 +20,21 @@ from hydra_mcore.selection.choose import OPTIMISED, SCORED, STRATEGIES, Choice, 
 
 LAYERS, HEADS = 4, 6
 SHAPE = ModelShape(
-    num_layers=LAYERS, hidden_size=12, num_heads=HEADS, num_kv_groups=3, head_dim=4, ffn_hidden_size=8, vocab_size=10, native_length=8
+    num_layers=LAYERS,
+    hidden_size=12,
+    num_heads=HEADS,
+    num_kv_groups=3,
+    head_dim=4,
+    ffn_hidden_size=8,
+    vocab_size=10,
+    native_length=8,
 )
 # Layer 2 holds the best four heads, then layer 0, then layers 1 and 3.
 RANKING = [(2, 5), (2, 0), (2, 3), (2, 1), (0, 4), (0, 2), (1, 0), (3, 3)]
 RANKING += sorted({(layer, head) for layer in range(LAYERS) for head in range(HEADS)} - set(RANKING))
-SCORES = [[float(len(RANKING) - RANKING.index((layer, head))) for head in range(HEADS)] for layer in range(LAYERS)]  # 24 to 1
+SCORES = [
+    [float(len(RANKING) - RANKING.index((layer, head))) for head in range(HEADS)] for layer in range(LAYERS)
+]  # 24 to 1
 TIES = [[float(value > 16) for value in row] for row in SCORES]  # 1 for the best eight, 0 for the others
 
 
@@ -55,7 +64,9 @@ def test_global_c_promotes_each_empty_layers_best_head_and_keeps_the_budget() ->
 
 
 def test_global_c_equals_promotion_step_by_step() -> None:
-    """The paper's wording as a loop: take the top K; for each empty layer drop the worst spare head, add the layer's best."""
+    """The paper's wording as a loop: take the top K; for each empty layer drop the worst spare head, add the layer's
+    best.
+    """
     for seed in range(30):
         ranking = random.Random(seed).sample(RANKING, len(RANKING))
         for budget in (4, 5, 9, 23, 24):
@@ -63,7 +74,9 @@ def test_global_c_equals_promotion_step_by_step() -> None:
             for layer in range(LAYERS):
                 if all(at[0] != layer for at in chosen):
                     spare = next(at for at in reversed(chosen) if sum(other[0] == at[0] for other in chosen) > 1)
-                    chosen = sorted({*chosen, next(at for at in ranking if at[0] == layer)} - {spare}, key=ranking.index)
+                    chosen = sorted(
+                        {*chosen, next(at for at in ranking if at[0] == layer)} - {spare}, key=ranking.index
+                    )
             assert kept(choose_heads("global_c", SHAPE, budget, ranking=ranking)) == set(chosen)
 
 
@@ -86,14 +99,31 @@ def test_layerwise_strategies_differ_by_one_head_at_most(strategy: str) -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_budget_strategy_and_provenance_are_kept(strategy: str) -> None:
-    facts = {"scores": SCORES, "ranking": RANKING, "seed": 3, "tp_size": 3, "fingerprint": "abc", "made_by": {"seed": 3}}
+    facts = {
+        "scores": SCORES,
+        "ranking": RANKING,
+        "seed": 3,
+        "tp_size": 3,
+        "fingerprint": "abc",
+        "made_by": {"seed": 3},
+    }
     choice = choose_heads(strategy, SHAPE, 6, **facts)
     head_map = choice.head_map
-    assert (head_map.num_fa, head_map.strategy, head_map.fingerprint, head_map.made_by) == (6, strategy, "abc", {"seed": 3})
+    assert (head_map.num_fa, head_map.strategy, head_map.fingerprint, head_map.made_by) == (
+        6,
+        strategy,
+        "abc",
+        {"seed": 3},
+    )
     assert (head_map.num_layers, head_map.num_heads, head_map.num_kv_groups) == (LAYERS, HEADS, 3)
     assert choice == choose_heads(strategy, SHAPE, 6, **facts)
     whole = choose_heads(strategy, SHAPE, 24, scores=SCORES, ranking=RANKING)
-    assert whole.head_map.num_fa == 24 and (whole.kept, whole.given_up, whole.kv_groups, whole.kv_fraction) == (1.0, 0.0, 12, 1.0)
+    assert whole.head_map.num_fa == 24 and (whole.kept, whole.given_up, whole.kv_groups, whole.kv_fraction) == (
+        1.0,
+        0.0,
+        12,
+        1.0,
+    )
 
 
 def test_hybrid_keeps_the_last_layer_of_each_block() -> None:
@@ -135,7 +165,9 @@ def test_without_a_constraint_the_optimised_strategies_equal_global(scores: list
 
 
 def test_kept_and_given_up_by_hand() -> None:
-    one_a_layer = choose_heads("global_c", SHAPE, 4, scores=SCORES, ranking=RANKING)  # 24 + 20 + 18 + 17, the best are 24 to 21
+    one_a_layer = choose_heads(
+        "global_c", SHAPE, 4, scores=SCORES, ranking=RANKING
+    )  # 24 + 20 + 18 + 17, the best are 24 to 21
     assert one_a_layer.kept == pytest.approx(79 / 300) and one_a_layer.given_up == pytest.approx(1 - 79 / 90)
     assert (one_a_layer.kv_groups, one_a_layer.kv_fraction) == (4, 4 / 12)
     first = choose_heads("fixed", SHAPE, 4, scores=TIES)  # of the best eight it has (1, 0) and (2, 0)
@@ -148,7 +180,10 @@ def test_shares_without_a_sum_to_compare_with() -> None:
     none = choose_heads("global", SHAPE, 0, scores=SCORES, ranking=RANKING)
     assert (none.kept, none.given_up, none.kv_groups, none.kv_fraction) == (0.0, 0.0, 0, 0.0)
     negative = [[-value for value in row] for row in SCORES]
-    for choice in (choose_heads("fixed", SHAPE, 4), choose_heads("global", SHAPE, 4, scores=negative, ranking=RANKING[::-1])):
+    for choice in (
+        choose_heads("fixed", SHAPE, 4),
+        choose_heads("global", SHAPE, 4, scores=negative, ranking=RANKING[::-1]),
+    ):
         assert math.isnan(choice.kept) and math.isnan(choice.given_up) and choice.kv_groups > 0
 
 
@@ -158,7 +193,9 @@ def test_the_objective_says_what_was_maximised() -> None:
     assert said["kv_groups"] == "The highest sum of scores that 6 heads can have in at most 3 of 12 kv groups."
     assert said["tp"] == "The highest sum of scores that 6 heads can have, in every layer a multiple of 2."
     assert said["hybrid"].startswith("No scores were maximised: 6 heads, all heads of some layers")
-    assert {strategy for strategy, text in said.items() if text.startswith("The highest")} == set(SCORED) > set(OPTIMISED)
+    assert (
+        {strategy for strategy, text in said.items() if text.startswith("The highest")} == set(SCORED) > set(OPTIMISED)
+    )
 
 
 @pytest.mark.parametrize("strategy", ["global_random", "layer_random"])
@@ -173,7 +210,8 @@ def test_random_layers_vary_only_where_the_name_says_so() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ratio", "total", "budget"), [("3:1", 448, 112), ("7:1", 448, 56), ("9:1", 448, 45), ("0:1", 8, 8), ("5:3", 32, 12)]
+    ("ratio", "total", "budget"),
+    [("3:1", 448, 112), ("7:1", 448, 56), ("9:1", 448, 45), ("0:1", 8, 8), ("5:3", 32, 12)],
 )
 def test_ratio(ratio: str, total: int, budget: int) -> None:
     assert parse_ratio(ratio, total) == budget
@@ -213,7 +251,12 @@ def test_bad_choices(strategy: str, budget: int, ranking: Sequence[tuple[int, in
         ("kv_groups", 5, {"kv_budget": 2}, r"kv budget 2: choose 3 to 12 kv groups \(3 can hold 5 heads\)"),
         ("kv_groups", 5, {"kv_budget": 13}, "kv budget 13: choose 3 to 12 kv groups"),
         ("kv_groups", 0, {"kv_budget": -1}, "kv budget -1: choose 0 to 12"),
-        ("tp", 7, {"tp_size": 3}, "budget 7 is not the same number of heads for each of 3 tensor-parallel ranks; choose 6 or 9"),
+        (
+            "tp",
+            7,
+            {"tp_size": 3},
+            "budget 7 is not the same number of heads for each of 3 tensor-parallel ranks; choose 6 or 9",
+        ),
         ("tp", 8, {"tp_size": 4}, "tensor parallel size 4 does not divide 6 query heads; choose one that does"),
         ("tp", 8, {"tp_size": 0}, "tensor parallel size 0 does not divide"),
         ("hybrid", 7, {}, "budget 7 is not a number of whole layers of 6 heads; choose 6 or 12"),

@@ -1,6 +1,9 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The edges of every command: one line for what ends it, Ctrl-C at any moment, and one writer at a time. With real processes."""
+"""The edges of every command: one line for what ends it, Ctrl-C at any moment, and one writer at a time.
+
+With real processes.
+"""
 
 import errno
 import fcntl
@@ -45,7 +48,9 @@ def python(code: str, *args: str | Path, **keywords: object) -> subprocess.Popen
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     # a suite that runs in a shell's background ignores SIGINT, and its children would
     heard = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
-    return subprocess.Popen(command, env=environment, text=True, cwd=ROOT, preexec_fn=heard, start_new_session=True, **pipes, **keywords)
+    return subprocess.Popen(
+        command, env=environment, text=True, cwd=ROOT, preexec_fn=heard, start_new_session=True, **pipes, **keywords
+    )
 
 
 def held(code: str, path: Path) -> subprocess.Popen:
@@ -57,7 +62,10 @@ def held(code: str, path: Path) -> subprocess.Popen:
 def test_the_second_writer_is_told_who_the_first_is(tmp_path: Path) -> None:
     out = tmp_path / "new" / "out"
     holder = held(HOLD, out)
-    who = rf"out: is being written by process {holder.pid} on \S+, SLURM job 4711, since 2\d\d\d-.*; wait for its end, or stop it"
+    who = (
+        rf"out: is being written by process {holder.pid} on \S+, SLURM job 4711, since 2\d\d\d-.*; wait for its end, or"
+        r" stop it"
+    )
     with pytest.raises(InputError, match=who), sole_writer(out):
         pytest.fail("two writers")
     with sole_writer(tmp_path / "other"):
@@ -102,7 +110,9 @@ def test_never_two_at_a_time(tmp_path: Path) -> None:
     assert number.read_text() == "60" and list(tmp_path.iterdir()) == [number]
 
 
-def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -112,7 +122,9 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert re.findall("out.lock: this file system knows no locks .No locks available.", capfd.readouterr().err) != []
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path))
 
@@ -182,7 +194,10 @@ def test_the_second_ctrl_c_does_not_wait_for_the_end_of_the_first(tmp_path: Path
 
 
 def test_where_nobody_listens_to_ctrl_c_it_stays_so() -> None:
-    code = "import signal, os; signal.signal(signal.SIGINT, signal.SIG_IGN)\nfrom hydra_mcore.commands import one_line_errors\n"
+    code = (
+        "import signal, os; signal.signal(signal.SIGINT, signal.SIG_IGN)\nfrom hydra_mcore.commands import"
+        " one_line_errors\n"
+    )
     code += "with one_line_errors('tool'):\n    os.kill(os.getpid(), signal.SIGINT)\nprint('done')"
     assert python(code).communicate(timeout=30)[0] == "done\n"
 

@@ -20,7 +20,14 @@ from hydra_mcore import compat
 from hydra_mcore.compat import cpu, datasets, optimizer, patching, reading, saving
 from tests.support.launch import model_parallel, run_ranks
 
-EVERYWHERE = (*datasets.PATCHES, *datasets.INDEX_PATCHES, *optimizer.GENERAL_PATCHES, *optimizer.PATCHES, *saving.PATCHES, *reading.PATCHES)
+EVERYWHERE = (
+    *datasets.PATCHES,
+    *datasets.INDEX_PATCHES,
+    *optimizer.GENERAL_PATCHES,
+    *optimizer.PATCHES,
+    *saving.PATCHES,
+    *reading.PATCHES,
+)
 ALL = (*cpu.PATCHES, *EVERYWHERE)
 DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
 

@@ -157,16 +157,31 @@ def test_a_card_survives_its_file(tmp_path):
         (lambda raw: [raw], "format 'list'"),
         (lambda raw: {key: raw[key] for key in raw if key != "shape"}, "key 'shape' is missing"),
         (lambda raw: {key: raw[key] for key in raw if key != "stage"}, "key 'stage' is missing"),
-        (lambda raw: raw | {"shape": raw["shape"] | {"depth": 3}}, "shape: unknown key 'depth'; written by another version"),
-        (lambda raw: raw | {"options": raw["options"] | {"gdn_tea": 1}}, "options: unknown key 'gdn_tea'; written by another version"),
+        (
+            lambda raw: raw | {"shape": raw["shape"] | {"depth": 3}},
+            "shape: unknown key 'depth'; written by another version",
+        ),
+        (
+            lambda raw: raw | {"options": raw["options"] | {"gdn_tea": 1}},
+            "options: unknown key 'gdn_tea'; written by another version",
+        ),
         (lambda raw: raw | {"options": raw["options"] | {"fusion": "new"}}, "fusion is 'new'"),
         (
             lambda raw: raw | {"options": raw["options"] | {"gdn_conv_kernel": "4"}},
             "options: gdn_conv_kernel is '4'; expected a whole number",
         ),
-        (lambda raw: raw | {"shape": raw["shape"] | {"num_layers": 3}}, "the head map has .*'num_layers': 2.*, the shape others"),
-        (lambda raw: raw | {"shape": raw["shape"] | {"hidden_size": 10**15}}, "hidden_size is 1000000000000000; it must be from 1 to"),
-        (lambda raw: raw | {"shape": raw["shape"] | {"norm_epsilon": float("nan")}}, "shape: norm_epsilon is nan, which is no number"),
+        (
+            lambda raw: raw | {"shape": raw["shape"] | {"num_layers": 3}},
+            "the head map has .*'num_layers': 2.*, the shape others",
+        ),
+        (
+            lambda raw: raw | {"shape": raw["shape"] | {"hidden_size": 10**15}},
+            "hidden_size is 1000000000000000; it must be from 1 to",
+        ),
+        (
+            lambda raw: raw | {"shape": raw["shape"] | {"norm_epsilon": float("nan")}},
+            "shape: norm_epsilon is nan, which is no number",
+        ),
         (lambda raw: raw | {"stages": [{"stage": "align"}]}, r"stages\[0\]: key 'sequence_length' is missing"),
         (lambda raw: raw | {"source": {"dtype": 3}}, "source: dtype is 3; expected text"),
     ],
@@ -212,12 +227,20 @@ def test_head_maps_that_fit_a_teacher():
         (HeadMap.from_fa([], 2, 8, 2), "num_heads is 8 there, 4 in the teacher"),
         (HeadMap.from_fa([], 2, 4, 4), "num_kv_groups is 4 there, 2 in the teacher"),
         (HeadMap.from_fa([], 2, 4, 2, fingerprint="f" * 64), "weights ffffffffffff there, 0123456789ab in the teacher"),
-        (HeadMap.from_fa([], 2, 4, 2, model=FACTS, fingerprint="f" * 64), "weights ffffffffffff there, 0123456789ab in the teacher"),
         (
-            HeadMap.from_fa([], 2, 4, 2, model=FACTS | {"rope_theta": 1e6}, fingerprint="f" * 64),  # a fact is named before the weights
+            HeadMap.from_fa([], 2, 4, 2, model=FACTS, fingerprint="f" * 64),
+            "weights ffffffffffff there, 0123456789ab in the teacher",
+        ),
+        (
+            HeadMap.from_fa(
+                [], 2, 4, 2, model=FACTS | {"rope_theta": 1e6}, fingerprint="f" * 64
+            ),  # a fact is named before the weights
             "rope_theta is 1000000.0 there, 10000.0 in the teacher",
         ),
-        (HeadMap.from_fa([], 2, 4, 2, model={"tied_embeddings": True}), "tied_embeddings is True there, False in the teacher"),
+        (
+            HeadMap.from_fa([], 2, 4, 2, model={"tied_embeddings": True}),
+            "tied_embeddings is True there, False in the teacher",
+        ),
         (HeadMap.from_fa([], 2, 4, 2, model={"colour": 7}), "colour is 7 there, None in the teacher"),
     ],
 )
@@ -232,7 +255,10 @@ def test_head_maps_of_another_teacher(head_map, message):
 def test_every_fact_of_a_shape_tells_models_apart(name):
     mine = FACTS[name]
     theirs = not mine if isinstance(mine, bool) else None if name == "rope_scaling" else mine * 2
-    assert card().difference(FACTS | {name: theirs}, FINGERPRINT) == f"{name} is {theirs} there, {FACTS[name]} in the teacher"
+    assert (
+        card().difference(FACTS | {name: theirs}, FINGERPRINT)
+        == f"{name} is {theirs} there, {FACTS[name]} in the teacher"
+    )
     assert card().difference({name: FACTS[name]}, FINGERPRINT) == ""
 
 

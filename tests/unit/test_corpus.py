@@ -61,11 +61,17 @@ def source_of(kind: str, folder: Path, texts: list[str]) -> sources.Source:
             (folder / f"{number:03d}.txt").write_text(text)
         return FileSource([str(folder / "*.txt")], "text")
     if kind in ("jsonl", "jsonl.gz"):
-        paths = [write_lines(folder / f"{name}.{kind}", some) for name, some in (("b", texts[:half]), ("a", texts[half:]))]
+        paths = [
+            write_lines(folder / f"{name}.{kind}", some) for name, some in (("b", texts[:half]), ("a", texts[half:]))
+        ]
         return FileSource([str(path) for path in paths], "text")
     for number, some in enumerate((texts[:half], texts[half:])):
         write_parquet(folder / "set" / f"{number}.parquet", some)
-    return DatasetSource(str(folder / "set"), None, "train", None, "text") if kind == "dataset" else FileSource([str(folder)], "text")
+    return (
+        DatasetSource(str(folder / "set"), None, "train", None, "text")
+        if kind == "dataset"
+        else FileSource([str(folder)], "text")
+    )
 
 
 def documents_of(manifest: Manifest, folder: Path) -> list[list[int]]:
@@ -103,7 +109,9 @@ def test_a_source_goes_on_from_every_position(kind: str, tmp_path: Path, texts: 
         assert [document for document, _ in again] == [document for document, _ in pairs[number:]]
 
 
-def test_workers_change_nothing(tmp_path: Path, texts: list[str], encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_change_nothing(
+    tmp_path: Path, texts: list[str], encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sources, "BATCH_CHARACTERS", 500)
     outputs = []
     for workers in (1, 3):
@@ -135,7 +143,9 @@ STEPS = ((Path, "replace"), (Path, "unlink"), (shards.ShardWriter, "add"), (shar
 
 
 def killed_at(step: int, job: Callable[[], object]) -> bool:
-    """Whether the job, in a process of its own, was killed by SIGKILL just before one of the ``STEPS``, counted over all."""
+    """Whether the job, in a process of its own, was killed by SIGKILL just before one of the ``STEPS``, counted over
+    all.
+    """
 
     def die_there() -> None:
         left = step
@@ -188,14 +198,19 @@ def test_limits(tmp_path: Path, texts: list[str], encoder: Encoder, serial: None
     kept = [row for row in rows if 20 <= len(row) <= 500]
     found = prepare(source, encoder, Limits(min_tokens=20, max_tokens=500), tmp_path / "some", 1)
     assert documents_of(found, tmp_path) == kept and 0 < len(kept) < len(rows)
-    assert found.skipped == {"too short": sum(len(row) < 20 for row in rows), "too long": sum(len(row) > 500 for row in rows)}
+    assert found.skipped == {
+        "too short": sum(len(row) < 20 for row in rows),
+        "too long": sum(len(row) > 500 for row in rows),
+    }
     first = sum(map(len, rows[:9]))
     for budget, number in ((first, 9), (first + 1, 10)):
         found = prepare(source, encoder, Limits(tokens=budget), tmp_path / f"first-{budget}", 1)
         assert documents_of(found, tmp_path) == rows[:number]
 
 
-def test_held_out_documents_are_text_and_in_no_shard(tmp_path: Path, texts: list[str], encoder: Encoder, serial: None) -> None:
+def test_held_out_documents_are_text_and_in_no_shard(
+    tmp_path: Path, texts: list[str], encoder: Encoder, serial: None
+) -> None:
     source = source_of("jsonl", tmp_path, texts)
     everything = documents_of(prepare(source, encoder, Limits(), tmp_path / "all", 1), tmp_path)
     rest = prepare(source, encoder, Limits(held_out=3), tmp_path / "rest", 1)
@@ -219,7 +234,9 @@ def test_rows_that_are_not_utf8_do_not_take_others_with_them(tmp_path: Path) -> 
 
 def test_other_data_under_the_same_name(tmp_path: Path, texts: list[str], encoder: Encoder, serial: None) -> None:
     def job(limits: Limits, texts: list[str]) -> Manifest:
-        return prepare(FileSource([str(write_lines(tmp_path / "in.jsonl", texts))], "text"), encoder, limits, tmp_path / "out", 1)
+        return prepare(
+            FileSource([str(write_lines(tmp_path / "in.jsonl", texts))], "text"), encoder, limits, tmp_path / "out", 1
+        )
 
     limits = Limits(shard_tokens=5000)
     manifest = job(limits, texts)
@@ -241,7 +258,8 @@ def test_other_data_under_the_same_name(tmp_path: Path, texts: list[str], encode
 def test_two_processes_do_not_write_the_same_data(tmp_path: Path, encoder: Encoder) -> None:
     (tmp_path / "a.txt").write_text("x")
     held = (
-        "import sys\nfrom hydra_mcore.commands import sole_writer\nwith sole_writer(sys.argv[1]):\n    print(flush=True); sys.stdin.read()"
+        "import sys\nfrom hydra_mcore.commands import sole_writer\nwith sole_writer(sys.argv[1]):\n   "
+        " print(flush=True); sys.stdin.read()"
     )
     command, pipe = [sys.executable, "-c", held, str(tmp_path / "out")], subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, cwd=Path(__file__).parents[2]) as holder:
@@ -250,7 +268,9 @@ def test_two_processes_do_not_write_the_same_data(tmp_path: Path, encoder: Encod
             prepare(FileSource([str(tmp_path)], "text"), encoder, Limits(), tmp_path / "out", 1)
 
 
-def test_a_blend_of_prepared_data_is_its_shards_by_tokens(tmp_path: Path, texts: list[str], encoder: Encoder, serial: None) -> None:
+def test_a_blend_of_prepared_data_is_its_shards_by_tokens(
+    tmp_path: Path, texts: list[str], encoder: Encoder, serial: None
+) -> None:
     for name, some in (("a", texts), ("b", texts[:20])):
         source = FileSource([str(write_lines(tmp_path / f"{name}.jsonl", some))], "text")
         prepare(source, encoder, Limits(shard_tokens=3000 if name == "a" else 10**6), tmp_path / name, 1)
@@ -292,6 +312,9 @@ def test_large_vocabularies_take_32_bits(tmp_path: Path, texts: list[str], encod
     small = prepare(source, encoder, Limits(), tmp_path / "small", 1)
     large = prepare(source, Encoder(encoder.serialised, 65_499, 65_500), Limits(), tmp_path / "large", 1)
     assert (encoder.dtype, Encoder("", 0, 65_499).dtype) == (DType.optimal_dtype(1024), DType.optimal_dtype(65_499))
-    assert [IndexedDataset(str(tmp_path / name)).index.dtype for name in ("small-00000", "large-00000")] == [np.uint16, np.int32]
+    assert [IndexedDataset(str(tmp_path / name)).index.dtype for name in ("small-00000", "large-00000")] == [
+        np.uint16,
+        np.int32,
+    ]
     ended = [[*row[:-1], 65_499] for row in documents_of(small, tmp_path)]
     assert documents_of(large, tmp_path) == ended and large.max_id == 65_499

@@ -1,6 +1,7 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Damaged files of every kind: what uses them works with a valid object or says one line, in bounded memory, and loses nothing.
+"""Damaged files of every kind: what uses them works with a valid object or says one line, in bounded memory, and loses
+nothing.
 
 A bounded sample of the damage runs in the quick suite, all of it in the slow one.
 """
@@ -54,11 +55,15 @@ from tests.unit.test_evaluation_report import STUDENT, TEACHER, keep_all
 from tests.unit.test_selection_report import KNOCK_OUT, made_scores
 from tools.prepare_data import check_vocabulary
 
-PROMPTS = [Prompt(np.arange(9, dtype=np.int32), 2, ("a", "b\n"), np.ones(2, np.int32), ((1, 3),), (0.25,)) for _ in range(3)]
+PROMPTS = [
+    Prompt(np.arange(9, dtype=np.int32), 2, ("a", "b\n"), np.ones(2, np.int32), ((1, 3),), (0.25,)) for _ in range(3)
+]
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "head_map.schema.json").read_text())
 QUICK = 20  # damaged forms of a file
 
-every_amount = pytest.mark.parametrize("sample", [QUICK, pytest.param(None, marks=pytest.mark.slow)], ids=["sample", "all"])
+every_amount = pytest.mark.parametrize(
+    "sample", [QUICK, pytest.param(None, marks=pytest.mark.slow)], ids=["sample", "all"]
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +76,9 @@ class Kind:
 
 
 def write_map(folder: Path) -> Path:
-    HeadMap.from_fa([(0, 1), (1, 0)], 2, 4, 2, fingerprint=FINGERPRINT, model=FACTS, made_by={"seed": 3, "of": {"a": [1, 2]}}).save(
-        path := folder / "head_map.json"
-    )
+    HeadMap.from_fa(
+        [(0, 1), (1, 0)], 2, 4, 2, fingerprint=FINGERPRINT, model=FACTS, made_by={"seed": 3, "of": {"a": [1, 2]}}
+    ).save(path := folder / "head_map.json")
     return path
 
 
@@ -86,7 +91,11 @@ def use_map(path: Path) -> None:
 
 
 def write_card(folder: Path) -> Path:
-    source = {"config": {"model_type": "qwen3", "eos_token_id": 3}, "dtype": "bfloat16", "other_dtypes": {"a": "float32"}}
+    source = {
+        "config": {"model_type": "qwen3", "eos_token_id": 3},
+        "dtype": "bfloat16",
+        "other_dtypes": {"a": "float32"},
+    }
     stages = [{"stage": "align", "sequence_length": 32, "batch_size": 4, "iterations": 10}]
     whole = dataclasses.replace(card(), source=source | {"output_layer_stored": True}, stages=stages)
     whole.save(folder)
@@ -126,7 +135,9 @@ def use_wording(path: Path) -> None:
 
 
 def write_scores(folder: Path) -> Path:
-    made_scores(pairs=2, observed={"attention": np.ones((3, 4))}, weights={"general": 2.0}).save(path := folder / "scores.json")
+    made_scores(pairs=2, observed={"attention": np.ones((3, 4))}, weights={"general": 2.0}).save(
+        path := folder / "scores.json"
+    )
     return path
 
 
@@ -146,7 +157,17 @@ def teacher_of_scores() -> ModelCard:
 def report_scores(path: Path) -> None:
     scores = HeadScores.load(path)
     table, facts = scores.scores_lh.tolist(), {"made_by": {"scores": scores.settings, "weights": scores.weights}}
-    choice = choose_heads("global", scores.shape, 3, scores=table, ranking=scores.ranking(), kv_budget=None, tp_size=1, every=None, **facts)
+    choice = choose_heads(
+        "global",
+        scores.shape,
+        3,
+        scores=table,
+        ranking=scores.ranking(),
+        kv_budget=None,
+        tp_size=1,
+        every=None,
+        **facts,
+    )
     write_selection_report(path.parent, scores, choice, model_name="x")
 
 
@@ -160,7 +181,10 @@ def use_knock_out(path: Path) -> None:
 
 
 RUN = {"teacher": "abc", "length": 64, "probes": ["one", "two"], "model": {"num_layers": 2}}
-PIECES = {"one receivers 0": {"effects": [[0.1, -2e-7]], "solved": [True]}, "one receivers 1": {"effects": [[0.5, 1]], "solved": [False]}}
+PIECES = {
+    "one receivers 0": {"effects": [[0.1, -2e-7]], "solved": [True]},
+    "one receivers 1": {"effects": [[0.5, 1]], "solved": [False]},
+}
 
 
 def write_journal(folder: Path) -> Path:
@@ -281,7 +305,9 @@ KINDS = {
 }
 
 
-QUICK_KINDS = [kind for kind in KINDS if "reported" not in kind]  # whole reports of damaged files are drawn in the slow suite
+QUICK_KINDS = [
+    kind for kind in KINDS if "reported" not in kind
+]  # whole reports of damaged files are drawn in the slow suite
 
 
 @pytest.mark.parametrize(
@@ -308,11 +334,20 @@ def damaged_lines(text: str) -> Iterator[bytes]:
     lines = text.splitlines()
     for index, line in enumerate(lines):
         for damaged in damaged_texts(line):
-            yield b"\n".join([*(each.encode() for each in lines[:index]), damaged, *(each.encode() for each in lines[index + 1 :]), b""])
+            yield b"\n".join(
+                [
+                    *(each.encode() for each in lines[:index]),
+                    damaged,
+                    *(each.encode() for each in lines[index + 1 :]),
+                    b"",
+                ]
+            )
 
 
 @pytest.mark.parametrize("pattern", ["model.json", "niah_single_1-512*.json", "text-200*.json", "text-200*.npy"])
-def test_a_damaged_record_is_said_and_asked_again(tmp_path: Path, capsys: pytest.CaptureFixture[str], pattern: str) -> None:
+def test_a_damaged_record_is_said_and_asked_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], pattern: str
+) -> None:
     path = piece_file(pattern)(tmp_path)
     whole, before = {file: file.read_bytes() for file in tmp_path.rglob("*.*")}, Records(tmp_path).rows()
     owner = next(row for row in before if row.contestant.key == path.parent.name)
@@ -324,7 +359,10 @@ def test_a_damaged_record_is_said_and_asked_again(tmp_path: Path, capsys: pytest
     assert lost == (len(owner.scores) + len(owner.text) if pattern == "model.json" else 1)
     records.rows()
     said = capsys.readouterr().err
-    assert said.startswith(f"a damaged record is left out, and made again where it is asked for: {path.parent}/") and said.count("\n") == 1
+    assert (
+        said.startswith(f"a damaged record is left out, and made again where it is asked for: {path.parent}/")
+        and said.count("\n") == 1
+    )
     piece = next((piece for piece in (*owner.scores, *owner.text) if piece.file_name.startswith(path.stem)), None)
     assert piece is None or not records.holds(owner.contestant, piece)
     keep_all(records)  # asked again
@@ -335,12 +373,16 @@ def test_a_damaged_record_is_said_and_asked_again(tmp_path: Path, capsys: pytest
 
 
 def arrays(folder: Path) -> Iterator[tuple[str, bytes]]:
-    """Files in the place of [2, 199] int32 token ids: of other shapes and types, pickles, archives, headers that claim a lot."""
+    """Files in the place of [2, 199] int32 token ids: of other shapes and types, pickles, archives, headers that claim
+    a lot.
+    """
     path = folder / "x.npy"
     right = np.zeros((2, 199), dtype=np.int32)
     for name, array in {
-        "float": right.astype(float), "wide": right.astype(np.int64), "flat": right.ravel(), "longer": np.zeros((2, 200), np.int32),
-        "empty": right[:0], "texts": right.astype(str), "fields": np.zeros(2, dtype=[("a", "i4")]), "dates": np.zeros(2, "M8[s]"),
+        "float": right.astype(float), "wide": right.astype(np.int64), "flat": right.ravel(), "longer": np.zeros((2,
+            200), np.int32),
+        "empty": right[:0], "texts": right.astype(str), "fields": np.zeros(2, dtype=[("a", "i4")]),
+        "dates": np.zeros(2, "M8[s]"),
         "objects": np.array([[Bomb()] * 199] * 2, dtype=object), "big-endian": right.astype(">i4"),
     }.items():  # fmt: skip
         np.save(path, array, allow_pickle=True)
@@ -423,7 +465,10 @@ def test_damaged_tokenizers_are_one_line(tmp_path: Path, name: str, sample: int 
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(TINY / file, tmp_path / file)
     text = (tmp_path / name).read_text()
-    contents = [*list(damaged_bytes(text.encode(), count=4 if sample else 100)), *(as_text(odd).encode() for odd in ODD)]
+    contents = [
+        *list(damaged_bytes(text.encode(), count=4 if sample else 100)),
+        *(as_text(odd).encode() for odd in ODD),
+    ]
     if name == "tokenizer_config.json":
         contents += damaged_texts(text, sample and 10)
     assert survey(tmp_path / name, contents, lambda: open_tokenizer(tmp_path)) == []

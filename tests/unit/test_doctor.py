@@ -98,7 +98,9 @@ def test_python_version() -> None:
 
 def test_requirements_against_setup_and_constraints(tmp_path: Path, site: Path) -> None:
     setup, constraints = tmp_path / "setup.py", tmp_path / "constraints.txt"
-    setup.write_text('setup(install_requires=["PyYAML>=6.0", "tqdm>=4", "numpy>=99", "no-such-package>=1", "megatron-core==0.19.2"])')
+    setup.write_text(
+        'setup(install_requires=["PyYAML>=6.0", "tqdm>=4", "numpy>=99", "no-such-package>=1", "megatron-core==0.19.2"])'
+    )
     constraints.write_text("pyyaml==6.0.3  # why\ntqdm==4.0.1\n")
     distribution(site, "megatron-core", "0.18.0")
     distribution(site, "PyYAML", "6.0.3")
@@ -122,7 +124,11 @@ def test_a_python_without_packages_and_one_with_a_foreign_megatron(tmp_path: Pat
     assert "mend first: megatron-core" in bare.stdout.splitlines()[-1]
     (tmp_path / "megatron" / "core").mkdir(parents=True)
     shadowed = doctor("--only", "packages", PYTHONPATH=str(tmp_path))
-    assert shadowed.returncode == 1 and "PYTHONPATH" in shadowed.stdout and str(tmp_path / "megatron" / "core") in shadowed.stdout
+    assert (
+        shadowed.returncode == 1
+        and "PYTHONPATH" in shadowed.stdout
+        and str(tmp_path / "megatron" / "core") in shadowed.stdout
+    )
 
 
 def test_dataset_helpers(site: Path) -> None:
@@ -140,7 +146,14 @@ def test_dataset_helpers(site: Path) -> None:
 
 def test_apex_is_nvidias_or_not(site: Path) -> None:
     assert only(doctor_packages.apex(False)).verdict == "ok"
-    distribution(site, "apex", "0.9.10.dev0", "pyramid (>1.1.2)", "velruse", modules={"apex/__init__.py": "", "apex/models.py": ""})
+    distribution(
+        site,
+        "apex",
+        "0.9.10.dev0",
+        "pyramid (>1.1.2)",
+        "velruse",
+        modules={"apex/__init__.py": "", "apex/models.py": ""},
+    )
     other = only(doctor_packages.apex(False))
     assert other.verdict == "fail" and "Pyramid" in other.found
     shutil.rmtree(site / "apex-0.9.10.dev0.dist-info")
@@ -180,7 +193,9 @@ def test_transformer_engine(site: Path) -> None:
     ],
 )
 def test_triton_pairs(site: Path, triton: str, capability: str, tilelang: bool, verdict: str, says: str) -> None:
-    distribution(site, "torch", "2.15.0", 'triton~=3.9.0; platform_system == "Linux"', 'opt-einsum>=3.3; extra == "opt-einsum"')
+    distribution(
+        site, "torch", "2.15.0", 'triton~=3.9.0; platform_system == "Linux"', 'opt-einsum>=3.3; extra == "opt-einsum"'
+    )
     distribution(site, "flash-linear-attention", "0.6.0", modules={"fla/ops/gated_delta_rule.py": ""})
     distribution(site, "fla-core", "0.6.0", "einops", 'torch>=2.7.0; extra == "cuda"', 'triton>=3.3; extra == "cuda"')
     distribution(site, "triton", triton)
@@ -220,7 +235,14 @@ def test_old_pythons_can_read_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "flags", [("--only", "nonsense"), ("--limit", "0"), ("--json", "/no/such/folder/report.json"), ("--json", "/"), ("--colour",)]
+    "flags",
+    [
+        ("--only", "nonsense"),
+        ("--limit", "0"),
+        ("--json", "/no/such/folder/report.json"),
+        ("--json", "/"),
+        ("--colour",),
+    ],
 )
 def test_bad_arguments(flags: tuple[str, ...]) -> None:
     done = doctor(*flags)
@@ -234,7 +256,9 @@ def test_the_report(tmp_path: Path) -> None:
     assert lines[-1].startswith("CPU only: the tiny example") and "\x1b" not in done.stdout
     assert lines.index("machine") < lines.index("files")
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["summary"] == lines[-1] and report["counts"]["ok"] == sum(line["verdict"] == "ok" for line in report["lines"])
+    assert report["summary"] == lines[-1] and report["counts"]["ok"] == sum(
+        line["verdict"] == "ok" for line in report["lines"]
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json"]
     broken = doctor("--only", "files", "--run-dir", str(tmp_path / "missing"))
     assert broken.returncode == 1 and broken.stdout.splitlines()[-1].startswith("mend first: run folder")

@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""tools/doctor.py on the machine, the network, files and SLURM: what is there, arranged badly, is named with its mend."""
+"""tools/doctor.py on the machine, the network, files and SLURM: what is there, arranged badly, is named with its
+mend.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("needs root, to mount a small tmpfs")
     folder = tmp_path / "small"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m,nr_inodes=20", "tmpfs", folder], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m,nr_inodes=20", "tmpfs", folder], capture_output=True, text=True
+    )
     if mounted.returncode:
         pytest.skip(f"cannot mount a tmpfs: {mounted.stderr.strip()}")
     yield folder
@@ -48,7 +52,10 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_nvidia_smi_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    rows = "NVIDIA H200, 9.0, 580.65, 143771, 4, Enabled, Enabled, 0\nNVIDIA H200, 9.0, 580.65, 143771, 9000, Disabled, Disabled, 3"
+    rows = (
+        "NVIDIA H200, 9.0, 580.65, 143771, 4, Enabled, Enabled, 0\nNVIDIA H200, 9.0, 580.65, 143771, 9000, Disabled,"
+        " Disabled, 3"
+    )
     program(tmp_path / "bin", "nvidia-smi", f"cat <<'E'\n{rows}\nE")
     found = doctor_machine.gpus()
     assert found[0] == Gpu("NVIDIA H200", "9.0", "580.65", 143771, 4, True, "Enabled", 0)
@@ -63,7 +70,9 @@ def test_nvidia_smi_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert all("GPU 1" in line.found for line in lines[1:3])
     program(tmp_path / "bin", "nvidia-smi", "echo; echo GB10, 12.1, 580.65, [N/A], [N/A], Enabled, [N/A], [N/A]")
     assert doctor_machine.gpus() == [Gpu("GB10", "12.1", "580.65", 0, 0, True, "[N/A]", 0)]
-    program(tmp_path / "bin", "nvidia-smi", "echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18")
+    program(
+        tmp_path / "bin", "nvidia-smi", "echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18"
+    )
     with pytest.raises(OSError, match="version mismatch"):
         doctor_machine.gpus()
 
@@ -130,7 +139,9 @@ def test_ports(monkeypatch: pytest.MonkeyPatch) -> None:
     assert verdicts(doctor_network.ports(launched=False)) == {"ports": "ok"}
 
 
-@pytest.mark.parametrize(("value", "found"), [("lo", "ok"), ("l", "ok"), ("=l", "fail"), ("nope0", "fail"), ("^lo", None)])
+@pytest.mark.parametrize(
+    ("value", "found"), [("lo", "ok"), ("l", "ok"), ("=l", "fail"), ("nope0", "fail"), ("^lo", None)]
+)
 def test_interfaces(monkeypatch: pytest.MonkeyPatch, value: str, found: str | None) -> None:
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", value)
     assert verdicts(doctor_network.interfaces()).get("NCCL_SOCKET_IFNAME") == found
@@ -184,7 +195,10 @@ def every_line(folder: Path) -> dict[str, str]:
 def test_a_good_run_folder_is_left_as_it_was(tmp_path: Path) -> None:
     found = every_line(tmp_path)
     assert len(found) == 10 and set(found.values()) <= {"ok", "warn"}  # the disk may be small, or slow just now
-    assert {found[what] for what in ("rename of files", "rename of folders", "mmap", "exclusive creation", "flock", "fcntl lock")} == {"ok"}
+    assert {
+        found[what]
+        for what in ("rename of files", "rename of folders", "mmap", "exclusive creation", "flock", "fcntl lock")
+    } == {"ok"}
     assert list(tmp_path.iterdir()) == []
 
 
@@ -311,7 +325,10 @@ def test_slurm_without_a_cluster(slurm_path: Path, monkeypatch: pytest.MonkeyPat
     install_slurm(slurm_path)
     program(slurm_path, "scontrol", "echo 'scontrol: fatal: Could not establish a configuration source' >&2; exit 1")
     line = only(doctor_slurm.slurm())
-    assert line.verdict == "warn" and line.found == "installed, but no cluster answers (Could not establish a configuration source)"
+    assert (
+        line.verdict == "warn"
+        and line.found == "installed, but no cluster answers (Could not establish a configuration source)"
+    )
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert only(doctor_slurm.slurm()).verdict == "fail"
 

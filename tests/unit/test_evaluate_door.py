@@ -55,7 +55,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
 
 
 def call(
-    runs: Path, out: Path, *more: str, models: tuple[str, ...] = ("teacher", "student"), lengths: tuple[int, ...] = (192, 256)
+    runs: Path,
+    out: Path,
+    *more: str,
+    models: tuple[str, ...] = ("teacher", "student"),
+    lengths: tuple[int, ...] = (192, 256),
 ) -> None:
     named = [model if "=" in model else f"{model}={runs / model}" for model in models]
     given = ["--lengths", *map(str, lengths), "--prompts", "3", "--haystack", str(runs / "text.txt"), "--out", str(out)]
@@ -76,7 +80,8 @@ def test_report_and_what_is_kept(runs: Path, tmp_path: Path, capsys: pytest.Capt
     assert list(found) == ["teacher", "student"]
     teacher, student = found.values()
     assert [(task["task"], task["length"], task["scoring"]) for task in teacher["tasks"]][:3] == [
-        ("niah_single_1", 192, "teacher-forced"), ("niah_multikey_1", 192, "teacher-forced"), ("niah_multivalue", 192, "generation"),
+        ("niah_single_1", 192, "teacher-forced"), ("niah_multikey_1", 192, "teacher-forced"), ("niah_multivalue", 192,
+            "generation"),
     ]  # fmt: skip
     assert [task["digest"] for task in teacher["tasks"]] == [task["digest"] for task in student["tasks"]]
     assert all(task["total"] == 3 and task["seed"] == SEED for task in teacher["tasks"])
@@ -87,15 +92,23 @@ def test_report_and_what_is_kept(runs: Path, tmp_path: Path, capsys: pytest.Capt
 def test_agreement_is_the_share_of_equal_likeliest_tokens(runs: Path, tmp_path: Path) -> None:
     call(runs, tmp_path, "--tasks", "niah_single_1", lengths=(160, 192, 256))
     found, tokenizer = results(tmp_path)["student"]["text"], load_tokenizer(runs / "teacher")
-    assert [text["length"] for text in found] == [160, 192, 256] and found[2]["agreement"]["share"] is None  # beyond the native length
+    assert [text["length"] for text in found] == [160, 192, 256] and found[2]["agreement"][
+        "share"
+    ] is None  # beyond the native length
     windows_bs = text_windows(read_haystack(tokenizer, runs / "text.txt"), 192)
     with process_groups():
         models = [open_model(describe(runs / name), torch.float32) for name in ("teacher", "student")]
-        teacher_bs, student_bs = (torch.cat([model.token_losses(ids_s[None])[1] for ids_s in windows_bs]) for model in models)
-    same = [int(teacher_bs[row, place] == student_bs[row, place]) for row in range(len(windows_bs)) for place in range(191)]
+        teacher_bs, student_bs = (
+            torch.cat([model.token_losses(ids_s[None])[1] for ids_s in windows_bs]) for model in models
+        )
+    same = [
+        int(teacher_bs[row, place] == student_bs[row, place]) for row in range(len(windows_bs)) for place in range(191)
+    ]
     kept = [np.load(path) for path in sorted((tmp_path / "records").glob("*/text-192-*.npy"))]
     assert kept[0].dtype == np.int32 and np.array_equal((kept[0] == kept[1]).flatten(), same)
-    assert found[1]["agreement"] == {"with": "teacher", "share": pytest.approx(sum(same) / len(same))} and 0 < sum(same) < len(same)
+    assert found[1]["agreement"] == {"with": "teacher", "share": pytest.approx(sum(same) / len(same))} and 0 < sum(
+        same
+    ) < len(same)
 
 
 class Killed(BaseException):
@@ -192,19 +205,27 @@ def test_models_of_different_tokenizers_stand_in_one_report(runs: Path, tmp_path
     windows_bs = text_windows(read_haystack(tokenizer, runs / "text.txt"), 512)
     size = sum(len(tokenizer.decode(ids_s[1:]).encode()) for ids_s in windows_bs)
     found = other["text"][0]
-    assert found["bits_per_byte"] == pytest.approx(found["nll"] / np.log(2) * windows_bs.numel() * 511 / 512 / size, rel=1e-6)
+    assert found["bits_per_byte"] == pytest.approx(
+        found["nll"] / np.log(2) * windows_bs.numel() * 511 / 512 / size, rel=1e-6
+    )
     assert found["agreement"]["share"] is None
 
 
-def test_dry_run_says_what_would_run(runs: Path, tmp_path: Path, asked: list[tuple[str, int, int]], capsys: pytest.CaptureFixture) -> None:
+def test_dry_run_says_what_would_run(
+    runs: Path, tmp_path: Path, asked: list[tuple[str, int, int]], capsys: pytest.CaptureFixture
+) -> None:
     call(runs, tmp_path, models=("teacher",), lengths=(192,))
     asked.clear()
     capsys.readouterr()
     call(runs, tmp_path, "--dry-run", "--yarn", "teacher")
     lines = capsys.readouterr().out.splitlines()
-    text = sum(text_windows(read_haystack(load_tokenizer(runs / "teacher"), runs / "text.txt"), n).numel() for n in (192, 256))
+    text = sum(
+        text_windows(read_haystack(load_tokenizer(runs / "teacher"), runs / "text.txt"), n).numel() for n in (192, 256)
+    )
     assert lines[0].startswith("teacher: 4 of 8 pieces to run")
-    assert lines[1] == f"teacher + YaRN x2: 8 of 8 pieces to run, {3 * 3 * (192 + 256) + text:,} tokens to read (float32)"
+    assert (
+        lines[1] == f"teacher + YaRN x2: 8 of 8 pieces to run, {3 * 3 * (192 + 256) + text:,} tokens to read (float32)"
+    )
     assert lines[-1].endswith("4 pieces are there already") and asked == []
     assert list(results(tmp_path)) == ["teacher"]
 
@@ -253,8 +274,16 @@ def test_bad_input_is_one_line(runs: Path, tmp_path: Path, capsys: pytest.Captur
         ({}, ("--template", "chat"), "chat template"),
         ({"out": tmp_path / "file" / "out"}, (), "not a writable folder"),
         ({"out": tmp_path / "old"}, (), "old/results.json: no report that this version can add to .format 1."),
-        ({"out": tmp_path / "known", "models": (f"teacher={runs / 'student'}",)}, (), "'teacher' is another model there"),
-        ({"out": tmp_path / "known", "lengths": (512,)}, ("--template", "ruler"), "holds prompts worded as .*, not as ruler"),
+        (
+            {"out": tmp_path / "known", "models": (f"teacher={runs / 'student'}",)},
+            (),
+            "'teacher' is another model there",
+        ),
+        (
+            {"out": tmp_path / "known", "lengths": (512,)},
+            ("--template", "ruler"),
+            "holds prompts worded as .*, not as ruler",
+        ),
     ]
     for changes, more, message in cases:
         with pytest.raises(SystemExit) as status:

@@ -57,7 +57,9 @@ STUDENT = contestant("a|b")
 
 def text_piece(length: int) -> Piece:
     windows = 1 if length == 60 else 2
-    return dataclasses.replace(PIECE, task=TEXT, length=length, count=windows, scoring="loss", wording="", seed=0, digest=f"{length:064}")
+    return dataclasses.replace(
+        PIECE, task=TEXT, length=length, count=windows, scoring="loss", wording="", seed=0, digest=f"{length:064}"
+    )
 
 
 def text_loss(length: int, *by_bin: Sequence[float]) -> TextLoss:
@@ -82,7 +84,10 @@ def keep_all(records: Records) -> None:
     records.keep(TEACHER, variable, [0.8, 1.0, 0.6, 0.0], None)
     records.keep(STUDENT, PIECE, [1, 1, 1, 1], None)
     records.keep(STUDENT, other, [1, 1, 1, 0], None)
-    for who, losses, likeliest in ((TEACHER, ((3, 2, 4), (3.2, 2.4, 4.8)), 0), (STUDENT, ((3, 2, 1.5), (3.2, 2.2, 1.9)), 1)):
+    for who, losses, likeliest in (
+        (TEACHER, ((3, 2, 4), (3.2, 2.4, 4.8)), 0),
+        (STUDENT, ((3, 2, 1.5), (3.2, 2.2, 1.9)), 1),
+    ):
         records.keep(who, text_piece(200), text_loss(200, *losses), np.asarray([[0] * 199, [likeliest] * 199]))
     records.keep(TEACHER, text_piece(60), text_loss(60, [2.0]), None)
 
@@ -106,14 +111,30 @@ def test_tables(out: Path) -> None:
     single, tracking = said.split("\n\n")[1::2]
     assert said.startswith("single-key (niah_single_1, niah_single_2):\n")
     assert table_row(single, "| model") == ["model", "FA heads", "native", "512", "1K"]
-    assert table_row(single, "| teacher") == ["teacher", "32 of 32", "512", "50.0 (21.5-78.5)", "-"]  # one of two tasks at 1K
-    assert table_row(single, "| a/b") == ["a/b", "8 of 32", "512", "87.5 (52.9-97.8)", "-"]  # a bar would break the table
+    assert table_row(single, "| teacher") == [
+        "teacher",
+        "32 of 32",
+        "512",
+        "50.0 (21.5-78.5)",
+        "-",
+    ]  # one of two tasks at 1K
+    assert table_row(single, "| a/b") == [
+        "a/b",
+        "8 of 32",
+        "512",
+        "87.5 (52.9-97.8)",
+        "-",
+    ]  # a bar would break the table
     assert table_row(tracking, "| teacher")[3] == "60.0 (20.5-89.7)"
     assert table_row(tracking, "| a/b")[3] == "-"
     assert "Scored by greedy decoding: vt; the others by teacher forcing" in text
     assert "| niah_single_1 | 1K | 0.0 (0.0-49.0) | - |" in text
     perplexity, agreement = text.index("## Held-out text"), text.index("## Short context")
-    assert table_row(text[perplexity:agreement], "| teacher") == ["teacher", f"{np.exp(2):.2f}", f"{np.exp(TEACHER_NLL):.2f}"]
+    assert table_row(text[perplexity:agreement], "| teacher") == [
+        "teacher",
+        f"{np.exp(2):.2f}",
+        f"{np.exp(TEACHER_NLL):.2f}",
+    ]
     assert table_row(text[agreement : text.index("## Every task")], "| a/b") == ["a/b", "50.0"]
     for lines in (single, tracking):
         assert len({line.count("|") for line in lines.splitlines()}) == 1, "header, rule and rows have the same cells"
@@ -127,7 +148,10 @@ def test_trends_of_the_loss(out: Path) -> None:
     write_report(out, None)
     text = (out / "report.md").read_text()
     # differences by window: 2 and 2.4 (teacher, last - lowest), 0.5 and 0.3 (student, the bin before - last)
-    assert "- teacher: lowest, 2.200 at 64-128; at the end, 4.400 at 128-200, 2.200 +- 0.200 above that (2 windows of 200)" in text
+    assert (
+        "- teacher: lowest, 2.200 at 64-128; at the end, 4.400 at 128-200, 2.200 +- 0.200 above that (2 windows of 200)"
+        in text
+    )
     assert "- a|b: falls to the end, 1.700 at 128-200, 0.400 +- 0.100 below the bin before (2 windows of 200)" in text
 
 
@@ -136,7 +160,14 @@ def test_json(out: Path) -> None:
     raw = json.loads((out / "results.json").read_text())
     assert raw["format"] == 2 and list(raw["models"]) == ["teacher", "a|b"]
     teacher, student = raw["models"].values()
-    first = {"task": "niah_single_1", "length": 512, "scoring": "teacher-forced", "correct": 3.0, "total": 4, "accuracy": 0.75}
+    first = {
+        "task": "niah_single_1",
+        "length": 512,
+        "scoring": "teacher-forced",
+        "correct": 3.0,
+        "total": 4,
+        "accuracy": 0.75,
+    }
     assert first.items() <= teacher["tasks"][0].items() and len(teacher["tasks"]) == 4
     assert teacher["groups"][0] == {"group": "single-key", "length": 512, **score_json(Score(4, 8))}
     assert [group["group"] for group in teacher["groups"]] == ["single-key", "tracking"]
@@ -151,7 +182,12 @@ def test_json(out: Path) -> None:
 
 
 def score_json(score: Score) -> dict:
-    return {"correct": score.correct, "total": score.total, "accuracy": score.accuracy, "interval": list(score.interval)}
+    return {
+        "correct": score.correct,
+        "total": score.total,
+        "accuracy": score.accuracy,
+        "interval": list(score.interval),
+    }
 
 
 def test_all_models_show_the_set_that_most_of_them_took(out: Path) -> None:
@@ -167,7 +203,10 @@ def test_all_models_show_the_set_that_most_of_them_took(out: Path) -> None:
     records.register([third])
     records.keep(third, dataclasses.replace(PIECE, seed=1_000_001, digest="7" * 64), [1, 0, 0, 0], None)
     write_report(out, None)
-    assert "Not all models answered the same questions: niah_single_1 @512; ask them in one call" in (out / "report.md").read_text()
+    assert (
+        "Not all models answered the same questions: niah_single_1 @512; ask them in one call"
+        in (out / "report.md").read_text()
+    )
 
 
 def test_records_are_found_by_what_they_hold(out: Path) -> None:
@@ -203,7 +242,8 @@ def test_jobs_may_write_into_one_folder_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("length", "said"), [(512, "512"), (1024, "1K"), (1500, "1500"), (40960, "40K"), (2**20, "1M"), (3 * 2**19, "1536K")]
+    ("length", "said"),
+    [(512, "512"), (1024, "1K"), (1500, "1500"), (40960, "40K"), (2**20, "1M"), (3 * 2**19, "1536K")],
 )
 def test_lengths_in_few_characters(length: int, said: str) -> None:
     assert short(length) == said

@@ -18,7 +18,14 @@ from hydra_mcore.selection import evidence as ev
 from hydra_mcore.selection.score import HeadScores, ProbeEffects
 
 SHAPE = ModelShape(
-    num_layers=2, hidden_size=16, num_heads=4, num_kv_groups=2, head_dim=4, ffn_hidden_size=8, vocab_size=10, native_length=8
+    num_layers=2,
+    hidden_size=16,
+    num_heads=4,
+    num_kv_groups=2,
+    head_dim=4,
+    ffn_hidden_size=8,
+    vocab_size=10,
+    native_length=8,
 )
 
 
@@ -80,7 +87,10 @@ def test_pairs_alike_are_stable_and_pairs_left_out_are_never_drawn() -> None:
     wild = [0.0, 1.0] * 4
     alike = scores(one=one_role(ALIKE, wild, ALIKE, ALIKE, unusable=(1,)))
     for found in (ev.stability_by_pairs(alike, 2), ev.stability_of_halves(alike, 2)):
-        assert all(agreement.spearman.low == pytest.approx(1.0) and agreement.overlap.low == 1.0 for agreement in found.values())
+        assert all(
+            agreement.spearman.low == pytest.approx(1.0) and agreement.overlap.low == 1.0
+            for agreement in found.values()
+        )
     assert list(ev.stability_by_pairs(alike, 2)) == [1, 2, 3] and list(ev.stability_of_halves(alike, 2)) == [1]
 
 
@@ -130,17 +140,22 @@ def test_bootstrap_of_pairs_alike_has_no_width() -> None:
 
 
 def test_bootstrap_of_two_pairs_is_the_known_distribution() -> None:
-    # Means of the two heads: (1, .2) in 1/4 of the resamples, (.5, .25) in 1/2, (0, .3) in 1/4; the better one scores 1.
+    # Means of the two heads: (1, .2) in 1/4 of the resamples, (.5, .25) in 1/2, (0, .3) in 1/4; the better one scores
+    # 1.
     two = scores(one=one_role([1.0, 0.2, 0, 0, 0, 0, 0, 0], [0.0, 0.3, 0, 0, 0, 0, 0, 0]))
     found = ev.bootstrap(two, 1, draws=2000)
-    assert found.chosen_lh[0, :2] == pytest.approx([0.75, 0.25], abs=0.04) and found.chosen_lh.sum() == pytest.approx(1.0)
+    assert found.chosen_lh[0, :2] == pytest.approx([0.75, 0.25], abs=0.04) and found.chosen_lh.sum() == pytest.approx(
+        1.0
+    )
     assert (found.low_lh[0, 0], found.high_lh[0, 0]) == (0.0, 1.0)
     assert (found.low_lh[0, 1], found.high_lh[0, 1]) == pytest.approx((0.2, 1.0))
 
 
 def test_shuffled_labels_agree_by_chance_only() -> None:
     found = ev.label_control(noisy(), 2, draws=3000)
-    assert found.spearman.mean == pytest.approx(0.0, abs=0.03) and found.overlap.mean == pytest.approx(ev.random_overlap(8, 2), abs=0.02)
+    assert found.spearman.mean == pytest.approx(0.0, abs=0.03) and found.overlap.mean == pytest.approx(
+        ev.random_overlap(8, 2), abs=0.02
+    )
     assert found.spearman.high > 0.5  # eight heads: chance alone goes far
 
 
@@ -151,26 +166,45 @@ def test_gini_by_hand() -> None:
 
 
 def test_share_of_the_score_kept() -> None:
-    assert ev.kept_share(scores(one=one_role(ALIKE))) == pytest.approx(np.array([0, 8, 12, 14, 15, 15, 15, 15, 15]) / 15)
+    assert ev.kept_share(scores(one=one_role(ALIKE))) == pytest.approx(
+        np.array([0, 8, 12, 14, 15, 15, 15, 15, 15]) / 15
+    )
 
 
 def test_critical_heads() -> None:
     first, second = [0.5, 0.03, 0.009, 0, 0, 0, 0, 0], [0.3, -0.002, 0.009, 0, 0, 0, 0, 0.5]
     general = one_role([0, 0, 0, 0.02, 0, 0, 0, 0], capability="general")
     critical_lh, convertible_lh = ev.critical_heads(scores(one=one_role(first), two=one_role(second), three=general))
-    assert critical_lh.ravel().tolist() == [True, True, False, True, False, False, False, True]  # head 1: mean size 0.016
+    assert critical_lh.ravel().tolist() == [
+        True,
+        True,
+        False,
+        True,
+        False,
+        False,
+        False,
+        True,
+    ]  # head 1: mean size 0.016
     assert convertible_lh.ravel().tolist() == [False, False, True, False, True, True, True, False]
     # 0.012 in one of two probes: not critical on average, not convertible either
-    assert not np.any(ev.critical_heads(scores(one=one_role([0.5, 0.012, *[0] * 6]), two=one_role([0.5, *[0] * 7]))), axis=0)[0, 1]
+    assert not np.any(
+        ev.critical_heads(scores(one=one_role([0.5, 0.012, *[0] * 6]), two=one_role([0.5, *[0] * 7]))), axis=0
+    )[0, 1]
 
 
 def test_effects_by_role() -> None:
     effects = np.zeros((3, 2, 4, 2))
     effects[0, 0, 0], effects[1, 1, 1], effects[2, 1, 1], effects[2, 0, 3] = (0.4, 0.2), -0.1, 0.6, (-0.5, 0.5)
-    found = ev.role_effects(scores(one=probe(effects), two=one_role([0.1, *[0] * 7]), general=one_role([0.7, *[0] * 7], capability="g")))
+    found = ev.role_effects(
+        scores(one=probe(effects), two=one_role([0.1, *[0] * 7]), general=one_role([0.7, *[0] * 7], capability="g"))
+    )
     assert list(found) == ["receiver", "sender"] and list(found["sender"]) == ["retrieval", "g"]
-    assert found["receiver"]["retrieval"][0, 0] == pytest.approx((0.3 + 0.1) / 2) and found["receiver"]["g"][0, 0] == 0.7
-    assert found["sender"]["retrieval"][1, 1] == pytest.approx(0.6 / 2) and found["sender"]["retrieval"][0, 3] == 0.0  # noise cancels
+    assert (
+        found["receiver"]["retrieval"][0, 0] == pytest.approx((0.3 + 0.1) / 2) and found["receiver"]["g"][0, 0] == 0.7
+    )
+    assert (
+        found["sender"]["retrieval"][1, 1] == pytest.approx(0.6 / 2) and found["sender"]["retrieval"][0, 3] == 0.0
+    )  # noise cancels
     assert list(ev.role_effects(scores(one=one_role(ALIKE)))) == ["receiver"]
 
 
@@ -224,13 +258,21 @@ def test_all_of_it() -> None:
 
 
 def test_knock_out_round_trip_and_refusals(tmp_path: Path) -> None:
-    known = ev.KnockOut((0.0, 0.25), (0, 2), {"best first": ((0.9, 0.1),), "random": ((0.9, 0.8), (0.9, 0.6))}, prompts=40)
+    known = ev.KnockOut(
+        (0.0, 0.25), (0, 2), {"best first": ((0.9, 0.1),), "random": ((0.9, 0.8), (0.9, 0.6))}, prompts=40
+    )
     write_json(tmp_path / "k.json", known.to_dict())
     assert ev.KnockOut.load(tmp_path / "k.json") == known
     assert known.spread("random").tolist() == [[0.9, pytest.approx(0.7)], [0.9, 0.6], [0.9, 0.8]]
     refusals = [
-        *((changes, "every curve needs") for changes in ({"accuracy": {"random": [[0.9]]}}, {"heads": [0]}, {"accuracy": {}})),
-        *(({name: value}, f"{name}.* is .*; expected") for name, value in (("accuracy", [0.9]), ("prompts", None), ("heads", ["x", 2]))),
+        *(
+            (changes, "every curve needs")
+            for changes in ({"accuracy": {"random": [[0.9]]}}, {"heads": [0]}, {"accuracy": {}})
+        ),
+        *(
+            ({name: value}, f"{name}.* is .*; expected")
+            for name, value in (("accuracy", [0.9]), ("prompts", None), ("heads", ["x", 2]))
+        ),
         ({"fractions": [0.0, 1.5]}, "go from 0 to 1"),
         ({"accuracy": {"random": []}}, "every curve needs"),
         ({"accuracy": {"sideways": [[0.9, 0.1]]}}, "orders among best first"),

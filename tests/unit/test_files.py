@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Small files: what is read is JSON that can be written again, what is written is whole, values have the types of their fields."""
+"""Small files: what is read is JSON that can be written again, what is written is whole, values have the types of their
+fields.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -75,7 +77,9 @@ def test_what_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None:
 
 def test_values_take_the_types_of_their_fields() -> None:
     facts = from_fields(
-        Facts, {"count": 3.0, "rate": 2, "pair": [4, "y"], "many": [1, 2.5], "lists": [[1], []], "table": {"a": 2}}, "facts"
+        Facts,
+        {"count": 3.0, "rate": 2, "pair": [4, "y"], "many": [1, 2.5], "lists": [[1], []], "table": {"a": 2}},
+        "facts",
     )
     assert facts == Facts(3, 2.0, pair=(4, "y"), many=(1.0, 2.5), lists=[[1], []], table={"a": 2})
     assert [type(facts.count), type(facts.rate)] == [int, float]
@@ -90,7 +94,10 @@ def test_values_take_the_types_of_their_fields() -> None:
         "text",
         {},
         {"count": 1, "other": 2},
-        *({"count": value} for value in (True, "3", None, [3], 1.5, float("nan"), float("inf"), 10**19, 10**400, 1e300)),
+        *(
+            {"count": value}
+            for value in (True, "3", None, [3], 1.5, float("nan"), float("inf"), 10**19, 10**400, 1e300)
+        ),
         *({"count": 1, "rate": value} for value in (True, "1", float("nan"), -float("inf"), [], {})),
         *({"count": 1, "name": value} for value in (1, None, ["x"])),
         *({"count": 1, "on": value} for value in (1, 0, "true", None)),

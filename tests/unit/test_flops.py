@@ -13,21 +13,33 @@ from torch.utils.flop_counter import FlopCounterMode
 from hydra_mcore.config import HydraOptions, ModelCard, ModelShape, StageOptions
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.build import build_model, teacher_card
-from hydra_mcore.model.flops import CHUNK, causal_attention, delta_rule, fa_head, gdn_head, keys_values, short_convolution, step_flops
+from hydra_mcore.model.flops import (
+    CHUNK,
+    causal_attention,
+    delta_rule,
+    fa_head,
+    gdn_head,
+    keys_values,
+    short_convolution,
+    step_flops,
+)
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.ops.gated_delta import gated_delta_rule
 from hydra_mcore.train.data import Batch
 from hydra_mcore.train.pair import TransferStep
 
 SHAPE = ModelShape(
-    num_layers=4, hidden_size=24, num_heads=6, num_kv_groups=3, head_dim=8, ffn_hidden_size=20, vocab_size=96, native_length=256
+    num_layers=4, hidden_size=24, num_heads=6, num_kv_groups=3, head_dim=8, ffn_hidden_size=20, vocab_size=96,
+    native_length=256
 )  # fmt: skip
 # Layers with one, no, three (two of one group) and all FA heads.
 HEAD_MAP = HeadMap.from_fa([(0, 1), (2, 0), (2, 2), (2, 3), *((3, h) for h in range(6))], 4, 6, 3)
 OPTIONS = [
     HydraOptions(),
     HydraOptions(gdn_kv="per_group", fa_gate="headwise", gdn_gate="elementwise", gdn_conv_kernel=0),
-    HydraOptions(gdn_kv="per_group", qkv="shared", fa_gate="none", gdn_gate="headwise", fusion="competition", gdn_conv_kernel=2),
+    HydraOptions(
+        gdn_kv="per_group", qkv="shared", fa_gate="none", gdn_gate="headwise", fusion="competition", gdn_conv_kernel=2
+    ),
 ]
 LENGTH, ROWS = 150, 2  # three chunks, the last of them padded
 
@@ -67,8 +79,8 @@ def _measured(card: ModelCard, stage: str) -> int:
 def _not_as_counted(card: ModelCard, stage: str) -> float:
     """What the run computes beyond the formula: attention without causality, products that are not kept.
 
-    Backward makes two products with queries and keys and the states anew. The convolution is elementwise here, so the counter
-    does not see it.
+    Backward makes two products with queries and keys and the states anew. The convolution is elementwise here, so the
+    counter does not see it.
     """
     d, tokens = card.shape.head_dim, LENGTH * ROWS
     all_pairs, causal = causal_attention(d, 2 * LENGTH - 1), causal_attention(d, LENGTH)
@@ -83,7 +95,8 @@ def _not_as_counted(card: ModelCard, stage: str) -> float:
 def test_heads_of_qwen3() -> None:
     """By hand, of one head of Qwen3-1.7B (width 2048, d 128) at 16,384 tokens, forward."""
     shape = ModelShape(
-        num_layers=28, hidden_size=2048, num_heads=16, num_kv_groups=8, head_dim=128, ffn_hidden_size=6144, vocab_size=151936,
+        num_layers=28, hidden_size=2048, num_heads=16, num_kv_groups=8, head_dim=128, ffn_hidden_size=6144,
+        vocab_size=151936,
         native_length=40960,
     )  # fmt: skip
     options, projection = HydraOptions(), 2 * 2048 * 128
@@ -91,12 +104,17 @@ def test_heads_of_qwen3() -> None:
     assert fa_head(shape, options, 16384).forward == 3 * projection + 4 * 128 * 8192.5  # query, gate, output
     assert keys_values(shape).forward == 2 * projection
     assert delta_rule(128, 16384).forward == 8 * 64 * 128 + 6 * 128 * 128 + 64 * 64
-    assert gdn_head(shape, options, 16384).forward == 4 * projection + 2 * 2048 * 2 + 2 * 4 * 384 + delta_rule(128, 16384).forward
+    assert (
+        gdn_head(shape, options, 16384).forward
+        == 4 * projection + 2 * 2048 * 2 + 2 * 4 * 384 + delta_rule(128, 16384).forward
+    )
     assert gdn_head(shape, options, 1 << 20) == gdn_head(shape, options, 1 << 14)
     assert gated_delta_rule.__kwdefaults__["chunk_size"] == CHUNK
 
 
 def test_a_step_grows_with_its_rows_and_stages_differ() -> None:
     card = ModelCard(shape=SHAPE, head_map=HEAD_MAP, options=HydraOptions(), fingerprint="")
-    assert step_flops(card, "extend", LENGTH, 3 * ROWS) == pytest.approx(3 * step_flops(card, "extend", LENGTH, ROWS), rel=1e-12)
+    assert step_flops(card, "extend", LENGTH, 3 * ROWS) == pytest.approx(
+        3 * step_flops(card, "extend", LENGTH, ROWS), rel=1e-12
+    )
     assert len({step_flops(card, stage, LENGTH, ROWS) for stage in ("align", "distill", "extend")}) == 3

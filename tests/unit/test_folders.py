@@ -54,17 +54,21 @@ CASES = {
     "a link to a folder that is there anyway": (["in/a -> z", "in/z/b.txt"], ["in/z/b.txt"], {}),
     "a link to a file that is there anyway": (["in/a.txt -> z.txt", "in/z.txt"], ["in/z.txt"], {"linked twice": 1}),
     "a link to its own folder": (["in/a.txt", "in/sub/loop -> ."], ["in/a.txt"], {"links that lead back up": 1}),
-    "a link to a folder above": (["in/a.txt", "in/sub/up -> ../..", "other.txt"], ["in/a.txt"], {"links that lead back up": 1}),
-    "two folders that link to each other": (["in/a.txt", "in/o -> ../out", "out/b.txt", "out/i -> ../in"], ["in/a.txt", "in/o/b.txt"], {}),
+    "a link to a folder above": (["in/a.txt", "in/sub/up -> ../..", "other.txt"], ["in/a.txt"],
+        {"links that lead back up": 1}),
+    "two folders that link to each other": (["in/a.txt", "in/o -> ../out", "out/b.txt", "out/i -> ../in"], ["in/a.txt",
+        "in/o/b.txt"], {}),
     "a link to itself": (["in/a.txt", "in/self.txt -> self.txt"], ["in/a.txt"], {"links to nowhere": 1}),
     "a link to nothing": (["in/a.txt", "in/gone.jsonl -> nothing"], ["in/a.txt"], {"links to nowhere": 1}),
     "hidden files and folders": (
         ["in/a.txt", "in/.ipynb_checkpoints/a.txt", "in/.git/x/b.txt", "in/sub/.c.txt"], ["in/a.txt"], {"hidden": 3},
     ),
     "a link to a hidden folder has a name": (["in/l -> .h", "in/.h/b.txt"], ["in/l/b.txt"], {"hidden": 1}),
-    "endings in capitals": (["in/A.TXT", "in/c.jsonl.GZ", "in/d.Parquet"], ["in/A.TXT", "in/c.jsonl.GZ", "in/d.Parquet"], {}),
+    "endings in capitals": (["in/A.TXT", "in/c.jsonl.GZ", "in/d.Parquet"], ["in/A.TXT", "in/c.jsonl.GZ",
+        "in/d.Parquet"], {}),
     "other endings": (
-        ["in/a.txt", "in/b.json", "in/c.json.gz", "in/d.JSON.GZ", "in/README", "in/e.tar.gz", "in/f.gz", "in/g.txt.gz"], ["in/a.txt"],
+        ["in/a.txt", "in/b.json", "in/c.json.gz", "in/d.JSON.GZ", "in/README", "in/e.tar.gz", "in/f.gz",
+            "in/g.txt.gz"], ["in/a.txt"],
         {".json.gz": 2, ".json": 1, "without an ending": 1, ".tar.gz": 1, ".gz": 1, ".txt.gz": 1},
     ),
     "folders without files": (["in/a.txt", "in/empty/", "in/deep/er/"], ["in/a.txt"], {}),
@@ -117,8 +121,16 @@ def test_globs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_circles_in_plenty_end(tmp_path: Path) -> None:
     """Python's own ** would go through two to the fortieth of these."""
-    tree(tmp_path, "d/a/1.txt", *(f"d/{one}/{number} -> ../{two}" for number, (one, two) in enumerate([("a", "b"), ("b", "a")] * 8)))
-    assert names_of(tmp_path / "d", below=tmp_path) == names_of(tmp_path / "d" / "**" / "*.txt", below=tmp_path) == ["d/a/1.txt"]
+    tree(
+        tmp_path,
+        "d/a/1.txt",
+        *(f"d/{one}/{number} -> ../{two}" for number, (one, two) in enumerate([("a", "b"), ("b", "a")] * 8)),
+    )
+    assert (
+        names_of(tmp_path / "d", below=tmp_path)
+        == names_of(tmp_path / "d" / "**" / "*.txt", below=tmp_path)
+        == ["d/a/1.txt"]
+    )
 
 
 def test_one_file_under_two_inputs(tmp_path: Path) -> None:
@@ -202,7 +214,8 @@ def test_a_folder_that_may_not_be_listed(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, "-c", code, tmp_path / "in"], capture_output=True, text=True, check=True)
     assert (
         run.stdout.strip()
-        == f"InputError {tmp_path / 'in' / 'closed'}: cannot be listed (Permission denied); make it readable, or leave it out"
+        == f"InputError {tmp_path / 'in' / 'closed'}: cannot be listed (Permission denied); make it readable, or leave"
+        " it out"
     )
 
 
@@ -218,7 +231,9 @@ def test_random_trees_with_links_have_every_file_once(tmp_path: Path) -> None:
             (rng.choice(folders) / f"{rng.choice(['', '.'])}{file}.txt").write_bytes(LINE)
         for link in range(6):
             target = rng.choice([*folders, *top.rglob("*.txt")])
-            (rng.choice(folders) / f"{rng.choice(['', '.'])}l{link}{target.suffix if target.is_file() else ''}").symlink_to(target)
+            (
+                rng.choice(folders) / f"{rng.choice(['', '.'])}l{link}{target.suffix if target.is_file() else ''}"
+            ).symlink_to(target)
         expected: set[str] = set()
         entered, todo = set(), [top]
         while todo:
@@ -244,7 +259,9 @@ def test_a_hundred_thousand_files(tmp_path: Path) -> None:
     assert len(found.paths) == 50_000 and found.paths == sorted(found.paths) and found.left_out == {".json": 50_000}
 
 
-def test_the_command_says_what_it_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_says_what_it_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """And the facts of files without oddities are those of ever, so that data goes on being valid."""
     encode_in_this_process(monkeypatch)
     tree(tmp_path, "in/b.jsonl", "in/a-b/c.jsonl", "in/a/d.jsonl", "in/x.json", "in/.git/e.jsonl")
@@ -262,6 +279,8 @@ def test_a_name_with_a_newline_does_not_break_the_one_line(tmp_path: Path, capsy
     with pytest.raises(SystemExit) as stop:
         main(["--input", str(folder), "--tokenizer", str(TOKENIZER), "--out", str(tmp_path / "out")])
     assert stop.value.code == 2
-    assert capsys.readouterr().err == f"prepare_data: {tmp_path}/a\\nb\\x1b[31m\\udcff: no data files; give " + (
-        ".txt, .jsonl, .jsonl.gz, .jsonl.zst, .jsonl.bz2, .parquet files, globs or folders\n"
+    assert (
+        capsys.readouterr().err
+        == f"prepare_data: {tmp_path}/a\\nb\\x1b[31m\\udcff: no data files; give "
+        + ".txt, .jsonl, .jsonl.gz, .jsonl.zst, .jsonl.bz2, .parquet files, globs or folders\n"
     )

@@ -74,7 +74,10 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 def test_a_lock_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"), one_line_errors("command"), limited(0), sole_writer(tmp_path / "out"):
         pytest.fail("held")
-    assert capsys.readouterr().err == f"command: {tmp_path}/out.lock: File too large; raise the limit on the size of files (ulimit -f)\n"
+    assert (
+        capsys.readouterr().err
+        == f"command: {tmp_path}/out.lock: File too large; raise the limit on the size of files (ulimit -f)\n"
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -84,7 +87,9 @@ def files_in(folder: Path) -> dict[Path, bytes]:
 
 @pytest.mark.parametrize("size", [0, 50])
 @pytest.mark.parametrize("writer", WRITERS)
-def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, writer: str, size: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_write_that_fails_leaves_what_was_there(
+    tmp_path: Path, writer: str, size: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     if writer == "report":
         keep_all(Records(tmp_path))
     elif writer != "journal":
@@ -109,7 +114,10 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, writer: str, s
         *((number, "make room") for number in (errno.ENOSPC, errno.EDQUOT)),
         (errno.EFBIG, "raise the limit"),
         *((number, "check its permissions") for number in (errno.EROFS, errno.EACCES, errno.EPERM)),
-        *((number, "a file stands where a folder") for number in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY)),
+        *(
+            (number, "a file stands where a folder")
+            for number in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY)
+        ),
         *((number, "was it removed?") for number in (errno.ENOENT, errno.ESTALE)),
         (errno.ENAMETOOLONG, "a shorter name"),
         (errno.EIO, "check the disk"),
@@ -206,7 +214,11 @@ def test_a_real_disk_that_is_full_and_one_that_is_read_only(tmp_path: Path) -> N
         (disk / "filler").unlink()
         assert files_in(disk) == before
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        for write in (lambda: write_report(disk, None), lambda: card().save(disk / "new"), lambda: write_tracker(disk, 1)):
+        for write in (
+            lambda: write_report(disk, None),
+            lambda: card().save(disk / "new"),
+            lambda: write_tracker(disk, 1),
+        ):
             with pytest.raises(OSError) as caught:
                 write()
             assert caught.value.errno == errno.EROFS and str(disk) in disk_problem(caught.value)

@@ -27,7 +27,9 @@ from tests.support.naive_gated_delta import naive_gated_delta_rule
 Inputs = list[Tensor]
 
 
-def make_inputs(b: int = 1, s: int = 70, h: int = 2, d: int = 8, v: int = 6, *, documents: int = 1, dtype=torch.float64) -> Inputs:
+def make_inputs(
+    b: int = 1, s: int = 70, h: int = 2, d: int = 8, v: int = 6, *, documents: int = 1, dtype=torch.float64
+) -> Inputs:
     """Random inputs with beta up to 2, mild decays and an initial state for every row or document."""
     rng = torch.Generator().manual_seed(1000 * s + b)
     randn = lambda *shape: torch.randn(shape, generator=rng, dtype=torch.float64)  # noqa: E731
@@ -79,7 +81,9 @@ def packed(bounds: Sequence[int], dtype: torch.dtype = torch.int64, **options) -
     return lambda *inputs: ours(*inputs, cu_seqlens=torch.tensor(bounds, dtype=dtype), **options)
 
 
-def one_by_one(rule: Callable[..., tuple[Tensor, Tensor]], bounds: Sequence[int]) -> Callable[..., tuple[Tensor, Tensor]]:
+def one_by_one(
+    rule: Callable[..., tuple[Tensor, Tensor]], bounds: Sequence[int]
+) -> Callable[..., tuple[Tensor, Tensor]]:
     """``rule`` over each document by itself, results joined as packing joins them."""
 
     def apply(*inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,7 +203,11 @@ def test_packed_documents_equal_each_alone(bounds: list[int]) -> None:
 
 
 @settings(max_examples=15, deadline=None, derandomize=True, database=None)
-@given(st.lists(st.integers(1, 20), min_size=1, max_size=6), st.sampled_from([1, 4, 7, 64]), st.sampled_from([1, 60, 2**18]))
+@given(
+    st.lists(st.integers(1, 20), min_size=1, max_size=6),
+    st.sampled_from([1, 4, 7, 64]),
+    st.sampled_from([1, 60, 2**18]),
+)
 def test_any_boundaries_chunks_and_segments(lengths: list[int], chunk_size: int, segment_values: int) -> None:
     bounds = [0, *itertools.accumulate(lengths)]
     inputs = make_inputs(s=bounds[-1], h=1, d=4, v=3, documents=len(lengths))
@@ -298,13 +306,17 @@ def test_names_are_translated_for_the_kernel(monkeypatch: pytest.MonkeyPatch) ->
     def kernel(*, q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens, cu_seqlens_cpu):
         """Flash-linear-attention's names and state layout, [n, h, d, v], on the naive recurrence."""
         assert output_final_state and scale is None
-        assert cu_seqlens.dtype == cu_seqlens_cpu.dtype == torch.int64 and q.dtype == k.dtype == v.dtype == torch.bfloat16
+        assert (
+            cu_seqlens.dtype == cu_seqlens_cpu.dtype == torch.int64 and q.dtype == k.dtype == v.dtype == torch.bfloat16
+        )
         assert g.dtype == beta.dtype == initial_state.dtype == torch.float32
         return one_by_one(naive, cu_seqlens.tolist())(q, k, v, g, beta, initial_state)
 
     inputs = make_inputs(documents=2, dtype=torch.bfloat16)
     cu_seqlens = torch.tensor([0, 30, 70], dtype=torch.int32)
-    monkeypatch.setattr(fla_kernels, "kernels", lambda: fla_kernels.Kernels(chunked=kernel, recurrent=None, conv=None, l2norm=None))
+    monkeypatch.setattr(
+        fla_kernels, "kernels", lambda: fla_kernels.Kernels(chunked=kernel, recurrent=None, conv=None, l2norm=None)
+    )
     monkeypatch.setattr(fla_kernels, "serve", lambda x: True)
     actual = gated_delta_rule(*inputs[:5], initial_state_bhdv=inputs[5], cu_seqlens=cu_seqlens)
     monkeypatch.undo()

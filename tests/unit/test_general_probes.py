@@ -17,7 +17,9 @@ from hydra_mcore.selection.jsonl import Pair
 from hydra_mcore.selection.needles import RULER_FORMAT, NeedleFormat
 
 TEACHER = Path(__file__).parents[2] / "examples" / "tiny" / "teacher"
-KNOWN = [Path(module.__file__).read_text(encoding="utf-8") for module in (general, needles)]  # has every word of the probes
+KNOWN = [
+    Path(module.__file__).read_text(encoding="utf-8") for module in (general, needles)
+]  # has every word of the probes
 
 
 def byte_pairs() -> PreTrainedTokenizerFast:
@@ -25,7 +27,9 @@ def byte_pairs() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(KNOWN, trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False))
+    tokenizer.train_from_iterator(
+        KNOWN, trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
+    )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
@@ -120,7 +124,9 @@ def test_pairs_are_different_and_the_seed_decides(probe: str, language: tuple) -
 def test_length_is_never_exceeded(probe: str, language: tuple) -> None:
     lengths = [len(pair.clean_ids) + len(pair.answer_ids) for pair in general_pairs(probe, *language, 256, 10, seed=1)]
     for limit in (max(lengths), min(lengths), 5):
-        kept = [len(pair.clean_ids) + len(pair.answer_ids) for pair in general_pairs(probe, *language, limit, 10, seed=1)]
+        kept = [
+            len(pair.clean_ids) + len(pair.answer_ids) for pair in general_pairs(probe, *language, limit, 10, seed=1)
+        ]
         assert all(length <= limit for length in kept) and bool(kept) == (limit > 5)
 
 

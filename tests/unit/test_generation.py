@@ -45,9 +45,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "no scale, rotary": {"fa_log_scale": "never", "fa_position": "rope", "gdn_position": "nope", "gdn_qk_norm": "none"},
     "scale of a small base": {"fa_log_scale": "always", "fa_log_scale_base": 2.0},
-    "no convolution": {"gdn_conv_kernel": 0, "fa_gate": "headwise", "gdn_gate": "elementwise", "gate_order": "after_norm"},
+    "no convolution": {
+        "gdn_conv_kernel": 0,
+        "fa_gate": "headwise",
+        "gdn_gate": "elementwise",
+        "gate_order": "after_norm",
+    },
     "one tap": {"gdn_conv_kernel": 1, "gdn_conv_activation": "silu", "fusion": "competition"},
-    "taps beyond the prompt": {"gdn_conv_kernel": 9, "gdn_conv_activation": "silu", "fa_gate": "none", "gdn_gate": "headwise"},
+    "taps beyond the prompt": {
+        "gdn_conv_kernel": 9,
+        "gdn_conv_activation": "silu",
+        "fa_gate": "none",
+        "gdn_gate": "headwise",
+    },
     "kv by group": {"gdn_kv": "per_group", "fusion": "norm", "fusion_norm_weight": "none", "gate_activation": "silu"},
     "kv of both branches": {"gdn_kv": "per_group", "qkv": "shared", "fusion": "none", "gdn_write_max": 2.0},
 }
@@ -72,7 +82,9 @@ def random_model(card: ModelCard, dtype: torch.dtype = torch.float64) -> torch.n
 
 
 def student_card(shape: ModelShape = SHAPE, **options: Any) -> ModelCard:
-    return dataclasses.replace(teacher_card(shape, "f"), head_map=HEAD_MAP, options=HydraOptions(**options), stage="student")
+    return dataclasses.replace(
+        teacher_card(shape, "f"), head_map=HEAD_MAP, options=HydraOptions(**options), stage="student"
+    )
 
 
 def prompts(batch: int, length: int, vocabulary: int = SHAPE.vocab_size) -> Tensor:
@@ -81,7 +93,9 @@ def prompts(batch: int, length: int, vocabulary: int = SHAPE.vocab_size) -> Tens
 
 @torch.no_grad()
 def check(model: torch.nn.Module, ids_bs: Tensor, room: int, tolerance: float = 2e-6) -> None:
-    """Every token, and the logits behind it, as whole forward passes give them; GDN heads round some steps to float32."""
+    """Every token, and the logits behind it, as whole forward passes give them; GDN heads round some steps to
+    float32.
+    """
     tokens_bs, logits_bsw = naive_decoding(model, ids_bs, room)
     steps = itertools.islice(from_memory(ParallelModel([model]), ids_bs, room), room)
     for step, (token_b, logits_bw) in enumerate(steps):
@@ -100,13 +114,19 @@ def test_prompts_of_any_length(length: int) -> None:
     check(random_model(student_card()), prompts(2, length), 8)
 
 
-@pytest.mark.parametrize("changes", [{}, {"rope_scaling": YARN}, {"qkv_bias": True, "qk_norm": False}], ids=["plain", "yarn", "qwen2"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"rope_scaling": YARN}, {"qkv_bias": True, "qk_norm": False}], ids=["plain", "yarn", "qwen2"]
+)
 def test_teachers(changes: dict[str, Any]) -> None:
     check(random_model(teacher_card(dataclasses.replace(SHAPE, **changes), "f")), prompts(2, 45), 8, tolerance=1e-9)
 
 
 def test_a_student_with_biases() -> None:
-    check(random_model(student_card(dataclasses.replace(SHAPE, qkv_bias=True), gdn_kv="per_group", qkv="shared")), prompts(2, 45), 8)
+    check(
+        random_model(student_card(dataclasses.replace(SHAPE, qkv_bias=True), gdn_kv="per_group", qkv="shared")),
+        prompts(2, 45),
+        8,
+    )
 
 
 def test_several_tokens_at_once_are_causal_among_themselves() -> None:
@@ -123,7 +143,9 @@ def test_several_tokens_at_once_are_causal_among_themselves() -> None:
 
 
 def test_memory_is_what_must_be_remembered_and_no_more() -> None:
-    """Keys and values of living groups in the model's dtype with room for what comes, a float32 state, nothing on modules."""
+    """Keys and values of living groups in the model's dtype with room for what comes, a float32 state, nothing on
+    modules.
+    """
     model, memory = random_model(student_card(), torch.bfloat16), Memory(SequencePart(50), 60)
     before = {name: set(vars(module)) for name, module in model.named_modules()}
     with torch.no_grad():
@@ -138,7 +160,9 @@ def test_memory_is_what_must_be_remembered_and_no_more() -> None:
     expected, b, d = {}, 2, 8
     for layer_idx, (groups, gdn) in enumerate([(0, 6), (2, 3), (1, 5), (2, 0)]):
         if groups:
-            expected |= {(layer_idx, name): (torch.bfloat16, b * groups * 60 * d * 2) for name in ("keys_bgtd", "values_bgtd")}
+            expected |= {
+                (layer_idx, name): (torch.bfloat16, b * groups * 60 * d * 2) for name in ("keys_bgtd", "values_bgtd")
+            }
         if gdn:
             expected[layer_idx, "state_bhdv"] = (torch.float32, b * gdn * d * d * 4)
             expected[layer_idx, "taps_sbhc"] = (torch.bfloat16, 3 * b * gdn * 3 * d * 2)
@@ -172,7 +196,9 @@ def test_the_tiny_teacher_writes_what_transformers_writes(tiny_teacher: Path) ->
     assert torch.equal(greedy(ParallelModel([model]), ids_bs, 24, frozenset()), expected_bs)
 
 
-@pytest.mark.parametrize("options", [{}, {"gdn_kv": "per_group", "qkv": "shared", "gdn_gate": "elementwise"}], ids=["default", "shared"])
+@pytest.mark.parametrize(
+    "options", [{}, {"gdn_kv": "per_group", "qkv": "shared", "gdn_gate": "elementwise"}], ids=["default", "shared"]
+)
 def test_a_student_writes_what_its_export_writes(tmp_path: Path, options: dict[str, Any]) -> None:
     card, ids_bs = student_card(**options), prompts(2, 33)
     model = random_model(card)

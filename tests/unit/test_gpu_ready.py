@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a GPU needs of our code and a CPU can check: one-token steps that never wait for the host, pieces that compile whole."""
+"""What a GPU needs of our code and a CPU can check: one-token steps that never wait for the host, pieces that compile
+whole.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ from hydra_mcore.ops.sequence import SequencePart
 from tests.support.hf_model import random_model, random_tokens
 
 SHAPE = ModelShape(
-    num_layers=2, hidden_size=32, num_heads=4, num_kv_groups=2, head_dim=8, ffn_hidden_size=48, vocab_size=64, native_length=64
+    num_layers=2, hidden_size=32, num_heads=4, num_kv_groups=2, head_dim=8, ffn_hidden_size=48, vocab_size=64,
+    native_length=64
 )  # fmt: skip
 WAITS = {  # a value read by the host, a size known only from values, a tensor made of the host's numbers
     torch.ops.aten._local_scalar_dense.default,
@@ -52,7 +55,9 @@ def groups() -> Iterator[None]:
 class NeverWaits(TorchDispatchMode):
     """Refuses what would make a GPU's stream wait for the host, or the host for it."""
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         assert function not in WAITS, f"{function} waits for the host"
         return function(*args, **(kwargs or {}))
 
@@ -88,11 +93,18 @@ def test_one_token_of_a_model_in_evaluation_never_waits() -> None:
 
 
 def naive_conv(
-    x_bsn: Tensor, weight_nt: Tensor, *, activation: str | None, cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None
+    x_bsn: Tensor,
+    weight_nt: Tensor,
+    *,
+    activation: str | None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
 ) -> tuple[Tensor, None]:
     """Flash-linear-attention's call, document by document."""
     bounds = [0, x_bsn.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
-    documents = [F.pad(x_bsn[:, start:end].mT, (weight_nt.shape[1] - 1, 0)) for start, end in itertools.pairwise(bounds)]
+    documents = [
+        F.pad(x_bsn[:, start:end].mT, (weight_nt.shape[1] - 1, 0)) for start, end in itertools.pairwise(bounds)
+    ]
     out_bsn = torch.cat([F.conv1d(x, weight_nt[:, None], groups=len(weight_nt)) for x in documents], dim=-1).mT
     return F.silu(out_bsn) if activation == "silu" else out_bsn, None
 
@@ -103,7 +115,9 @@ def naive_conv(
 def test_the_kernel_s_convolution_knows_documents_and_parts(
     documents: tuple[int, ...] | None, activation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each of three parts, behind what the one before passes, gives its part of the whole row; FLA's call in plain torch."""
+    """Each of three parts, behind what the one before passes, gives its part of the whole row; FLA's call in plain
+    torch.
+    """
     conv = student(gdn_conv_activation=activation).decoder.layers[0].self_attention.gdn.conv
     conv.weight.normal_()
     x_sbhc, before = torch.randn(24, 1, 2, 24), conv.block[1] - 1
@@ -114,7 +128,9 @@ def test_the_kernel_s_convolution_knows_documents_and_parts(
     torch.testing.assert_close(conv(x_sbhc, SequencePart(24, documents=documents)), whole)
     padded_sbhc = torch.cat([torch.zeros_like(x_sbhc[:before]), x_sbhc])
     for rank in range(3):
-        found = conv._fused(padded_sbhc[8 * rank : 8 * rank + before + 8], SequencePart(24, 3, rank, documents))[before:]
+        found = conv._fused(padded_sbhc[8 * rank : 8 * rank + before + 8], SequencePart(24, 3, rank, documents))[
+            before:
+        ]
         torch.testing.assert_close(found, whole[8 * rank : 8 * rank + 8])
 
 
@@ -124,17 +140,23 @@ def pieces(attention: HydraAttention) -> dict[str, Callable[[Tensor], Any]]:
 
     def fused(x_sbm: Tensor) -> Tensor:
         out = {role: x_sbm.unflatten(-1, (4, 8))[:, :, :2] for role in HeadRole}
-        return attention.fusion({HeadRole.FA: (out[HeadRole.FA], attention.fa.gate(x_sbm)), HeadRole.GDN: (out[HeadRole.GDN], None)}, x_sbm)
+        return attention.fusion(
+            {HeadRole.FA: (out[HeadRole.FA], attention.fa.gate(x_sbm)), HeadRole.GDN: (out[HeadRole.GDN], None)}, x_sbm
+        )
 
     return {
         "output gate": attention.fa.gate,
         "decay and write": attention.gdn.gates,
-        "short convolution": lambda x_sbm: attention.gdn.conv(x_sbm.repeat(1, 1, 2)[..., :48].unflatten(-1, (2, 24)), part),
+        "short convolution": lambda x_sbm: attention.gdn.conv(
+            x_sbm.repeat(1, 1, 2)[..., :48].unflatten(-1, (2, 24)), part
+        ),
         "fusion": fused,
     }
 
 
-@pytest.mark.parametrize("options", [{}, {"fusion": "competition", "gdn_conv_activation": "silu", "gate_order": "after_norm"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"fusion": "competition", "gdn_conv_activation": "silu", "gate_order": "after_norm"}], ids=str
+)
 @pytest.mark.parametrize("name", ["output gate", "decay and write", "short convolution", "fusion"])
 def test_pieces_compile_without_a_break(name: str, options: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     piece = pieces(student(**options).decoder.layers[0].self_attention)[name]
@@ -150,7 +172,9 @@ def test_pieces_compile_without_a_break(name: str, options: dict[str, str], monk
 
 def test_the_gpu_suite_says_what_it_would_run() -> None:
     script = Path(__file__).parents[2] / "tools" / "gpu_check.sh"
-    dry = subprocess.run([script, "--dry-run"], env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True, check=True)
+    dry = subprocess.run(
+        [script, "--dry-run"], env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True, check=True
+    )
     assert "-m gpu tests/gpu" in dry.stdout and len(dry.stdout.splitlines()) == 5
     for section in ("delta-rule", "attention", "layer", "step"):
         assert f"benchmark.py {section} --" in dry.stdout

@@ -16,7 +16,9 @@ from tests.support.stages import HEAD_MAP, SHAPE, randomise
 
 OPTIONS = {
     "default": HydraOptions(),
-    "others": HydraOptions(fa_gate="headwise", gdn_gate="elementwise", gate_order="after_norm", fusion="norm", gdn_write_max=2.0),
+    "others": HydraOptions(
+        fa_gate="headwise", gdn_gate="elementwise", gate_order="after_norm", fusion="norm", gdn_write_max=2.0
+    ),
     "bare": HydraOptions(fa_gate="none", fusion="none"),
 }
 
@@ -43,7 +45,9 @@ def _both(rank: int, options: HydraOptions) -> tuple[dict[str, np.ndarray], dict
         monitor = HeadMonitor(model, lambda: due[0])
         calls: list[tuple] = []
         for layer in model.decoder.layers:
-            layer.self_attention.register_forward_hook(lambda module, args, kwargs, out: calls.append((module, args[0])), with_kwargs=True)
+            layer.self_attention.register_forward_hook(
+                lambda module, args, kwargs, out: calls.append((module, args[0])), with_kwargs=True
+            )
         outputs: list[tuple] = []
         for layer in model.decoder.layers:
             for role in ("fa", "gdn"):
@@ -96,7 +100,12 @@ def test_means_over_heads() -> None:
     table[STATISTICS.index("rms")] = [[(8, 2), (3, 3), (32, 2)], [(1, 1), (4, 4), (4, 1)]]
     table[STATISTICS.index("half-life"), 0, [0, 2]] = [(-0.1, 2), (-0.3, 2)]
     found = HeadStatistics(table, head_map).by_layer()
-    rms = {"gdn rms/layer 00": math.sqrt(10), "gdn rms/all": math.sqrt(10), "fa rms/layer 00": 1.0, "fa rms/layer 01": math.sqrt(1.5)}
+    rms = {
+        "gdn rms/layer 00": math.sqrt(10),
+        "gdn rms/all": math.sqrt(10),
+        "fa rms/layer 00": 1.0,
+        "fa rms/layer 01": math.sqrt(1.5),
+    }
     half_life = math.log(2) / 0.1
     expected = rms | {"fa rms/all": math.sqrt(12 / 9), "gdn to fa rms/layer 00": math.sqrt(10)}
     assert found == pytest.approx(expected | {"gdn half-life/layer 00": half_life, "gdn half-life/all": half_life})

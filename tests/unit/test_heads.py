@@ -25,7 +25,16 @@ LAYERS, HEADS, GROUPS = 3, 4, 2
 
 
 MODEL = dataclasses.asdict(
-    ModelShape(num_layers=3, hidden_size=12, num_heads=4, num_kv_groups=2, head_dim=4, ffn_hidden_size=8, vocab_size=10, native_length=8)
+    ModelShape(
+        num_layers=3,
+        hidden_size=12,
+        num_heads=4,
+        num_kv_groups=2,
+        head_dim=4,
+        ffn_hidden_size=8,
+        vocab_size=10,
+        native_length=8,
+    )
 )
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "head_map.schema.json").read_text())
 
@@ -41,7 +50,9 @@ def head_maps(draw) -> HeadMap:
     heads = groups * group_size
     kept = draw(st.lists(st.sets(st.integers(0, heads - 1)), min_size=1, max_size=4))
     pairs = [(layer_idx, head_idx) for layer_idx, fa in enumerate(kept) for head_idx in fa]
-    return HeadMap.from_fa(pairs, len(kept), heads, groups, fingerprint=draw(st.text(max_size=8).filter(str.isprintable)))
+    return HeadMap.from_fa(
+        pairs, len(kept), heads, groups, fingerprint=draw(st.text(max_size=8).filter(str.isprintable))
+    )
 
 
 @given(head_maps())
@@ -169,15 +180,23 @@ def test_a_saved_map_matches_the_schema(tmp_path):
 
 
 def test_the_schema_describes_all_that_a_map_holds():
-    """Every property has words; every fact of a model, every key of a map and every strategy is named, and nothing else."""
+    """Every property has words; every fact of a model, every key of a map and every strategy is named, and nothing
+    else.
+    """
     raw, known = some_map().to_dict(), SCHEMA["properties"]
     heads = known["layers"]["items"]["properties"]
-    assert set(known) == set(raw) and set(known["model"]["properties"]) == set(MODEL) and set(heads) == set(raw["layers"][0])
+    assert (
+        set(known) == set(raw)
+        and set(known["model"]["properties"]) == set(MODEL)
+        and set(heads) == set(raw["layers"][0])
+    )
     parts = [SCHEMA, *known.values(), *known["model"]["properties"].values(), known["layers"]["items"], *heads.values()]
     assert all(part["description"].endswith(".") for part in parts)
     assert known["format"]["const"] == HEAD_MAP_FORMAT
     assert known["strategy"]["examples"] == [*STRATEGIES, "teacher"]
-    assert set(SCHEMA["required"]) == set(raw) - {"made_by"} and set(known["model"]["required"]) == set(some_map().counts)
+    assert set(SCHEMA["required"]) == set(raw) - {"made_by"} and set(known["model"]["required"]) == set(
+        some_map().counts
+    )
 
 
 @pytest.mark.parametrize(

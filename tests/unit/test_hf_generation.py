@@ -38,7 +38,9 @@ def generate(model: PreTrainedModel, tokens_bs: Tensor, mask_bs: Tensor | None =
     """The new tokens only, [b, 12]."""
     torch.manual_seed(9)
     mask_bs = torch.ones_like(tokens_bs) if mask_bs is None else mask_bs
-    out = model.generate(tokens_bs, attention_mask=mask_bs, min_new_tokens=12, max_new_tokens=12, pad_token_id=0, **options)
+    out = model.generate(
+        tokens_bs, attention_mask=mask_bs, min_new_tokens=12, max_new_tokens=12, pad_token_id=0, **options
+    )
     return out[:, tokens_bs.shape[1] :]
 
 
@@ -55,7 +57,10 @@ def test_layers_may_lie_on_several_devices(tmp_path, model):
     model.save_pretrained(tmp_path / "hf")
     where = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "lm_head"), "cpu")
     spread = load(
-        tmp_path / "hf", torch.float64, device_map=where | {"model.layers.1": "disk", "model.layers.2": "disk"}, offload_folder=tmp_path
+        tmp_path / "hf",
+        torch.float64,
+        device_map=where | {"model.layers.1": "disk", "model.layers.2": "disk"},
+        offload_folder=tmp_path,
     )
     tokens_bs, mask_bs = left_padded([random_tokens(length) for length in PROMPTS], max(PROMPTS))
     assert torch.equal(generate(spread, tokens_bs, mask_bs), generate(model, tokens_bs, mask_bs))
@@ -92,7 +97,9 @@ def test_sampling_draws_from_the_logits(model):
     """First tokens of many draws are as frequent as the temperature makes them."""
     tokens_bs, draws = random_tokens(1, 4), 4000
     torch.manual_seed(9)
-    first = model.generate(tokens_bs.expand(draws, -1), max_new_tokens=1, do_sample=True, temperature=1.5, top_k=0, pad_token_id=0)[:, 4]
+    first = model.generate(
+        tokens_bs.expand(draws, -1), max_new_tokens=1, do_sample=True, temperature=1.5, top_k=0, pad_token_id=0
+    )[:, 4]
     with torch.no_grad():
         expected = (model(tokens_bs).logits[0, -1] / 1.5).softmax(dim=-1)
     found = first.bincount(minlength=TINY["vocab_size"]) / draws
@@ -105,7 +112,9 @@ def test_a_second_turn_goes_on_from_the_returned_cache(model):
     out = model.generate(first, max_new_tokens=6, do_sample=False, return_dict_in_generate=True, pad_token_id=0)
     conversation = torch.cat([out.sequences, second], dim=1)
     assert out.past_key_values.get_seq_length() == 14, "all but the last new token"
-    assert torch.equal(generate(model, conversation, past_key_values=out.past_key_values), generate(model, conversation))
+    assert torch.equal(
+        generate(model, conversation, past_key_values=out.past_key_values), generate(model, conversation)
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"config": True}], ids=["of no layers", "of the model's layers"])
@@ -122,7 +131,10 @@ def test_an_empty_dynamic_cache_becomes_ours(model, options):
     assert torch.equal(generate(model, first, past_key_values=cache(), use_cache=False), expected)
     mine, whole = cache(), torch.cat([first, second], dim=1)
     with torch.no_grad():
-        steps = [model(part, past_key_values=mine, use_cache=use_cache).logits for part, use_cache in ((first, True), (second, False))]
+        steps = [
+            model(part, past_key_values=mine, use_cache=use_cache).logits
+            for part, use_cache in ((first, True), (second, False))
+        ]
         torch.testing.assert_close(torch.cat(steps, dim=1), model(whole).logits, rtol=0, atol=1e-12)
     assert mine.get_seq_length() == 14
     out = model.generate(first, max_new_tokens=6, do_sample=False, past_key_values=(turn := cache()), pad_token_id=0)
@@ -181,8 +193,13 @@ def test_loss_is_that_of_the_next_token_and_logits_can_be_spared(model):
     tokens_bs = random_tokens(2, 9)
     with torch.no_grad():
         output = model(tokens_bs, labels=tokens_bs, output_hidden_states=True)
-        spared, chosen = model(tokens_bs, logits_to_keep=2).logits, model(tokens_bs, logits_to_keep=torch.tensor([0, 4])).logits
-    expected = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), tokens_bs[:, 1:].flatten())
+        spared, chosen = (
+            model(tokens_bs, logits_to_keep=2).logits,
+            model(tokens_bs, logits_to_keep=torch.tensor([0, 4])).logits,
+        )
+    expected = torch.nn.functional.cross_entropy(
+        output.logits[:, :-1].flatten(0, 1).float(), tokens_bs[:, 1:].flatten()
+    )
     torch.testing.assert_close(output.loss, expected, check_dtype=False)
     torch.testing.assert_close(spared, output.logits[:, -2:], rtol=0, atol=1e-13)
     torch.testing.assert_close(chosen, output.logits[:, [0, 4]], rtol=0, atol=1e-13)
@@ -197,7 +214,11 @@ def test_a_fresh_model_starts_as_the_framework_starts_one(tmp_path):
     torch.testing.assert_close(40 * log_decay_bsh, torch.full_like(log_decay_bsh, -math.log(2.0)))
     torch.testing.assert_close(write_bsh, torch.full_like(write_bsh, 0.5))
     taps = torch.tensor([0.0, 0.0, 0.0, 1.0]).expand_as(attention.gdn.conv.weight)
-    assert torch.equal(attention.gdn.conv.weight, taps) and attention.scale.eq(1).all() and attention.competition.weight.eq(0).all()
+    assert (
+        torch.equal(attention.gdn.conv.weight, taps)
+        and attention.scale.eq(1).all()
+        and attention.competition.weight.eq(0).all()
+    )
     for gate in (attention.fa.gate_proj, attention.gdn.gate_proj):
         assert gate.bias.eq(1).all() and 5e-4 < gate.weight.std() < 2e-3
     assert 0.015 < attention.o_proj.weight.std() < 0.025 and attention.fa_norm.weight.eq(1).all()
@@ -233,7 +254,9 @@ def test_weights_left_out_keep_their_start(tmp_path):
     model = fresh(tmp_path)
     scramble(model)
     lacking = ("gdn.conv.weight", "gdn.A_log", "self_attn.scale")
-    model.save_pretrained(tmp_path, state_dict={name: x for name, x in model.state_dict().items() if not name.endswith(lacking)})
+    model.save_pretrained(
+        tmp_path, state_dict={name: x for name, x in model.state_dict().items() if not name.endswith(lacking)}
+    )
     for name, x in load(tmp_path).state_dict().items():
         if name.endswith("gdn.conv.weight"):
             assert x[..., -1].eq(1).all() and x[..., :-1].eq(0).all()

@@ -51,12 +51,17 @@ def hf_state(student: torch.nn.Module, head_map: HeadMap, d: int) -> dict[str, T
         "model.norm.weight": student.decoder.final_layernorm.weight,
     }
     state["lm_head.weight"] = (
-        student.shared_embedding_or_output_weight() if student.share_embeddings_and_output_weights else student.output_layer.weight
+        student.shared_embedding_or_output_weight()
+        if student.share_embeddings_and_output_weights
+        else student.output_layer.weight
     )
     for layer_idx, (theirs, heads) in enumerate(zip(student.decoder.layers, head_map.layers, strict=True)):
         attention, to = theirs.self_attention, f"model.layers.{layer_idx}."
         gate, up = theirs.mlp.linear_fc1.weight.chunk(2)
-        state |= {to + f"mlp.{name}_proj.weight": x for name, x in (("gate", gate), ("up", up), ("down", theirs.mlp.linear_fc2.weight))}
+        state |= {
+            to + f"mlp.{name}_proj.weight": x
+            for name, x in (("gate", gate), ("up", up), ("down", theirs.mlp.linear_fc2.weight))
+        }
         state |= {to + "input_layernorm.weight": theirs.input_layernorm.weight}
         state |= {to + "post_attention_layernorm.weight": theirs.pre_mlp_layernorm.weight}
         order = torch.tensor(heads.fa + heads.gdn).argsort()
@@ -66,7 +71,12 @@ def hf_state(student: torch.nn.Module, head_map: HeadMap, d: int) -> dict[str, T
 
 
 def attention_state(attention: torch.nn.Module, order: Tensor, d: int) -> dict[str, Tensor]:
-    renamed = {"linear_q": "q_proj", "linear_decay": "decay_proj", "linear_write": "write_proj", "gate.linear": "gate_proj"}
+    renamed = {
+        "linear_q": "q_proj",
+        "linear_decay": "decay_proj",
+        "linear_write": "write_proj",
+        "gate.linear": "gate_proj",
+    }
     state = {}
     for name, x in attention.named_parameters():
         branch, _, rest = name.partition(".")
@@ -96,9 +106,12 @@ def card_of(options: dict) -> ModelCard:
     rope = dict(facts["rope_parameters"])
     shape = ModelShape(
         num_layers=facts["num_hidden_layers"], hidden_size=facts["hidden_size"], num_heads=facts["num_attention_heads"],
-        num_kv_groups=facts["num_key_value_heads"], head_dim=facts["head_dim"], ffn_hidden_size=facts["intermediate_size"],
-        vocab_size=facts["vocab_size"], native_length=facts["max_position_embeddings"], rope_theta=rope.pop("rope_theta"),
-        tied_embeddings=facts["tie_word_embeddings"], qk_norm=facts.get("qk_norm", True), qkv_bias=facts.get("qkv_bias", False),
+        num_kv_groups=facts["num_key_value_heads"], head_dim=facts["head_dim"],
+        ffn_hidden_size=facts["intermediate_size"],
+        vocab_size=facts["vocab_size"], native_length=facts["max_position_embeddings"],
+        rope_theta=rope.pop("rope_theta"),
+        tied_embeddings=facts["tie_word_embeddings"], qk_norm=facts.get("qk_norm", True),
+        qkv_bias=facts.get("qkv_bias", False),
         rope_scaling=None if rope["rope_type"] == "default" else rope,
     )  # fmt: skip
     pairs = [(layer_idx, head) for layer_idx, heads in enumerate(facts["fa_heads"]) for head in heads]
@@ -124,7 +137,13 @@ def test_equals_the_megatron_model(options, tmp_path):
 SCALED = [
     {"rope_type": "default"},
     {"rope_type": "linear", "factor": 3.0},
-    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+    {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
     {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
 ]
 
@@ -149,7 +168,10 @@ def test_all_fa_model_without_additions_is_qwen3(rope, tmp_path):
 
 def padded(places: list[list[int]], total: int) -> tuple[Tensor, Tensor]:
     """Sequences of ``random_tokens``, token j of row i at column places[i][j]: ids and mask, [b, total]."""
-    tokens_bs, mask_bs = torch.zeros(len(places), total, dtype=torch.long), torch.zeros(len(places), total, dtype=torch.long)
+    tokens_bs, mask_bs = (
+        torch.zeros(len(places), total, dtype=torch.long),
+        torch.zeros(len(places), total, dtype=torch.long),
+    )
     for row, columns in enumerate(places):
         tokens_bs[row, columns], mask_bs[row, columns] = sequence(row, len(columns)), 1
     return tokens_bs, mask_bs
@@ -289,7 +311,9 @@ def test_a_step_copies_no_keys_per_head_and_gdn_costs_the_same_at_any_length(tmp
             with _Sizes() as mode:
                 model(random_tokens(b, 1), past_key_values=cache)
         written.setdefault(name, []).append(mode.sizes)
-    assert max(written["fa"][0]) == 2 * (long + 1) * TINY["head_dim"] * b, "the keys of two groups; four heads would be twice that"
+    assert max(written["fa"][0]) == 2 * (long + 1) * TINY["head_dim"] * b, (
+        "the keys of two groups; four heads would be twice that"
+    )
     assert written["gdn"][0] == written["gdn"][1]
 
 

@@ -84,7 +84,9 @@ def test_imports_never_go_up(path: Path) -> None:
 @pytest.mark.parametrize("path", TRAVELLERS, ids=lambda path: path.name)
 def test_what_travels_with_a_model_needs_nothing_that_stays(path: Path) -> None:
     assert not any(map(room_of, imported(path)))
-    relative = {node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and node.level}
+    relative = {
+        node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and node.level
+    }
     assert relative <= {traveller.stem for traveller in TRAVELLERS}
 
 

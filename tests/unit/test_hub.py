@@ -32,7 +32,8 @@ from tools.prepare_data import main
 
 HTTP_ERROR = HfHubHTTPError.__mro__[1]  # of the library that this huggingface_hub takes: httpx, then httpx2
 ERRORS = [
-    HTTP_ERROR("refused"), HTTP_ERROR("two\nlines"), requests.ConnectionError("refused"), aiohttp.ClientPayloadError("cut off"),
+    HTTP_ERROR("refused"), HTTP_ERROR("two\nlines"), requests.ConnectionError("refused"),
+    aiohttp.ClientPayloadError("cut off"),
     TimeoutError(), fsspec.exceptions.FSTimeoutError(), OSError(5, "broken"), DatasetGenerationError("broken"),
     KeyError("id"), TypeError("NoneType"), RuntimeError("the client has been closed"), json.JSONDecodeError("x", "", 0),
 ]  # fmt: skip
@@ -104,7 +105,22 @@ def complaint(*flags: str, capsys: pytest.CaptureFixture[str]) -> str:
     return said[0]
 
 
-MISSING = ["./gone", "../gone", "/gone", "/gone/x", "~/gone", "a/b/c", "a/", "runs\\gone", "", "a b", "x" * 5000, "a\nb", "a..b/c", "-a"]
+MISSING = [
+    "./gone",
+    "../gone",
+    "/gone",
+    "/gone/x",
+    "~/gone",
+    "a/b/c",
+    "a/",
+    "runs\\gone",
+    "",
+    "a b",
+    "x" * 5000,
+    "a\nb",
+    "a..b/c",
+    "-a",
+]
 
 
 @pytest.mark.parametrize("name", MISSING)
@@ -122,7 +138,11 @@ def test_a_file_is_no_dataset(tmp_path: Path, never_asked: None) -> None:
 
 @pytest.mark.parametrize("way", ["refused", "silent", "offline", "no such host"])
 def test_without_a_network_the_line_comes_within_seconds(
-    way: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    way: str,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "a.txt").write_text("x")
     said = "the hub does not answer"
@@ -161,7 +181,12 @@ ANSWERS = [
 
 @pytest.mark.parametrize(("status", "body"), ANSWERS)
 def test_whatever_a_hub_answers_is_one_line(
-    status: int, body: bytes, online: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    status: int,
+    body: bytes,
+    online: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     answering(status, body, monkeypatch)
     flags = ("--dataset", "nobody/nothing", "--tokenizer", str(TOKENIZER), "--out", str(tmp_path / "out"))
@@ -169,7 +194,8 @@ def test_whatever_a_hub_answers_is_one_line(
 
 
 @pytest.mark.parametrize(
-    ("status", "body"), [pytest.param(*answer, marks=[] if answer[0] == 401 else pytest.mark.slow) for answer in ANSWERS]
+    ("status", "body"),
+    [pytest.param(*answer, marks=[] if answer[0] == 401 else pytest.mark.slow) for answer in ANSWERS],
 )
 def test_whatever_a_hub_answers_for_a_tokenizer_is_one_line(
     status: int, body: bytes, online: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -217,7 +243,13 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     rest = ["--tokenizer", str(TOKENIZER), "--out", str(tmp_path / "out"), "--workers", "1", "--shard-tokens", "3000"]
     main(["--dataset", str(tmp_path / "set"), *rest])
     manifest = Manifest.load(tmp_path / "out.json")
-    manifest.run["source"] = {"dataset": "nobody/nothing", "config": None, "split": "train", "revision": COMMIT, "text_key": "text"}
+    manifest.run["source"] = {
+        "dataset": "nobody/nothing",
+        "config": None,
+        "split": "train",
+        "revision": COMMIT,
+        "text_key": "text",
+    }
     manifest.save(tmp_path / "out.json")
     return ["--dataset", "nobody/nothing", *rest]
 

@@ -31,7 +31,9 @@ def test_pieces_come_back_at_once(tmp_path: Path) -> None:
     for name, value in PIECES.items():
         journal.add(name, value)
         added[name] = value
-        assert read_journal(tmp_path / "deep" / "64", RUN) == added, "a piece is safe when add returns; the file is still open"
+        assert read_journal(tmp_path / "deep" / "64", RUN) == added, (
+            "a piece is safe when add returns; the file is still open"
+        )
 
 
 def test_a_run_that_adds_nothing_leaves_no_trace(tmp_path: Path) -> None:

@@ -30,7 +30,13 @@ def words() -> PreTrainedTokenizerFast:
 
 
 def test_all_lines_are_taken(words: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    second = {**GOOD, "clean": "The big dog", "corrupt": "The big cat", "answer": "barks and barks", "distractor": "meows and meows"}
+    second = {
+        **GOOD,
+        "clean": "The big dog",
+        "corrupt": "The big cat",
+        "answer": "barks and barks",
+        "distractor": "meows and meows",
+    }
     lines = ["\ufeff" + json.dumps(GOOD), "", json.dumps(second, ensure_ascii=False)]
     (tmp_path / "own.jsonl").write_bytes("\r\n".join(lines).encode())  # as an editor on Windows leaves it
     one, two = load_pairs(words, tmp_path / "own.jsonl")
@@ -49,7 +55,9 @@ def test_prompt_and_answer_are_encoded_separately(tmp_path: Path) -> None:
         json.dumps({"clean": "an = 11\u2028", "corrupt": "an = 22\u2028", "answer": "1", "distractor": "2"})
     )
     (pair,) = load_pairs(tokenizer, tmp_path / "own.jsonl")  # a line separator in a text ends no line
-    assert np.array_equal(pair.answer_ids, tokenizer.encode("1")) and np.array_equal(pair.clean_ids, tokenizer.encode("an = 11\u2028"))
+    assert np.array_equal(pair.answer_ids, tokenizer.encode("1")) and np.array_equal(
+        pair.clean_ids, tokenizer.encode("an = 11\u2028")
+    )
 
 
 @pytest.mark.parametrize(

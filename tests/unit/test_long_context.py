@@ -15,7 +15,11 @@ from examples.tiny.long_context import main
 def finished(folder: Path, accuracies: dict[str, dict[int, float]]) -> Path:
     """A run whose evaluation says this of the group single-key."""
     models = {
-        model: {"groups": [{"group": "single-key", "length": length, "accuracy": share} for length, share in by_length.items()]}
+        model: {
+            "groups": [
+                {"group": "single-key", "length": length, "accuracy": share} for length, share in by_length.items()
+            ]
+        }
         for model, by_length in accuracies.items()
     }
     (folder / "evaluation").mkdir(parents=True)

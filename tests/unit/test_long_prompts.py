@@ -33,7 +33,10 @@ SHAPE = ModelShape(
 )
 TEACHER = teacher_card(SHAPE, "f")
 STUDENT = dataclasses.replace(
-    TEACHER, head_map=HeadMap.from_fa([(0, 1), (1, 4), (3, 2), (3, 7)], 4, 8, 4), options=HydraOptions(), stage="student"
+    TEACHER,
+    head_map=HeadMap.from_fa([(0, 1), (1, 4), (3, 2), (3, 7)], 4, 8, 4),
+    options=HydraOptions(),
+    stage="student",
 )
 
 
@@ -63,7 +66,9 @@ def test_losses_of_all_positions_never_meet_in_memory() -> None:
     length, model = 4096, build_model(STUDENT).eval()
     with tracked_peak() as memory:
         loss_bp, _ = ParallelModel([model]).token_losses(random_ids(length))
-    assert memory.largest_elements <= length * SHAPE.vocab_size / 4 and memory.peak_bytes < 4 * length * SHAPE.vocab_size
+    assert (
+        memory.largest_elements <= length * SHAPE.vocab_size / 4 and memory.peak_bytes < 4 * length * SHAPE.vocab_size
+    )
     with torch.no_grad():
         logits_bsw = model(random_ids(length), torch.arange(length)[None], None)
     expected_bp = F.cross_entropy(logits_bsw[0, :-1], random_ids(length)[0, 1:], reduction="none")[None]

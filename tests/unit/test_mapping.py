@@ -16,7 +16,16 @@ from hydra_mcore.convert.tensors import is_teacher, tensor_rules
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.build import teacher_card
 
-SHAPE = ModelShape(num_layers=3, hidden_size=5, num_heads=6, num_kv_groups=3, head_dim=4, ffn_hidden_size=7, vocab_size=11, native_length=8)
+SHAPE = ModelShape(
+    num_layers=3,
+    hidden_size=5,
+    num_heads=6,
+    num_kv_groups=3,
+    head_dim=4,
+    ffn_hidden_size=7,
+    vocab_size=11,
+    native_length=8,
+)
 # A layer with some FA heads (two of the three kv groups live), one with none, one with all.
 HEAD_MAP = HeadMap.from_fa([(0, 1), (0, 4), *((2, h) for h in range(6))], 3, 6, 3)
 
@@ -103,7 +112,9 @@ OPTIONS = [
 def test_a_students_table_gives_every_part_of_a_tensor_once_and_its_config_gives_it_back(options):
     shape = replace(SHAPE, qkv_bias=True, rope_scaling={"rope_type": "linear", "factor": 2.0})
     stages = [{"stage": "align", "sequence_length": 8, "batch_size": 2, "iterations": 3}]
-    card = ModelCard(shape=shape, head_map=HEAD_MAP, options=HydraOptions(**options), fingerprint="f00", stage="align", stages=stages)
+    card = ModelCard(
+        shape=shape, head_map=HEAD_MAP, options=HydraOptions(**options), fingerprint="f00", stage="align", stages=stages
+    )
     assert_every_part_once(card)
     assert not is_teacher(card)
     config = to_config(card, "float32")

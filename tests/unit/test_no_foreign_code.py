@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[2]
 TEACHER = ROOT / "examples" / "tiny" / "teacher"
 FILES = sorted(path for top in ("hydra_mcore", "tools", "examples") for path in (ROOT / top).rglob("*.py"))
 LOADERS = {"from_pretrained", "from_config", "pipeline"}
-# Calls of other kinds: of this package's own classes, of classes that read no code, of one that checks the code it runs.
+# Calls of other kinds: of this package's own classes, of classes that read no code, of one that checks the code it
+# runs.
 SAFE = {
     ("hydra_mcore/evaluation/hugging_face.py", "model_class().config_class.from_pretrained(folder)"),
     ("hydra_mcore/convert/tokenizer_files.py", "GenerationConfig.from_pretrained(hf_dir, local_files_only=True)"),
@@ -30,7 +31,10 @@ SAFE = {
     ("hydra_mcore/convert/hf_io.py", "hydra_family.from_config(raw | given, shape)"),
     (
         "hydra_mcore/evaluation/verification.py",
-        "AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=run_its_code, local_files_only=True)",
+        (
+            "AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=run_its_code,"
+            " local_files_only=True)"
+        ),
     ),
 }
 
@@ -39,7 +43,10 @@ def test_every_place_that_loads_refuses_foreign_code() -> None:
     found, refused = set(), 0
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, ast.Call) or getattr(node.func, "attr", getattr(node.func, "id", "")) not in LOADERS:
+            if (
+                not isinstance(node, ast.Call)
+                or getattr(node.func, "attr", getattr(node.func, "id", "")) not in LOADERS
+            ):
                 continue
             options = ast.unparse(node)
             if "trust_remote_code=False" in options or "**options" in options:
@@ -51,10 +58,15 @@ def test_every_place_that_loads_refuses_foreign_code() -> None:
 
 
 PLANTED = {
-    "in tokenizer_config.json": {"tokenizer_config.json": {"auto_map": {"AutoTokenizer": [None, "evil.Evil"]}, "tokenizer_class": "Evil"}},
+    "in tokenizer_config.json": {
+        "tokenizer_config.json": {"auto_map": {"AutoTokenizer": [None, "evil.Evil"]}, "tokenizer_class": "Evil"}
+    },
     "as a list, as of old": {"tokenizer_config.json": {"auto_map": [None, "evil.Evil"]}},
     "in config.json": {
-        "config.json": {"auto_map": {"AutoConfig": "evil.Evil", "AutoTokenizer": [None, "evil.Evil"]}, "model_type": "evil"}
+        "config.json": {
+            "auto_map": {"AutoConfig": "evil.Evil", "AutoTokenizer": [None, "evil.Evil"]},
+            "model_type": "evil",
+        }
     },
     "in both": {
         "tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, "tokenizer_class": "Evil"},
@@ -78,7 +90,12 @@ def plant(folder: Path, where: dict[str, dict]) -> Path:
 @pytest.mark.parametrize("switched_on", [False, True])
 def test_a_planted_tokenizer_is_refused_in_one_line_or_read_without_its_code(tmp_path, monkeypatch, where, switched_on):
     if switched_on:
-        for name in ("TRUST_REMOTE_CODE", "HF_TRUST_REMOTE_CODE", "HF_DATASETS_TRUST_REMOTE_CODE", "TRANSFORMERS_TRUST_REMOTE_CODE"):
+        for name in (
+            "TRUST_REMOTE_CODE",
+            "HF_TRUST_REMOTE_CODE",
+            "HF_DATASETS_TRUST_REMOTE_CODE",
+            "TRANSFORMERS_TRUST_REMOTE_CODE",
+        ):
             monkeypatch.setenv(name, "1")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on standard input"))
     mark = plant(tmp_path / "a" / "tokenizer", where)

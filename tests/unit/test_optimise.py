@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Constrained choices against every choice there is on small shapes, and against what can be worked out on large ones."""
+"""Constrained choices against every choice there is on small shapes, and against what can be worked out on large
+ones.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,16 @@ from hydra_mcore.selection.optimise import Head, best_in_blocks, best_in_groups,
 Scores = list[list[float]]
 Problem = tuple[Scores, list[Head], int]  # scores, a ranking in line with them, kv groups of a layer
 
-SHAPES = [(1, 1, 4), (3, 1, 4), (1, 3, 4), (2, 2, 2), (1, 5, 2), (3, 2, 2), (4, 3, 1), (2, 3, 2)]  # layers, groups, heads of a group
+SHAPES = [
+    (1, 1, 4),
+    (3, 1, 4),
+    (1, 3, 4),
+    (2, 2, 2),
+    (1, 5, 2),
+    (3, 2, 2),
+    (4, 3, 1),
+    (2, 3, 2),
+]  # layers, groups, heads of a group
 FEW = st.sampled_from([0.0, 0.125, 0.25, 0.5, 1.0, 2.0])  # many ties, and sums that are equal in many ways
 SIGNED = st.integers(-4, 4).map(float)
 ANY = st.floats(0.0, 1.0)

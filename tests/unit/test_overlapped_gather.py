@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Megatron waits for a module's new parameters as the module is called: in every stage each module that has some must be."""
+"""Megatron waits for a module's new parameters as the module is called: in every stage each module that has some must
+be.
+"""
 
 import dataclasses
 

@@ -62,12 +62,18 @@ def test_the_fastest_layouts_all_fit(tmp_path: Path) -> None:
 
 def test_a_head_map_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All FA heads in few layers: more attention work on one rank than on the others."""
-    HeadMap.from_fa([(layer_idx, head_idx) for layer_idx in range(28) for head_idx in range(3)], 28, 16, 8).save(tmp_path / "map.json")
+    HeadMap.from_fa([(layer_idx, head_idx) for layer_idx in range(28) for head_idx in range(3)], 28, 16, 8).save(
+        tmp_path / "map.json"
+    )
     flags = ["--config", SMALL, "--stage", "extend", "--head-map", str(tmp_path / "map.json")]
     flags += ["--tensor-model-parallel-size", "4", "--context-parallel-size", "1"]
     uneven = plan(tmp_path, *flags)["extend"]
     assert "84 FA heads" in capsys.readouterr().out
-    assert uneven["seconds"]["imbalance"] > 0 == plan(tmp_path, *flags, "--fa-balance", "queries")["extend"]["seconds"]["imbalance"]
+    assert (
+        uneven["seconds"]["imbalance"]
+        > 0
+        == plan(tmp_path, *flags, "--fa-balance", "queries")["extend"]["seconds"]["imbalance"]
+    )
 
 
 def plan_evaluation(tmp_path: Path, *flags: str) -> list[dict]:
@@ -85,7 +91,18 @@ def test_512k_tokens_fit_one_node_of_80_gb(tmp_path: Path, recipe: str, capsys: 
 
 def test_an_evaluation_by_hand(tmp_path: Path) -> None:
     """Qwen3-1.7B's teacher at 512K tokens on eight ranks: 28 layers of 16 heads, 8 kv groups, 128 dimensions, bf16."""
-    flags = ["--config", SMALL, "--lengths", "524288", "--tasks", "niah_single_1", "--prompts", "10", "--efficiency", "0.5"]
+    flags = [
+        "--config",
+        SMALL,
+        "--lengths",
+        "524288",
+        "--tasks",
+        "niah_single_1",
+        "--prompts",
+        "10",
+        "--efficiency",
+        "0.5",
+    ]
     teacher, _ = plan_evaluation(tmp_path, *flags)
     length, part, memory = 524_288, 65_536, teacher["memory"]
     assert memory["weights"] == 2 * 1_720_574_976 and memory["kept"] == 0
@@ -113,7 +130,10 @@ def test_one_gpu_is_not_enough_for_512k_tokens_of_8b(tmp_path: Path, capsys: pyt
     [
         (["--gpus", "4"], "4 GPUs are no multiple of tensor 1 x pipeline 1 x context parallel 8"),
         (["--pipeline-model-parallel-size", "3", "--gpus", "24"], "3 ranks do not divide the number of layers of 28"),
-        (["--tensor-model-parallel-size", "3", "--gpus", "24"], "tensor parallel size 3 does not divide 16 query heads"),
+        (
+            ["--tensor-model-parallel-size", "3", "--gpus", "24"],
+            "tensor parallel size 3 does not divide 16 query heads",
+        ),
         (["--tasks", "everything"], "--tasks everything: unknown"),
         (["--seq-length", "4096"], "unrecognized arguments: --seq-length"),
     ],
@@ -156,6 +176,11 @@ def test_a_recipe_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_help_needs_no_torch() -> None:
-    code = "import sys; sys.argv = ['plan', '--help']\nimport tools.plan\ntry:\n    tools.plan.main()\nexcept SystemExit:\n    pass\n"
-    done = subprocess.run([sys.executable, "-c", code + "print('torch' in sys.modules)"], cwd=ROOT, capture_output=True, text=True)
+    code = (
+        "import sys; sys.argv = ['plan', '--help']\nimport tools.plan\ntry:\n    tools.plan.main()\nexcept"
+        " SystemExit:\n    pass\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code + "print('torch' in sys.modules)"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.stdout.endswith("False\n") and "examples:" in done.stdout

@@ -40,10 +40,27 @@ def serial(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_kill_9_of_the_command_ends_its_workers_and_it_goes_on(tmp_path: Path, texts: list[str]) -> None:
     write_lines(tmp_path / "in.jsonl", [text * 40 for text in texts] * 4)
-    flags = ["--input", str(tmp_path / "in.jsonl"), "--tokenizer", str(TOKENIZER), "--shard-tokens", "2e5", "--tokens", "1e6"]
+    flags = [
+        "--input",
+        str(tmp_path / "in.jsonl"),
+        "--tokenizer",
+        str(TOKENIZER),
+        "--shard-tokens",
+        "2e5",
+        "--tokens",
+        "1e6",
+    ]
     main([*flags, "--workers", "2", "--out", str(tmp_path / "out-whole")])
     (tmp_path / "cut").mkdir()
-    command = [sys.executable, "tools/prepare_data.py", *flags, "--workers", "1", "--out", str(tmp_path / "cut" / "out-whole")]
+    command = [
+        sys.executable,
+        "tools/prepare_data.py",
+        *flags,
+        "--workers",
+        "1",
+        "--out",
+        str(tmp_path / "cut" / "out-whole"),
+    ]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
         while len(list((tmp_path / "cut").glob("*.idx"))) < 2:
             assert process.poll() is None
@@ -52,7 +69,9 @@ def test_kill_9_of_the_command_ends_its_workers_and_it_goes_on(tmp_path: Path, t
         process.kill()
     assert workers
     deadline = time.monotonic() + 20
-    while any(Path(f"/proc/{pid}").exists() and "(zombie)" not in Path(f"/proc/{pid}/status").read_text() for pid in workers):
+    while any(
+        Path(f"/proc/{pid}").exists() and "(zombie)" not in Path(f"/proc/{pid}/status").read_text() for pid in workers
+    ):
         assert time.monotonic() < deadline, "a worker outlives the command"
         time.sleep(0.05)
     assert (tmp_path / "cut" / "out-whole.unfinished.json").exists()
@@ -66,9 +85,20 @@ def test_broken_lines_are_named_and_skipped_only_when_asked(
 ) -> None:
     good = b'{"text": "a good line"}\n'
     (tmp_path / "in.jsonl").write_bytes(b"\xef\xbb\xbf" + good + BROKEN[fault] + b"\n" + good + BROKEN[fault])
-    flags = ["--input", str(tmp_path / "in.jsonl"), "--tokenizer", str(TOKENIZER), "--out", str(tmp_path / "out"), "--workers", "1"]
-    assert refusal(capsys, *flags) == (
-        f"prepare_data: {tmp_path / 'in.jsonl'}, line 2: {fault}; mend it, or leave such documents out with --skip-broken"
+    flags = [
+        "--input",
+        str(tmp_path / "in.jsonl"),
+        "--tokenizer",
+        str(TOKENIZER),
+        "--out",
+        str(tmp_path / "out"),
+        "--workers",
+        "1",
+    ]
+    assert (
+        refusal(capsys, *flags)
+        == f"prepare_data: {tmp_path / 'in.jsonl'}, line 2: {fault}; mend it, or leave such documents out with"
+        " --skip-broken"
     )
     assert not list(tmp_path.glob("out*.json"))
     main([*flags, "--skip-broken"])
@@ -81,7 +111,11 @@ def refusal(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
     """The one line of a command that must end with exit status 2; a progress bar may stand before it."""
     with pytest.raises(SystemExit) as stop:
         main(list(flags))
-    said = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line and not line.startswith("prepare: ")]
+    said = [
+        line
+        for line in capsys.readouterr().err.replace("\r", "\n").splitlines()
+        if line and not line.startswith("prepare: ")
+    ]
     assert stop.value.code == 2 and len(said) == 1, said
     return said[0]
 
@@ -100,17 +134,29 @@ def refusal(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
         ({"a.jsonl.gz": gzip.compress(b"{}" * 99)[:20]}, "--input {}/a.jsonl.gz", "a.jsonl.gz: cannot be read"),
         ({"a.txt": b"x"}, "--input {}/a.txt --tokenizer {}", "tokenizer"),
         ({"a.txt": b"x"}, "--input {}/a.txt --eod nonsense", "'nonsense' is"),
-        ({"a.txt": b"x", "config.json": b'{"vocab_size": 1000}'}, "--input {}/a.txt --model {}", "the tokenizer has 1024 words, model"),
+        (
+            {"a.txt": b"x", "config.json": b'{"vocab_size": 1000}'},
+            "--input {}/a.txt --model {}",
+            "the tokenizer has 1024 words, model",
+        ),
         ({"a.txt": b"x"}, "--input {}/a.txt --model {}", "no model.json and no config.json"),
         ({"a.txt": b"x"}, "--input {}/a.txt --min-tokens 9 --max-tokens 8", "--max-tokens 8 is below --min-tokens 9"),
         ({"a.txt": b"x"}, "--input {}/a.txt --dataset-config x", "belong to --dataset"),
         ({"a.txt": b"x"}, "--input {}/a.txt --out {}/a.txt/out", "a.txt: File exists; mend that"),
-        ({}, "--dataset nobody/nothing", "dataset nobody/nothing: no such folder, and the hub is not asked (HF_HUB_OFFLINE"),
+        (
+            {},
+            "--dataset nobody/nothing",
+            "dataset nobody/nothing: no such folder, and the hub is not asked (HF_HUB_OFFLINE",
+        ),
         ({"set/a.parquet": b"PAR1"}, "--dataset {}/set", "set: "),
         ({"set/a.jsonl": b'{"text": "x"}\n{"te'}, "--dataset {}/set", "set: the stream broke off"),
         ({"set/a.jsonl": b'{"txt": "x"}\n'}, "--dataset {}/set", "set, split train, document 1: no text under 'text'"),
         ({"set/a.jsonl": b'{"text": "x"}\n'}, "--dataset {}/set --split test", "set: cannot be opened"),
-        ({"recipe.yaml": b"prepare: {inptu: x}"}, "--config {}/recipe.yaml", "unknown key 'inptu'; did you mean 'input'?"),
+        (
+            {"recipe.yaml": b"prepare: {inptu: x}"},
+            "--config {}/recipe.yaml",
+            "unknown key 'inptu'; did you mean 'input'?",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -122,7 +168,9 @@ def test_bad_input_is_one_line(
         (tmp_path / name).write_bytes(content)
     given = flags.replace("{}", str(tmp_path)).split()
     defaults = {"--tokenizer": str(TOKENIZER), "--out": str(tmp_path / "out" / "data"), "--workers": "1"}
-    line = refusal(capsys, *given, *(word for flag, value in defaults.items() if flag not in given for word in (flag, value)))
+    line = refusal(
+        capsys, *given, *(word for flag, value in defaults.items() if flag not in given for word in (flag, value))
+    )
     assert line.startswith("prepare_data: ") and said in line
     assert not list((tmp_path / "out").glob("*.json"))
 
@@ -130,7 +178,8 @@ def test_bad_input_is_one_line(
 def test_dry_run_writes_nothing(tmp_path: Path, texts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     write_lines(tmp_path / "in.jsonl", texts)
     (tmp_path / "recipe.yaml").write_text(
-        f"prepare: {{input: [{tmp_path / 'in.jsonl'}], tokenizer: {TOKENIZER}, out: {tmp_path / 'x' / 'out'}, tokens: 15e9}}\n"
+        f"prepare: {{input: [{tmp_path / 'in.jsonl'}], tokenizer: {TOKENIZER}, out: {tmp_path / 'x' / 'out'}, tokens:"
+        " 15e9}\n"
     )
     main(["--config", str(tmp_path / "recipe.yaml"), "--model", str(TOKENIZER), "--dry-run"])
     said = capsys.readouterr().out
@@ -146,7 +195,9 @@ def test_documented_commands(tmp_path: Path) -> None:
     for command in commands[1:]:
         assert parser().parse_args(shlex.split(command)[2:]).dataset == "HuggingFaceFW/fineweb-edu"
     here = commands[0].replace("python ", f"{sys.executable} ").replace("runs/data", str(tmp_path))
-    subprocess.run(["bash", "-ec", here], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, timeout=200)
+    subprocess.run(
+        ["bash", "-ec", here], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, timeout=200
+    )
     assert 10**6 <= Manifest.load(tmp_path / "python.json").tokens < 1.2 * 10**6
 
 

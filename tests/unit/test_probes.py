@@ -52,7 +52,8 @@ def writer(checkpoint: Path) -> tuple:
 def own_file(tmp_path: Path) -> Path:
     """Two pairs of different lengths."""
     pairs = [
-        {"clean": f"{before}a = 11; a", "corrupt": f"{before}a = 22; a", "answer": " = 11", "distractor": " = 22"} for before in ("", "b ")
+        {"clean": f"{before}a = 11; a", "corrupt": f"{before}a = 22; a", "answer": " = 11", "distractor": " = 22"}
+        for before in ("", "b ")
     ]
     (tmp_path / "code.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     return tmp_path / "code.jsonl"
@@ -68,7 +69,10 @@ def test_only_the_queried_value_differs(text: bool, writer: tuple) -> None:
     found = build_probes(tokenizer, fmt, ids if text else None, length=160, pairs=6, seed=4, capabilities=[RETRIEVAL])
     assert list(found) == list(TASKS)
     for task, (batch,) in found.items():
-        assert (batch.probe, batch.capability) == (task, RETRIEVAL) and batch.clean_bs.shape == batch.corrupt_bs.shape == (6, 160)
+        assert (batch.probe, batch.capability) == (
+            task,
+            RETRIEVAL,
+        ) and batch.clean_bs.shape == batch.corrupt_bs.shape == (6, 160)
         start, width = batch.answer_start, batch.answer_bp.shape[1]
         assert start + width == 160 and batch.source_bp.max() < start
         for ids_bs in (batch.clean_bs, batch.corrupt_bs):  # the true answer is teacher-forced in both
@@ -97,7 +101,9 @@ def test_batches_bound_the_tokens_and_change_nothing(writer: tuple, monkeypatch:
 def test_the_seed_decides(writer: tuple) -> None:
     first, again, other = (tensors(build_probes(*writer, length=64, pairs=4, seed=seed)) for seed in (5, 5, 6))
     assert all(map(torch.equal, first, again)) and len(first) == len(again)
-    assert not any(one.shape == two.shape and torch.equal(one, two) for one, two in zip(first[::4], other[::4], strict=False))
+    assert not any(
+        one.shape == two.shape and torch.equal(one, two) for one, two in zip(first[::4], other[::4], strict=False)
+    )
 
 
 def test_capabilities_and_files(writer: tuple, own_file: Path) -> None:
@@ -119,7 +125,9 @@ def test_capabilities_and_files(writer: tuple, own_file: Path) -> None:
 def test_a_general_probe_that_does_not_fit_is_left_out(writer: tuple, capsys: pytest.CaptureFixture[str]) -> None:
     assert list(build_probes(*writer, length=14, pairs=2, seed=0, capabilities=[GENERAL])) == ["copying"]
     reason = "this tokenizer leaves it no pair of at most 14 tokens"
-    assert capsys.readouterr().err.splitlines() == [f"probe {name} is left out: {reason}" for name in ("agreement", "arithmetic")]
+    assert capsys.readouterr().err.splitlines() == [
+        f"probe {name} is left out: {reason}" for name in ("agreement", "arithmetic")
+    ]
     with pytest.raises(InputError, match="no probe has a pair of at most 13 tokens; give a longer --length"):
         build_probes(*writer, length=13, pairs=2, seed=0, capabilities=[GENERAL])
 
@@ -155,7 +163,10 @@ def test_seeds_of_evaluation_are_refused() -> None:
         ({"length": 0}, "0 tokens a prompt"),
         (
             {"length": 10**7},
-            "the haystack has [0-9]+ tokens, a prompt 10000000; give a longer --haystack, a shorter --length, or --haystack noise",
+            (
+                "the haystack has [0-9]+ tokens, a prompt 10000000; give a longer --haystack, a shorter --length, or"
+                " --haystack noise"
+            ),
         ),
         ({"pairs": 0}, "0 pairs"),
         ({"seed": 10**6}, "seed"),

@@ -32,7 +32,11 @@ def node(name: str, start: float, end: float, number: int, tid: int = MAIN) -> l
     """A backward operation as the profiler writes it: the engine's call, the operation inside, the end of its arrow."""
     args = {"Sequence number": number, "Fwd thread id": FORWARD_THREAD}
     end_of_arrow = {"ph": "f", "cat": "fwdbwd", "name": "fwdbwd", "id": number, "tid": tid, "ts": start + 1}
-    return [event(NODE + name, start, end, tid=tid, **args), event(name, start + 1, end - 1, tid=tid, **args), end_of_arrow]
+    return [
+        event(NODE + name, start, end, tid=tid, **args),
+        event(name, start + 1, end - 1, tid=tid, **args),
+        end_of_arrow,
+    ]
 
 
 def made_by(name: str, start: float, end: float, number: int) -> list[dict[str, Any]]:
@@ -143,7 +147,9 @@ def test_checkpointed_layers_run_backward_inside_backward() -> None:
 
 def test_markdown_shows_the_sum_and_leaves_out_what_took_no_time() -> None:
     table = parts_table([range_of("step: 1", 0, 1000), range_of("part: MLP", 0, 250), range_of("step: 2", 1000, 3000)])
-    assert table.of("MLP") == pytest.approx(250e-6) and table.seconds[Owner("MLP", "forward")] == table.of("MLP", "forward")
+    assert table.of("MLP") == pytest.approx(250e-6) and table.seconds[Owner("MLP", "forward")] == table.of(
+        "MLP", "forward"
+    )
     lines = table.to_markdown().splitlines()
     assert lines[0] == "Milliseconds of CPU time a step, over 2 steps of 1.50 ms."
     assert lines[2] == "| part | forward | outside | all | share |"

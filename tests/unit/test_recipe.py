@@ -154,14 +154,23 @@ def test_files_that_are_no_recipe(tmp_path, content, message):
         ("align:\n\tlr: 1\n", "not YAML (line 2: found character"),
         ("lr: &a 1\nseed: &a 2\n", "not YAML (line 2: second occurrence)"),
         ("lr: *none\n", "not YAML (line 1: found undefined alias 'none')"),
-        ("lr: !!python/object/apply:os.system [exit]\n", "not YAML (line 1: could not determine a constructor for the tag"),
+        (
+            "lr: !!python/object/apply:os.system [exit]\n",
+            "not YAML (line 1: could not determine a constructor for the tag",
+        ),
         ("lr: 2026-13-45\n", "not YAML (month must be in 1..12)"),
         ("lr: 1" + "0" * 5000, "not YAML (Exceeds the limit"),
         ("lr: \0", "not YAML ("),
         ("x: " + "[" * 5000, "nested deeper"),
         ("{a: " * 5000, "nested deeper"),
-        ("a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nd: &d [*c, *c]\ne: [*d, *d]\n", "line 1: nested deeper, or with more aliases"),
-        ("a: &a {x: 1}\nb: &b {<<: [*a, *a]}\nc: &c {<<: [*b, *b]}\nd: {<<: [*c, *c]}\n", "line 4: nested deeper, or with more aliases"),
+        (
+            "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nd: &d [*c, *c]\ne: [*d, *d]\n",
+            "line 1: nested deeper, or with more aliases",
+        ),
+        (
+            "a: &a {x: 1}\nb: &b {<<: [*a, *a]}\nc: &c {<<: [*b, *b]}\nd: {<<: [*c, *c]}\n",
+            "line 4: nested deeper, or with more aliases",
+        ),
         ("a: &a 1\nb: [" + "*a, " * 200 + "]\n", "line 2: nested deeper, or with more aliases"),
         ("a: x\n" * 100_000, "longer than 262144 bytes, so no recipe"),
     ],
@@ -174,7 +183,10 @@ def test_recipes_that_would_lose_a_line_or_fill_the_memory(tmp_path: Path, conte
 
 
 def test_what_yaml_allows_in_a_recipe(tmp_path: Path) -> None:
-    content = "\ufeffx: &common {lr: 1, seed: 2}\nalign: {<<: *common, lr: 3, window_size: 3:1, data-path: [0.5, a]}\ndistill: *common\n"
+    content = (
+        "\ufeffx: &common {lr: 1, seed: 2}\nalign: {<<: *common, lr: 3, window_size: 3:1, data-path: [0.5,"
+        " a]}\ndistill: *common\n"
+    )
     assert recipe(tmp_path, content)["lr"] == 3 and recipe(tmp_path, content)["seed"] == 2
     assert recipe(tmp_path, content)["window-size"] == "3:1"  # and not 181
     assert recipe(tmp_path, content, "distill")["lr"] == 1
@@ -184,15 +196,21 @@ def test_what_yaml_allows_in_a_recipe(tmp_path: Path) -> None:
 
 
 def test_a_null_stands_for_the_default() -> None:
-    assert Recipe("r", {"lr": None, "swiglu": False, "num_layers": 3}).over({"lr": 1, "swiglu": True, "num-layers": 2}).values == {
+    assert Recipe("r", {"lr": None, "swiglu": False, "num_layers": 3}).over(
+        {"lr": 1, "swiglu": True, "num-layers": 2}
+    ).values == {
         "lr": 1,
         "swiglu": False,
         "num-layers": 3,
     }
 
 
-@pytest.mark.parametrize(("sections", "answer"), [("select: {a: 1}", "yes"), ("select:", "no"), ("x: |\n  select: 1", "no")])
-def test_job_scripts_ask_for_sections(tmp_path: Path, capsys: pytest.CaptureFixture, sections: str, answer: str) -> None:
+@pytest.mark.parametrize(
+    ("sections", "answer"), [("select: {a: 1}", "yes"), ("select:", "no"), ("x: |\n  select: 1", "no")]
+)
+def test_job_scripts_ask_for_sections(
+    tmp_path: Path, capsys: pytest.CaptureFixture, sections: str, answer: str
+) -> None:
     (tmp_path / "r.yaml").write_text(sections)
     main(["has", "select", str(tmp_path / "r.yaml")])
     assert capsys.readouterr().out == f"{answer}\n"

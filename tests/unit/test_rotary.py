@@ -21,9 +21,16 @@ from tests.support.teachers import SHAPE, VOCABULARY, random_teacher
 D, THETA, LENGTH = SHAPE.head_dim, SHAPE.rope_theta, SHAPE.native_length
 LINEAR = {"rope_type": "linear", "factor": 3.0}
 LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 40,
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 40,
 }  # fmt: skip
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048, "beta_fast": 32.0, "beta_slow": 2.0}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 2048,
+    "beta_fast": 32.0,
+    "beta_slow": 2.0,
+}
 
 
 def scaled(rope_scaling: dict[str, Any] | None) -> Any:
@@ -42,7 +49,9 @@ def llama3(pair: int) -> float:
 
 
 def yarn(pair: int) -> float:
-    """Pairs that turn 32 times or more in 2048 tokens stay, those that turn twice or less are divided; between, a straight line."""
+    """Pairs that turn 32 times or more in 2048 tokens stay, those that turn twice or less are divided; between, a
+    straight line.
+    """
     first, last = (D / 2 * math.log(2048 / (turns * 2 * math.pi)) / math.log(THETA) for turns in (32, 2))
     divided = min(max((pair - math.floor(first)) / (math.ceil(last) - math.floor(first)), 0), 1)
     return (1 - divided) * plain(pair) + divided * plain(pair) / 4
@@ -59,7 +68,9 @@ def yarn(pair: int) -> float:
     ],
     ids=["none", "linear", "llama3", "yarn", "yarn with its own factor"],
 )
-def test_frequencies_are_those_of_the_definition(rope_scaling: dict | None, formula: Callable[[int], float], factor: float) -> None:
+def test_frequencies_are_those_of_the_definition(
+    rope_scaling: dict | None, formula: Callable[[int], float], factor: float
+) -> None:
     found, attention_factor = rotary_frequencies(scaled(rope_scaling))
     expected = torch.tensor([formula(pair) for pair in range(D // 2)], dtype=torch.float64)
     assert found.dtype == torch.float32
@@ -124,7 +135,10 @@ def seen(rope_scaling: dict | None) -> list[torch.Tensor]:
 def test_scaled_frequencies_turn_queries_and_keys(one_process: None) -> None:
     """By their own angle, at every position up to twice the native length; values are left alone."""
     (q, k, v, logits), (scaled_q, scaled_k, scaled_v, scaled_logits) = seen(None), seen(LLAMA3)
-    turn = torch.outer(torch.arange(2 * LENGTH).double(), torch.tensor([llama3(p) - plain(p) for p in range(D // 2)], dtype=torch.float64))
+    turn = torch.outer(
+        torch.arange(2 * LENGTH).double(),
+        torch.tensor([llama3(p) - plain(p) for p in range(D // 2)], dtype=torch.float64),
+    )
     turn_s1hd = torch.polar(torch.ones_like(turn), turn)[:, None, None]
     for without, found in ((q, scaled_q), (k, scaled_k)):
         expected = torch.complex(*without.double().chunk(2, dim=-1)) * turn_s1hd
@@ -146,7 +160,10 @@ def test_rotary_reaches_beyond_the_native_length(one_process: None) -> None:
 
 
 def test_attention_factor_multiplies_queries_and_keys(one_process: None) -> None:
-    (q, k, v, logits), (scaled_q, scaled_k, scaled_v, scaled_logits) = seen(YARN | {"attention_factor": 1.0}), seen(YARN)
+    (q, k, v, logits), (scaled_q, scaled_k, scaled_v, scaled_logits) = (
+        seen(YARN | {"attention_factor": 1.0}),
+        seen(YARN),
+    )
     factor = 0.1 * math.log(4) + 1
     torch.testing.assert_close(scaled_q, factor * q, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(scaled_k, factor * k, rtol=1e-5, atol=1e-5)

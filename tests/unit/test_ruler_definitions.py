@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Every task against its definition (RULER, arXiv:2404.06654), from the decoded text alone, for every kind of tokenizer."""
+"""Every task against its definition (RULER, arXiv:2404.06654), from the decoded text alone, for every kind of
+tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def test_single(kind: str, number: int, values: str) -> None:
         adjective, _, noun = key.partition("-")
         assert adjective and noun
         one = values[:-1]
-        assert text.startswith(f"A special magic {one} is hidden within the following text. Make sure to memorize it. I will")
+        assert text.startswith(
+            f"A special magic {one} is hidden within the following text. Make sure to memorize it. I will"
+        )
         assert text.endswith(
             f"\nWhat is the special magic {one} for {key} mentioned in the provided text? "
             f"The special magic {one} for {key} mentioned in the provided text is:"
@@ -55,7 +59,9 @@ def test_single(kind: str, number: int, values: str) -> None:
         if number == 1:  # nothing else but lines of noise, the last one cut
             lines = NEEDLE.sub("", text.removesuffix(text[text.index("\nWhat is the") :])).split("\n")[1:]
             noise = [line for line in lines if line]
-            assert len(lines) - len(noise) == 1 and set(noise[:-1]) == {RULER.noise} and RULER.noise.startswith(noise[-1])
+            assert (
+                len(lines) - len(noise) == 1 and set(noise[:-1]) == {RULER.noise} and RULER.noise.startswith(noise[-1])
+            )
 
 
 @each_kind
@@ -103,10 +109,14 @@ def test_multivalue(kind: str) -> None:
 def test_multiquery(kind: str) -> None:
     for prompt, text in prompts("niah_multiquery", kind):
         value_of = {key: value for _, key, value in NEEDLE.findall(text)}
-        first, second, third, last = [key for answer in prompt.answers for key, value in value_of.items() if value == answer]
+        first, second, third, last = [
+            key for answer in prompt.answers for key, value in value_of.items() if value == answer
+        ]
         assert len(value_of) == 4
         keys = f"{first}, {second}, {third}, and {last}"
-        assert f"\nWhat are all the special magic numbers for {keys} mentioned in the provided text? The special" in text
+        assert (
+            f"\nWhat are all the special magic numbers for {keys} mentioned in the provided text? The special" in text
+        )
         assert text.endswith(f" The special magic numbers for {keys} mentioned in the provided text are")
 
 
@@ -129,12 +139,18 @@ def test_variable_tracking(kind: str) -> None:
         value, chain = followed(text)
         assert tuple(chain) == prompt.answers and [len(name) for name in chain] == [5] * 5 and len(value) == 5
         assert text.endswith(
-            f"Question: Find all variables that are assigned the value {value} in the text above. Answer: According to the chain(s) of "
-            f"variable assignment in the text above, 5 variables are assigned the value {value}, they are:"
+            f"Question: Find all variables that are assigned the value {value} in the text above. Answer: According to"
+            f" the chain(s) of variable assignment in the text above, 5 variables are assigned the value {value}, they"
+            " are:"
         )
         places = [text.index(f"VAR {name} = ") for name in chain]
         assert places == sorted(places)
-        context = re.sub(r"^VAR .*\n", "", text.split("hidden in the following text.\n\n")[1].split("\nQuestion:")[0] + "\n", flags=re.M)
+        context = re.sub(
+            r"^VAR .*\n",
+            "",
+            text.split("hidden in the following text.\n\n")[1].split("\nQuestion:")[0] + "\n",
+            flags=re.M,
+        )
         *lines, cut = context.splitlines()
         assert set(lines) == {RULER.noise} and RULER.noise.startswith(cut)
         shown, solved = followed(example)
@@ -150,7 +166,9 @@ def test_short_variable_tracking_has_no_example() -> None:
 
 
 COMMON = [(4095, 6, 1, (3, 1, 20)), (4096, 30, 3, (10, 3, 40)), (12_000, 30, 3, (10, 3, 40))]
-LISTS = [(kind, *case) for kind in KINDS for case in COMMON if (kind, case[0]) != ("byte", 4096)]  # where 300 words do not fit
+LISTS = [
+    (kind, *case) for kind in KINDS for case in COMMON if (kind, case[0]) != ("byte", 4096)
+]  # where 300 words do not fit
 
 
 @pytest.mark.parametrize("kind, length, many, few, shown", LISTS)
@@ -171,7 +189,9 @@ def test_common_words(kind: str, length: int, many: int, few: int, shown: tuple[
             counts = Counter(word for _, word in re.findall(r"(\d+)\. (\D+?)(?= \d+\.|$)", listed))
             best = [word for _, word in re.findall(r"(\d+)\. (\D+?)(?= \d+\.|$)", solved)]
             assert sorted(counts.values()) == [shown[1]] * (shown[2] - 10) + [shown[0]] * 10
-            assert {word for word, count in counts.items() if count == shown[0]} == set(best) and not set(best) & set(prompt.answers)
+            assert {word for word, count in counts.items() if count == shown[0]} == set(best) and not set(best) & set(
+                prompt.answers
+            )
         assert example or length == 4096  # where it is too long for these small vocabularies
 
 
@@ -179,7 +199,9 @@ def test_common_words(kind: str, length: int, many: int, few: int, shown: tuple[
 def test_common_words_beyond_the_single_ones() -> None:
     """Where the list of words is too short, every word is a compound: none is told by its form."""
     ((prompt, text),) = prompts("cwe", "gpt2", count=1, length=260_000)
-    counts = Counter(word for _, word in re.findall(r"(\d+)\. (\D+?)(?= \d+\.|\n| \.)", text[text.rindex("Below is") :]))
+    counts = Counter(
+        word for _, word in re.findall(r"(\d+)\. (\D+?)(?= \d+\.|\n| \.)", text[text.rindex("Below is") :])
+    )
     assert {word for word, count in counts.items() if count == 30} == set(prompt.answers)
     assert len(counts) > 5000 and all("-" in word for word in counts)
 
@@ -194,7 +216,8 @@ def test_frequent_words(kind: str, length: int) -> None:
         ranked = [count for _, count in counts.most_common()]
         assert [word for word, _ in counts.most_common(3)] == sorted(prompt.answers, key=lambda word: -counts[word])
         assert len(ranked) == 3 or ranked[2] > ranked[3]
-        # The shares are those of a zeta distribution with alpha 2, words that should stand there less than once left out.
+        # The shares are those of a zeta distribution with alpha 2, words that should stand there less than once left
+        # out.
         size = next(n for n in range(2 * len(coded), 0, -1) if int(n * 6 / pi**2 / 4) == ranked[0])
         assert [int(size * 6 / pi**2 / rank**2) for rank in range(2, len(ranked) + 2)] == pytest.approx(ranked, abs=1)
         assert coded.count("...") >= int(size * 6 / pi**2) - 5

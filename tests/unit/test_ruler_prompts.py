@@ -31,12 +31,18 @@ def repeating(source: Source) -> Source:
 
 
 def drawn(task: str, length: int, seed: int, source: Source) -> tuple[int, Prompt]:
-    """A prompt; where the length is too short, one of the length that the error names, or of the first longer one that does."""
+    """A prompt; where the length is too short, one of the length that the error names, or of the first longer one that
+    does.
+    """
     while True:
         try:
             return length, next(draw_prompts(task, length, 3, seed, source))
         except InputError as error:
-            least = int(re.fullmatch(rf"{task} with {length} tokens: too short, this tokenizer needs at least (\d+)", str(error)).group(1))
+            least = int(
+                re.fullmatch(
+                    rf"{task} with {length} tokens: too short, this tokenizer needs at least (\d+)", str(error)
+                ).group(1)
+            )
             assert least > length
             length = least
 
@@ -97,7 +103,9 @@ def test_a_million_tokens(kind: str, task: str, sources: dict[str, Source]) -> N
 
 @pytest.mark.parametrize("task", [*PLANS, "vt"])
 def test_depths_are_even(task: str, sources: dict[str, Source]) -> None:
-    """Every needle has one prompt of the set in each of 20 equal parts of the haystack; those of a chain do so together."""
+    """Every needle has one prompt of the set in each of 20 equal parts of the haystack; those of a chain do so
+    together.
+    """
     count = 20
     prompts = prompt_set(task, 24_576, count, 1_000_000, sources["qwen"]).prompts
     depths = np.asarray([prompt.depths for prompt in prompts])
@@ -114,7 +122,9 @@ def test_depths_are_even(task: str, sources: dict[str, Source]) -> None:
 
 
 def test_each_needle_has_an_order_of_its_own(sources: dict[str, Source]) -> None:
-    depths = np.asarray([prompt.depths for prompt in prompt_set("niah_multiquery", 8192, 12, 1_000_000, sources["qwen"]).prompts])
+    depths = np.asarray(
+        [prompt.depths for prompt in prompt_set("niah_multiquery", 8192, 12, 1_000_000, sources["qwen"]).prompts]
+    )
     orders = {tuple(np.argsort(each).tolist()) for each in depths.T}
     assert len(orders) == 4 and tuple(range(12)) not in orders
 

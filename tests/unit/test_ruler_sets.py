@@ -52,10 +52,17 @@ def test_the_same_arguments_give_the_same_set_in_any_process(source: Source) -> 
         f"print([prompt_set(task, 2048, 2, {SEED}, source).digest for task in ('niah_multikey_3', 'vt', 'cwe', 'fwe')])"
     )
     run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "7"}, cwd=TEACHER.parents[2]
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONHASHSEED": "7"},
+        cwd=TEACHER.parents[2],
     )
     bare = dataclasses.replace(source, haystack=None)
-    assert run.stdout.strip() == str([prompt_set(task, 2048, 2, SEED, bare).digest for task in ("niah_multikey_3", "vt", "cwe", "fwe")])
+    assert run.stdout.strip() == str(
+        [prompt_set(task, 2048, 2, SEED, bare).digest for task in ("niah_multikey_3", "vt", "cwe", "fwe")]
+    )
     seeds = {prompt_set("niah_single_1", 600, 2, SEED + more, source).digest for more in range(3)}
     assert len(seeds) == 3
 
@@ -73,13 +80,20 @@ def test_a_set_is_kept(task: str, source: Source, tmp_path: Path, monkeypatch: p
             assert np.array_equal(getattr(one, field.name), getattr(other, field.name)), field.name
         assert one.ids.dtype == other.ids.dtype
     monkeypatch.undo()
-    for broken in (b"", b"nothing of the kind", stored[: len(stored) // 2], bytes([stored[5000] ^ 1]).join((stored[:5000], stored[5001:]))):
+    for broken in (
+        b"",
+        b"nothing of the kind",
+        stored[: len(stored) // 2],
+        bytes([stored[5000] ^ 1]).join((stored[:5000], stored[5001:])),
+    ):
         file.write_bytes(broken)
         assert prompt_set(task, 2048, 3, SEED, source, tmp_path).digest == made.digest
         assert file.read_bytes() == stored and list(tmp_path.iterdir()) == [file]
 
 
-def test_what_decides_about_a_set_is_in_its_name(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_decides_about_a_set_is_in_its_name(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = source.haystack
     others = [
         source,
@@ -106,7 +120,9 @@ def test_a_tokenizers_fingerprint_outlives_its_use() -> None:
     for kind in KINDS:
         tokenizer = small_tokenizer(kind)
         before = tokenizer_fingerprint(tokenizer)
-        tokenizer("a b c", truncation=True, max_length=2, padding="max_length") if tokenizer.pad_token else tokenizer("a", truncation=True)
+        tokenizer("a b c", truncation=True, max_length=2, padding="max_length") if tokenizer.pad_token else tokenizer(
+            "a", truncation=True
+        )
         assert tokenizer_fingerprint(tokenizer) == before
         prints.add(before)
     assert len(prints) == len(KINDS)
@@ -171,15 +187,26 @@ def test_noise_is_spread_where_keys_run_out(own: Source) -> None:
 def test_a_wording_of_ones_own(tmp_path: Path, source: Source) -> None:
     file = tmp_path / "plain.json"
     file.write_text(
-        json.dumps({"needle": "{key} has {value}.", "one": {"intro": "Read.", "question": "\n{query}?", "prefix": " {query} has "}})
+        json.dumps(
+            {
+                "needle": "{key} has {value}.",
+                "one": {"intro": "Read.", "question": "\n{query}?", "prefix": " {query} has "},
+            }
+        )
     )
     wording = load_wording(str(file), source.tokenizer, tmp_path)
     assert wording.name == "plain" and wording.cwe == RULER.cwe and wording.many == RULER.many
     (prompt,) = prompt_set("niah_single_1", 512, 1, SEED, dataclasses.replace(source, wording=wording)).prompts
     text = source.tokenizer.decode(prompt.ids)
     key = text.split("\n")[-1].split("?")[0]
-    assert text.startswith("Read.\nThe grass") and text.endswith(f"\n{key}? {key} has") and f"\n{key} has {prompt.answers[0]}.\n" in text
-    assert load_wording(str(TEACHER / "needles.json"), source.tokenizer, tmp_path).own == NeedleFormat.load(TEACHER / "needles.json")
+    assert (
+        text.startswith("Read.\nThe grass")
+        and text.endswith(f"\n{key}? {key} has")
+        and f"\n{key} has {prompt.answers[0]}.\n" in text
+    )
+    assert load_wording(str(TEACHER / "needles.json"), source.tokenizer, tmp_path).own == NeedleFormat.load(
+        TEACHER / "needles.json"
+    )
     assert load_wording(None, source.tokenizer, tmp_path) is load_wording("ruler", source.tokenizer, TEACHER) is RULER
 
 
@@ -209,14 +236,18 @@ def test_bad_haystacks(tmp_path: Path, source: Source) -> None:
     file = tmp_path / "book.txt"
     file.write_text("A short one. It ends.")
     short = dataclasses.replace(source, haystack=read_haystack(source.tokenizer, file))
-    with pytest.raises(InputError, match=r"the haystack has \d+ tokens, a prompt needs \d+; give a longer one, or --repeat-haystack"):
+    with pytest.raises(
+        InputError, match=r"the haystack has \d+ tokens, a prompt needs \d+; give a longer one, or --repeat-haystack"
+    ):
         prompt_set("niah_single_2", 512, 1, SEED, short)
     assert prompt_set("niah_single_1", 512, 1, SEED, short)
     again = dataclasses.replace(source, haystack=read_haystack(source.tokenizer, file, repeat=True))
     (prompt,) = prompt_set("niah_single_2", 512, 1, SEED, again).prompts
     assert source.tokenizer.decode(prompt.ids).count("A short one. It ends.") > 10
     with pytest.raises(InputError, match="niah_single_2 hides its needles in text; give it some with --haystack FILE"):
-        prompt_set("niah_single_2", 512, 1, SEED, dataclasses.replace(source, haystack=read_haystack(source.tokenizer, None)))
+        prompt_set(
+            "niah_single_2", 512, 1, SEED, dataclasses.replace(source, haystack=read_haystack(source.tokenizer, None))
+        )
     with pytest.raises(InputError, match="No such file"):
         read_haystack(source.tokenizer, tmp_path / "none")
 
@@ -235,7 +266,9 @@ def test_bad_requests(source: Source, own: Source) -> None:
     few = dataclasses.replace(own.wording, own=dataclasses.replace(own.wording.own, keys=("a", "b")))
     with pytest.raises(InputError, match="niah_multiquery needs 4 keys, the wording needles has 2"):
         prompt_set("niah_multiquery", 512, 1, SEED, dataclasses.replace(own, wording=few))
-    same = dataclasses.replace(own.wording, own=dataclasses.replace(own.wording.own, value_pieces=(" 1", " 2"), short_pieces=1))
+    same = dataclasses.replace(
+        own.wording, own=dataclasses.replace(own.wording.own, value_pieces=(" 1", " 2"), short_pieces=1)
+    )
     with pytest.raises(InputError, match="the wording needles has too few values"):
         prompt_set("niah_multivalue", 512, 1, SEED, dataclasses.replace(own, wording=same))
 
@@ -247,5 +280,7 @@ def test_tokenizers_that_cannot_write_a_prompt(source: Source) -> None:
         prompt_set("niah_single_1", 512, 1, SEED, Source(tokenizer, RULER, None))
     tokenizer = copy.deepcopy(small_tokenizer("gpt2"))
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
-    with pytest.raises(InputError, match=r"the tokenizer does not keep the text '.*'; word it otherwise \(--template\)"):
+    with pytest.raises(
+        InputError, match=r"the tokenizer does not keep the text '.*'; word it otherwise \(--template\)"
+    ):
         prompt_set("niah_single_1", 512, 1, SEED, Source(tokenizer, RULER, None))

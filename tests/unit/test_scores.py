@@ -20,7 +20,14 @@ from hydra_mcore.heads import HeadMap
 from hydra_mcore.selection.score import MIN_GAP, HeadScores, ProbeEffects, ScoresError, capability_scores, fuse
 
 SHAPE = ModelShape(
-    num_layers=2, hidden_size=12, num_heads=2, num_kv_groups=1, head_dim=4, ffn_hidden_size=8, vocab_size=10, native_length=8
+    num_layers=2,
+    hidden_size=12,
+    num_heads=2,
+    num_kv_groups=1,
+    head_dim=4,
+    ffn_hidden_size=8,
+    vocab_size=10,
+    native_length=8,
 )
 FINGERPRINT = "f" * 64
 same = functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-15)
@@ -32,7 +39,9 @@ def card(fingerprint: str = FINGERPRINT, **changes: Any) -> ModelCard:
     return ModelCard(shape=shape, head_map=head_map, options=HydraOptions.teacher(), fingerprint=fingerprint)
 
 
-def probe(effects: ArrayLike, capability: str = "retrieval", gaps: ArrayLike = 5.0, solved: ArrayLike = True) -> ProbeEffects:
+def probe(
+    effects: ArrayLike, capability: str = "retrieval", gaps: ArrayLike = 5.0, solved: ArrayLike = True
+) -> ProbeEffects:
     """A sub-probe of these effects [r, l, h, b]; m(x') is 1."""
     effects_rlhb = np.asarray(effects, dtype=float)
     roles, pairs = len(effects_rlhb), effects_rlhb.shape[-1]
@@ -50,8 +59,15 @@ def scores(probes: dict[str, ProbeEffects], **weights: float) -> HeadScores:
 
 
 def test_mean_is_over_the_pairs_that_count() -> None:
-    """One head a case: values beyond 1 are clipped, signs kept, and the last two pairs, unsolved and unmoved, left out."""
-    cases = {"plain": ([0.2, 0.4], 0.3), "clipped": ([5.0, -0.5], 0.25), "opposite": ([0.2, -0.2], 0.0), "negative": ([-9.0, -0.5], -0.75)}
+    """One head a case: values beyond 1 are clipped, signs kept, and the last two pairs, unsolved and unmoved,
+    left out.
+    """
+    cases = {
+        "plain": ([0.2, 0.4], 0.3),
+        "clipped": ([5.0, -0.5], 0.25),
+        "opposite": ([0.2, -0.2], 0.0),
+        "negative": ([-9.0, -0.5], -0.75),
+    }
     effects = np.array([[*used, 0.9, 0.9] for used, _ in cases.values()]).reshape(1, 2, 2, 4)
     result = probe(effects, gaps=[4.0, 2.0, 8.0, 0.4], solved=[True, True, False, True])
     same(result.mean_rlh(), np.array([mean for _, mean in cases.values()]).reshape(1, 2, 2))
@@ -65,7 +81,8 @@ def test_which_pairs_count() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pairs", "used", "usable"), [(8, 2, True), (8, 1, False), (9, 2, False), (4, 1, True), (2, 1, True), (3, 0, False), (0, 0, False)]
+    ("pairs", "used", "usable"),
+    [(8, 2, True), (8, 1, False), (9, 2, False), (4, 1, True), (2, 1, True), (3, 0, False), (0, 0, False)],
 )
 def test_a_probe_is_usable_when_a_quarter_of_its_pairs_count(pairs: int, used: int, usable: bool) -> None:
     result = probe(np.zeros((1, 2, 2, pairs)), solved=np.arange(pairs) < used)
@@ -119,7 +136,9 @@ def test_scores_that_are_all_alike_say_nothing() -> None:
 
 
 def test_scores_of_a_teacher() -> None:
-    """From pairs to Eq 12: weight 1 where none is given, and a capability without a usable probe left out of sum and weights."""
+    """From pairs to Eq 12: weight 1 where none is given, and a capability without a usable probe left out of sum and
+    weights.
+    """
     probes = {
         "one": steady([[0.4, 0.0], [0.2, 0.1]]),
         "recall": steady([[0.0, 0.2], [0.05, 0.0]], capability="general"),
@@ -154,11 +173,18 @@ def test_ranking_is_by_score_then_effect_then_place() -> None:
 
 def test_teachers_that_cannot_be_scored() -> None:
     flat = np.zeros((1, 2, 2, 4))
-    failed = {"one": probe(flat, solved=False), "two": probe(flat, gaps=0.1), "rare": probe(np.ones((1, 2, 2, 8)), solved=np.arange(8) < 1)}
+    failed = {
+        "one": probe(flat, solved=False),
+        "two": probe(flat, gaps=0.1),
+        "rare": probe(np.ones((1, 2, 2, 8)), solved=np.arange(8) < 1),
+    }
     with pytest.raises(ScoresError, match="no usable probe: the teacher fails 11 of 16 prompts"):
         scores(failed)
     with pytest.raises(ScoresError, match="no score without weight: retrieval count 0"):
-        scores({"one": steady([[0.1, 0.2], [0.3, 0.4]]), "bad": steady(np.ones((2, 2)), capability="law", solved=False)}, retrieval=0)
+        scores(
+            {"one": steady([[0.1, 0.2], [0.3, 0.4]]), "bad": steady(np.ones((2, 2)), capability="law", solved=False)},
+            retrieval=0,
+        )
 
 
 def random_scores() -> HeadScores:
@@ -196,7 +222,9 @@ def test_scores_of_a_part_of_the_pairs() -> None:
     before = whole.scores_lh.copy()
     part = whole.take({"one": [0, 0, 1]})
     assert list(part.probes) == ["one"] and part.weights == whole.weights and part.fingerprint == whole.fingerprint
-    effects_rlh = (2 * whole.probes["one"].effects_rlhb[..., 0].clip(-1, 1) + whole.probes["one"].effects_rlhb[..., 1].clip(-1, 1)) / 3
+    effects_rlh = (
+        2 * whole.probes["one"].effects_rlhb[..., 0].clip(-1, 1) + whole.probes["one"].effects_rlhb[..., 1].clip(-1, 1)
+    ) / 3
     same(part.effects_lh, abs(effects_rlh[0]))
     assert np.array_equal(whole.scores_lh, before)
 
@@ -217,7 +245,9 @@ def test_round_trip(tmp_path: Path) -> None:
             np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=5.01e-7)
     np.testing.assert_allclose(json.loads(path.read_text())["scores"], whole.scores_lh, rtol=1e-6)
     again.save(tmp_path / "again.json")
-    for found, expected in zip(HeadScores.load(tmp_path / "again.json").probes.values(), again.probes.values(), strict=True):
+    for found, expected in zip(
+        HeadScores.load(tmp_path / "again.json").probes.values(), again.probes.values(), strict=True
+    ):
         assert all(np.array_equal(getattr(found, name), getattr(expected, name)) for name in ARRAYS)
 
 
@@ -252,7 +282,10 @@ BROKEN = [
     (["format"], 1, "format 1, this version reads format 2"),
     (["format"], GONE, "format None"),
     *(([key], GONE, f"key '{key}' is missing") for key in KEYS),
-    *((["probes", "one", key], GONE, f"'{key}'") for key in ("capability", "receivers", "solved", "clean", "corrupt", "effects")),
+    *(
+        (["probes", "one", key], GONE, f"'{key}'")
+        for key in ("capability", "receivers", "solved", "clean", "corrupt", "effects")
+    ),
     (["model", "num_layers"], GONE, "model: key 'num_layers' is missing"),
     (["model", "colour"], 1, "model: unknown key 'colour'"),
     (["model"], [], "model: a list of keys and values is expected"),
@@ -281,7 +314,11 @@ BROKEN = [
     (["probes", "one", "effects", 0, 1, 0], [0.1], "'effects of one' is no table of numbers"),
     (["probes", "one", "effects", 0, 1, 0, 2], "0.1", "'effects of one' is no table of numbers"),
     (["probes", "one", "effects", 0, 1, 0, 2], LONG, "'effects of one' is no table of numbers"),
-    (["probes", "one", "effects", 0, 1, 0, 2], float("nan"), "'effects of one' holds a value that is not a finite number"),
+    (
+        ["probes", "one", "effects", 0, 1, 0, 2],
+        float("nan"),
+        "'effects of one' holds a value that is not a finite number",
+    ),
     (["probes", "one", "clean", 2], float("inf"), "'clean of one' holds a value that is not a finite number"),
     (["probes", "one", "receivers"], [], "'effects of one' has shape"),
     (["probes", "one", "receivers", 1], [[2, 0]], "receivers of 'one' are no heads of the model"),
@@ -334,7 +371,9 @@ def test_files_that_are_no_scores(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     HeadMap.all_fa(2, 2, 1).save(tmp_path / "head_map")
-    HeadMap.from_fa([(0, 1)], 2, 2, 1, model=dataclasses.asdict(SHAPE), fingerprint=FINGERPRINT).save(tmp_path / "whole_map")
+    HeadMap.from_fa([(0, 1)], 2, 2, 1, model=dataclasses.asdict(SHAPE), fingerprint=FINGERPRINT).save(
+        tmp_path / "whole_map"
+    )
     messages = {name: message for name, (_, message) in files.items()}
     messages |= {"none": "No such file", ".": "Is a directory", "binary": "not JSON"}
     messages |= {"head_map": "unknown key 'strategy'", "whole_map": "unknown key 'strategy'"}

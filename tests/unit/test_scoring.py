@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A prompt's score is what greedy decoding earns, whether it decodes or not; replicas share the work without a trace."""
+"""A prompt's score is what greedy decoding earns, whether it decodes or not; replicas share the work without a
+trace.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,9 @@ def placed(ids: np.ndarray) -> int:
     return int(ids[: LENGTH - 7].sum() * len(ids) % VOCAB)
 
 
-def question(ids: np.ndarray, answer_ids: Sequence[int] = (), answers: tuple[str, ...] = ("x",), room: int | None = None) -> Prompt:
+def question(
+    ids: np.ndarray, answer_ids: Sequence[int] = (), answers: tuple[str, ...] = ("x",), room: int | None = None
+) -> Prompt:
     right = np.asarray(answer_ids, dtype=np.int32)
     return Prompt(np.asarray(ids, dtype=np.int32), len(right) if room is None else room, answers, right, (), ())
 
@@ -90,12 +94,16 @@ def right_and_wrong(model: EvaluatedModel, sizes: Sequence[int]) -> tuple[list[P
     return prompts, expected
 
 
-def scored(model: EvaluatedModel, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerFast, by_generation: bool) -> list[float]:
+def scored(
+    model: EvaluatedModel, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerFast, by_generation: bool
+) -> list[float]:
     return [score for batch in score_prompts(model, prompts, tokenizer, by_generation) for score in batch]
 
 
 @pytest.mark.parametrize("rule", [mixing, placed])
-def test_right_means_every_answer_token_either_way(tokenizer: PreTrainedTokenizerFast, rule: Callable[[np.ndarray], int]) -> None:
+def test_right_means_every_answer_token_either_way(
+    tokenizer: PreTrainedTokenizerFast, rule: Callable[[np.ndarray], int]
+) -> None:
     """Answers of unlike sizes stand in one batch, so that each has its own beginning."""
     model = Rule(rule)
     prompts, expected = right_and_wrong(model, [5, 7, 5, 1, 3] * 4)

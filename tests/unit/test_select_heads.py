@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The head selection door: its files, re-used scores, runs that were stopped, and one clear line for what it cannot use."""
+"""The head selection door: its files, re-used scores, runs that were stopped, and one clear line for what it cannot
+use.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def fa_heads(folder: Path) -> list[tuple[int, int]]:
 @pytest.fixture(scope="module")
 def selected(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A first selection with everything: two pairs of 128 tokens a sub-probe, 96 tokens beside it, knock-out curves."""
-    return run(tiny_teacher, tmp_path_factory.mktemp("runs") / "heads", *SMALL, "--also-lengths", "96", "--knock-out", "1")
+    return run(
+        tiny_teacher, tmp_path_factory.mktemp("runs") / "heads", *SMALL, "--also-lengths", "96", "--knock-out", "1"
+    )
 
 
 def test_files_for_this_teacher(tiny_teacher: Path, selected: Path) -> None:
@@ -60,19 +64,33 @@ def test_files_for_this_teacher(tiny_teacher: Path, selected: Path) -> None:
     )
     card.check_head_map(head_map)
     scores.check_teacher(card)
-    assert head_map.num_fa * 4 == card.shape.num_layers * card.shape.num_heads and all(layer.fa for layer in head_map.layers)
+    assert head_map.num_fa * 4 == card.shape.num_layers * card.shape.num_heads and all(
+        layer.fa for layer in head_map.layers
+    )
     assert scores.scores_lh.max() > 0.5  # some head of a teacher that retrieves does carry retrieval
     assert head_map.made_by["ratio"] == "3:1" and head_map.made_by["scores"]["length"] == 128
     assert head_map.model == dataclasses.asdict(card.shape) and "torch" in head_map.made_by["versions"]
     assert set(scores.by_capability) == {"retrieval", "general"}
-    assert set(scores.observed) == {"attention mass", "retrieval head", "attribution, receivers", "attribution, senders"}
+    assert set(scores.observed) == {
+        "attention mass",
+        "retrieval head",
+        "attribution, receivers",
+        "attribution, senders",
+    }
     curves = json.loads((selected / "knock_out.json").read_text())
     assert curves["prompts"] == 5 and curves["accuracy"]["best first"][0][-1] == 0.0
 
 
 def test_the_report_tells_what_was_found(selected: Path) -> None:
     page = (selected / "report.html").read_text()
-    for text in ("niah_single_1", "copying", "global_c", "128", "96", HeadMap.load(selected / "head_map.json").fingerprint[:12]):
+    for text in (
+        "niah_single_1",
+        "copying",
+        "global_c",
+        "128",
+        "96",
+        HeadMap.load(selected / "head_map.json").fingerprint[:12],
+    ):
         assert text in page
 
 
@@ -91,10 +109,14 @@ def test_scores_serve_other_choices_without_the_model(
     assert {len(layer.fa) % 4 for layer in HeadMap.load(even / "head_map.json").layers} == {0}
     retrieval = run(tiny_teacher, tmp_path / "retrieval", "--weight", "general=0", *known)
     fused = HeadScores.load(retrieval / "scores.json")
-    np.testing.assert_allclose(fused.scores_lh, fused.by_capability["retrieval"][0] / fused.by_capability["retrieval"][0].max(), atol=1e-9)
+    np.testing.assert_allclose(
+        fused.scores_lh, fused.by_capability["retrieval"][0] / fused.by_capability["retrieval"][0].max(), atol=1e-9
+    )
 
 
-def test_random_and_layer_wise_maps_need_no_scores(tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_and_layer_wise_maps_need_no_scores(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tools.head_scoring.load_model", None)
     out = run(tiny_teacher, tmp_path / "random", "--strategy", "layer_random", "--seed", "7")
     assert sorted(file.name for file in out.iterdir()) == ["figures", "head_map.json"]
@@ -110,9 +132,22 @@ def test_a_capability_of_ones_own(tiny_teacher: Path, tmp_path: Path, capsys: py
     line = "".join(words[:8])
     pairs = [(line + line[: line.index(words[at])], words[at], words[at + 4]) for at in range(4, 8)]
     file = tmp_path / "mine.jsonl"
-    made = ({"clean": text, "corrupt": text.replace(word, other, 1), "answer": word, "distractor": other} for text, word, other in pairs)
+    made = (
+        {"clean": text, "corrupt": text.replace(word, other, 1), "answer": word, "distractor": other}
+        for text, word, other in pairs
+    )
     file.write_text("".join(json.dumps(pair) + "\n" for pair in made))
-    out = run(tiny_teacher, tmp_path / "out", "--probe", f"lists={file}", "--capabilities", "retrieval", "--knock-out", "0", *SMALL)
+    out = run(
+        tiny_teacher,
+        tmp_path / "out",
+        "--probe",
+        f"lists={file}",
+        "--capabilities",
+        "retrieval",
+        "--knock-out",
+        "0",
+        *SMALL,
+    )
     scores = HeadScores.load(out / "scores.json")
     assert scores.probes["mine"].capability == "lists" and scores.probes["mine"].used >= 2
     assert "mine (lists)" in capsys.readouterr().out and not (out / "knock_out.json").exists()
@@ -123,8 +158,12 @@ def test_what_makes_a_scoring_run_another_one(tiny_teacher: Path, tmp_path: Path
     card, file = ModelCard.load(tiny_teacher), tmp_path / "mine.jsonl"
     found = set()
     for distractor in (" 34", " 56"):
-        file.write_text(json.dumps({"clean": " # river 12", "corrupt": " # river 78", "answer": " 12", "distractor": distractor}))
-        args = parser().parse_args(["--teacher", str(tiny_teacher), "--out", str(tmp_path), "--capabilities", "--probe", f"mine={file}"])
+        file.write_text(
+            json.dumps({"clean": " # river 12", "corrupt": " # river 78", "answer": " 12", "distractor": distractor})
+        )
+        args = parser().parse_args(
+            ["--teacher", str(tiny_teacher), "--out", str(tmp_path), "--capabilities", "--probe", f"mine={file}"]
+        )
         found.add(identity(args, card, probes(args, 64), 64)["prompts_sha256"])
     assert len(found) == 2
 
@@ -132,7 +171,9 @@ def test_what_makes_a_scoring_run_another_one(tiny_teacher: Path, tmp_path: Path
 @pytest.mark.slow
 def test_quick_and_rough_ways_rank_alike(tiny_teacher: Path, selected: Path, tmp_path: Path) -> None:
     exact = scores_of(selected)
-    rough = HeadScores.load(run(tiny_teacher, tmp_path / "rough", "--method", "attribution", "--knock-out", "0", *SMALL) / "scores.json")
+    rough = HeadScores.load(
+        run(tiny_teacher, tmp_path / "rough", "--method", "attribution", "--knock-out", "0", *SMALL) / "scores.json"
+    )
     assert rough.settings["method"] == "attribution" and spearman(exact.scores_lh, rough.scores_lh) > 0.7
     half = HeadScores.load(run(tiny_teacher, tmp_path / "half", "--bf16", "--knock-out", "0", *SMALL) / "scores.json")
     assert half.settings["dtype"] == "bf16" and spearman(exact.effects_lh, half.effects_lh) > 0.9
@@ -147,7 +188,17 @@ def test_dry_run_writes_nothing(tiny_teacher: Path, tmp_path: Path, capsys: pyte
 
 def test_a_stopped_run_goes_on_and_loses_no_finished_piece(tiny_teacher: Path, selected: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "tools/select_heads.py", "--teacher", str(tiny_teacher), "--out", str(out), *SMALL, "--knock-out", "1"]
+    command = [
+        sys.executable,
+        "tools/select_heads.py",
+        "--teacher",
+        str(tiny_teacher),
+        "--out",
+        str(out),
+        *SMALL,
+        "--knock-out",
+        "1",
+    ]
     journal = out / "unfinished" / "128"
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 100

@@ -22,15 +22,26 @@ from hydra_mcore.selection.report import write_report
 from hydra_mcore.selection.score import HeadScores, ProbeEffects
 
 SHAPE = ModelShape(
-    num_layers=3, hidden_size=16, num_heads=4, num_kv_groups=2, head_dim=4, ffn_hidden_size=8, vocab_size=10, native_length=8
+    num_layers=3,
+    hidden_size=16,
+    num_heads=4,
+    num_kv_groups=2,
+    head_dim=4,
+    ffn_hidden_size=8,
+    vocab_size=10,
+    native_length=8,
 )
 PROBES = {"niah_single_1": "retrieval", "niah_multikey_1": "retrieval", "copying": "general"}
 NAME = "teacher <b>&'$1$"
-KNOCK_OUT = KnockOut((0.0, 0.25), (0, 3), {"best first": ((0.975, 0.125),), "random": ((0.975, 0.8), (0.975, 0.7))}, prompts=40)
+KNOCK_OUT = KnockOut(
+    (0.0, 0.25), (0, 3), {"best first": ((0.975, 0.125),), "random": ((0.975, 0.8), (0.975, 0.7))}, prompts=40
+)
 VOID = ("meta", "img")
 
 
-def made_scores(pairs: int = 4, rounds: int = 2, probes: dict[str, str] = PROBES, seed: int = 0, **facts: Any) -> HeadScores:
+def made_scores(
+    pairs: int = 4, rounds: int = 2, probes: dict[str, str] = PROBES, seed: int = 0, **facts: Any
+) -> HeadScores:
     rng = np.random.default_rng(seed)
     size = rng.exponential(0.2, (rounds + 1, 3, 4, 1)) * (rng.random((rounds + 1, 3, 4, 1)) < 0.3)
     size[0, 1, 2] = 0.5
@@ -51,7 +62,13 @@ def made_scores(pairs: int = 4, rounds: int = 2, probes: dict[str, str] = PROBES
 
 def chosen(scores: HeadScores, budget: int = 3, **facts: Any) -> Choice:
     head_map = HeadMap.from_fa(scores.ranking()[:budget], 3, 4, 2, strategy="global", made_by={"tool": "select_heads"})
-    values = {"objective": "the most of <all> scores", "kept": 0.8125, "given_up": 0.0625, "kv_groups": 3, "kv_fraction": 0.5}
+    values = {
+        "objective": "the most of <all> scores",
+        "kept": 0.8125,
+        "given_up": 0.0625,
+        "kv_groups": 3,
+        "kv_fraction": 0.5,
+    }
     return Choice(head_map, **{**values, **facts})
 
 
@@ -94,15 +111,24 @@ def test_the_whole_page(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["figures", "report.html"]
     # It stands alone.
     assert len(page.sources) == 7 and all(source.startswith("data:image/png;base64,") for source in page.sources)
-    assert page.open == [] and not page.tags & {"script", "link", "iframe", "b"} and "http" not in page.text and "url(" not in page.text
+    assert (
+        page.open == []
+        and not page.tags & {"script", "link", "iframe", "b"}
+        and "http" not in page.text
+        and "url(" not in page.text
+    )
     # What was given stands there, as text.
     given = (
-        f"Head selection: {NAME}", "the most of <all> scores", "attention <mass>", "81.2%", "6.2%", "50.0%: 3 of 6 kv groups",
+        f"Head selection: {NAME}", "the most of <all> scores", "attention <mass>", "81.2%", "6.2%",
+        "50.0%: 3 of 6 kv groups",
         "f00d" * 16, "5ca1ab1e", "17", "2.5.5", "select_heads", *PROBES, "2.3, 1.0", "8K", "1:1", "512K",
-        "9 of 12 pairs of prompts were used", "cannot be judged there: 3.", "40 prompts", "12% best first, 75% at random",
+        "9 of 12 pairs of prompts were used", "cannot be judged there: 3.", "40 prompts",
+        "12% best first, 75% at random",
     )  # fmt: skip
     assert [text for text in given if text not in page.text] == []
-    assert [text for text in ("nan", "Not measured", "None were recorded", "Only one capability") if text in page.text] == []
+    assert [
+        text for text in ("nan", "Not measured", "None were recorded", "Only one capability") if text in page.text
+    ] == []
 
 
 def test_the_numbers_are_those_of_the_evidence(tmp_path: Path) -> None:
@@ -132,7 +158,9 @@ def test_one_pair_one_role_one_capability_nothing_else(tmp_path: Path) -> None:
 @pytest.mark.parametrize("budget", [0, 12])
 def test_no_head_and_every_head(tmp_path: Path, budget: int) -> None:
     scores = made_scores()
-    assert f"{budget} of 12 attention heads keep full attention" in report(tmp_path, scores, chosen(scores, budget)).text
+    assert (
+        f"{budget} of 12 attention heads keep full attention" in report(tmp_path, scores, chosen(scores, budget)).text
+    )
 
 
 def test_a_probe_without_a_pair_and_unknown_shares(tmp_path: Path) -> None:
@@ -160,13 +188,19 @@ def test_the_knock_out_sentence_follows_the_numbers() -> None:
     assert "hurts no more than" in figures.knock_out_finding(dataclasses.replace(KNOCK_OUT, accuracy=useless))
     one = dataclasses.replace(KNOCK_OUT, heads=(0, 1))
     assert figures.knock_out_finding(one) == "Accuracy with 1 head removed: 12% best first, 75% at random"
-    assert figures.knock_out_finding(dataclasses.replace(KNOCK_OUT, accuracy={"random": ((0.9, 0.7),)})) == "Accuracy as heads are removed"
+    assert (
+        figures.knock_out_finding(dataclasses.replace(KNOCK_OUT, accuracy={"random": ((0.9, 0.7),)}))
+        == "Accuracy as heads are removed"
+    )
 
 
 def test_scores_no_better_than_chance_are_called_so(tmp_path: Path) -> None:
     scores = made_scores()
     rng = np.random.default_rng(1)
-    noise = {name: dataclasses.replace(probe, effects_rlhb=rng.normal(0, 0.3, (3, 3, 4, 4))) for name, probe in scores.probes.items()}
+    noise = {
+        name: dataclasses.replace(probe, effects_rlhb=rng.normal(0, 0.3, (3, 3, 4, 4)))
+        for name, probe in scores.probes.items()
+    }
     assert "no better than chance" in report(tmp_path, dataclasses.replace(scores, probes=noise)).text
     assert "So the ranking is not chance" in report(tmp_path, scores).text  # a second page replaces the first
     assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".partial")]

@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Which of Megatron's flags a stage takes, and with which values: what it does not is refused in one line that names the flag."""
+"""Which of Megatron's flags a stage takes, and with which values: what it does not is refused in one line that names
+the flag.
+"""
 
 import argparse
 import re
@@ -22,13 +24,33 @@ from hydra_mcore.train.stages import default_flags
 
 ROOT = Path(__file__).parents[2]
 SHAPE = ModelShape(
-    num_layers=4, hidden_size=32, num_heads=8, num_kv_groups=2, head_dim=8, ffn_hidden_size=48, vocab_size=64, native_length=64
+    num_layers=4,
+    hidden_size=32,
+    num_heads=8,
+    num_kv_groups=2,
+    head_dim=8,
+    ffn_hidden_size=48,
+    vocab_size=64,
+    native_length=64,
 ).to_recipe()
 DEFAULTS = ENGINE | ENGINE_CPU | default_flags("extend") | {"split": "100,0,0", "data-path": "data"}
 # What may stand in a recipe instead of the value that is meant.
 ODD = [
-    *"null true false x [] {} [[1]] [null] [true] .nan .inf -.inf -1 -5 0 -0.5 1.5 1e20 nan 2026-01-01 0x7fffffffffffffff".split(),
-    *('""', "{a: 1}", "[1, x]", "2026-01-01T10:00:00Z", "2026-13-45", "!!binary aGk=", '"\\ud800"', '"a\\nb"', '"--help"', '"-h"', "1:30"),
+    *"null true false x [] {} [[1]] [null] [true] .nan .inf -.inf -1 -5 0 -0.5 1.5 1e20 nan 2026-01-01"
+    " 0x7fffffffffffffff".split(),
+    *(
+        '""',
+        "{a: 1}",
+        "[1, x]",
+        "2026-01-01T10:00:00Z",
+        "2026-13-45",
+        "!!binary aGk=",
+        '"\\ud800"',
+        '"a\\nb"',
+        '"--help"',
+        '"-h"',
+        "1:30",
+    ),
     *("1" + "0" * 20, "1" + "0" * 400, "1" + "0" * 5000, "x" * 5000, "&a [*a]", "*a", "[" * 500, "{a: " * 500),
 ]
 
@@ -43,7 +65,9 @@ def card(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return parser.parse_args(Recipe("card", SHAPE).to_flags(parser))
 
 
-def settle(parser: argparse.ArgumentParser, card: argparse.Namespace, values: dict[str, Any], *argv: str) -> argparse.Namespace:
+def settle(
+    parser: argparse.ArgumentParser, card: argparse.Namespace, values: dict[str, Any], *argv: str
+) -> argparse.Namespace:
     """What a recipe and a command line come to, as ``resolve`` has it before it looks at files."""
     known = parser.parse_args([*Recipe("r.yaml", values).over(DEFAULTS).over(SHAPE).to_flags(parser), *argv])
     StageOptions(**{name: getattr(known, name) for name in StageOptions.__dataclass_fields__})
@@ -52,20 +76,28 @@ def settle(parser: argparse.ArgumentParser, card: argparse.Namespace, values: di
 
 
 BAD = """
-seq-length 0; seq-length -5; train-iters 100000000000000000000; train-iters 0; train-samples 5; lr-decay-samples 5; log-interval 0
-split x; split nan; split inf; split 0,1,0; split 1,1,1,1; split 100,-1; split 1e3,0,0; log-interval -1; exit-interval 0; eval-interval 0
-micro-batch-size 0; micro-batch-size -1; global-batch-size 0; global-batch-size -8; rampup-batch-size 0 0 0; lr nan; lr inf; lr -1
+seq-length 0; seq-length -5; train-iters 100000000000000000000; train-iters 0; train-samples 5; lr-decay-samples 5;
+log-interval 0
+split x; split nan; split inf; split 0,1,0; split 1,1,1,1; split 100,-1; split 1e3,0,0; log-interval -1;
+exit-interval 0; eval-interval 0
+micro-batch-size 0; micro-batch-size -1; global-batch-size 0; global-batch-size -8; rampup-batch-size 0 0 0; lr nan;
+lr inf; lr -1
 min-lr nan; weight-decay nan; weight-decay -0.1; clip-grad nan; clip-grad inf; adam-beta1 1; adam-beta2 nan; adam-eps 0
 lr-warmup-fraction 2; lr-warmup-iters -1;
  seed -1; seed 0; seed 4294967296; lr 3e38; num-workers -1; num-workers 1000000; save-interval 0; eval-iters -1
-optimizer sgd; optimizer muon; ckpt-format torch; transformer-impl inference_optimized; exit-signal SIGNONE; exit-signal 15
+optimizer sgd; optimizer muon; ckpt-format torch; transformer-impl inference_optimized; exit-signal SIGNONE;
+exit-signal 15
 tensor-model-parallel-size 0; pipeline-model-parallel-size 0; context-parallel-size 0; tensor-model-parallel-size -1
-pipeline-model-parallel-size -1; context-parallel-size -1; num-layers-per-virtual-pipeline-stage 0; recompute-num-layers 0
-distributed-timeout-minutes 0; distributed-timeout-minutes 100000000; data-timeout inf; kl-weight nan; ce-weight inf; kl-temperature inf
+pipeline-model-parallel-size -1; context-parallel-size -1; num-layers-per-virtual-pipeline-stage 0;
+recompute-num-layers 0
+distributed-timeout-minutes 0; distributed-timeout-minutes 100000000; data-timeout inf; kl-weight nan; ce-weight inf;
+kl-temperature inf
 keep-last 0; keep-every -1; needle-length -1; profile-ranks -1; ddp-bucket-size 0"""
 
 
-@pytest.mark.parametrize("argv", [case.strip() for line in BAD.split("\n")[1:] for case in line.split(";") if case.strip()])
+@pytest.mark.parametrize(
+    "argv", [case.strip() for line in BAD.split("\n")[1:] for case in line.split(";") if case.strip()]
+)
 def test_values_are_refused_by_name(parser: argparse.ArgumentParser, card: argparse.Namespace, argv: str) -> None:
     name, *values = argv.split()
     with pytest.raises(ConfigError) as refused:
@@ -73,7 +105,9 @@ def test_values_are_refused_by_name(parser: argparse.ArgumentParser, card: argpa
     assert re.search(rf"\b{name}\b|\b{name.replace('-', '_')}\b", str(refused.value)) and "\n" not in str(refused.value)
 
 
-def test_a_schedule_that_would_fill_the_memory_names_both_its_flags(parser: argparse.ArgumentParser, card: argparse.Namespace) -> None:
+def test_a_schedule_that_would_fill_the_memory_names_both_its_flags(
+    parser: argparse.ArgumentParser, card: argparse.Namespace
+) -> None:
     with pytest.raises(ConfigError, match="train-iters 1000000000 x global-batch-size 128 are more than"):
         settle(parser, card, {}, "--train-iters", "1000000000")
     with pytest.raises(ConfigError, match=r"--train-samples.*use train-iters"):
@@ -103,7 +137,10 @@ def test_the_shape_of_the_model_is_its_card_s(parser: argparse.ArgumentParser, c
     for name, value in SHAPE.items():
         settle(parser, card, {name: value})
         wrong = other[name] if isinstance(value, str) else not value if isinstance(value, bool) else value + 1
-        for ways in ({"values": {name: wrong}, "argv": []}, {"values": {}, "argv": Recipe("c", {name: wrong}).to_flags(parser)}):
+        for ways in (
+            {"values": {name: wrong}, "argv": []},
+            {"values": {}, "argv": Recipe("c", {name: wrong}).to_flags(parser)},
+        ):
             if not ways["values"] and not ways["argv"]:
                 continue  # false on the command line: there is no such flag
             with pytest.raises(ConfigError, match="the card of the model says"):
@@ -114,15 +151,21 @@ def test_the_shape_of_the_model_is_its_card_s(parser: argparse.ArgumentParser, c
 
 def test_flags_that_do_nothing_are_refused_by_name(parser: argparse.ArgumentParser, card: argparse.Namespace) -> None:
     """Whatever their value, which is not even looked at: some of Megatron's are evaluated as Python."""
-    refused = [action for action in parser._actions if action.option_strings and action.dest != "help" and unused(action)]
+    refused = [
+        action for action in parser._actions if action.option_strings and action.dest != "help" and unused(action)
+    ]
     assert len(refused) > 400
     for action in refused:
         with pytest.raises(ConfigError, match=rf"{action.option_strings[0]}.* cannot be used here"):
             parser.parse_args([action.option_strings[0], *([] if action.nargs == 0 else ["[1]*9**9"])])
 
 
-@pytest.mark.parametrize("name", ["fp8-format", "num-experts", "sft", "spec", "yaml-cfg", "trust-remote-code", "save", "moe-layer-freq"])
-def test_recipes_cannot_ask_for_them_either(parser: argparse.ArgumentParser, card: argparse.Namespace, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["fp8-format", "num-experts", "sft", "spec", "yaml-cfg", "trust-remote-code", "save", "moe-layer-freq"]
+)
+def test_recipes_cannot_ask_for_them_either(
+    parser: argparse.ArgumentParser, card: argparse.Namespace, name: str
+) -> None:
     value = True if parser._option_string_actions[f"--{name}"].nargs == 0 else "8"
     with pytest.raises(ConfigError, match=f"--{name}.* cannot be used here"):
         settle(parser, card, {name: value})
@@ -140,10 +183,21 @@ def test_what_is_documented_is_taken(parser: argparse.ArgumentParser) -> None:
     names = set(DEFAULTS) | set(ENGINE_GPU)
     for path in ROOT.glob("examples/*/*.yaml"):
         raw = yaml.safe_load(path.read_text())
-        names |= {key for part in (raw, *(raw.get(stage) or {} for stage in STAGE_SECTIONS)) if "task" not in raw for key in part}
+        names |= {
+            key
+            for part in (raw, *(raw.get(stage) or {} for stage in STAGE_SECTIONS))
+            if "task" not in raw
+            for key in part
+        }
     flags = {flag_name(action): action for action in parser._actions if action.option_strings}
-    text = "\n".join(path.read_text() for path in [*ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/README.md")] if path.name != "LOG.md")
-    names |= set(re.findall(r"-m hydra_mcore\.train[^`\n]*", text) and re.findall(r"--([a-z][a-z-]+)", text)) & set(flags)
+    text = "\n".join(
+        path.read_text()
+        for path in [*ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/README.md")]
+        if path.name != "LOG.md"
+    )
+    names |= set(re.findall(r"-m hydra_mcore\.train[^`\n]*", text) and re.findall(r"--([a-z][a-z-]+)", text)) & set(
+        flags
+    )
     assert [name for name in sorted(names & set(flags)) if unused(flags[name])] == []
 
 
@@ -163,7 +217,9 @@ def test_odd_values_in_recipes(parser: argparse.ArgumentParser, card: argparse.N
     for key in "run-dir kl-weight packed-documents seq-length split exit-signal profile-ranks".split():
         for value in ODD:
             said = _fuzz(parser, card, tmp_path, key, value)
-            assert not said or (re.search(rf"{key}|{key.replace('-', '_')}|r\.yaml", said) and "\n" not in said and len(said) < 400), said
+            assert not said or (
+                re.search(rf"{key}|{key.replace('-', '_')}|r\.yaml", said) and "\n" not in said and len(said) < 400
+            ), said
 
 
 @pytest.mark.slow

@@ -23,7 +23,9 @@ def naive(padded_sbhc: Tensor, weight_hct: Tensor, position_s: Tensor | None) ->
 @pytest.mark.parametrize("values", [1, 3 * 2 * 3 * 5, 2**18], ids=["a row", "three rows", "all rows"])
 @pytest.mark.parametrize("taps", [1, 4])
 @pytest.mark.parametrize("lengths", [None, [1, 2, 5, 9]], ids=["one document", "packed"])
-def test_equals_its_definition(values: int, taps: int, lengths: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_its_definition(
+    values: int, taps: int, lengths: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(short_convolution, "TILE_VALUES", values)
     torch.manual_seed(0)
     position_s = None if lengths is None else torch.cat([torch.arange(length) for length in lengths])
@@ -40,7 +42,10 @@ def test_equals_its_definition(values: int, taps: int, lengths: list[int] | None
 
 def test_no_heads_and_no_tokens_stay_connected() -> None:
     for tokens, heads in ((5, 0), (0, 3)):
-        leaves = [torch.randn(tokens + 3, 2, heads, 5, requires_grad=True), torch.randn(heads, 5, 4, requires_grad=True)]
+        leaves = [
+            torch.randn(tokens + 3, 2, heads, 5, requires_grad=True),
+            torch.randn(heads, 5, 4, requires_grad=True),
+        ]
         out = short_convolution.short_convolution(*leaves)
         assert out.shape == (tokens, 2, heads, 5)
         assert [x.shape for x in torch.autograd.grad(out.sum(), leaves)] == [x.shape for x in leaves]

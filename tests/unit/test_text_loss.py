@@ -103,7 +103,8 @@ def test_windows_of_every_length_read_the_same_text() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "length", "message"), [(100, 1, "at least 2 are needed"), (100, 101, r"101 tokens a window: the text has 100 tokens")]
+    ("tokens", "length", "message"),
+    [(100, 1, "at least 2 are needed"), (100, 101, r"101 tokens a window: the text has 100 tokens")],
 )
 def test_text_that_does_not_do_is_refused(tokens: int, length: int, message: str) -> None:
     with pytest.raises(InputError, match=message):

@@ -23,7 +23,10 @@ def test_results_and_gradients_are_those_of_one_call(values: int, monkeypatch: p
     shapes = (17, 4, 5), (17, 4, 1), (20, 1, 5), (5,)  # the angles of more rows than there are
     x, gate, angle, weight = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
     d_out, found = torch.randn(17, 4, 5, dtype=torch.float64), []
-    for run in (lambda *xs: tiles.in_tiles(chain, xs[:3], xs[3:]), lambda x, gate, angle, weight: chain(x, gate, angle[:17], weight)):
+    for run in (
+        lambda *xs: tiles.in_tiles(chain, xs[:3], xs[3:]),
+        lambda x, gate, angle, weight: chain(x, gate, angle[:17], weight),
+    ):
         leaves = [t.clone().requires_grad_() for t in (x, gate, weight)]
         out = run(*leaves[:2], angle, leaves[2])
         found.append([out, *torch.autograd.grad(out, leaves, d_out)])

@@ -31,7 +31,9 @@ each_setting = pytest.mark.parametrize("settings", SETTINGS, ids=lambda x: " ".j
 def make_inputs(
     dtype: torch.dtype = torch.float64, s: int = S, b: int = B, m: int = M, w: int = W, scale: float = 1.0
 ) -> tuple[list[Tensor], tuple]:
-    """[student hidden, weight, labels, mask] and the teacher; the teacher's width is its own, some tokens are masked."""
+    """[student hidden, weight, labels, mask] and the teacher; the teacher's width is its own, some tokens are
+    masked.
+    """
     rng = torch.Generator().manual_seed(s * w)
     randn = lambda *shape: torch.randn(shape, generator=rng, dtype=torch.float64).to(dtype)  # noqa: E731
     labels = torch.randint(w, (b, s), generator=rng)
@@ -42,7 +44,17 @@ def make_inputs(
     return inputs, (scale * randn(s, b, m + 2), randn(w, m + 2))
 
 
-def plain(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, teacher=None, *, ce_weight=1.0, kl_weight=0.0, temperature=1.0):
+def plain(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    mask: Tensor,
+    teacher=None,
+    *,
+    ce_weight=1.0,
+    kl_weight=0.0,
+    temperature=1.0,
+):
     """(loss, kl, ce) in float64 from full logits."""
     logits_bsw = (hidden.double() @ weight.double().t()).transpose(0, 1)
     ce = (mask * F.cross_entropy(logits_bsw.flatten(0, 1), labels.flatten(), reduction="none").view_as(mask)).sum()
@@ -126,14 +138,18 @@ def test_masked_tokens_do_not_matter() -> None:
 def test_bool_mask_is_a_mask_of_ones() -> None:
     inputs, _ = make_inputs()
     mask = inputs[3] > 0
-    assert_same(token_loss(*inputs[:3], mask, tp_group=ONE_RANK), token_loss(*inputs[:3], mask.double(), tp_group=ONE_RANK), 0)
+    assert_same(
+        token_loss(*inputs[:3], mask, tp_group=ONE_RANK), token_loss(*inputs[:3], mask.double(), tp_group=ONE_RANK), 0
+    )
 
 
 def test_a_student_that_is_its_teacher_has_no_kl() -> None:
     inputs, _ = make_inputs(torch.float32)
     teacher = (inputs[0].detach(), inputs[1].detach())
     for temperature in (1.0, 2.0):
-        result = token_loss(*inputs, tp_group=ONE_RANK, teacher=teacher, ce_weight=0.0, kl_weight=1.0, temperature=temperature)
+        result = token_loss(
+            *inputs, tp_group=ONE_RANK, teacher=teacher, ce_weight=0.0, kl_weight=1.0, temperature=temperature
+        )
         assert result.kl == 0 and result.loss == 0
         assert all(x.abs().max() < 1e-6 for x in torch.autograd.grad(result.loss, inputs[:2]))
 
@@ -188,7 +204,9 @@ def test_second_backward_raises() -> None:
         loss.backward()
 
 
-@pytest.mark.parametrize("name", ["student_weight_wm", "labels_bs", "mask_bs", "teacher hidden_sbm", "teacher weight_wm"])
+@pytest.mark.parametrize(
+    "name", ["student_weight_wm", "labels_bs", "mask_bs", "teacher hidden_sbm", "teacher weight_wm"]
+)
 def test_wrong_shapes_raise(name: str) -> None:
     (hidden, weight, labels, mask), teacher = make_inputs(s=B)
     wrong = {
@@ -213,7 +231,9 @@ def _sharded(rank: int, settings: dict, world_size: int, scale: float) -> tuple[
     with model_parallel(tp=world_size):
         group = parallel_state.get_tensor_model_parallel_group()
         with tracked_peak() as memory:
-            result = token_loss(hidden, mine, labels, mask, tp_group=group, teacher=teacher, chunk_elements=4 * len(mine), **settings)
+            result = token_loss(
+                hidden, mine, labels, mask, tp_group=group, teacher=teacher, chunk_elements=4 * len(mine), **settings
+            )
             (3 * result.loss).backward()
     assert memory.peak_bytes <= peak_bytes(S * B, M, W, world_size, 8, 4 * len(mine), teacher is not None)
     return [x.detach() for x in result], hidden.grad, mine.grad
@@ -238,11 +258,15 @@ def test_tensor_parallel_equals_one_process(settings: dict, world_size: int, sca
 # Most is softmaxes in the first size, the weight's gradient in the second.
 @pytest.mark.parametrize(("s", "m", "w", "chunk"), [(300, 16, 2000, 2**17), (50, 128, 4000, 2**14)])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_peak_memory_is_the_formula(s: int, m: int, w: int, chunk: int, dtype: torch.dtype, with_teacher: bool, temperature: float) -> None:
+def test_peak_memory_is_the_formula(
+    s: int, m: int, w: int, chunk: int, dtype: torch.dtype, with_teacher: bool, temperature: float
+) -> None:
     inputs, teacher = make_inputs(dtype, s=s, m=m, w=w)
     teacher = teacher if with_teacher else None
     with tracked_peak() as memory:
-        result = token_loss(*inputs, tp_group=ONE_RANK, teacher=teacher, kl_weight=1.0, temperature=temperature, chunk_elements=chunk)
+        result = token_loss(
+            *inputs, tp_group=ONE_RANK, teacher=teacher, kl_weight=1.0, temperature=temperature, chunk_elements=chunk
+        )
         result.loss.backward()
     predicted = peak_bytes(s * B, m, w, 1, dtype.itemsize, chunk, with_teacher)
     print(f"{memory.peak_bytes} of {predicted} bytes")

@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What describes a W&B run (flags, card, head map) stands in every place that it is logged to, however its starts differ."""
+"""What describes a W&B run (flags, card, head map) stands in every place that it is logged to, however its starts
+differ.
+"""
 
 import argparse
 import os
@@ -35,7 +37,13 @@ def start(folder: Path, mode: str, project: str = "hydra") -> list[OfflineRun]:
 def _start(rank: int, folder: Path, mode: str, project: str) -> None:
     os.environ["WANDB_MODE"] = mode
     args = argparse.Namespace(
-        wandb_project=project, wandb_entity="", wandb_exp_name="", wandb_save_dir="", exit_signal_handler=False, rank=0, world_size=1
+        wandb_project=project,
+        wandb_entity="",
+        wandb_exp_name="",
+        wandb_save_dir="",
+        exit_signal_handler=False,
+        rank=0,
+        world_size=1,
     )
     with tracking.tracked(plan(folder)):
         tracking.global_vars._set_wandb_writer(args)
@@ -51,7 +59,12 @@ def test_a_run_that_was_logged_nowhere_is_described_later(tmp_path: Path, first:
     assert before == ([] if first == "disabled" else [1])
     runs = start(tmp_path, "offline")
     assert described(runs) == [1] if first == "disabled" else described(runs) == [1, 0]
-    assert {entry.path for entry in runs[0].artifacts[0].manifest.contents} >= {"head_map.json", "head_map.png", "model.json", "flags.json"}
+    assert {entry.path for entry in runs[0].artifacts[0].manifest.contents} >= {
+        "head_map.json",
+        "head_map.png",
+        "model.json",
+        "flags.json",
+    }
     if first != "disabled":
         assert described(start(tmp_path, "offline")) == [*described(runs), 0]
 
@@ -74,7 +87,13 @@ def test_offline_first_then_online(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "align" / "wandb").mkdir(parents=True)
     for offline, entity in ((True, None), (True, None), (False, "me"), (False, "me"), (False, "us"), (True, None)):
         run = SimpleNamespace(
-            disabled=False, offline=offline, entity=entity, project="hydra", id="1", starting_step=0, log=lambda *_, **__: None
+            disabled=False,
+            offline=offline,
+            entity=entity,
+            project="hydra",
+            id="1",
+            starting_step=0,
+            log=lambda *_, **__: None,
         )
         run.log_artifact = lambda artifact, where=entity: logged.append(where)
         tracking.Tracker(run, tmp_path / "align" / "wandb").describe(plan(tmp_path))
@@ -87,7 +106,10 @@ def test_offline_first_then_online(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ('{"id": "abc", "described": true}', True),  # of an earlier version
         ('{"id": "abc", "described": ["offline/hydra"]}', True),
         ('{"id": "abc"}', True),
-        *((text, False) for text in ("", "{", "[]", "null", "7", '{"described": []}', '{"id": 7}', '{"id": null}', "\xff", '"abc"')),
+        *(
+            (text, False)
+            for text in ("", "{", "[]", "null", "7", '{"described": []}', '{"id": 7}', '{"id": null}', "\xff", '"abc"')
+        ),
     ],
 )
 def test_a_damaged_record_begins_a_new_run(tmp_path: Path, text: str, kept: bool) -> None:

@@ -45,33 +45,48 @@ def refusal(capsys: pytest.CaptureFixture, *argv: str | Path) -> str:
     ("argv", "said"),
     [
         (("nothing",), "no model.json, so not a hydra_mcore checkpoint"),
-        (("{student}", "--teacher", "{student}"), "a student checkpoint, not a teacher's; give the folder that import wrote"),
+        (
+            ("{student}", "--teacher", "{student}"),
+            "a student checkpoint, not a teacher's; give the folder that import wrote",
+        ),
         (("{student}", "--teacher", "nothing"), "nothing: no model.json"),
         (("{teacher}", "--teacher", "{teacher}"), "is a teacher itself, so it has no other; leave --teacher out"),
         (("{teacher}", "--hf", "nothing"), "nothing/config.json: no such file; give a Hugging Face model directory"),
         (("{student}", "--export", "{student}"), "config.json: no such file; give a Hugging Face model directory"),
-        (("{teacher}", "--only", "export", "layout"), "--only layout: no such check; choose from source, all-fa, layouts"),
+        (
+            ("{teacher}", "--only", "export", "layout"),
+            "--only layout: no such check; choose from source, all-fa, layouts",
+        ),
         (("{teacher}", "--length", "8"), "sequences of 8 tokens tell little; take at least 24"),
         (("{teacher}", "--length", "-1"), "give numbers above 0"),
         (("{teacher}", "--sequences", "0"), "give numbers above 0"),
-        (("{teacher}", "--text", "{teacher}/model.json", "--sequences", "90"), "give at least 46080, or lower --length or --sequences"),
+        (
+            ("{teacher}", "--text", "{teacher}/model.json", "--sequences", "90"),
+            "give at least 46080, or lower --length or --sequences",
+        ),
         (("{teacher}", "--text", "nothing.txt"), "nothing.txt: No such file or directory"),
         (("{student}", "--text", "{teacher}/model.json"), "no tokenizer beside the checkpoint"),
         (("{teacher}", "--json", "nothing/found.json"), "--json nothing/found.json: No such file or directory"),
     ],
 )
-def test_bad_input_is_one_line(folders: dict[str, Path], capsys: pytest.CaptureFixture, argv: tuple[str, ...], said: str) -> None:
+def test_bad_input_is_one_line(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture, argv: tuple[str, ...], said: str
+) -> None:
     assert said in refusal(capsys, *(item.format(**folders) for item in argv))
 
 
-def test_a_checkpoint_that_is_cut_short_is_one_line(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_checkpoint_that_is_cut_short_is_one_line(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     shutil.copytree(folders["student"], tmp_path / "student")
     (tmp_path / "student" / "latest_checkpointed_iteration.txt").unlink()
     assert "no complete checkpoint" in refusal(capsys, tmp_path / "student")
 
 
 def test_help_names_every_check_without_loading_torch() -> None:
-    code = "import sys; from tools.verify import parser; print(parser().format_help()); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from tools.verify import parser; print(parser().format_help()); sys.exit('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     described = [line.split()[0] for line in done.stdout.splitlines() if line.startswith(NAMES)]

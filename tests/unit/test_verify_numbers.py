@@ -95,7 +95,14 @@ def test_documents_all_differ_in_length() -> None:
 
 def card() -> ModelCard:
     shape = ModelShape(
-        num_layers=3, hidden_size=40, num_heads=6, num_kv_groups=2, head_dim=16, ffn_hidden_size=56, vocab_size=61, native_length=64
+        num_layers=3,
+        hidden_size=40,
+        num_heads=6,
+        num_kv_groups=2,
+        head_dim=16,
+        ffn_hidden_size=56,
+        vocab_size=61,
+        native_length=64,
     )
     return teacher_card(shape, "")
 
@@ -121,6 +128,9 @@ def test_layouts_that_fit_are_let_through() -> None:
 
 
 def test_context_parallel_ranks_must_be_there() -> None:
-    message = "1 processes are no multiple of 1 tensor-parallel x 1 pipeline-parallel x 2 context-parallel ranks; start 2 with"
+    message = (
+        "1 processes are no multiple of 1 tensor-parallel x 1 pipeline-parallel x 2 context-parallel ranks; start 2"
+        " with"
+    )
     with pytest.raises(InputError, match=message), process_groups(cp_size=2):
         raise AssertionError("not reached")

@@ -1,8 +1,10 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Causal attention by each of torch's kernels, forward and backward, with keys and values of a group copied per head or shared.
+"""Causal attention by each of torch's kernels, forward and backward, with keys and values of a group copied per head or
+shared.
 
-FA heads copy them (groups may be uneven) and take the kernel that torch chooses: this section says what another choice would give.
+FA heads copy them (groups may be uneven) and take the kernel that torch chooses: this section says what another choice
+would give.
 """
 
 from __future__ import annotations
@@ -28,9 +30,13 @@ LENGTHS = {"cpu": [512, 2048], "cuda": [2048, 16_384, 131_072]}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--lengths", nargs="+", type=positive, metavar="N", help="tokens (default 512 2048; 2048 16384 131072 on a GPU)")
+    parser.add_argument(
+        "--lengths", nargs="+", type=positive, metavar="N", help="tokens (default 512 2048; 2048 16384 131072 on a GPU)"
+    )
     parser.add_argument("--heads", type=positive, default=QWEN3.num_heads, metavar="N", help="query heads (default 16)")
-    parser.add_argument("--kv-groups", type=positive, default=QWEN3.num_kv_groups, metavar="N", help="default 8; divides the heads")
+    parser.add_argument(
+        "--kv-groups", type=positive, default=QWEN3.num_kv_groups, metavar="N", help="default 8; divides the heads"
+    )
     parser.add_argument("--head-dim", type=positive, default=QWEN3.head_dim, metavar="N", help="default 128")
     parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="the median counts (default 5)")
     add_machine(parser)
@@ -44,16 +50,23 @@ def run(args: argparse.Namespace) -> Report:
     for length in args.lengths or LENGTHS[device]:
         calls = _calls(args, length, device, dtype)
         refused = {name: error for name, call in calls.items() if (error := _refusal(call))}
-        found = measured({name: call for name, call in calls.items() if name not in refused}, length, args.repeats, device)
+        found = measured(
+            {name: call for name, call in calls.items() if name not in refused}, length, args.repeats, device
+        )
         points += found
         chosen = next(point.median for point in found if point.name == CHOICE)
         # forward takes two products of half a square; backward five, as it makes the scores again
         operations = 7 * args.heads * args.head_dim * length * (length + 1)
         for point in found:
             speed, memory = operations / point.median / 1e12, point.peak_bytes / 2**20
-            rows.append([length, point.name, point.spread, f"{point.median / chosen:.3f}", f"{speed:.2f}", f"{memory:.1f}"])
+            rows.append(
+                [length, point.name, point.spread, f"{point.median / chosen:.3f}", f"{speed:.2f}", f"{memory:.1f}"]
+            )
         rows += [[length, name, error, "-", "-", "-"] for name, error in refused.items()]
-    notes = f"{args.heads} heads of {args.head_dim} channels, {args.kv_groups} kv groups, one row, {dtype}, {device}; forward and backward."
+    notes = (
+        f"{args.heads} heads of {args.head_dim} channels, {args.kv_groups} kv groups, one row, {dtype}, {device};"
+        " forward and backward."
+    )
     return Report("Causal attention by kernel", notes, COLUMNS, rows, points)
 
 
@@ -64,11 +77,17 @@ def _calls(args: argparse.Namespace, length: int, device: str, dtype: str) -> di
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     def made(heads: int) -> torch.Tensor:
-        return torch.randn(length, 1, heads, args.head_dim, device=device, dtype=getattr(torch, dtype), requires_grad=True)
+        return torch.randn(
+            length, 1, heads, args.head_dim, device=device, dtype=getattr(torch, dtype), requires_grad=True
+        )
 
     q, k, v = made(args.heads), made(args.kv_groups), made(args.kv_groups)
     grad_out, times = torch.randn_like(q), args.heads // args.kv_groups
-    gpu_only = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "memory-efficient": SDPBackend.EFFICIENT_ATTENTION} if device == "cuda" else {}
+    gpu_only = (
+        {"cuDNN": SDPBackend.CUDNN_ATTENTION, "memory-efficient": SDPBackend.EFFICIENT_ATTENTION}
+        if device == "cuda"
+        else {}
+    )
     kernels = {CHOICE: None, "flash": SDPBackend.FLASH_ATTENTION, **gpu_only}
 
     def call(kernel: SDPBackend | None, shared: bool) -> None:

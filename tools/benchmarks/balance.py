@@ -29,11 +29,26 @@ RANDOM_MAPS = 1000
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--head-map", nargs="+", type=Path, default=[], metavar="FILE", help="head maps to show before the synthetic ones")
-    parser.add_argument("--tp", nargs="+", type=positive, default=[2, 4, 8], metavar="N", help="tensor parallel sizes (default 2 4 8)")
-    parser.add_argument("--length", type=positive, metavar="N", help="tokens of the one document (default 16384, with --measure 4096)")
-    parser.add_argument("--measure", action="store_true", help="time one layer of every rank of TP 8 instead of counting; takes minutes")
-    parser.add_argument("--repeats", type=positive, default=3, metavar="N", help="of --measure; the median counts (default 3)")
+    parser.add_argument(
+        "--head-map",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="head maps to show before the synthetic ones",
+    )
+    parser.add_argument(
+        "--tp", nargs="+", type=positive, default=[2, 4, 8], metavar="N", help="tensor parallel sizes (default 2 4 8)"
+    )
+    parser.add_argument(
+        "--length", type=positive, metavar="N", help="tokens of the one document (default 16384, with --measure 4096)"
+    )
+    parser.add_argument(
+        "--measure", action="store_true", help="time one layer of every rank of TP 8 instead of counting; takes minutes"
+    )
+    parser.add_argument(
+        "--repeats", type=positive, default=3, metavar="N", help="of --measure; the median counts (default 3)"
+    )
 
 
 def run(args: argparse.Namespace) -> Report:
@@ -65,13 +80,20 @@ def _head_maps(paths: Sequence[Path]) -> Iterator[tuple[str, list[HeadMap]]]:
         yield str(path), [HeadMap.load(path)]
     total = QWEN3.num_layers * QWEN3.num_heads
     for ratio in RATIOS:
-        yield f"{ratio}, random scores, global", [choose_heads("global_random", QWEN3, parse_ratio(ratio, total), seed=0).head_map]
+        yield (
+            f"{ratio}, random scores, global",
+            [choose_heads("global_random", QWEN3, parse_ratio(ratio, total), seed=0).head_map],
+        )
     yield f"{RANDOM_MAPS} random maps", [_random_map(random.Random(seed)) for seed in range(RANDOM_MAPS)]
 
 
 def _random_map(rng: random.Random) -> HeadMap:
     heads = range(QWEN3.num_heads)
-    chosen = [(layer, head) for layer in range(QWEN3.num_layers) for head in rng.sample(heads, rng.randint(0, QWEN3.num_heads))]
+    chosen = [
+        (layer, head)
+        for layer in range(QWEN3.num_layers)
+        for head in rng.sample(heads, rng.randint(0, QWEN3.num_heads))
+    ]
     return HeadMap.from_fa(chosen, QWEN3.num_layers, QWEN3.num_heads, QWEN3.num_kv_groups)
 
 

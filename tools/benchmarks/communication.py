@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes that a context-parallel rank sends for a layer, beside Megatron's all-to-all; formulas of hydra_mcore/model/costs.py."""
+"""Bytes that a context-parallel rank sends for a layer, beside Megatron's all-to-all; formulas of
+hydra_mcore/model/costs.py.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +23,27 @@ VALUE_BYTES = 2  # bf16
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--fa-heads", type=int, default=4, metavar="N", help="FA heads of the layer's 16 (default 4, that is 3:1)")
     parser.add_argument(
-        "--cp", nargs="+", type=positive, default=[2, 4, 8, 16], metavar="N", help="context parallel sizes (default 2 4 8 16)"
+        "--fa-heads", type=int, default=4, metavar="N", help="FA heads of the layer's 16 (default 4, that is 3:1)"
+    )
+    parser.add_argument(
+        "--cp",
+        nargs="+",
+        type=positive,
+        default=[2, 4, 8, 16],
+        metavar="N",
+        help="context parallel sizes (default 2 4 8 16)",
     )
     parser.add_argument("--tp", type=positive, default=1, metavar="N", help="tensor parallel size (default 1)")
     lengths = [2**power for power in range(14, 20)]
-    parser.add_argument("--lengths", nargs="+", type=positive, default=lengths, metavar="N", help="tokens a row (default 16384 ... 524288)")
+    parser.add_argument(
+        "--lengths",
+        nargs="+",
+        type=positive,
+        default=lengths,
+        metavar="N",
+        help="tokens a row (default 16384 ... 524288)",
+    )
 
 
 def run(args: argparse.Namespace) -> Report:
@@ -37,14 +53,17 @@ def run(args: argparse.Namespace) -> Report:
     rows = [_sent(args, cp_size, length) for cp_size in args.cp for length in args.lengths]
     title = "MiB sent for one layer, forward and backward, by the rank that sends most"
     notes = (
-        f"Qwen3-1.7B, {args.fa_heads} FA heads in different kv groups (the worst case), {num_gdn} GDN heads, head_dim {QWEN3.head_dim}, "
-        f"batch 1, bf16, TP {args.tp}. Megatron: its all-to-alls for {num_gdn} GDN heads of this size; ratio: Megatron to ours, GDN heads "
-        "alone."
+        f"Qwen3-1.7B, {args.fa_heads} FA heads in different kv groups (the worst case), {num_gdn} GDN heads, head_dim"
+        f" {QWEN3.head_dim}, batch 1, bf16, TP {args.tp}. Megatron: its all-to-alls for {num_gdn} GDN heads of this"
+        " size; ratio: Megatron to ours, GDN heads alone."
     )
     refused = [size for size in args.cp if not megatron_accepts(num_gdn, args.tp, size)]
     if refused:
         sizes = ", ".join(map(str, refused))
-        notes += f" In brackets: Megatron refuses CP {sizes}, since {num_gdn} heads do not divide by TP x CP; what it would send otherwise."
+        notes += (
+            f" In brackets: Megatron refuses CP {sizes}, since {num_gdn} heads do not divide by TP x CP; what it would"
+            " send otherwise."
+        )
     return Report(title, notes, COLUMNS, rows)
 
 
@@ -55,7 +74,9 @@ def _sent(args: argparse.Namespace, cp_size: int, length: int) -> list[Any]:
     from hydra_mcore.model.costs import cp_bytes, megatron_accepts, megatron_gdn_bytes
     from hydra_mcore.ops.sequence import SequencePart
 
-    layout = HeadLayout(LayerHeads.from_fa(spread_heads(args.fa_heads, QWEN3), QWEN3.num_heads), QWEN3.num_kv_groups, args.tp)
+    layout = HeadLayout(
+        LayerHeads.from_fa(spread_heads(args.fa_heads, QWEN3), QWEN3.num_heads), QWEN3.num_kv_groups, args.tp
+    )
     sizes = (QWEN3.head_dim, VALUE_BYTES, 1)
     parts = [SequencePart(length, cp_size, rank) for rank in range(cp_size)]
     ranks = [cp_bytes(layout, tp_rank, part, *sizes, HydraOptions()) for tp_rank in range(args.tp) for part in parts]

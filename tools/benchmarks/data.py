@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens a second and memory of tools/prepare_data.py, beside the tokenizers library alone: the command itself, on real text."""
+"""Tokens a second and memory of tools/prepare_data.py, beside the tokenizers library alone: the command itself, on real
+text.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +33,9 @@ def run(args: argparse.Namespace) -> Report:
     from tools.benchmarks.prepared_data import COLUMNS, TIMES, rows
 
     notes = (
-        f"Python's library as JSON Lines, {args.megabytes} MB and {TIMES}x as much; {args.workers} workers; speeds are tokens for each "
-        "second of a core, those of reader and writer counted, without the start. Peak: resident memory of the largest process. "
-        f"Median of {args.repeats}."
+        f"Python's library as JSON Lines, {args.megabytes} MB and {TIMES}x as much; {args.workers} workers; speeds are"
+        " tokens for each second of a core, those of reader and writer counted, without the start. Peak: resident"
+        f" memory of the largest process. Median of {args.repeats}."
     )
     with tempfile.TemporaryDirectory() as folder:
         found = list(rows(args.tokenizers, args.megabytes, args.repeats, args.workers, Path(folder)))

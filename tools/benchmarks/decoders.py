@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Seconds of reading a prompt and of one token, and cache bytes, in transformers (for ``tools/benchmark.py decode``)."""
+"""Seconds of reading a prompt and of one token, and cache bytes, in transformers (for ``tools/benchmark.py
+decode``).
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ WARM_UP = 2  # steps before those that are timed
 STATE_BYTES = 4  # GDN states are float32 in a model of any narrower dtype
 MIB = 2**20
 COLUMNS = (
-    "tokens", "HydraHead", "teacher, ms a token", "HydraHead, ms a token", "times faster", "by bytes read", "teacher, cache MiB",
+    "tokens", "HydraHead", "teacher, ms a token", "HydraHead, ms a token", "times faster", "by bytes read",
+    "teacher, cache MiB",
     "HydraHead, cache MiB", "times smaller", "formula exact", "page faults a token",
 )  # fmt: skip
 
@@ -172,7 +175,9 @@ def stored_decoders(teacher_dir: Path, hf_dirs: Sequence[Path], device: str, dty
 
 def _load(folder: Path, dtype: str) -> PreTrainedModel:
     if not (folder / CONFIG_NAME).is_file():
-        raise InputError(f"{folder}: no {CONFIG_NAME}, so no model; give a folder that tools/convert.py export wrote, or a teacher's")
+        raise InputError(
+            f"{folder}: no {CONFIG_NAME}, so no model; give a folder that tools/convert.py export wrote, or a teacher's"
+        )
     kind = model_class() if read_object(folder / CONFIG_NAME).get("model_type") == MODEL_TYPE else AutoModelForCausalLM
     try:
         return kind.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=False)
@@ -204,7 +209,10 @@ def measured(decoders: Sequence[Decoder], lengths: Sequence[int], steps: int) ->
     spans = list(itertools.pairwise(sorted({0, *lengths})))
     for done, length in spans:
         if length - done <= steps + WARM_UP:
-            raise InputError(f"{length} tokens after {done} leave no room for {steps} steps and {WARM_UP} before them; take fewer steps")
+            raise InputError(
+                f"{length} tokens after {done} leave no room for {steps} steps and {WARM_UP} before them; take fewer"
+                " steps"
+            )
     for done, length in spans:
         first = length - steps - WARM_UP
         for decoder in decoders:
@@ -212,7 +220,10 @@ def measured(decoders: Sequence[Decoder], lengths: Sequence[int], steps: int) ->
                 decoder.read(chunk_bs)
         print(f"decode: {length} tokens", file=sys.stderr)
         turns = [[decoder.read(ids_bs[:, at : at + 1]) for decoder in decoders] for at in range(first, length)]
-        yield [decoder.point(length, own) for decoder, own in zip(decoders, zip(*turns[WARM_UP:], strict=True), strict=True)]
+        yield [
+            decoder.point(length, own)
+            for decoder, own in zip(decoders, zip(*turns[WARM_UP:], strict=True), strict=True)
+        ]
 
 
 def rows(points: Sequence[Decoded]) -> Iterator[list[Any]]:
@@ -220,8 +231,10 @@ def rows(points: Sequence[Decoded]) -> Iterator[list[Any]]:
     teacher, *students = points
     for student in students:
         yield [
-            student.length, student.name, _milliseconds(teacher), _milliseconds(student), f"{teacher.median / student.median:.2f}",
-            f"{teacher.read_bytes / student.read_bytes:.2f}", f"{teacher.cache_bytes / MIB:.2f}", f"{student.cache_bytes / MIB:.2f}",
+            student.length, student.name, _milliseconds(teacher), _milliseconds(student),
+            f"{teacher.median / student.median:.2f}",
+            f"{teacher.read_bytes / student.read_bytes:.2f}",
+            f"{teacher.cache_bytes / MIB:.2f}", f"{student.cache_bytes / MIB:.2f}",
             f"{teacher.cache_bytes / student.cache_bytes:.2f}", "yes" if teacher.exact and student.exact else "NO",
             " / ".join(f"{statistics.median(point.faults):.0f}" for point in (teacher, student)),
         ]  # fmt: skip

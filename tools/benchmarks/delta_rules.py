@@ -38,14 +38,23 @@ def _first(rule: Callable[..., tuple[Tensor, Any]]) -> Rule:
 
 
 # Unwrapped: where flash-linear-attention is installed, transformers would call its kernel under this name.
-SLOW: dict[str, Rule] = {"Megatron-Core": _first(megatron_rule), "transformers": _first(inspect.unwrap(transformers_rule))}
+SLOW: dict[str, Rule] = {
+    "Megatron-Core": _first(megatron_rule),
+    "transformers": _first(inspect.unwrap(transformers_rule)),
+}
 
 
 class Rules:
     """Contestants on one shape, device and dtype."""
 
     def __init__(self, batch: int, heads: int, head_dim: int, device: str, dtype: str) -> None:
-        self.batch, self.heads, self.head_dim, self.device, self.dtype = batch, heads, head_dim, device, getattr(torch, dtype)
+        self.batch, self.heads, self.head_dim, self.device, self.dtype = (
+            batch,
+            heads,
+            head_dim,
+            device,
+            getattr(torch, dtype),
+        )
         self.fast: dict[str, Rule] = {OURS: _first(gated_delta_rule), ATTENTION: _attention}
         if device == "cuda" and importlib.util.find_spec("fla"):
             from fla.ops.gated_delta_rule import chunk_gated_delta_rule
@@ -55,9 +64,13 @@ class Rules:
             )[0]
 
     def points(self, length: int, repeats: int, gradient: bool, with_slow: bool) -> list[Point]:
-        """Seconds and memory at one length; beyond ``SLOW_TURNS`` tokens the slow ones are timed once, behind the others."""
+        """Seconds and memory at one length; beyond ``SLOW_TURNS`` tokens the slow ones are timed once, behind the
+        others.
+        """
         inputs = self.inputs(length)
-        fast, slow = ({name: _call(rule, inputs, gradient) for name, rule in rules.items()} for rules in (self.fast, SLOW))
+        fast, slow = (
+            {name: _call(rule, inputs, gradient) for name, rule in rules.items()} for rules in (self.fast, SLOW)
+        )
         if not with_slow:
             return measured(fast, length, repeats, self.device)
         if length <= SLOW_TURNS:
@@ -70,7 +83,9 @@ class Rules:
         points = []
         for length in lengths:
             inputs = self.inputs(length)
-            points += measured({size: _call(rule, inputs, True) for size, rule in rules.items()}, length, repeats, self.device)
+            points += measured(
+                {size: _call(rule, inputs, True) for size, rule in rules.items()}, length, repeats, self.device
+            )
         return points
 
     def flops(self, lengths: Sequence[int], gradient: bool) -> dict[str, dict[int, float]]:
@@ -83,14 +98,17 @@ class Rules:
         return found
 
     def errors(self, length: int) -> list[list[str]]:
-        """Rows of contestant, error of the output and of the five gradients: the largest over the largest exact value."""
+        """Rows of contestant, error of the output and of the five gradients: the largest over the largest exact
+        value.
+        """
         inputs = self.inputs(length)
         exact = _results(_first(recurrent_delta_rule), [x.double() for x in inputs])
         rules = {name: rule for name, rule in (self.fast | SLOW).items() if name != ATTENTION}
         return [[name, *_differences(_results(rule, inputs), exact)] for name, rule in rules.items()]
 
     def inputs(self, length: int) -> list[Tensor]:
-        """q and k of length 1, v, log decays of half-lives of 7 tokens and more, write strengths 0 to 1; the same every time.
+        """q and k of length 1, v, log decays of half-lives of 7 tokens and more, write strengths 0 to 1; the same every
+        time.
 
         Gates are float32, as GDN heads make them.
         """
@@ -112,7 +130,9 @@ def _forward(rule: Rule, inputs: Sequence[Tensor]) -> Tensor:
 
 
 def _results(rule: Rule, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The output and the inputs' gradients of its product with the values, which are as random as any; attention has no gates."""
+    """The output and the inputs' gradients of its product with the values, which are as random as any; attention has no
+    gates.
+    """
     out = rule(*inputs)
     return [out.detach(), *torch.autograd.grad(out, inputs, inputs[2].detach(), allow_unused=True)]
 

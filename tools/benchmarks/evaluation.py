@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast evaluation makes prompts, and how fast models read them.
 
-Sets are made as evaluation makes them, without a cache; random models of the tiny teacher's shape run as evaluation runs them.
+Sets are made as evaluation makes them, without a cache; random models of the tiny teacher's shape run as evaluation
+runs them.
 """
 
 from __future__ import annotations
@@ -26,11 +27,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     whose = "folder with a tokenizer (default: one of 32768 words, trained on the text)"
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help=whose)
     lengths = [4096, 32_768, 131_072]
-    parser.add_argument("--lengths", nargs="+", type=positive, default=lengths, metavar="N", help="tokens (default 4096 32768 131072)")
-    parser.add_argument("--prompts", type=positive, default=10, metavar="N", help="of each task and length (default 10)")
+    parser.add_argument(
+        "--lengths", nargs="+", type=positive, default=lengths, metavar="N", help="tokens (default 4096 32768 131072)"
+    )
+    parser.add_argument(
+        "--prompts", type=positive, default=10, metavar="N", help="of each task and length (default 10)"
+    )
     read = [2**power for power in range(12, 17)]
     parser.add_argument(
-        "--read", nargs="+", type=positive, default=read, metavar="N", help="tokens that models read (default 4096 ... 65536)"
+        "--read",
+        nargs="+",
+        type=positive,
+        default=read,
+        metavar="N",
+        help="tokens that models read (default 4096 ... 65536)",
     )
 
 

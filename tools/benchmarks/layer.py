@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""One attention block, forward and backward: the teacher's (all heads FA, rotary) beside HydraHead's at several ratios."""
+"""One attention block, forward and backward: the teacher's (all heads FA, rotary) beside HydraHead's at several
+ratios.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ CROSSING_COLUMNS = ("heads", "faster than all FA from, tokens")
 SIZES = {
     "cpu": {"heads": 8, "kv_groups": 4, "head_dim": 128, "hidden": 1024},
     "cuda": {
-        "heads": QWEN3.num_heads, "kv_groups": QWEN3.num_kv_groups, "head_dim": QWEN3.head_dim, "hidden": QWEN3.hidden_size,
+        "heads": QWEN3.num_heads, "kv_groups": QWEN3.num_kv_groups, "head_dim": QWEN3.head_dim,
+        "hidden": QWEN3.hidden_size,
     },
 }  # fmt: skip
 LENGTHS = {"cpu": [2**power for power in range(11, 16)], "cuda": [2**power for power in range(11, 20)]}
@@ -60,10 +63,10 @@ def run(args: argparse.Namespace) -> Report:
     speed = max(before, gemm_speed(device, dtype))  # of a machine that may be busy for a moment
     names = ", ".join(f"{name.replace('_', ' ')} {size}" for name, size in sizes.items())
     notes = (
-        f"One layer's attention block, forward and backward, all weights trained: {names}; one row, {dtype}, {device}; matrix products on "
-        f"this machine: {speed / 1e9:.0f} GFLOP/s. Seconds: median (least..most) of {args.repeats}, all in turn. Peak: beyond weights, "
-        "their gradients and the input. Limit: what all FA takes beyond its projections, times the share of FA heads, and everything else "
-        "at the speed of matrix products."
+        f"One layer's attention block, forward and backward, all weights trained: {names}; one row, {dtype}, {device};"
+        f" matrix products on this machine: {speed / 1e9:.0f} GFLOP/s. Seconds: median (least..most) of {args.repeats},"
+        " all in turn. Peak: beyond weights, their gradients and the input. Limit: what all FA takes beyond its"
+        " projections, times the share of FA heads, and everything else at the speed of matrix products."
     )
     teachers = _medians(points, TEACHER)
     least, rows = limits(shape, teachers, speed), []
@@ -73,7 +76,12 @@ def run(args: argparse.Namespace) -> Report:
         memory = [f"{point.peak_bytes / 2**20:.1f}", f"{point.peak_bytes / 1024 / point.length:.1f}"]
         rows.append([point.length, point.name, point.spread, f"{point.median / teacher:.3f}", *bound, *memory])
     crossings = [[name, crossing(teachers, _medians(points, name))] for name in least]
-    where = Report("Where HydraHead becomes faster", "Between two lengths: interpolated on log scales.", CROSSING_COLUMNS, crossings)
+    where = Report(
+        "Where HydraHead becomes faster",
+        "Between two lengths: interpolated on log scales.",
+        CROSSING_COLUMNS,
+        crossings,
+    )
     return Report("Attention block, forward and backward", notes, COLUMNS, rows, points, least, more=(where, *parts))
 
 

@@ -38,7 +38,9 @@ def measured_layers(
     with process_groups():
         blocks = _blocks(shape, device, dtype)
         for length in tqdm(lengths, desc="layer", unit="length"):
-            x_sbm = torch.randn(length, 1, shape.hidden_size, device=device, dtype=getattr(torch, dtype)).requires_grad_()
+            x_sbm = torch.randn(
+                length, 1, shape.hidden_size, device=device, dtype=getattr(torch, dtype)
+            ).requires_grad_()
             rotary = RotaryEmbedding(shape.head_dim, 1.0, rotary_base=shape.rope_theta).get_emb(length).to(device)
             calls = {name: partial(_step, block, x_sbm, rotary) for name, block in blocks.items()}
             points += measured(calls, length, repeats, device)
@@ -49,7 +51,8 @@ def measured_layers(
 def limits(shape: ModelShape, teachers: Mapping[int, float], speed: float) -> dict[str, dict[int, float]]:
     """What HydraHead's blocks need at least: name -> length -> seconds.
 
-    The share of FA heads of what the teacher takes beyond its projections, and all else at the speed of matrix products.
+    The share of FA heads of what the teacher takes beyond its projections, and all else at the speed of matrix
+    products.
 
     Args:
         teachers: seconds of the teacher's block by length.
@@ -61,7 +64,9 @@ def limits(shape: ModelShape, teachers: Mapping[int, float], speed: float) -> di
         heads, found[name] = LayerHeads.from_fa(fa, shape.num_heads), {}
         for length, seconds in teachers.items():
             attention = causal_attention(shape.head_dim, length).total
-            projections = attention_block(shape, HydraOptions.teacher(), everyone, length).total - shape.num_heads * attention
+            projections = (
+                attention_block(shape, HydraOptions.teacher(), everyone, length).total - shape.num_heads * attention
+            )
             linear = attention_block(shape, HydraOptions(), heads, length).total - len(fa) * attention
             fa_seconds = len(fa) / shape.num_heads * (seconds - length * projections / speed)
             found[name][length] = fa_seconds + length * linear / speed
@@ -92,7 +97,9 @@ def _blocks(shape: ModelShape, device: str, dtype: str) -> dict[str, torch.nn.Mo
 
 
 class _FlaLayer(torch.nn.Module):
-    """Gated DeltaNet as flash-linear-attention has it, of our shape and without an output gate, called as our blocks are."""
+    """Gated DeltaNet as flash-linear-attention has it, of our shape and without an output gate, called as our blocks
+    are.
+    """
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()

@@ -43,7 +43,9 @@ def timed(call: Call, device: str) -> float:
     return time.perf_counter() - start
 
 
-def in_turn(contestants: Mapping[str, Call], repeats: int, device: str, warm_up: bool = True) -> dict[str, tuple[float, ...]]:
+def in_turn(
+    contestants: Mapping[str, Call], repeats: int, device: str, warm_up: bool = True
+) -> dict[str, tuple[float, ...]]:
     """Seconds of every contestant: A B C A B C ..., so that a slow moment of the machine does not fall on one of them.
 
     Args:
@@ -60,7 +62,9 @@ def in_turn(contestants: Mapping[str, Call], repeats: int, device: str, warm_up:
 
 
 def peak_bytes(call: Call, device: str) -> int:
-    """Peak memory of a call beyond what was there: tensors that operators return on a CPU, the allocator's counter on a GPU."""
+    """Peak memory of a call beyond what was there: tensors that operators return on a CPU, the allocator's counter on a
+    GPU.
+    """
     if device == "cpu":
         from tools.tracked_memory import tracked_peak
 

@@ -17,7 +17,9 @@ EXAMPLES = """\
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--lengths", nargs=2, type=positive, default=[1024, 2048], metavar="N", help="tokens (default 1024 2048)")
+    parser.add_argument(
+        "--lengths", nargs=2, type=positive, default=[1024, 2048], metavar="N", help="tokens (default 1024 2048)"
+    )
 
 
 def run(args: argparse.Namespace) -> Report:

@@ -12,7 +12,8 @@ from hydra_mcore.errors import InputError
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 # Qwen3-1.7B (its config.json).
 QWEN3 = ModelShape(
-    num_layers=28, hidden_size=2048, num_heads=16, num_kv_groups=8, head_dim=128, ffn_hidden_size=6144, vocab_size=151936,
+    num_layers=28, hidden_size=2048, num_heads=16, num_kv_groups=8, head_dim=128, ffn_hidden_size=6144,
+    vocab_size=151936,
     native_length=40960,
 )  # fmt: skip
 
@@ -27,7 +28,9 @@ def positive(text: str) -> int:
 
 def add_machine(parser: argparse.ArgumentParser) -> None:
     """``--device`` and ``--dtype``, for ``chosen_machine``."""
-    parser.add_argument("--device", choices=tuple(DTYPES), help="where to measure (default: cuda where torch sees a GPU)")
+    parser.add_argument(
+        "--device", choices=tuple(DTYPES), help="where to measure (default: cuda where torch sees a GPU)"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, bfloat16 on a GPU")
 
 

@@ -15,15 +15,24 @@ if TYPE_CHECKING:
 
 
 def add_profile(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--profile", action="store_true", help="also a table by part of every contestant, at the last length")
+    parser.add_argument(
+        "--profile", action="store_true", help="also a table by part of every contestant, at the last length"
+    )
 
 
 def parts_report(
-    name: str, length: int, call: Callable[[], object], models: Iterable[torch.nn.Module], teachers: Iterable[torch.nn.Module] = ()
+    name: str,
+    length: int,
+    call: Callable[[], object],
+    models: Iterable[torch.nn.Module],
+    teachers: Iterable[torch.nn.Module] = (),
 ) -> Report:
     """The table of one more call, which has been warmed up; see ``hydra_mcore.train.profile.profiled``."""
     from hydra_mcore.train.profile import profiled
 
     table = profiled(call, models, teachers)
-    notes = f"Milliseconds of {table.device.upper()} time in one call of {1000 * table.wall_seconds:.2f} ms, the profiler's own included."
+    notes = (
+        f"Milliseconds of {table.device.upper()} time in one call of {1000 * table.wall_seconds:.2f} ms, the profiler's"
+        " own included."
+    )
     return Report(f"{name}, {length} tokens, by part", notes, *table.cells())

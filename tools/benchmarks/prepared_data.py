@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Speed and memory of ``tools/prepare_data.py`` beside the tokenizers library alone (for ``tools/benchmark.py data``)."""
+"""Speed and memory of ``tools/prepare_data.py`` beside the tokenizers library alone (for ``tools/benchmark.py
+data``).
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ from hydra_mcore.corpus.sources import FileSource, batches
 
 TIMES = 8  # how much larger the larger corpus is
 COLUMNS = [
-    "vocabulary", "tokens", "encode_batch, tokens/s", "prepare_data, tokens/s", "of encode_batch", "peak MiB", f"peak MiB at {TIMES}x"
+    "vocabulary", "tokens", "encode_batch, tokens/s", "prepare_data, tokens/s", "of encode_batch", "peak MiB",
+    f"peak MiB at {TIMES}x"
 ]  # fmt: skip
 
 
@@ -42,12 +45,18 @@ def rows(tokenizers: Sequence[Path], megabytes: float, repeats: int, workers: in
     The command's speed is that of the documents by which the larger corpus exceeds the smaller one: starting costs the
     same for both. Ours and theirs take turns, and the median of both counts.
     """
-    small, large = write_corpus(folder / "small.jsonl", megabytes), write_corpus(folder / "large.jsonl", megabytes * TIMES)
+    small, large = (
+        write_corpus(folder / "small.jsonl", megabytes),
+        write_corpus(folder / "large.jsonl", megabytes * TIMES),
+    )
     for number, tokenizer in enumerate(tokenizers or [train_tokenizer(small, folder / "tokenizer")]):
         speeds, alone, peaks = [], [], []
         for repeat in range(repeats):
             alone.append(encode_batch_speed(tokenizer, small))
-            costs = [prepare(corpus, tokenizer, folder / f"{corpus.stem}-{number}-{repeat}", workers) for corpus in (small, large)]
+            costs = [
+                prepare(corpus, tokenizer, folder / f"{corpus.stem}-{number}-{repeat}", workers)
+                for corpus in (small, large)
+            ]
             speeds.append((costs[1].tokens - costs[0].tokens) / (costs[1].core_seconds - costs[0].core_seconds))
             peaks.append([cost.peak_mib for cost in costs])
         ours, theirs = statistics.median(speeds), statistics.median(alone)
@@ -73,7 +82,10 @@ def train_tokenizer(corpus: Path, folder: Path, words: int = 32_768) -> Path:
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     end = "<|endoftext|>"
     trainer = trainers.BpeTrainer(
-        vocab_size=words, special_tokens=[end], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=words,
+        special_tokens=[end],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator((json.loads(line)["text"] for line in corpus.open()), trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end).save_pretrained(folder)
@@ -84,15 +96,26 @@ def encode_batch_speed(folder: Path, corpus: Path) -> float:
     """Tokens a second of one core by ``Tokenizer.encode_batch``, in the batches that the command's workers get."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    work = [[document.text for document in batch.documents] for batch in batches(FileSource([str(corpus)], "text"), None)]
+    work = [
+        [document.text for document in batch.documents] for batch in batches(FileSource([str(corpus)], "text"), None)
+    ]
     start = time.process_time()
-    tokens = sum(len(encoding) for texts in work for encoding in tokenizer.encode_batch(texts, add_special_tokens=False))
+    tokens = sum(
+        len(encoding) for texts in work for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)
+    )
     return tokens / (time.process_time() - start)
 
 
 def prepare(corpus: Path, tokenizer: Path, out: Path, workers: int) -> Cost:
     """Run the command; shards are small, so that the smaller corpus fills some, too."""
-    command = [sys.executable, str(Path(__file__).parents[1] / "prepare_data.py"), "--input", str(corpus), "--tokenizer", str(tokenizer)]
+    command = [
+        sys.executable,
+        str(Path(__file__).parents[1] / "prepare_data.py"),
+        "--input",
+        str(corpus),
+        "--tokenizer",
+        str(tokenizer),
+    ]
     flags = ["--out", str(out), "--workers", str(workers), "--shard-tokens", "1e6"]
     child = subprocess.Popen([*command, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(child.pid, 0)

@@ -33,7 +33,8 @@ FA_HEADS = {"all heads FA": 8, "3:1": 2, "no FA heads": 0}  # of the 8 in each l
 def prompt_rows(tokenizer: Path | None, lengths: Sequence[int], prompts: int, folder: Path) -> Iterator[list[Any]]:
     """Table rows, one a task: prompts a second of one core at each length, the first prompt's tables included.
 
-    Without a tokenizer, it is one of 32,768 words trained on Python's library, which is the haystack, too, over and over.
+    Without a tokenizer, it is one of 32,768 words trained on Python's library, which is the haystack, too, over and
+    over.
     """
     corpus, text = write_corpus(folder / "library.jsonl", megabytes=4), folder / "library.txt"
     text.write_text("\n\n".join(json.loads(line)["text"] for line in corpus.open()), encoding="utf-8")
@@ -54,7 +55,8 @@ def _speed(task: str, length: int, prompts: int, source: Source) -> str:
 def reading_rows(lengths: Sequence[int]) -> Iterator[list[Any]]:
     """Table rows, one a model of the tiny teacher's shape: microseconds a token of one prompt, by length."""
     shape = ModelShape(
-        num_layers=4, hidden_size=128, num_heads=8, num_kv_groups=4, head_dim=16, ffn_hidden_size=384, vocab_size=1024, native_length=512
+        num_layers=4, hidden_size=128, num_heads=8, num_kv_groups=4, head_dim=16, ffn_hidden_size=384, vocab_size=1024,
+        native_length=512
     )  # fmt: skip
     with process_groups():
         for name, count in FA_HEADS.items():

@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The time of one tensor-parallel rank's share of a layer, without the other ranks (for ``tools/benchmark.py balance``)."""
+"""The time of one tensor-parallel rank's share of a layer, without the other ranks (for ``tools/benchmark.py
+balance``).
+"""
 
 from __future__ import annotations
 
@@ -24,13 +26,17 @@ from hydra_mcore.model.build import transformer_config
 from hydra_mcore.model.hydra_attention import HydraAttention
 
 WAYS = (
-    '"heads" and "queries": see --fa-balance.\n"all by queries", for comparison: every rank takes its part of every FA head;\n'
-    "the same thing with fewer FA heads than ranks."
+    '"heads" and "queries": see --fa-balance.\n"all by queries", for comparison: every rank takes its part of every FA'
+    " head;\nthe same thing with fewer FA heads than ranks."
 )
 
 
-def measured(heads: dict[int, list[int]], shape: ModelShape, tp_size: int, length: int, repeats: int) -> Iterator[list[Any]]:
-    """Table rows, three ways for each choice of FA heads: seconds of the busiest rank and of the mean, and what they compare to."""
+def measured(
+    heads: dict[int, list[int]], shape: ModelShape, tp_size: int, length: int, repeats: int
+) -> Iterator[list[Any]]:
+    """Table rows, three ways for each choice of FA heads: seconds of the busiest rank and of the mean, and what they
+    compare to.
+    """
     for count, fa in heads.items():
         head_map = HeadMap.from_fa([(0, head) for head in fa], 1, shape.num_heads, shape.num_kv_groups)
         ranks = [_rank_seconds(rank, tp_size, head_map, shape, length, repeats) for rank in range(tp_size)]
@@ -40,7 +46,9 @@ def measured(heads: dict[int, list[int]], shape: ModelShape, tp_size: int, lengt
             yield [count, way, f"{busiest:.3f}", f"{mean:.3f}", f"{busiest / mean:.2f}", f"{busiest / by_heads:.2f}"]
 
 
-def _rank_seconds(rank: int, tp_size: int, head_map: HeadMap, shape: ModelShape, length: int, repeats: int) -> dict[str, float]:
+def _rank_seconds(
+    rank: int, tp_size: int, head_map: HeadMap, shape: ModelShape, length: int, repeats: int
+) -> dict[str, float]:
     """Median seconds by way; the ways take turns, so that a slow moment of the machine does not fall on one of them."""
     seconds: dict[str, list[float]] = {}
     with _rank_of(rank, tp_size) as groups:
@@ -56,7 +64,9 @@ def _rank_seconds(rank: int, tp_size: int, head_map: HeadMap, shape: ModelShape,
 
 @contextlib.contextmanager
 def _rank_of(rank: int, tp_size: int) -> Iterator[ProcessGroupCollection]:
-    """Be one of the ranks, alone: torch's fake groups return at once and leave tensors as they are, so results are wrong."""
+    """Be one of the ranks, alone: torch's fake groups return at once and leave tensors as they are, so results are
+    wrong.
+    """
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=tp_size)
     try:
         yield ProcessGroupCollection(tp=dist.group.WORLD, cp=dist.new_group([rank]))
@@ -68,7 +78,9 @@ def _layers(head_map: HeadMap, shape: ModelShape, groups: ProcessGroupCollection
     config = transformer_config(shape, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
 
     def layer(fa_balance: str) -> HydraAttention:
-        return HydraAttention(config, 1, head_map, HydraOptions(), True, fa_balance, groups).to(torch.cuda.current_device())
+        return HydraAttention(config, 1, head_map, HydraOptions(), True, fa_balance, groups).to(
+            torch.cuda.current_device()
+        )
 
     layers = {"heads": layer("heads"), "queries": layer("queries")}
     nothing_dealt = property(lambda layout: [()] * layout.tp_size)

@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a section of the benchmark found: markdown tables on stdout, a JSON file, a figure of time and memory against length."""
+"""What a section of the benchmark found: markdown tables on stdout, a JSON file, a figure of time and memory against
+length.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ class Report:
         notes: what the reader must know about the columns; paragraphs, may be empty.
         columns, rows: of the table; cells as they are printed.
         points: what the figure shows, a line for each name.
-        limits: name of a contestant -> length -> the seconds that it needs at least, drawn as dashed lines in its colour.
+        limits: name of a contestant -> length -> the seconds that it needs at least, drawn as dashed lines in its
+            colour.
         memory: what the points' ``peak_bytes`` are, for the figure.
         more: further tables of the same run.
         failure: why the command ends with exit status 1; empty if it does not.
@@ -58,7 +61,9 @@ class Report:
 
 def markdown(report: Report) -> str:
     """All tables of a report with their titles and notes."""
-    return "\n\n".join(part for table in report.tables for part in (f"**{table.title}**", table.notes, _table(table)) if part)
+    return "\n\n".join(
+        part for table in report.tables for part in (f"**{table.title}**", table.notes, _table(table)) if part
+    )
 
 
 def save_json(path: Path, command: Sequence[str], report: Report) -> None:
@@ -110,7 +115,9 @@ def save_figure(path: Path, report: Report) -> None:
 
     tables = [table for table in report.tables if table.points]
     names = dict.fromkeys(point.name for table in tables for point in table.points)
-    styles = {name: {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]} for i, name in enumerate(names)}
+    styles = {
+        name: {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]} for i, name in enumerate(names)
+    }
     lines = math.ceil((len(names) + 1) / 4)
     figure = Figure(figsize=(11, 4.0 * len(tables) + 0.4 + 0.24 * lines), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
@@ -121,12 +128,18 @@ def save_figure(path: Path, report: Report) -> None:
             _memory_panel(memory_axes, table, styles)
         else:
             memory_axes.remove()
-    entries = {label: handle for panel in panels[:, 0] for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    entries = {
+        label: handle
+        for panel in panels[:, 0]
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
     order = sorted(entries, key=list(names).index)
     if any(table.limits for table in tables):
         entries["limit"] = Line2D([], [], color="#888888", ls=DASHES, lw=1.2)
         order.append("limit")
-    figure.legend([entries[name] for name in order], order, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.legend(
+        [entries[name] for name in order], order, loc="outside lower center", ncols=4, frameon=False, fontsize=9
+    )
     with replacing(path) as beside:
         figure.savefig(beside, format="png")
 
@@ -142,7 +155,9 @@ def _time_panel(axes: Axes, table: Report, styles: Mapping[str, dict[str, Any]])
         if own:
             below, above = [p.median - min(p.seconds) for p in own], [max(p.seconds) - p.median for p in own]
             lengths, medians = [p.length for p in own], [p.median for p in own]
-            axes.errorbar(lengths, medians, (below, above), label=name, markersize=5, lw=1.6, elinewidth=1.0, capsize=2.5, **style)
+            axes.errorbar(
+                lengths, medians, (below, above), label=name, markersize=5, lw=1.6, elinewidth=1.0, capsize=2.5, **style
+            )
     for name, seconds in table.limits.items():
         axes.plot(list(seconds), list(seconds.values()), color=styles[name]["color"], ls=DASHES, lw=1.2)
     _axes(axes, table.points, f"{table.title}: seconds (median, range)")
@@ -153,7 +168,9 @@ def _memory_panel(axes: Axes, table: Report, styles: Mapping[str, dict[str, Any]
         own = [point for point in table.points if point.name == name and point.peak_bytes]
         # Lines may lie on each other: open markers, each smaller than the last.
         size = max(4, 10 - 1.5 * index)
-        axes.plot([p.length for p in own], [p.peak_bytes / 2**20 for p in own], mfc="none", markersize=size, lw=1.2, **style)
+        axes.plot(
+            [p.length for p in own], [p.peak_bytes / 2**20 for p in own], mfc="none", markersize=size, lw=1.2, **style
+        )
     _axes(axes, table.points, f"{table.memory}, MiB")
 
 

@@ -1,9 +1,11 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Seconds of the exact head scores, beside a forward pass and beside their definition (for ``tools/benchmark.py selection``).
+"""Seconds of the exact head scores, beside a forward pass and beside their definition (for ``tools/benchmark.py
+selection``).
 
-By definition a receiver score takes a forward pass for every head and a sender score two. ``tests/support/naive_patching.py``
-does that without help from the package, for tests; ``Naive`` here is the same with little besides the passes themselves.
+By definition a receiver score takes a forward pass for every head and a sender score two.
+``tests/support/naive_patching.py`` does that without help from the package, for tests; ``Naive`` here is the same with
+little besides the passes themselves.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ from hydra_mcore.selection.teacher import Teacher, answer_metric
 
 TURNS = 8  # the ways to a score take turns, so that a slow moment of the machine does not fall on one of them
 COLUMNS = (
-    "layers x heads", "scores", "one forward, s", "all heads, s", "in forwards", "predicted", "by definition, s", "heads run",
+    "layers x heads", "scores", "one forward, s", "all heads, s", "in forwards", "predicted", "by definition, s",
+    "heads run",
     "times faster", "predicted", "largest difference",
 )  # fmt: skip
 
@@ -50,7 +53,9 @@ class Prompts:
 
     def __post_init__(self) -> None:
         if self.length // 2 <= self.answer:
-            raise InputError(f"length {self.length}: an answer of {self.answer} tokens leaves no prompt in the second half")
+            raise InputError(
+                f"length {self.length}: an answer of {self.answer} tokens leaves no prompt in the second half"
+            )
 
     def batch(self, vocab_size: int, device: torch.device) -> ProbeBatch:
         """The prompts differ from their middle on, up to the answer."""
@@ -59,14 +64,17 @@ class Prompts:
         corrupt_bs[:, changed] = (clean_bs[:, changed] + 7) % vocab_size
         answer_bp = clean_bs[:, -self.answer :]
         distractor_bp = (answer_bp + 11) % vocab_size
-        return ProbeBatch("random", "random", clean_bs, corrupt_bs, self.length - self.answer, answer_bp, distractor_bp, None).to(device)
+        return ProbeBatch(
+            "random", "random", clean_bs, corrupt_bs, self.length - self.answer, answer_bp, distractor_bp, None
+        ).to(device)
 
 
 def rows(shape: ModelShape, prompts: Prompts, naive_heads: int, naive_senders: int) -> Iterator[list[Any]]:
     """Rows of the table for one random model.
 
     Args:
-        naive_heads, naive_senders: so many heads, drawn at random, are scored by definition too; the median pass stands for all.
+        naive_heads, naive_senders: so many heads, drawn at random, are scored by definition too; the median pass stands
+            for all.
     """
     with process_groups():
         teacher = _random_teacher(shape)
@@ -120,7 +128,9 @@ class Naive:
         patched, head_idx = head
 
         def change(layer_idx: int, heads_sbhd: Tensor) -> Tensor:
-            return _with(heads_sbhd, self.corrupt.heads_sbhd[patched], [head_idx]) if layer_idx == patched else heads_sbhd
+            return (
+                _with(heads_sbhd, self.corrupt.heads_sbhd[patched], [head_idx]) if layer_idx == patched else heads_sbhd
+            )
 
         return self._effect(change, frozen=range(patched + 1, self.teacher.num_layers))
 
@@ -132,7 +142,11 @@ class Naive:
         def record(layer_idx: int, heads_sbhd: Tensor) -> Tensor:
             recorded[layer_idx] = heads_sbhd
             clean_sbhd = self.clean.heads_sbhd[layer_idx]
-            return _with(clean_sbhd, self.corrupt.heads_sbhd[layer_idx], [sender]) if layer_idx == sender_layer else clean_sbhd
+            return (
+                _with(clean_sbhd, self.corrupt.heads_sbhd[layer_idx], [sender])
+                if layer_idx == sender_layer
+                else clean_sbhd
+            )
 
         def replace(layer_idx: int, heads_sbhd: Tensor) -> Tensor:
             return _with(heads_sbhd, recorded[layer_idx], [receiver for at, receiver in receivers if at == layer_idx])
@@ -157,9 +171,13 @@ class Naive:
 
         with contextlib.ExitStack() as hooks:
             for layer_idx, layer in self.teacher.layers.items():
-                hooks.enter_context(layer.self_attention.linear_proj.register_forward_pre_hook(partial(hand, layer_idx)))
+                hooks.enter_context(
+                    layer.self_attention.linear_proj.register_forward_pre_hook(partial(hand, layer_idx))
+                )
             for layer_idx in frozen:
-                hooks.enter_context(self.teacher.layers[layer_idx].self_attention.register_forward_hook(partial(keep, layer_idx)))
+                hooks.enter_context(
+                    self.teacher.layers[layer_idx].self_attention.register_forward_hook(partial(keep, layer_idx))
+                )
             patched_b = self._metric(self.teacher.forward(self.batch.clean_bs, self.answer))
         return (self.clean_b - patched_b) / (self.clean_b - self.corrupt_b)
 
@@ -170,7 +188,9 @@ class Naive:
 
 def _with(heads_sbhd: Tensor, others_sbhd: Tensor, which: list[int]) -> Tensor:
     """A copy with some heads of the others."""
-    return heads_sbhd.index_copy(2, torch.tensor(which, dtype=torch.long, device=heads_sbhd.device), others_sbhd[:, :, which])
+    return heads_sbhd.index_copy(
+        2, torch.tensor(which, dtype=torch.long, device=heads_sbhd.device), others_sbhd[:, :, which]
+    )
 
 
 def _receivers(teacher: Teacher, batch: ProbeBatch, shape: ModelShape, naive_heads: int) -> Iterator[list[Any]]:
@@ -187,14 +207,21 @@ def _receivers(teacher: Teacher, batch: ProbeBatch, shape: ModelShape, naive_hea
             slow[head] = watch.time("naive", naive.receiver, head)
     length, (pairs, answer) = batch.clean_bs.shape[1], batch.answer_bp.shape
     forward = watch.median("forward")
-    seconds, predicted = watch.median("receivers"), receiver_flops(shape, length, pairs, answer) / pairs / forward_flops(shape, length)
+    seconds, predicted = (
+        watch.median("receivers"),
+        receiver_flops(shape, length, pairs, answer) / pairs / forward_flops(shape, length),
+    )
     compared = _by_definition(watch, shape, 1, seconds, predicted, slow, results["receivers"].effects_rlhb[0])
     yield _row(shape, "receivers", forward, seconds, predicted, compared)
-    yield _row(shape, "attribution", forward, watch.median("attribution"), _attribution_passes(shape, length), ["-"] * 5)
+    yield _row(
+        shape, "attribution", forward, watch.median("attribution"), _attribution_passes(shape, length), ["-"] * 5
+    )
 
 
 def _senders(teacher: Teacher, batch: ProbeBatch, shape: ModelShape, naive_heads: int) -> list[Any]:
-    """Row of one round of senders, the sum over layers; the receivers are one head in every fourth layer, from the last one down."""
+    """Row of one round of senders, the sum over layers; the receivers are one head in every fourth layer, from the last
+    one down.
+    """
     receivers = [(layer_idx, layer_idx % shape.num_heads) for layer_idx in range(shape.num_layers - 1, 0, -4)]
     watch, naive = Stopwatch(), Naive(teacher, batch)
     runs = SenderRuns(teacher, batch, receivers)
@@ -226,10 +253,12 @@ def _sample(layers: int, heads: int, count: int) -> list[Head]:
 
 
 def _attribution_passes(shape: ModelShape, length: int) -> float:
-    """Forward passes by operation count; the gradient through residual stream and MLPs alone is left out (few positions).
+    """Forward passes by operation count; the gradient through residual stream and MLPs alone is left out (few
+    positions).
 
-    Two runs are recorded. The gradient takes a forward pass, one backward, which costs the same as no weight has a gradient
-    except that the attention products need twice their operations, and the MLPs, which are not kept, once more.
+    Two runs are recorded. The gradient takes a forward pass, one backward, which costs the same as no weight has a
+    gradient except that the attention products need twice their operations, and the MLPs, which are not kept, once
+    more.
     """
     tokens = length * shape.num_layers
     products = tokens * 2 * length * shape.num_heads * shape.head_dim
@@ -238,17 +267,38 @@ def _attribution_passes(shape: ModelShape, length: int) -> float:
 
 
 def _by_definition(
-    watch: Stopwatch, shape: ModelShape, passes: int, seconds: float, predicted: float, slow: dict[Head, Tensor], fast_lhb: Tensor
+    watch: Stopwatch,
+    shape: ModelShape,
+    passes: int,
+    seconds: float,
+    predicted: float,
+    slow: dict[Head, Tensor],
+    fast_lhb: Tensor,
 ) -> list[Any]:
     """The columns of the naive procedure: so many ``passes`` a head, and two to record both runs."""
     heads = shape.num_layers * shape.num_heads
     taken = watch.median("recorded") + heads * watch.median("naive")
-    print(f"{shape.num_layers} x {shape.num_heads}: {len(slow)} heads in {sum(watch.seconds['naive']):.1f} s", file=sys.stderr)
-    difference = max(float((slow_b - fast_lhb[head]).abs().max()) for head, slow_b in slow.items()) / float(fast_lhb.abs().max())
+    print(
+        f"{shape.num_layers} x {shape.num_heads}: {len(slow)} heads in {sum(watch.seconds['naive']):.1f} s",
+        file=sys.stderr,
+    )
+    difference = max(float((slow_b - fast_lhb[head]).abs().max()) for head, slow_b in slow.items()) / float(
+        fast_lhb.abs().max()
+    )
     faster = [f"{taken / seconds:.1f}", f"{(passes * heads + 2) / predicted:.1f}"]
     return [f"{taken:.2f}", len(slow), *faster, f"{difference:.0e}"]
 
 
-def _row(shape: ModelShape, scores: str, forward: float, seconds: float, predicted: float, compared: list[Any]) -> list[Any]:
+def _row(
+    shape: ModelShape, scores: str, forward: float, seconds: float, predicted: float, compared: list[Any]
+) -> list[Any]:
     model = f"{shape.num_layers} x {shape.num_heads}"
-    return [model, scores, f"{forward:.3f}", f"{seconds:.3f}", f"{seconds / forward:.2f}", f"{predicted:.2f}", *compared]
+    return [
+        model,
+        scores,
+        f"{forward:.3f}",
+        f"{seconds:.3f}",
+        f"{seconds / forward:.2f}",
+        f"{predicted:.2f}",
+        *compared,
+    ]

@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Seconds from a command to its --help, for every command, and to the end of the first training step of the tiny example."""
+"""Seconds from a command to its --help, for every command, and to the end of the first training step of the tiny
+example.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +32,19 @@ TINY = ROOT / "examples" / "tiny"
 NO_DOORS = {"hydra_mcore.evaluation.layout_logits"}  # tools/verify.py starts it, under torchrun
 # What training prints, and what has been done by then.
 MARKS = {"before the start of training step": "ready for the first step", "iteration        1/": "first step done"}
-STEP_NOTES = "Stage align by examples/tiny/recipe.yaml on the {device}, threads as they are set. Goal: the first step within 30 s."
+STEP_NOTES = (
+    "Stage align by examples/tiny/recipe.yaml on the {device}, threads as they are set. Goal: the first step within"
+    " 30 s."
+)
 
 
 def doors() -> list[str]:
     """Every command line of the project, as ``python -m`` takes it."""
     scripts = (path for top in ("hydra_mcore", "examples", "tools") for path in (ROOT / top).rglob("*.py"))
     mains = (path for path in scripts if '\nif __name__ == "__main__":\n' in path.read_text(encoding="utf-8"))
-    return sorted({".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__") for path in mains} - NO_DOORS)
+    return sorted(
+        {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__") for path in mains} - NO_DOORS
+    )
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +69,9 @@ def run(args: argparse.Namespace) -> Report:
 def _start(door: str, *flags: str) -> None:
     """Run a command to its end; what it says appears only if it fails."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-m", door, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", door, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise RuntimeError(f"{door} ended with exit status {done.returncode}:\n{done.stderr[-2000:]}")
 
@@ -70,9 +79,18 @@ def _start(door: str, *flags: str) -> None:
 def _prepare(folder: Path) -> None:
     """Teacher, student and data of a run of the tiny example."""
     HeadMap.from_fa([(layer_idx, 0) for layer_idx in range(4)], 4, 8, 4).save(folder / "map.json")
-    (folder / "text.txt").write_text((ROOT / "hydra_mcore" / "heads.py").read_text(encoding="utf-8") * 8, encoding="utf-8")
+    (folder / "text.txt").write_text(
+        (ROOT / "hydra_mcore" / "heads.py").read_text(encoding="utf-8") * 8, encoding="utf-8"
+    )
     _start("tools.convert", "import", "--hf", str(TINY / "teacher"), "--out", str(folder / "teacher"))
-    source = ("--teacher", str(folder / "teacher"), "--heads", str(folder / "map.json"), "--calibration-text", str(folder / "text.txt"))
+    source = (
+        "--teacher",
+        str(folder / "teacher"),
+        "--heads",
+        str(folder / "map.json"),
+        "--calibration-text",
+        str(folder / "text.txt"),
+    )
     _start("tools.convert", "hybridize", *source, "--out", str(folder / "student"))
     text = ("--input", str(folder / "text.txt"), "--tokenizer", str(TINY / "teacher"))
     _start("tools.prepare_data", *text, "--out", str(folder / "data"), "--workers", "1")
@@ -84,10 +102,21 @@ def _first_step(folder: Path) -> Iterator[tuple[str, float]]:
         shutil.rmtree(folder / made, ignore_errors=True)
     command = [sys.executable, "-m", "hydra_mcore.train", "--stage", "align", "--config", str(TINY / "recipe.yaml")]
     command += ["--run-dir", str(folder), "--teacher", str(folder / "teacher"), "--data-path", str(folder / "data")]
-    command += ["--data-cache-path", str(folder / "cache"), "--micro-batch-size", "8", "--log-interval", "1", "--exit-interval", "1"]
+    command += [
+        "--data-cache-path",
+        str(folder / "cache"),
+        "--micro-batch-size",
+        "8",
+        "--log-interval",
+        "1",
+        "--exit-interval",
+        "1",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     waited, start = dict(MARKS), time.perf_counter()
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
         lines = []
         for line in process.stdout:
             lines.append(line)

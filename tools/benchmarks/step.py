@@ -32,28 +32,46 @@ EXAMPLES = """\
       python tools/benchmark.py step --lengths 2048 --profile
 """
 SMALL = ModelShape(
-    num_layers=4, hidden_size=512, num_heads=8, num_kv_groups=4, head_dim=64, ffn_hidden_size=1536, vocab_size=32_768, native_length=8192
+    num_layers=4, hidden_size=512, num_heads=8, num_kv_groups=4, head_dim=64, ffn_hidden_size=1536, vocab_size=32_768,
+    native_length=8192
 )  # fmt: skip
 SHAPES = {"cpu": SMALL, "cuda": QWEN3}
 LENGTHS = {"cpu": [512, 2048, 8192], "cuda": [2048, 8192, 32_768]}
 SIZES = {
-    "layers": "num_layers", "hidden": "hidden_size", "heads": "num_heads", "kv_groups": "num_kv_groups", "head_dim": "head_dim",
+    "layers": "num_layers", "hidden": "hidden_size", "heads": "num_heads", "kv_groups": "num_kv_groups",
+    "head_dim": "head_dim",
     "ffn": "ffn_hidden_size", "vocabulary": "vocab_size",
 }  # fmt: skip
 STAGES = ("align", "distill", "extend")
 TEACHER, REFERENCE, WHOLE = "teacher forward", "teacher forward + student step", "distill, whole logits"
-COLUMNS = ("one micro-batch", "tokens", "s (least..most)", "limit, s", "tokens/s", "of reference", "predicted", "peak MiB")
+COLUMNS = (
+    "one micro-batch",
+    "tokens",
+    "s (least..most)",
+    "limit, s",
+    "tokens/s",
+    "of reference",
+    "predicted",
+    "peak MiB",
+)
 NOTES = (
-    "One row of random tokens, forward and backward, {dtype} on {device}: {shape}, {fa_heads} FA heads a layer. Median (least..most) of "
-    "{repeats}, all in turn. Reference: the teacher's forward pass with its logits and the student's own step (extend), added up round by "
-    "round. Limit and predicted: by counting operations, elementwise ones left out, at the speed of large matrix products ({speed:.0f} "
-    "GFLOP/s). The optimizer is left out, as its step comes once for many micro-batches. Peak: beyond weights and gradients. Goals: "
-    "distill at most 1.20 of the reference, align not above distill."
+    "One row of random tokens, forward and backward, {dtype} on {device}: {shape}, {fa_heads} FA heads a layer. Median"
+    " (least..most) of {repeats}, all in turn. Reference: the teacher's forward pass with its logits and the student's"
+    " own step (extend), added up round by round. Limit and predicted: by counting operations, elementwise ones left"
+    " out, at the speed of large matrix products ({speed:.0f} GFLOP/s). The optimizer is left out, as its step comes"
+    " once for many micro-batches. Peak: beyond weights and gradients. Goals: distill at most 1.20 of the reference,"
+    " align not above distill."
 )
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--lengths", nargs="+", type=positive, metavar="N", help="tokens (default 512 2048 8192; 2048 8192 32768 on a GPU)")
+    parser.add_argument(
+        "--lengths",
+        nargs="+",
+        type=positive,
+        metavar="N",
+        help="tokens (default 512 2048 8192; 2048 8192 32768 on a GPU)",
+    )
     parser.add_argument("--repeats", type=positive, default=3, metavar="N", help="the median counts (default 3)")
     longest = "tokens up to which distill is run from whole logits too, some 24 bytes a token and word (default 2048)"
     parser.add_argument("--whole-logits", type=int, default=2048, metavar="N", help=longest)
@@ -78,31 +96,48 @@ def run(args: argparse.Namespace) -> Report:
     from tools.benchmarks.training_step import Pair, student_card
 
     device, dtype = chosen_machine(args)
-    shape = dataclasses.replace(SHAPES[device], **{field: getattr(args, name) for name, field in SIZES.items() if getattr(args, name)})
+    shape = dataclasses.replace(
+        SHAPES[device], **{field: getattr(args, name) for name, field in SIZES.items() if getattr(args, name)}
+    )
     fa_heads = shape.num_heads // 4 if args.fa_heads is None else args.fa_heads
     card = student_card(shape, fa_heads)
     points, rows, speed = [], [], gemm_speed(device, dtype)
     with process_groups():
         pair = Pair(card, getattr(torch, dtype))
         for length in sorted(args.lengths or LENGTHS[device]):
-            found = _with_reference(measured(_contestants(pair, length, args.whole_logits), length, args.repeats, device))
+            found = _with_reference(
+                measured(_contestants(pair, length, args.whole_logits), length, args.repeats, device)
+            )
             points += found
             rows += _rows(card, found, speed)
         parts = _parts(pair, length) if args.profile else []
-    sizes = f"{shape.num_layers} layers of width {shape.hidden_size}, {shape.num_heads} heads x {shape.head_dim}, {shape.vocab_size} words"
-    notes = NOTES.format(dtype=dtype, device=device, shape=sizes, fa_heads=fa_heads, repeats=args.repeats, speed=speed / 1e9)
-    limits = {name: {p.length: _operations(card, name, p.length) / speed for p in points if p.name == name} for name in (*STAGES, TEACHER)}
+    sizes = (
+        f"{shape.num_layers} layers of width {shape.hidden_size}, {shape.num_heads} heads x {shape.head_dim},"
+        f" {shape.vocab_size} words"
+    )
+    notes = NOTES.format(
+        dtype=dtype, device=device, shape=sizes, fa_heads=fa_heads, repeats=args.repeats, speed=speed / 1e9
+    )
+    limits = {
+        name: {p.length: _operations(card, name, p.length) / speed for p in points if p.name == name}
+        for name in (*STAGES, TEACHER)
+    }
     return Report("A training step", notes, COLUMNS, rows, points, limits, more=parts)
 
 
 def _parts(pair: Pair, length: int) -> list[Report]:
     batch = pair.batch(length)
-    return [parts_report(stage, length, partial(pair.step, stage, batch), [pair.student], [pair.teacher]) for stage in STAGES]
+    return [
+        parts_report(stage, length, partial(pair.step, stage, batch), [pair.student], [pair.teacher])
+        for stage in STAGES
+    ]
 
 
 def _contestants(pair: Pair, length: int, whole_logits: int) -> dict[str, Callable[[], None]]:
     batch = pair.batch(length)
-    calls = {stage: partial(pair.step, stage, batch) for stage in STAGES} | {TEACHER: partial(pair.teacher_forward, batch)}
+    calls = {stage: partial(pair.step, stage, batch) for stage in STAGES} | {
+        TEACHER: partial(pair.teacher_forward, batch)
+    }
     return calls | ({WHOLE: partial(pair.distill_whole_logits, batch)} if length <= whole_logits else {})
 
 
@@ -130,4 +165,6 @@ def _operations(card: ModelCard, name: str, length: int) -> float:
 
     if name == TEACHER:
         return model_flops(teacher_card(card.shape, ""), length).forward * length
-    return step_flops(card, name if name in STAGES else "distill", length, 1)  # the reference counts what distill counts
+    return step_flops(
+        card, name if name in STAGES else "distill", length, 1
+    )  # the reference counts what distill counts

@@ -17,7 +17,8 @@ from tools.benchmarks.measure import peak_bytes
 from tools.benchmarks.training_step import Pair, student_card
 
 SHAPE = ModelShape(
-    num_layers=8, hidden_size=256, num_heads=8, num_kv_groups=4, head_dim=32, ffn_hidden_size=768, vocab_size=65_536, native_length=2048
+    num_layers=8, hidden_size=256, num_heads=8, num_kv_groups=4, head_dim=32, ffn_hidden_size=768, vocab_size=65_536,
+    native_length=2048
 )  # fmt: skip
 FA_HEADS = 2
 ROWS = {
@@ -30,7 +31,9 @@ ROWS = {
 
 
 def bytes_per_token(lengths: tuple[int, int], shape: ModelShape = SHAPE) -> dict[str, float]:
-    """Growth of each row's peak from the first length to the second, in float32 bytes a token (weights' part cancels)."""
+    """Growth of each row's peak from the first length to the second, in float32 bytes a token (weights' part
+    cancels).
+    """
     with process_groups():
         peaks = [_peaks(length, shape) for length in lengths]
     return {name: (peaks[1][name] - peaks[0][name]) / (lengths[1] - lengths[0]) for name in ROWS}
@@ -44,7 +47,9 @@ def _peaks(length: int, shape: ModelShape) -> dict[str, int]:
         "align, graphs kept": lambda: _with_graphs_kept(pair, batch),
         "distill": lambda: pair.step("distill", batch),
         "distill, full logits": lambda: pair.distill_whole_logits(batch),
-        "end to end": lambda: pair.student(batch.tokens_bs, batch.position_ids_bs, None, labels=batch.labels_bs).mean().backward(),
+        "end to end": lambda: (
+            pair.student(batch.tokens_bs, batch.position_ids_bs, None, labels=batch.labels_bs).mean().backward()
+        ),
     }
     return {name: peak_bytes(run, "cpu") for name, run in runs.items()}
 

@@ -28,15 +28,21 @@ def student_card(shape: ModelShape, fa_heads: int) -> ModelCard:
     Raises:
         InputError: more heads than a layer has.
     """
-    pairs = [(layer_idx, head_idx) for layer_idx in range(shape.num_layers) for head_idx in spread_heads(fa_heads, shape)]
+    pairs = [
+        (layer_idx, head_idx) for layer_idx in range(shape.num_layers) for head_idx in spread_heads(fa_heads, shape)
+    ]
     head_map = HeadMap.from_fa(pairs, shape.num_layers, shape.num_heads, shape.num_kv_groups)
-    return dataclasses.replace(teacher_card(shape, "f" * 64), head_map=head_map, options=HydraOptions(), stage="student")
+    return dataclasses.replace(
+        teacher_card(shape, "f" * 64), head_map=head_map, options=HydraOptions(), stage="student"
+    )
 
 
 class Pair:
-    """A teacher, its student and one row of random tokens; needs Megatron's process groups (``runtime.process_groups``).
+    """A teacher, its student and one row of random tokens; needs Megatron's process groups
+    (``runtime.process_groups``).
 
-    Its methods run forward and backward of one micro-batch and add to gradients that are there before, as in Megatron's buffers.
+    Its methods run forward and backward of one micro-batch and add to gradients that are there before, as in Megatron's
+    buffers.
     """
 
     def __init__(self, card: ModelCard, dtype: torch.dtype = torch.float32) -> None:
@@ -49,7 +55,13 @@ class Pair:
     def batch(self, length: int) -> Batch:
         """Random tokens [1, length], each of them counted."""
         tokens_bs = torch.randint(self.vocab_size, (1, length), device=torch.cuda.current_device())
-        return Batch(tokens_bs, tokens_bs, torch.ones_like(tokens_bs).float(), torch.arange(length, device=tokens_bs.device)[None], None)
+        return Batch(
+            tokens_bs,
+            tokens_bs,
+            torch.ones_like(tokens_bs).float(),
+            torch.arange(length, device=tokens_bs.device)[None],
+            None,
+        )
 
     def step(self, stage: str, batch: Batch) -> None:
         """A stage as the training loop runs it."""

@@ -1,6 +1,7 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a HydraHead model remembers of the tokens it has read; built on transformers' cache classes (tested with 5.0 to 5.24).
+"""What a HydraHead model remembers of the tokens it has read; built on transformers' cache classes (tested with 5.0 to
+5.24).
 
 FA heads keep keys and values of the kv groups that live in their branch; GDN heads keep a state of constant size.
 """
@@ -18,8 +19,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 class HydraHeadCacheLayer(CacheLayerMixin):
     """One layer's memory; what a layer has no heads for stays None.
 
-    ``keys`` and ``values`` [b, g, s, d] of the living kv groups, ``conv_state`` [b, taps - 1, channels], the last inputs of
-    the short convolution, ``recurrent_state`` [b, h, d, d], float32 (float64 in a float64 model).
+    ``keys`` and ``values`` [b, g, s, d] of the living kv groups, ``conv_state`` [b, taps - 1, channels], the last
+    inputs of the short convolution, ``recurrent_state`` [b, h, d, d], float32 (float64 in a float64 model).
     """
 
     is_compileable = False
@@ -38,7 +39,9 @@ class HydraHeadCacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to prepare: tensors take the place of None as they come."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Append keys and values [b, g, s, d]; returns all of them so far."""
         if self.keys is not None:
             key_states = torch.cat([self.keys, key_states], dim=-2)
@@ -59,13 +62,16 @@ class HydraHeadCacheLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name before transformers 5
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Raise, because a recurrent state cannot forget; -n asks for n tokens less, n (as of old) for n tokens at most.
+        """Raise, because a recurrent state cannot forget; -n asks for n tokens less, n (as of old) for n tokens at
+        most.
 
         Raises:
             NotImplementedError: something would be cut.
         """
         if tokens_to_remove < 0 or 0 < tokens_to_remove < self.num_tokens:
-            raise NotImplementedError("a HydraHead cache cannot be cut: GDN states hold no single tokens; read the prefix again")
+            raise NotImplementedError(
+                "a HydraHead cache cannot be cut: GDN states hold no single tokens; read the prefix again"
+            )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._replace(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -100,5 +106,7 @@ def as_ours(cache: Cache, config: PretrainedConfig) -> None:
         return
     if not isinstance(cache, DynamicCache) or cache.offloading or cache.get_seq_length():
         kind = type(cache).__name__ + (" that offloads" if getattr(cache, "offloading", False) else "")
-        raise ValueError(f"past_key_values is a {kind}; give a HydraHeadCache, an empty DynamicCache, or none and use_cache=True")
+        raise ValueError(
+            f"past_key_values is a {kind}; give a HydraHeadCache, an empty DynamicCache, or none and use_cache=True"
+        )
     cache.layers, cache.layer_class_to_replicate = HydraHeadCache(config).layers, None

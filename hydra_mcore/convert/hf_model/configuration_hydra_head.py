@@ -17,7 +17,8 @@ class HydraHeadConfig(PretrainedConfig):
 
     Args:
         hidden_size ... hidden_act: as in transformers' Qwen3.
-        rope_parameters: {"rope_type": "default", "linear", "llama3" or "yarn", "rope_theta": ..., and what the type needs}.
+        rope_parameters: {"rope_type": "default", "linear", "llama3" or "yarn", "rope_theta": ..., and what the type
+            needs}.
         qkv_bias: biases on q, k and v of both branches.
         qk_norm: RMSNorm on queries and keys of FA heads.
         fa_heads: for each layer, the indices of the heads that keep full attention; None for all heads of all layers.
@@ -93,7 +94,9 @@ class HydraHeadConfig(PretrainedConfig):
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "kwargs", "__class__")}
         given["rope_parameters"] = dict(rope_parameters or {"rope_type": "default", "rope_theta": 1e6})
-        given["fa_heads"] = [list(range(num_attention_heads))] * num_hidden_layers if fa_heads is None else [*map(sorted, fa_heads)]
+        given["fa_heads"] = (
+            [list(range(num_attention_heads))] * num_hidden_layers if fa_heads is None else [*map(sorted, fa_heads)]
+        )
         given["teacher"] = teacher or {}
         for name, value in given.items():
             setattr(self, name, value)
@@ -115,13 +118,22 @@ class HydraHeadConfig(PretrainedConfig):
         return [groups.count(group) for group in range(self.num_key_value_heads)]
 
     def _check_shape(self) -> None:
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        sizes = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+        )
         for name in (*sizes, "head_dim", "max_position_embeddings"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it counts something, so it must be a whole number above 0")
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"{self.num_attention_heads} heads do not divide into {self.num_key_value_heads} kv groups")
+            raise ValueError(
+                f"{self.num_attention_heads} heads do not divide into {self.num_key_value_heads} kv groups"
+            )
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even one")
 
@@ -138,14 +150,19 @@ class HydraHeadConfig(PretrainedConfig):
         for layer_idx, heads in enumerate(self.fa_heads):
             for head in heads:
                 if not isinstance(head, int) or not 0 <= head < self.num_attention_heads:
-                    raise ValueError(f"fa_heads: layer {layer_idx} lists head {head!r}; heads are 0 to {self.num_attention_heads - 1}")
+                    raise ValueError(
+                        f"fa_heads: layer {layer_idx} lists head {head!r}; heads are 0 to"
+                        f" {self.num_attention_heads - 1}"
+                    )
             if len(set(heads)) < len(heads):
                 raise ValueError(f"fa_heads: layer {layer_idx} lists a head twice")
 
     def _check_options(self) -> None:
         for name, hint in get_type_hints(HydraHeadConfig.__init__).items():
             if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(map(repr, get_args(hint)))}")
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; choose one of {', '.join(map(repr, get_args(hint)))}"
+                )
         if not isinstance(self.gdn_conv_kernel, int) or self.gdn_conv_kernel < 0:
             raise ValueError(f"gdn_conv_kernel is {self.gdn_conv_kernel!r}; it counts taps, 0 for no convolution")
         if not 0.0 < self.gdn_write_max <= 2.0:

@@ -50,7 +50,12 @@ class Call(NamedTuple):
 
 
 def describe_call(
-    config: HydraHeadConfig, position_bs: Tensor, past: int, real_bt: Tensor | None, frequencies: tuple[Tensor, float], dtype: torch.dtype
+    config: HydraHeadConfig,
+    position_bs: Tensor,
+    past: int,
+    real_bt: Tensor | None,
+    frequencies: tuple[Tensor, float],
+    dtype: torch.dtype,
 ) -> Call:
     """Prepare a call on s tokens after ``past`` others.
 
@@ -122,9 +127,13 @@ class OutputGate(nn.Linear):
 
 
 class Heads(nn.Module):
-    """What both branches of a layer have: projections, RMSNorm and rotary positions of queries and keys, an output gate."""
+    """What both branches of a layer have: projections, RMSNorm and rotary positions of queries and keys, an output
+    gate.
+    """
 
-    def __init__(self, config: HydraHeadConfig, heads: list[int], *, kv_per_head: bool, qk_norm: bool, position: str, gate: str) -> None:
+    def __init__(
+        self, config: HydraHeadConfig, heads: list[int], *, kv_per_head: bool, qk_norm: bool, position: str, gate: str
+    ) -> None:
         super().__init__()
         self.config, self.position = config, position
         self.heads_per_group = [count for count in config.heads_per_group(heads) if count]
@@ -137,11 +146,15 @@ class Heads(nn.Module):
         self.gate_proj = None if gate == "none" else OutputGate(config, len(heads), gate)
 
     def project(self, x_bsm: Tensor, shared_kv: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
-        """Queries [b, s, h, d], keys and values [b, s, h or g, d]; ``shared_kv`` where the branches share their projections."""
+        """Queries [b, s, h, d], keys and values [b, s, h or g, d]; ``shared_kv`` where the branches share their
+        projections.
+        """
         q_bshd = self.q_proj(x_bsm).unflatten(-1, (-1, self.config.head_dim))
         if shared_kv is not None:
             return q_bshd, *shared_kv
-        return q_bshd, *(projection(x_bsm).unflatten(-1, (-1, self.config.head_dim)) for projection in (self.k_proj, self.v_proj))
+        return q_bshd, *(
+            projection(x_bsm).unflatten(-1, (-1, self.config.head_dim)) for projection in (self.k_proj, self.v_proj)
+        )
 
     def norm_and_place(self, q: Tensor, k: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """RMSNorm, then rotary positions, where the branch has them."""
@@ -162,7 +175,9 @@ class FullAttentionHeads(Heads):
     """
 
     def __init__(self, config: HydraHeadConfig, heads: list[int]) -> None:
-        super().__init__(config, heads, kv_per_head=False, qk_norm=config.qk_norm, position=config.fa_position, gate=config.fa_gate)
+        super().__init__(
+            config, heads, kv_per_head=False, qk_norm=config.qk_norm, position=config.fa_position, gate=config.fa_gate
+        )
 
     def forward(
         self, x_bsm: Tensor, call: Call, shared_kv: tuple[Tensor, Tensor] | None, memory: HydraHeadCacheLayer | None
@@ -186,7 +201,9 @@ class FullAttentionHeads(Heads):
         return F.scaled_dot_product_attention(q_bhsd, k_bhtd, v_bhtd, attn_mask=mask_b1st, is_causal=mask_b1st is None)
 
     def _attend_one(self, q_bh1d: Tensor, k_bgtd: Tensor, v_bgtd: Tensor, mask_b11t: Tensor | None) -> Tensor:
-        """One token: the heads of a group are its query rows, so that keys and values are read once, not copied per head."""
+        """One token: the heads of a group are its query rows, so that keys and values are read once, not copied per
+        head.
+        """
         most = max(self.heads_per_group)
         groups = q_bh1d[:, :, 0].split(self.heads_per_group, dim=1)
         rows_bgrd = torch.stack([F.pad(q, (0, 0, 0, most - q.shape[1])) for q in groups], dim=1)
@@ -203,7 +220,9 @@ class GatedDeltaHeads(Heads):
 
     def __init__(self, config: HydraHeadConfig, heads: list[int]) -> None:
         own_kv, normed = config.gdn_kv == "per_head", config.gdn_qk_norm == "rms"
-        super().__init__(config, heads, kv_per_head=own_kv, qk_norm=normed, position=config.gdn_position, gate=config.gdn_gate)
+        super().__init__(
+            config, heads, kv_per_head=own_kv, qk_norm=normed, position=config.gdn_position, gate=config.gdn_gate
+        )
         self.conv = None
         if config.gdn_conv_kernel:
             self.conv = ShortConv(len(heads) * 3 * config.head_dim, config.gdn_conv_kernel, config.gdn_conv_activation)
@@ -245,7 +264,9 @@ class ShortConv(nn.Module):
         self.activation = activation
 
     def forward(self, x_bsc: Tensor, padding: Padding | None, before_bkc: Tensor | None) -> tuple[Tensor, Tensor]:
-        """``before_bkc`` are the taps - 1 inputs before these, zeros unless given; the second result are the last ones now."""
+        """``before_bkc`` are the taps - 1 inputs before these, zeros unless given; the second result are the last ones
+        now.
+        """
         b, s, c = x_bsc.shape
         if padding is not None:
             x_bsc = _take(x_bsc, padding.front_bs)

@@ -1,13 +1,16 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""HydraHead models (arXiv 2606.20097) for transformers: every layer mixes full attention (FA) and Gated DeltaNet (GDN) heads.
+"""HydraHead models (arXiv 2606.20097) for transformers: every layer mixes full attention (FA) and Gated DeltaNet (GDN)
+heads.
 
                       +-- FA heads:  q k v, causal softmax over cached keys ---+
     x (normed) -------|                                                        |--> norm and scale per head --> o_proj
                       +-- GDN heads: q k v, delta rule on a constant state ----+
 
-Needs torch and transformers only (tested with transformers 5.0 to 5.24); flash-linear-attention is used on a GPU where it is
-installed. Shape suffixes: b batch, s tokens of this call, t all tokens so far, h heads, d head dimension, m model width.
+Needs torch and transformers only (tested with transformers 5.0 to 5.24); flash-linear-attention is used on a GPU where
+it is
+installed. Shape suffixes: b batch, s tokens of this call, t all tokens so far, h heads, d head dimension, m model
+    width.
 """
 
 from __future__ import annotations
@@ -39,11 +42,15 @@ from .heads_hydra_head import (
     rotary_frequencies,
 )
 
-CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"  # its name since transformers 5.24
+CACHE = (
+    "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+)  # its name since transformers 5.24
 
 
 class HydraHeadAttention(nn.Module):
-    """The two branches of a layer and their fusion: gate, RMSNorm over each head, one learned factor a head, side by side."""
+    """The two branches of a layer and their fusion: gate, RMSNorm over each head, one learned factor a head, side by
+    side.
+    """
 
     def __init__(self, config: HydraHeadConfig, layer_idx: int) -> None:
         super().__init__()
@@ -68,11 +75,15 @@ class HydraHeadAttention(nn.Module):
         self.o_proj = nn.Linear(h * d, m, bias=False)
 
     def forward(self, x_bsm: Tensor, call: Call, past_key_values: HydraHeadCache | None) -> Tensor:
-        """The layer's mixing of the tokens of this call with each other and with what the cache remembers: [b, s, m]."""
+        """The layer's mixing of the tokens of this call with each other and with what the cache remembers: [b,
+        s, m].
+        """
         memory = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         kv = None
         if self.config.qkv == "shared":
-            kv = [projection(x_bsm).unflatten(-1, (-1, self.config.head_dim)) for projection in (self.k_proj, self.v_proj)]
+            kv = [
+                projection(x_bsm).unflatten(-1, (-1, self.config.head_dim)) for projection in (self.k_proj, self.v_proj)
+            ]
         by_head: dict[int, Tensor] = {}
         for role, heads in self.heads.items():
             living = [min(count, 1) for count in self.config.heads_per_group(heads)]
@@ -144,7 +155,9 @@ class HydraHeadPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Random projections, identity convolutions, open gates, long memory; not called for modules whose parameters are loaded."""
+        """Random projections, identity convolutions, open gates, long memory; not called for modules whose parameters
+        are loaded.
+        """
         if isinstance(module, OutputGate):
             init.normal_(module.weight, std=1e-3)
             init.ones_(module.bias)
@@ -161,7 +174,12 @@ class HydraHeadPreTrainedModel(PreTrainedModel):
             identity[..., -1] = 1
             init.copy_(module.weight, identity)  # whole: of a loaded weight, transformers 5.0 knows the whole alone
         elif isinstance(module, GatedDeltaHeads):
-            for start_at_zero in (module.A_log, module.decay_proj.weight, module.write_proj.weight, module.write_proj.bias):
+            for start_at_zero in (
+                module.A_log,
+                module.decay_proj.weight,
+                module.write_proj.weight,
+                module.write_proj.bias,
+            ):
                 init.zeros_(start_at_zero)
             init.constant_(module.decay_proj.bias, math.log(math.expm1(math.log(2.0) / self.config.gdn_half_life)))
         elif isinstance(module, HydraHeadAttention):
@@ -177,7 +195,9 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
     def __init__(self, config: HydraHeadConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(HydraHeadDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            HydraHeadDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+        )
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
@@ -200,8 +220,8 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
         Args:
             attention_mask: [b, t], 0 at padding, which may stand anywhere, over all tokens including the cached ones.
             position_ids: [b, s] or [1, s]; by default tokens are counted from 0, padding left out.
-            past_key_values: a ``HydraHeadCache``, or a ``DynamicCache`` that is still empty, which becomes one; updated in place.
-                Made here when ``use_cache`` asks for one.
+            past_key_values: a ``HydraHeadCache``, or a ``DynamicCache`` that is still empty, which becomes one; updated
+                in place. Made here when ``use_cache`` asks for one.
             cache: what transformers calls ``past_key_values`` since 5.24.
             use_cache: by default ``config.use_cache``, but not while training.
 
@@ -211,7 +231,9 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if kwargs.get("output_attentions"):
-            raise ValueError("output_attentions is not supported: FA heads keep no attention maps and GDN heads have none")
+            raise ValueError(
+                "output_attentions is not supported: FA heads keep no attention maps and GDN heads have none"
+            )
         x_bsm = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if self.gradient_checkpointing and self.training:
             use_cache = False
@@ -238,7 +260,11 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
         )
 
     def _describe(
-        self, x_bsm: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past_key_values: HydraHeadCache | None
+        self,
+        x_bsm: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: HydraHeadCache | None,
     ) -> Call:
         """Check the mask, and find the positions."""
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -247,14 +273,18 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
         if attention_mask is not None:
             if attention_mask.shape != (b, past + s):
                 shape, needed = list(attention_mask.shape), [b, past + s]
-                raise ValueError(f"attention_mask has shape {shape}, needs {needed}: one entry for each token, cached ones included")
+                raise ValueError(
+                    f"attention_mask has shape {shape}, needs {needed}: one entry for each token, cached ones included"
+                )
             if not attention_mask.all():
                 real_bt = attention_mask.bool()
         if position_ids is None:
             position_ids = torch.arange(past, past + s, device=x_bsm.device)[None]
             if real_bt is not None:
                 position_ids = (real_bt.cumsum(dim=1) - 1).clamp(min=0)[:, past:]
-        return describe_call(self.config, position_ids, past, real_bt, rotary_frequencies(self.config, x_bsm.device), x_bsm.dtype)
+        return describe_call(
+            self.config, position_ids, past, real_bt, rotary_frequencies(self.config, x_bsm.device), x_bsm.dtype
+        )
 
 
 class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):
@@ -283,7 +313,8 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):
         cache: HydraHeadCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """As ``HydraHeadModel.forward``; ``labels`` [b, s] (-100: ignored) give a loss, ``logits_to_keep`` spares logits.
+        """As ``HydraHeadModel.forward``; ``labels`` [b, s] (-100: ignored) give a loss, ``logits_to_keep`` spares
+        logits.
 
         Args:
             logits_to_keep: logits of so many last tokens, 0 for all, or the indices of tokens.
@@ -305,10 +336,16 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits_bsw, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits_bsw, hidden_states=outputs.hidden_states, **{CACHE: getattr(outputs, CACHE)})
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits_bsw, hidden_states=outputs.hidden_states, **{CACHE: getattr(outputs, CACHE)}
+        )
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        """Where ``generate`` would make its dynamic cache, make ours; without the use of a cache, a given one is left alone."""
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Where ``generate`` would make its dynamic cache, make ours; without the use of a cache, a given one is left
+        alone.
+        """
         if generation_config.use_cache is False:
             model_kwargs.pop(CACHE, None)
         elif model_kwargs.get(CACHE) is None and generation_config.cache_implementation in (None, "dynamic"):

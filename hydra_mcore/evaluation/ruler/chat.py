@@ -25,7 +25,8 @@ def chat_around(tokenizer: Tokenizer, today: Callable[[], date]) -> tuple[str, s
         today: the day that templates take for the current one, at midnight; called where the text depends on it.
 
     Raises:
-        InputError: no chat template, or one that fails, shows the user's words not once, or is not the same text each time.
+        InputError: no chat template, or one that fails, shows the user's words not once, or is not the same text each
+            time.
     """
     if not tokenizer.chat_template:
         raise InputError("wording chat: the tokenizer has no chat template; use --template ruler")
@@ -42,7 +43,9 @@ def _rendered(tokenizer: Tokenizer, day: date) -> str:
     try:
         with _today_is(day):
             texts = {
-                tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+                tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+                )
                 for _ in range(_RENDERINGS)
             }
     except Exception as error:  # a template is code of its own

@@ -50,7 +50,10 @@ class Haystack:
         starts = np.concatenate([[0], np.flatnonzero(self.ends[:-1] == SENTENCE) + 1])
         if not self.repeat:
             if size > len(self.ids):
-                raise InputError(f"the haystack has {len(self.ids)} tokens, a prompt needs {size}; give a longer one, or --repeat-haystack")
+                raise InputError(
+                    f"the haystack has {len(self.ids)} tokens, a prompt needs {size}; give a longer one, or"
+                    " --repeat-haystack"
+                )
             starts = starts[starts + size <= len(self.ids)]
         start = int(rng.choice(starts))
         which = np.arange(start, start + size) % len(self.ids)
@@ -80,9 +83,11 @@ def repeated(line: str, pieces: Pieces) -> Haystack:
 
 
 def nearest(ends: np.ndarray, depths: Sequence[float]) -> list[int]:
-    """For each of n depths the place of a needle in a part of a haystack: how many of its tokens stand before the needle.
+    """For each of n depths the place of a needle in a part of a haystack: how many of its tokens stand before the
+    needle.
 
-    The nearest place between sentences; where that is ``ASTRAY`` between words, and where there are none either, characters.
+    The nearest place between sentences; where that is ``ASTRAY`` between words, and where there are none either,
+    characters.
 
     Args:
         ends: uint8 [size], what ends before each token.
@@ -99,7 +104,9 @@ def _nearest(ends: np.ndarray, wanted: float) -> int:
     return place
 
 
-def woven(filler: np.ndarray, needles: Sequence[Sequence[int]], places: Sequence[int]) -> tuple[np.ndarray, list[tuple[int, int]]]:
+def woven(
+    filler: np.ndarray, needles: Sequence[Sequence[int]], places: Sequence[int]
+) -> tuple[np.ndarray, list[tuple[int, int]]]:
     """Needles in a filler.
 
     Args:

@@ -18,11 +18,17 @@ def single_words() -> tuple[str, ...]:
 
 
 def compounds(count: int, rng: Generator, used: Container[str] = ()) -> list[str]:
-    """``count`` different random words of the form adjective-noun, of which there are six million, none of them in ``used``."""
+    """``count`` different random words of the form adjective-noun, of which there are six million, none of them in
+    ``used``.
+    """
     adjectives, nouns = _words("adjective"), _words("noun")
     found: dict[str, None] = {}
     while len(found) < count:
-        pairs = zip(rng.integers(len(adjectives), size=count).tolist(), rng.integers(len(nouns), size=count).tolist(), strict=True)
+        pairs = zip(
+            rng.integers(len(adjectives), size=count).tolist(),
+            rng.integers(len(nouns), size=count).tolist(),
+            strict=True,
+        )
         found |= dict.fromkeys(word for a, n in pairs if (word := f"{adjectives[a]}-{nouns[n]}") not in used)
     return list(found)[:count]
 

@@ -79,7 +79,8 @@ def needle_prompt(task: str, length: int, source: Source, depths: Sequence[float
         frame.require(taken if others else frame.space + 1)
         filler, _ = haystack.part(frame.space - taken - sum(map(len, others)), rng)
         index = round(depths[0] * len(others))
-        # What is left over is less than a needle and goes behind them all; or the wording ran out of keys, and it is spread.
+        # What is left over is less than a needle and goes behind them all; or the wording ran out of keys, and it is
+        # spread.
         spread = len(filler) > max(map(len, others))
         places = [len(filler) * i // (len(others) + 1) if spread else 0 for i in range(len(others) + 1)]
         body, spans = woven(filler, [*others[:index], *needles, *others[index:]], places)
@@ -115,7 +116,9 @@ class _Draw:
         plan = self._plan
         keys = self._fresh_keys(wanted := 1 + plan.others if plan.one_key else plan.placed)
         if len(keys) < wanted:
-            raise InputError(f"{self._task} needs {wanted} keys, the wording {self._source.wording.name} has {len(keys)}")
+            raise InputError(
+                f"{self._task} needs {wanted} keys, the wording {self._source.wording.name} has {len(keys)}"
+            )
         keys = keys[:1] * plan.asked + keys[1:] if plan.one_key else keys
         return list(zip(keys, self._fresh_values(len(keys)), strict=True))
 
@@ -123,7 +126,9 @@ class _Draw:
         """Needles with other keys, as many as fit or as there are keys; about ``size`` tokens each."""
         found: list[list[int]] = []
         while keys := self._fresh_keys(space // size + 1):
-            for ids in self.needles(list(zip(keys, self._fresh_values(len(keys)), strict=True)), self._source.wording.line_gap):
+            for ids in self.needles(
+                list(zip(keys, self._fresh_values(len(keys)), strict=True)), self._source.wording.line_gap
+            ):
                 if len(ids) > space:
                     return found
                 found.append(ids)
@@ -156,12 +161,16 @@ class _Draw:
             if value not in self._used and value.strip() not in self._text:
                 self._used.add(value)
                 found.append(value)
-        raise InputError(f"{self._task}: the wording {self._source.wording.name} has too few values that its haystack does not hold")
+        raise InputError(
+            f"{self._task}: the wording {self._source.wording.name} has too few values that its haystack does not hold"
+        )
 
     def _value(self) -> str:
         if self._own:
             count = self._own.long_pieces if self._plan.uuid_values else self._own.short_pieces
-            return "".join(self._own.value_pieces[i] for i in self._rng.integers(len(self._own.value_pieces), size=count))
+            return "".join(
+                self._own.value_pieces[i] for i in self._rng.integers(len(self._own.value_pieces), size=count)
+            )
         return self._uuid() if self._plan.uuid_values else str(self._rng.integers(10**6, 10**7))
 
     def _uuid(self) -> str:

@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from hydra_mcore.errors import InputError
 
-# What a piece is encoded behind, the first that works. Nothing is right for byte-level tokenizers; those that put a space
-# before every text need something there, and it must be nothing that a token spans together with the piece's first letters.
+# What a piece is encoded behind, the first that works. Nothing is right for byte-level tokenizers; those that put a
+# space before every text need something there, and it must be nothing that a token spans together with the piece's
+# first letters.
 ANCHORS = ("", "\n", "a", ".")
 
 
@@ -25,12 +26,16 @@ class Pieces:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         plain, whole = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
-        self.start: list[int] = next((whole[:at] for at in range(len(whole)) if whole[at : at + len(plain)] == plain), [])
+        self.start: list[int] = next(
+            (whole[:at] for at in range(len(whole)) if whole[at : at + len(plain)] == plain), []
+        )
         self._before = plain
         self._special = [token for token in tokenizer.all_special_tokens if token]
 
     def first(self, text: str) -> list[int]:
-        """Ids of the text that a prompt begins with, a BOS included where the tokenizer adds one and the text has none."""
+        """Ids of the text that a prompt begins with, a BOS included where the tokenizer adds one and the text
+        has none.
+        """
         ids = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
         return ids if ids[: len(self.start)] == self.start else self.start + ids
 
@@ -52,7 +57,8 @@ class Pieces:
             if not missing:
                 return [found[text] for text in texts]
         raise InputError(
-            f"the tokenizer does not keep the text {missing[0][:60]!r}; word it otherwise (--template), or use another tokenizer"
+            f"the tokenizer does not keep the text {missing[0][:60]!r}; word it otherwise (--template), or use another"
+            " tokenizer"
         )
 
     def continuation(self, text: str, more: str) -> list[int]:
@@ -63,7 +69,10 @@ class Pieces:
         """
         ids, both = self.batch([text, text + more])
         if both[: len(ids)] != ids or len(both) == len(ids):
-            raise InputError(f"the tokenizer splits the answer {more!r} unexpectedly behind {text[-30:]!r}; word the question otherwise")
+            raise InputError(
+                f"the tokenizer splits the answer {more!r} unexpectedly behind {text[-30:]!r}; word the question"
+                " otherwise"
+            )
         return both[len(ids) :]
 
     def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
@@ -75,12 +84,16 @@ class Pieces:
     def _behind(self, anchor: str, texts: list[str]) -> dict[str, list[int]]:
         """Those of the texts that encode well behind the anchor."""
         size = len(before := self._tokenizer.encode(anchor, add_special_tokens=False) if anchor else [])
-        encoded = self._tokenizer([anchor + text for text in texts], add_special_tokens=False, verbose=False)["input_ids"]
+        encoded = self._tokenizer([anchor + text for text in texts], add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
         pieces = {text: ids[size:] for text, ids in zip(texts, encoded, strict=True) if ids[:size] == before}
         decoded = self.decode(list(pieces.values()))
         return {text: ids for (text, ids), back in zip(pieces.items(), decoded, strict=True) if self._same(text, back)}
 
     def _same(self, text: str, back: str) -> bool:
-        if any(token in text for token in self._special):  # some of them swallow the white space beside them, as they should
+        if any(
+            token in text for token in self._special
+        ):  # some of them swallow the white space beside them, as they should
             return "".join(text.split()) == "".join(back.split())
         return text == back

@@ -52,7 +52,9 @@ class Prompt:
     answers: tuple[str, ...]
     """The texts that a right answer holds."""
     answer_ids: np.ndarray
-    """int32 [room]: the one right answer as the model's tokenizer continues the prompt with it; [0] where there is not one."""
+    """int32 [room]: the one right answer as the model's tokenizer continues the prompt with it; [0] where there is not
+    one.
+    """
     spans: tuple[tuple[int, int], ...]
     """[start, end) in ``ids`` of the needles that give the answers, in order; () where words are counted."""
     depths: tuple[float, ...]

@@ -26,7 +26,9 @@ from hydra_mcore.files import checked, parse_json, replacing
 VERSION = 2  # of the generators: sets of another one are made anew
 
 
-def prompt_set(task: str, length: int, count: int, seed: int, source: Source, cache_dir: Path | None = None) -> PromptSet:
+def prompt_set(
+    task: str, length: int, count: int, seed: int, source: Source, cache_dir: Path | None = None
+) -> PromptSet:
     """A set of prompts; the same arguments give the same set, in any process.
 
     Args:
@@ -37,7 +39,9 @@ def prompt_set(task: str, length: int, count: int, seed: int, source: Source, ca
     Raises:
         InputError: an unknown task, no prompts, no tokens, a negative seed, or as the task's generator.
     """
-    path = None if cache_dir is None else cache_dir / f"{task}-{length}-{count}-{seed}-{_digest(source)[:16]}.safetensors"
+    path = (
+        None if cache_dir is None else cache_dir / f"{task}-{length}-{count}-{seed}-{_digest(source)[:16]}.safetensors"
+    )
     prompts = None if path is None else _load(path)
     if prompts is None:
         prompts = tuple(draw_prompts(task, length, count, seed, source))
@@ -51,7 +55,9 @@ def draw_prompts(task: str, length: int, count: int, seed: int, source: Source) 
     if task not in TASKS:
         raise InputError(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
     if min(count, length, seed + 1) < 1:
-        raise InputError(f"{count} prompts of {length} tokens from seed {seed}: give at least 1 prompt, 1 token and a seed from 0 on")
+        raise InputError(
+            f"{count} prompts of {length} tokens from seed {seed}: give at least 1 prompt, 1 token and a seed from 0 on"
+        )
     key = [seed, length, *task.encode()]
     placed = PLANS[task].placed if task in PLANS else HOPS + 1 if task == "vt" else 0
     # Each needle takes every depth once over the set, in an order of its own.
@@ -75,7 +81,10 @@ def _digest(source: Source) -> str:
 
 
 def _save(path: Path, prompts: Sequence[Prompt]) -> None:
-    facts = [[len(prompt.ids), len(prompt.answer_ids), prompt.room, prompt.answers, prompt.spans, prompt.depths] for prompt in prompts]
+    facts = [
+        [len(prompt.ids), len(prompt.answer_ids), prompt.room, prompt.answers, prompt.spans, prompt.depths]
+        for prompt in prompts
+    ]
     ids = np.concatenate([ids for prompt in prompts for ids in (prompt.ids, prompt.answer_ids)])
     about = json.dumps(facts)
     with replacing(path) as beside:
@@ -104,7 +113,9 @@ def _load(path: Path) -> tuple[Prompt, ...] | None:
 
 
 def _checksum(ids: np.ndarray, facts: str) -> np.ndarray:
-    return np.frombuffer(hashlib.sha256(facts.encode() + str(ids.dtype).encode() + ids.tobytes()).digest(), dtype=np.uint8)
+    return np.frombuffer(
+        hashlib.sha256(facts.encode() + str(ids.dtype).encode() + ids.tobytes()).digest(), dtype=np.uint8
+    )
 
 
 _Facts = tuple[int, int, int, tuple[str, ...], tuple[tuple[int, int], ...], tuple[float, ...]]

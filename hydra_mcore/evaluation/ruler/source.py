@@ -56,7 +56,11 @@ class Source:
     @cached_property
     def digest(self) -> str:
         """sha256 over tokenizer, wording and haystack."""
-        parts = [tokenizer_fingerprint(self.tokenizer), self.wording.digest, self.haystack.digest if self.haystack else ""]
+        parts = [
+            tokenizer_fingerprint(self.tokenizer),
+            self.wording.digest,
+            self.haystack.digest if self.haystack else "",
+        ]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -73,7 +77,9 @@ class Frame:
     answer_ids: list[int]
 
     @classmethod
-    def of(cls, source: Source, task: str, length: int, ask: Ask, answers: Sequence[str], written: str, example: str = "") -> Frame:
+    def of(
+        cls, source: Source, task: str, length: int, ask: Ask, answers: Sequence[str], written: str, example: str = ""
+    ) -> Frame:
         """Encode what stands around the haystack.
 
         Args:

@@ -1,6 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""RULER's variable tracking: a value is assigned to a variable, that to another, and so on; name all that have the value."""
+"""RULER's variable tracking: a value is assigned to a variable, that to another, and so on; name all that have the
+value.
+"""
 
 from __future__ import annotations
 

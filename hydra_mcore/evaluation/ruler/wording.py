@@ -53,7 +53,8 @@ class Ask:
 class Wording:
     """All templates of a set of prompts.
 
-    {kind} and {kinds} are "number(s)" or "uuid(s)", {query} the keys or the value asked for, {count} how many answers there are.
+    {kind} and {kinds} are "number(s)" or "uuid(s)", {query} the keys or the value asked for, {count} how many answers
+    there are.
 
     Raises:
         ValueError: a template lacks a placeholder.
@@ -83,7 +84,10 @@ class Wording:
     def __post_init__(self) -> None:
         for name, template, words in (
             ("needle", self.needle, ("{key}", "{value}")),
-            *((name, ask.question + ask.prefix, ("{query}",)) for name, ask in (("one", self.one), ("many", self.many), ("vt", self.vt))),
+            *(
+                (name, ask.question + ask.prefix, ("{query}",))
+                for name, ask in (("one", self.one), ("many", self.many), ("vt", self.vt))
+            ),
         ):
             if missing := [word for word in words if word not in template]:
                 raise ValueError(f"{name} must hold {' and '.join(missing)}")
@@ -99,8 +103,8 @@ class Wording:
 
 
 # The templates of RULER's scripts/data/synthetic/constants.py, singular where there is one answer, as its niah.py does.
-# There an answer's prefix for one answer ends in "is", and a model may say ": 1234567" or " 1234567"; with the colon the
-# second is the one right answer, and teacher forcing scores it as decoding would.
+# There an answer's prefix for one answer ends in "is", and a model may say ": 1234567" or " 1234567"; with the colon
+# the second is the one right answer, and teacher forcing scores it as decoding would.
 RULER = Wording(
     name="ruler",
     needle="One of the special magic {kinds} for {key} is: {value}.",
@@ -123,12 +127,14 @@ RULER = Wording(
         "{count} variables are assigned the value {query}, they are: ",
     ),
     cwe=Ask(
-        "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that appear most often.",
+        "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that"
+        " appear most often.",
         "\nQuestion: What are the {count} most common words in the above list?",
         " Answer: The top {count} words that appear most often in the list are:",
     ),
     fwe=Ask(
-        "Read the following coded text and track the frequency of each coded word. Find the three most frequently appeared coded words.",
+        "Read the following coded text and track the frequency of each coded word. Find the three most frequently"
+        " appeared coded words.",
         "\nQuestion: Do not provide any explanation. Please ignore the dots '....'. "
         "What are the three most frequently appeared words in the above coded text?",
         " Answer: According to the coded text above, the three most frequently appeared words are:",
@@ -137,12 +143,15 @@ RULER = Wording(
 )
 
 
-def load_wording(name_or_path: str | None, tokenizer: Tokenizer, model_dir: Path, today: Callable[[], date] = date.today) -> Wording:
+def load_wording(
+    name_or_path: str | None, tokenizer: Tokenizer, model_dir: Path, today: Callable[[], date] = date.today
+) -> Wording:
     """The wording that a user names.
 
     Args:
-        name_or_path: "ruler"; "chat", RULER's within the tokenizer's chat template, without thinking; a JSON file with fields of
-            ``Wording`` (RULER's where it has none) or with a needle format; None for the model's own needles.json, else RULER's.
+        name_or_path: "ruler"; "chat", RULER's within the tokenizer's chat template, without thinking; a JSON file with
+            fields of ``Wording`` (RULER's where it has none) or with a needle format; None for the model's own
+            needles.json, else RULER's.
         model_dir: a checkpoint, or the folder of its tokenizer.
         today: the day that chat templates take for today, asked where one names it.
 

@@ -23,15 +23,18 @@ OTHERS = 10  # and the fewest that they must stand out from, as in the example o
 SHORT = 4096  # tokens; below, cwe repeats words less
 FREQUENT = 3  # words asked for in fwe
 LEAST_TEXT = 27  # words of fwe's text: fewer, and its third and fourth word both stand there but once or never
-DOTS = " ..."  # fwe's most frequent word, which does not count; what is left of the length is filled with it, in cwe too
+DOTS = (
+    " ..."  # fwe's most frequent word, which does not count; what is left of the length is filled with it, in cwe too
+)
 
 
 def common_words(length: int, source: Source, rng: Generator) -> Prompt:
-    """cwe: a numbered list in which ten words stand 30 times and others 3 times (6 and 1 below 4096 tokens); name the ten.
+    """cwe: a numbered list in which ten words stand 30 times and others 3 times (6 and 1 below 4096 tokens); name the
+    ten.
 
-    The prompt has exactly ``length`` tokens, room included; behind the last word that fits, dots fill it up. A solved example
-    goes before the question where it takes at most a third of the length. Where the single words are too few (RULER turns to
-    a longer list then), all words of the list have the form adjective-noun.
+    The prompt has exactly ``length`` tokens, room included; behind the last word that fits, dots fill it up. A solved
+    example goes before the question where it takes at most a third of the length. Where the single words are too few
+    (RULER turns to a longer list then), all words of the list have the form adjective-noun.
 
     Raises:
         InputError: too short a length; a tokenizer that cannot write the pieces.
@@ -43,7 +46,9 @@ def common_words(length: int, source: Source, rng: Generator) -> Prompt:
     ask = source.wording.cwe.filled(count=str(COMMON))
     for words, ids in _pools(source, singles, rng):
         frame = Frame.of(source, "cwe", length, ask, words[:COMMON], written=_listed(words[:COMMON]), example=example)
-        numbers, numbered = _numbers(source, 1 << max(10, frame.space.bit_length() - 1))  # an entry takes two tokens or more
+        numbers, numbered = _numbers(
+            source, 1 << max(10, frame.space.bit_length() - 1)
+        )  # an entry takes two tokens or more
         totals = _list_tokens(np.asarray([len(each) for each in ids]), numbered, many, few)
         frame.require(int(totals[OTHERS - 1]))
         others = int(np.searchsorted(totals, frame.space, side="right"))
@@ -115,7 +120,8 @@ def _numbers(source: Source, count: int) -> tuple[list[list[int]], np.ndarray]:
 def frequent_words(length: int, source: Source, rng: Generator) -> Prompt:
     """fwe: a text of coded words, that of rank k being 1 / (zeta(2) k^2) of it, the first rank dots; name ranks 2 to 4.
 
-    The prompt has exactly ``length`` tokens, room included, filled up with dots. The fourth rank is rarer than the third.
+    The prompt has exactly ``length`` tokens, room included, filled up with dots. The fourth rank is rarer than the
+    third.
 
     Raises:
         InputError: too short a length; a tokenizer that cannot write the pieces.
@@ -143,7 +149,9 @@ def _coded_words(count: int, rng: Generator) -> list[str]:
     """Different words of six random letters."""
     found: dict[str, None] = {}
     while len(found) < count:
-        found |= dict.fromkeys("".join(letters) for letters in rng.choice(list(string.ascii_lowercase), size=(count, 6)))
+        found |= dict.fromkeys(
+            "".join(letters) for letters in rng.choice(list(string.ascii_lowercase), size=(count, 6))
+        )
     return list(found)[:count]
 
 
