@@ -237,6 +237,12 @@ class ModelCard:
             raise ConfigError(f"the head map is for another model: {difference}; select heads for this teacher")
 
 
+def teacher_card(shape: ModelShape, fingerprint: str) -> ModelCard:
+    """The card of a pretrained model: every head FA, nothing added."""
+    head_map = HeadMap.all_fa(shape.num_layers, shape.num_heads, shape.num_kv_groups)
+    return ModelCard(shape=shape, head_map=head_map, options=HydraOptions.teacher(), fingerprint=fingerprint)
+
+
 @dataclass(kw_only=True, frozen=True)
 class Training:
     """An entry of ``ModelCard.stages``."""

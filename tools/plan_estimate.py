@@ -22,15 +22,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from hydra_mcore.config import ConfigError, ModelCard
+from hydra_mcore.config import ConfigError, ModelCard, teacher_card
+from hydra_mcore.costs.activations import Run
+from hydra_mcore.costs.communication import cp_bytes, fa_imbalance
+from hydra_mcore.costs.flops import CHUNK, causal_attention, delta_rule, model_flops, step_flops
+from hydra_mcore.costs.parameters import ATTENTION_PARTS
+from hydra_mcore.costs.training_memory import Memory, fullest_rank, stage_parameters
 from hydra_mcore.errors import InputError
-from hydra_mcore.model.build import teacher_card
-from hydra_mcore.model.costs import cp_bytes, fa_imbalance
-from hydra_mcore.model.flops import CHUNK, causal_attention, delta_rule, model_flops, step_flops
-from hydra_mcore.model.sizes import ATTENTION_PARTS
-from hydra_mcore.train.activations import Run
 from hydra_mcore.train.arguments import check_settings
-from hydra_mcore.train.memory import Memory, fullest_rank, stage_parameters
 from tools.plan_gpus import GPUS_PER_NODE, Gpu
 
 MEMORY_SHARE = (

@@ -16,16 +16,15 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from hydra_mcore.config import ModelCard
+from hydra_mcore.config import ModelCard, teacher_card
+from hydra_mcore.costs.batch_sizes import rows_a_forward
+from hydra_mcore.costs.evaluation_memory import Forward, Memory, fullest_rank
+from hydra_mcore.costs.flops import model_flops
 from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.evaluate import named_tasks
-from hydra_mcore.evaluation.forward import rows_a_forward
-from hydra_mcore.evaluation.memory import Forward, Memory, fullest_rank
-from hydra_mcore.evaluation.ruler.prompts import TASKS
 from hydra_mcore.heads import HeadLayout
-from hydra_mcore.model.build import teacher_card
-from hydra_mcore.model.flops import model_flops
 from hydra_mcore.recipe import parse_with_recipe
+from hydra_mcore.ruler.prompts import TASKS
 from tools.evaluate import parser
 from tools.plan_estimate import MEMORY_SHARE, Machine
 from tools.plan_report import GIB, table

@@ -9,7 +9,7 @@ import dataclasses
 from pathlib import Path
 
 from hydra_mcore.config import CARD_NAME, ConfigError, HydraOptions, ModelCard, ModelShape, StageOptions
-from hydra_mcore.convert.hf_io import CONFIG_NAME, read_config
+from hydra_mcore.convert.hf_config import CONFIG_NAME, read_config
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.recipe import Recipe
 from hydra_mcore.selection.choose import parse_ratio

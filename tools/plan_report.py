@@ -7,12 +7,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from hydra_mcore.config import ModelCard
-from hydra_mcore.model.build import teacher_card
-from hydra_mcore.model.flops import causal_attention, delta_rule, fa_head, gdn_head
-from hydra_mcore.model.sizes import PARTS, rank_parameters
-from hydra_mcore.train.activations import Run
-from hydra_mcore.train.memory import stage_parameters
+from hydra_mcore.config import ModelCard, teacher_card
+from hydra_mcore.costs.activations import Run
+from hydra_mcore.costs.flops import causal_attention, delta_rule, fa_head, gdn_head
+from hydra_mcore.costs.parameters import PARTS, rank_parameters
+from hydra_mcore.costs.training_memory import stage_parameters
 from tools.plan_estimate import MEMORY_SHARE, Changes, Estimate, Machine, as_flags, balance, layer_cp_bytes
 
 LENGTHS = (2048, 16_384, 65_536, 262_144)

@@ -113,7 +113,7 @@ def tune(args: argparse.Namespace) -> None:
 
 def check_model(args: argparse.Namespace, card: ModelCard) -> None:
     """Raise InputError for a model that cannot be tuned; warn of windows that show nothing new."""
-    from hydra_mcore.convert.tensors import is_teacher
+    from hydra_mcore.convert.tensor_table import is_teacher
     from hydra_mcore.errors import InputError
 
     if card.head_map.num_fa == 0:

@@ -25,7 +25,7 @@ HF_ATTENTION, OUR_ATTENTION = HF_LAYER + "self_attn.", OUR_LAYER + "self_attenti
 class WeightRule:
     """One Hugging Face tensor and where a checkpoint stores it; names with ``{layer}`` hold for every layer, from 0.
 
-    ``dims`` is the tensor's shape in Hugging Face: numbers, or words of ``tensors.dimensions``.
+    ``dims`` is the tensor's shape in Hugging Face: numbers, or words of ``tensor_table.dimensions``.
     """
 
     hf: str

@@ -19,14 +19,15 @@ from hydra_mcore.config import ConfigError, ModelCard
 from hydra_mcore.convert import hydra_family
 from hydra_mcore.convert.families import EMBEDDING
 from hydra_mcore.convert.hf_code import copy_model_code
-from hydra_mcore.convert.hf_io import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
+from hydra_mcore.convert.hf_config import CONFIG_NAME
+from hydra_mcore.convert.hf_weights import INDEX_NAME, SINGLE_NAME
 from hydra_mcore.convert.model_card import write_model_card
-from hydra_mcore.convert.target import HEAD_MAP_NAME, check_target, new_folder
-from hydra_mcore.convert.tensors import TensorRule, is_teacher, output_layer_rule, tensor_rules
+from hydra_mcore.convert.output_folder import HEAD_MAP_NAME, check_target, new_folder
+from hydra_mcore.convert.tensor_table import TensorRule, is_teacher, output_layer_rule, tensor_rules
 from hydra_mcore.convert.tokenizer_files import export_tokenizer
 from hydra_mcore.errors import InputError
 from hydra_mcore.files import write_json
-from hydra_mcore.model.build import trainings
+from hydra_mcore.model.checkpoints import trainings
 from hydra_mcore.model.streaming import StoredTensors
 
 

@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 from hydra_mcore.config import ModelCard
 from hydra_mcore.convert.families import EMBEDDING, OUTPUT_LAYER, SHAPE_KEYS
-from hydra_mcore.convert.hf_io import CONFIG_NAME, HfWeights, HuggingFaceError, read_config
-from hydra_mcore.convert.target import HEAD_MAP_NAME, check_target, new_folder
-from hydra_mcore.convert.tensors import TensorRule, is_teacher, output_layer_rule, tensor_rules
+from hydra_mcore.convert.hf_config import CONFIG_NAME, HuggingFaceError, read_config
+from hydra_mcore.convert.hf_weights import HfWeights
+from hydra_mcore.convert.output_folder import HEAD_MAP_NAME, check_target, new_folder
+from hydra_mcore.convert.tensor_table import TensorRule, is_teacher, output_layer_rule, tensor_rules
 from hydra_mcore.convert.tokenizer_files import TOKENIZER_DIR, import_tokenizer
 from hydra_mcore.model.streaming import save_streamed
 

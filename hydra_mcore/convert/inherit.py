@@ -20,11 +20,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hydra_mcore.config import ConfigError, HydraOptions, ModelCard
-from hydra_mcore.convert.target import HEAD_MAP_NAME, check_target, new_folder
+from hydra_mcore.convert.output_folder import HEAD_MAP_NAME, check_target, new_folder
 from hydra_mcore.convert.tokenizer_files import TOKENIZER_DIR
 from hydra_mcore.errors import InputError
 from hydra_mcore.heads import HeadMap
-from hydra_mcore.model.build import build_model, load_model, save_weights
+from hydra_mcore.model.build import build_model, load_model
+from hydra_mcore.model.checkpoints import save_weights
 from hydra_mcore.model.fa_heads import FullAttentionHeads
 from hydra_mcore.model.gdn_heads import GatedDeltaHeads
 from hydra_mcore.model.hydra_attention import HydraAttention

@@ -10,7 +10,7 @@ from typing import Any
 
 from hydra_mcore.config import HydraOptions, ModelCard
 from hydra_mcore.convert.hydra_family import teacher_type
-from hydra_mcore.convert.tensors import is_teacher
+from hydra_mcore.convert.tensor_table import is_teacher
 from hydra_mcore.errors import InputError
 
 CARD_FILE = "README.md"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from hydra_mcore.convert.hf_io import CONFIG_NAME, read_object
+from hydra_mcore.convert.hf_config import CONFIG_NAME, read_object
 from hydra_mcore.errors import InputError
 from hydra_mcore.files import write_json
 from hydra_mcore.tokenizer import has_tokenizer, open_tokenizer

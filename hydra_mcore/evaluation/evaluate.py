@@ -24,13 +24,13 @@ from hydra_mcore.evaluation.loading import open_model
 from hydra_mcore.evaluation.models import EvaluatedModel, ModelFacts
 from hydra_mcore.evaluation.perplexity import TextLoss, text_windows, window_losses
 from hydra_mcore.evaluation.records import TEXT, Contestant, Piece, Records
-from hydra_mcore.evaluation.ruler.haystack import read_haystack
-from hydra_mcore.evaluation.ruler.prompts import TASK_GROUPS, TASKS, PromptSet
-from hydra_mcore.evaluation.ruler.sets import prompt_set
-from hydra_mcore.evaluation.ruler.source import Source, tokenizer_fingerprint
-from hydra_mcore.evaluation.ruler.wording import load_wording
 from hydra_mcore.evaluation.scoring import check_seed, score_prompts
 from hydra_mcore.model.runtime import from_first_rank
+from hydra_mcore.ruler.haystack import read_haystack
+from hydra_mcore.ruler.prompts import TASK_GROUPS, TASKS, PromptSet
+from hydra_mcore.ruler.sets import prompt_set
+from hydra_mcore.ruler.source import Source, tokenizer_fingerprint
+from hydra_mcore.ruler.wording import load_wording
 from hydra_mcore.tokenizer import open_tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hydra_mcore.evaluation.forward import SHORTEST_PART
+from hydra_mcore.costs.batch_sizes import SHORTEST_PART
+from hydra_mcore.model.cache import Memory
 from hydra_mcore.model.forward import last_hidden
-from hydra_mcore.model.memory import Memory
 from hydra_mcore.ops.context_parallel import from_last
 from hydra_mcore.ops.sequence import SequencePart
 

@@ -17,10 +17,10 @@ from transformers.utils import ModelOutput, logging
 
 from hydra_mcore.config import ConfigError
 from hydra_mcore.convert.hf_code import model_class
-from hydra_mcore.convert.hf_io import CONFIG_NAME, HuggingFaceError, read_object
+from hydra_mcore.convert.hf_config import CONFIG_NAME, HuggingFaceError, read_object
 from hydra_mcore.convert.hydra_family import MODEL_TYPE
+from hydra_mcore.costs.batch_sizes import LOGITS_AT_ONCE
 from hydra_mcore.errors import first_line
-from hydra_mcore.evaluation.forward import LOGITS_AT_ONCE
 from hydra_mcore.model.rotary import yarn_scaling
 
 # What transformers raises for a directory that it cannot use; safetensors' own is for files cut short.

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from hydra_mcore.compat import install
 from hydra_mcore.config import ModelCard
+from hydra_mcore.costs.batch_sizes import rows_a_forward
 from hydra_mcore.errors import InputError
-from hydra_mcore.evaluation.forward import rows_a_forward
 from hydra_mcore.files import write_json
 from hydra_mcore.model.build import load_model, model_config, transformer_config
 from hydra_mcore.model.forward import last_hidden

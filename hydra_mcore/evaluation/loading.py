@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 
 from hydra_mcore.config import CARD_NAME, ConfigError, ModelCard
-from hydra_mcore.convert.hf_io import CONFIG_NAME, HuggingFaceError, read_config
+from hydra_mcore.convert.hf_config import CONFIG_NAME, HuggingFaceError, read_config
 from hydra_mcore.convert.hydra_family import MODEL_TYPE
 from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.hugging_face import HuggingFaceModel, load_config
 from hydra_mcore.evaluation.models import EvaluatedModel, ModelFacts
 from hydra_mcore.evaluation.parallel import ParallelModel
-from hydra_mcore.model.build import build_model, latest_iteration, load_weights
+from hydra_mcore.model.build import build_model
+from hydra_mcore.model.checkpoints import latest_iteration, load_weights
 from hydra_mcore.model.rotary import yarn_scaling
 from hydra_mcore.tokenizer import has_tokenizer
 

@@ -16,7 +16,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
-from hydra_mcore.evaluation.forward import LOGITS_AT_ONCE, SHORTEST_PART
+from hydra_mcore.costs.batch_sizes import LOGITS_AT_ONCE, SHORTEST_PART
 from hydra_mcore.evaluation.generation import greedy
 from hydra_mcore.model.forward import last_hidden
 from hydra_mcore.ops.context_parallel import gather_parts

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hydra_mcore.costs.batch_sizes import rows_a_forward
 from hydra_mcore.errors import InputError
-from hydra_mcore.evaluation.forward import rows_a_forward
 from hydra_mcore.evaluation.models import EvaluatedModel
 from hydra_mcore.evaluation.scoring import shared_out
 

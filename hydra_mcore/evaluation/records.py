@@ -30,9 +30,9 @@ import numpy as np
 from hydra_mcore.errors import InputError, first_line
 from hydra_mcore.evaluation.models import ModelFacts
 from hydra_mcore.evaluation.perplexity import TextLoss
-from hydra_mcore.evaluation.ruler.prompts import TASKS
 from hydra_mcore.evaluation.scoring import Score
 from hydra_mcore.files import from_fields, is_name, read_json, replacing
+from hydra_mcore.ruler.prompts import TASKS
 
 DAY_NAME = "today"  # file with the day that chat templates took for today, in whose prompts it stands
 TEXT = "text"  # the "task" of predicting held-out text

@@ -14,8 +14,8 @@ import numpy as np
 
 from hydra_mcore.evaluation.perplexity import TextLoss
 from hydra_mcore.evaluation.records import TEXT, Contestant, Piece, Row
-from hydra_mcore.evaluation.ruler.prompts import TASK_GROUPS, TASKS
 from hydra_mcore.evaluation.scoring import Score
+from hydra_mcore.ruler.prompts import TASK_GROUPS, TASKS
 
 
 @dataclass(frozen=True)

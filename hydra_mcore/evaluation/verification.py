@@ -20,20 +20,22 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hydra_mcore.config import ModelCard
+from hydra_mcore.config import ModelCard, teacher_card
 from hydra_mcore.convert.hf_code import check_model_code
+from hydra_mcore.convert.hf_config import read_config
 from hydra_mcore.convert.hf_export import export_hf
 from hydra_mcore.convert.hf_import import check_tensors, combined_fingerprint, fingerprint_of
-from hydra_mcore.convert.hf_io import HfWeights, read_config
+from hydra_mcore.convert.hf_weights import HfWeights
 from hydra_mcore.convert.inherit import inherit
-from hydra_mcore.convert.target import HEAD_MAP_NAME
-from hydra_mcore.convert.tensors import is_teacher, tensor_rules
+from hydra_mcore.convert.output_folder import HEAD_MAP_NAME
+from hydra_mcore.convert.tensor_table import is_teacher, tensor_rules
+from hydra_mcore.costs.batch_sizes import rows_a_forward
 from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.comparison import Agreement, Fact, Result, agreement
-from hydra_mcore.evaluation.forward import rows_a_forward
 from hydra_mcore.evaluation.layout_logits import Layout, Rows, logits_of, run_layouts
 from hydra_mcore.heads import HeadMap
-from hydra_mcore.model.build import build_model, latest_iteration, load_model, teacher_card
+from hydra_mcore.model.build import build_model, load_model
+from hydra_mcore.model.checkpoints import latest_iteration
 from hydra_mcore.model.streaming import StoredTensors
 
 MIN_LENGTH = 24  # so that five documents, two chunks and eight padded rows all differ in length

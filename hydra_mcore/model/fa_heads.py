@@ -19,8 +19,8 @@ from torch.nn.attention.bias import causal_lower_right
 
 from hydra_mcore.config import HydraOptions
 from hydra_mcore.heads import HeadLayout, HeadRole
+from hydra_mcore.model.cache import LayerMemory
 from hydra_mcore.model.gates import OutputGate
-from hydra_mcore.model.memory import LayerMemory
 from hydra_mcore.model.parameters import GroupLinear, HeadLinear, RMSNorm, recomputed
 from hydra_mcore.ops.context_parallel import gather_parts, swap_with_mirror
 from hydra_mcore.ops.sequence import Rows, Segment, SequencePart

@@ -14,7 +14,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from hydra_mcore.model.memory import Memory
+from hydra_mcore.model.cache import Memory
 from hydra_mcore.model.parameters import gathered
 from hydra_mcore.ops.sequence import SequencePart
 

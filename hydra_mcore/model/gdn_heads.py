@@ -17,8 +17,8 @@ from torch import Tensor
 
 from hydra_mcore.config import HydraOptions
 from hydra_mcore.heads import HeadLayout, HeadRole
+from hydra_mcore.model.cache import LayerMemory
 from hydra_mcore.model.gates import OutputGate
-from hydra_mcore.model.memory import LayerMemory
 from hydra_mcore.model.parameters import GroupLinear, HeadLinear, PerHead, RMSNorm, gathered, recomputed
 from hydra_mcore.ops import fla_kernels
 from hydra_mcore.ops.context_parallel import Group, from_last, from_previous

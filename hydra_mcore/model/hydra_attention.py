@@ -30,10 +30,10 @@ from torch import Tensor
 
 from hydra_mcore.config import HydraOptions
 from hydra_mcore.heads import HeadLayout, HeadMap, HeadRole
+from hydra_mcore.model.cache import LayerMemory, Memory
 from hydra_mcore.model.fa_heads import FullAttentionHeads, take_rows
 from hydra_mcore.model.fusion import Fusion
 from hydra_mcore.model.gdn_heads import GatedDeltaHeads
-from hydra_mcore.model.memory import LayerMemory, Memory
 from hydra_mcore.model.parameters import GroupLinear, data_parallel_replica, head_shards, new_parameter, replicated
 from hydra_mcore.ops.sequence import SequencePart
 
@@ -154,7 +154,7 @@ class HydraAttention(MegatronModule):
         """
         if attention_bias is not None or not isinstance(inference_context, Memory | None):
             raise ValueError(
-                "HydraAttention takes no attention_bias, and as inference_context only a model.memory.Memory"
+                "HydraAttention takes no attention_bias, and as inference_context only a model.cache.Memory"
             )
         if inference_context is not None:
             part, memory = inference_context.part, inference_context.layers[self.layer_idx]

@@ -31,7 +31,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 from hydra_mcore.config import ConfigError, ModelCard
-from hydra_mcore.model.build import build_model, latest_iteration, readable, write_checkpoint
+from hydra_mcore.model.build import build_model
+from hydra_mcore.model.checkpoints import latest_iteration, readable, write_checkpoint
 
 Read = Callable[[str, tuple[int, ...]], Tensor]
 

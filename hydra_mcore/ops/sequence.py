@@ -43,7 +43,7 @@ class SequencePart:
     Args:
         length: tokens of the whole row.
         documents: boundaries 0 < ... < length of the documents packed into the row; one document unless given.
-        past: tokens before this row that are remembered (``model.memory``): the row goes on where they end.
+        past: tokens before this row that are remembered (``model.cache``): the row goes on where they end.
 
     Raises:
         InputError: the row does not divide, or boundaries do not increase from 0 to its length.

@@ -20,7 +20,7 @@ from hydra_mcore.config import CARD_NAME, ConfigError, ModelCard, StageOptions, 
 from hydra_mcore.corpus.manifest import expand_blend
 from hydra_mcore.files import check_writable
 from hydra_mcore.heads import HeadLayout
-from hydra_mcore.model.build import latest_iteration, trainings
+from hydra_mcore.model.checkpoints import latest_iteration, trainings
 from hydra_mcore.ops.sequence import SequencePart
 from hydra_mcore.recipe import Recipe
 from hydra_mcore.train.checkpoints import difference, resumable

@@ -32,7 +32,7 @@ from hydra_mcore.compat.saving import stop_writer
 from hydra_mcore.config import ConfigError, ModelCard, StageOptions
 from hydra_mcore.errors import InputError
 from hydra_mcore.files import NO_ROOM, checked, read_json, write_json
-from hydra_mcore.model.build import (
+from hydra_mcore.model.checkpoints import (
     TRACKER,
     CutShort,
     check_complete,

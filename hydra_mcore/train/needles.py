@@ -18,10 +18,10 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from hydra_mcore.config import ConfigError
 from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.parallel import ParallelModel
-from hydra_mcore.evaluation.ruler.prompts import PromptSet
-from hydra_mcore.evaluation.ruler.sets import Source, prompt_set
-from hydra_mcore.evaluation.ruler.wording import load_wording
 from hydra_mcore.evaluation.scoring import Score, score_prompts
+from hydra_mcore.ruler.prompts import PromptSet
+from hydra_mcore.ruler.sets import Source, prompt_set
+from hydra_mcore.ruler.wording import load_wording
 from hydra_mcore.selection.probes import check_seed, load_tokenizer
 
 TASKS = {"needle single-key": "niah_single_1", "needle multi-key": "niah_multikey_1"}  # panel -> task of RULER

@@ -12,7 +12,7 @@ import torch
 from megatron.training import training
 from torch import Tensor
 
-from hydra_mcore.train.pair import TransferStep
+from hydra_mcore.train.step import TransferStep
 
 Report = dict[str, Tensor]
 

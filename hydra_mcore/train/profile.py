@@ -33,9 +33,9 @@ from hydra_mcore.model.fusion import Fusion
 from hydra_mcore.model.gdn_heads import GatedDeltaHeads, ShortConv
 from hydra_mcore.model.hydra_attention import HydraAttention, OutputProjection
 from hydra_mcore.model.parameters import GroupLinear, HeadLinear, RMSNorm
-from hydra_mcore.train import align, pair
-from hydra_mcore.train.pair import TransferStep
+from hydra_mcore.train import align, step
 from hydra_mcore.train.profile_table import BACKWARD, RANGE, STEP, TEACHER, PartsTable, read_table
+from hydra_mcore.train.step import TransferStep
 
 FOLDER = "profile"
 PART_OF_MODULE: dict[type, str] = {
@@ -55,7 +55,7 @@ PART_OF_MODULE: dict[type, str] = {
 # What is no module, as its caller finds it: (owner, attribute, name of the range).
 CALLS: tuple[tuple[Any, str, str], ...] = (
     (gdn_heads, "gated_delta_rule", RANGE + "GDN delta rule"),
-    (pair, "token_loss", RANGE + "loss"),
+    (step, "token_loss", RANGE + "loss"),
     (align, "align_loss", RANGE + "loss"),
     (align.GradientAtOnce, "apply", RANGE + "rest of the model"),  # stands inside the teacher, but is the student's
     (torch.autograd, "backward", BACKWARD),

@@ -25,13 +25,13 @@ from megatron.training.global_vars import get_tensorboard_writer, set_global_var
 from megatron.training.models import GPTModelConfig  # noqa: E402
 
 from hydra_mcore.config import ConfigError, ModelCard, add_stage_flags  # noqa: E402
-from hydra_mcore.model.build import apply_card, contiguous_parts, load_weights, model_config  # noqa: E402
+from hydra_mcore.model.build import apply_card, contiguous_parts, model_config  # noqa: E402
+from hydra_mcore.model.checkpoints import load_weights  # noqa: E402
 from hydra_mcore.train.alerts import DataWatch  # noqa: E402
 from hydra_mcore.train.arguments import Plan, resolve  # noqa: E402
 from hydra_mcore.train.checkpoints import checkpoint_care, note_versions, tidy  # noqa: E402
 from hydra_mcore.train.data import build_datasets, check_data, fetch_batch  # noqa: E402
 from hydra_mcore.train.needles import NeedlePanels, make_panels  # noqa: E402
-from hydra_mcore.train.pair import TransferStep  # noqa: E402
 from hydra_mcore.train.pipeline import teacher_in_the_pipeline  # noqa: E402
 from hydra_mcore.train.profile import profiled_steps  # noqa: E402
 from hydra_mcore.train.resume import (  # noqa: E402
@@ -44,8 +44,9 @@ from hydra_mcore.train.resume import (  # noqa: E402
 )
 from hydra_mcore.train.settings import refusal  # noqa: E402
 from hydra_mcore.train.stages import STAGES  # noqa: E402
+from hydra_mcore.train.step import TransferStep  # noqa: E402
 from hydra_mcore.train.stopping import saved_at_ctrl_c  # noqa: E402
-from hydra_mcore.train.tracking import tracked  # noqa: E402
+from hydra_mcore.train.wandb_run import tracked  # noqa: E402
 from hydra_mcore.train.watch import Watch, alert, watched  # noqa: E402
 
 

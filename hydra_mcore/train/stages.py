@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra_mcore.config import ConfigError, StageOptions
-from hydra_mcore.model.build import TRACKER
+from hydra_mcore.model.checkpoints import TRACKER
 
 # AdamW as in HALO; the paper names rates, batches and lengths, which each stage sets below.
 OPTIMISER: dict[str, Any] = {

@@ -24,13 +24,13 @@ from PIL import Image
 from torch import Tensor
 
 from hydra_mcore.config import ModelCard
+from hydra_mcore.costs.flops import step_flops
 from hydra_mcore.files import write_json
-from hydra_mcore.model.flops import step_flops
 from hydra_mcore.selection.figures import statistic_maps
 from hydra_mcore.train.alerts import DataWatch, LossSpikes, TrainingStopped, nonfinite
-from hydra_mcore.train.monitor import HeadStatistics
+from hydra_mcore.train.head_statistics import HeadStatistics
 from hydra_mcore.train.needles import NeedlePanels
-from hydra_mcore.train.pair import TransferStep
+from hydra_mcore.train.step import TransferStep
 
 GIB = 2.0**30
 HEADS_FOLDER = "heads"

@@ -12,7 +12,7 @@ import pytest
 from hydra_mcore.config import ModelCard
 from hydra_mcore.errors import InputError
 from hydra_mcore.heads import HeadMap
-from hydra_mcore.model.build import TRACKER
+from hydra_mcore.model.checkpoints import TRACKER
 from tests.support.commands import training_ended
 from tests.support.launch import run_ranks
 from tests.support.stages import FLAGS, make_run

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hydra_mcore.model.build import TRACKER
+from hydra_mcore.model.checkpoints import TRACKER
 from hydra_mcore.train.resume import SETTINGS
 from tests.support.launch import run_ranks
 from tests.support.stages import FLAGS, logged, make_run

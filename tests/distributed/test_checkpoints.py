@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from hydra_mcore.model.build import TRACKER, iterations, latest_iteration
+from hydra_mcore.model.checkpoints import TRACKER, iterations, latest_iteration
 from hydra_mcore.train import checkpoints
 from tests.support.commands import ended
 from tests.support.launch import run_ranks

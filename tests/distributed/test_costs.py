@@ -15,8 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hydra_mcore.config import HydraOptions, ModelShape
+from hydra_mcore.costs.communication import (
+    LayerBytes,
+    cp_bytes,
+    fa_imbalance,
+    fa_work,
+    megatron_accepts,
+    megatron_gdn_bytes,
+)
 from hydra_mcore.heads import HeadLayout, HeadMap, LayerHeads
-from hydra_mcore.model.costs import LayerBytes, cp_bytes, fa_imbalance, fa_work, megatron_accepts, megatron_gdn_bytes
 from hydra_mcore.ops.sequence import SequencePart
 from tests.support.launch import model_parallel, run_ranks
 from tests.support.traffic import sent_bytes

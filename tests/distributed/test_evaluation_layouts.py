@@ -87,7 +87,7 @@ def build(card: ModelCard, chunks: int, sequence_parallel: bool, fa_balance: str
 
 def _answers(rank: int, student: Path, layout: dict[str, Any]) -> dict[str, Any]:
     from hydra_mcore.evaluation import parallel
-    from hydra_mcore.model.build import load_weights
+    from hydra_mcore.model.checkpoints import load_weights
 
     layout = {name: size for name, size in layout.items() if name != "dp"}
     sequence_parallel = layout.pop("sequence_parallel", False)

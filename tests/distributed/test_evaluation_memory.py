@@ -10,11 +10,11 @@ import itertools
 import pytest
 import torch
 
-from hydra_mcore.config import HydraOptions, ModelCard, ModelShape
-from hydra_mcore.evaluation.memory import Forward, fullest_rank, rank_memory
+from hydra_mcore.config import HydraOptions, ModelCard, ModelShape, teacher_card
+from hydra_mcore.costs.evaluation_memory import Forward, fullest_rank, rank_memory
 from hydra_mcore.evaluation.parallel import ParallelModel
 from hydra_mcore.heads import HeadMap
-from hydra_mcore.model.build import build_model, teacher_card
+from hydra_mcore.model.build import build_model
 from tests.support.launch import model_parallel, run_ranks
 from tools.tracked_memory import tracked_peak
 

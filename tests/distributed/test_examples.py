@@ -20,7 +20,7 @@ import yaml
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from hydra_mcore.config import HydraOptions
-from hydra_mcore.convert.hf_io import read_config
+from hydra_mcore.convert.hf_config import read_config
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.recipe import COMMAND_SECTIONS, STAGE_SECTIONS, Recipe, parse_with_recipe
 from tests.support.launch import model_parallel, run_ranks
@@ -64,7 +64,7 @@ def resolved(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, dict[str, A
 
 
 def _write_students(rank: int, folder: Path) -> None:
-    from hydra_mcore.model.build import write_checkpoint
+    from hydra_mcore.model.checkpoints import write_checkpoint
 
     for model in SCHEDULES:
         teacher = read_config(EXAMPLES / model)

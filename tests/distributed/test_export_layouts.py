@@ -75,7 +75,8 @@ def _import(rank: int, hf_dir: Path, checkpoint: Path) -> None:
 
 
 def _save_by_ranks(rank: int, source: Path, target: Path) -> None:
-    from hydra_mcore.model.build import load_model, save_weights
+    from hydra_mcore.model.build import load_model
+    from hydra_mcore.model.checkpoints import save_weights
 
     with model_parallel(tp=2, pp=2):
         card, model = load_model(source)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hydra_mcore.model.build import TRACKER
+from hydra_mcore.model.checkpoints import TRACKER
 from tests.support.stages import make_run, run_stage
 
 LARGEST = str(2**53)

@@ -55,7 +55,7 @@ def _decoded(
     """On each layout: every rank's tokens and, where this rank chose them, its part of the logits [b, step, w]."""
     from hydra_mcore.evaluation.generation import from_memory, greedy
     from hydra_mcore.evaluation.parallel import ParallelModel
-    from hydra_mcore.model.build import load_weights
+    from hydra_mcore.model.checkpoints import load_weights
 
     found = []
     for layout in layouts:

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from hydra_mcore.model.build import load_model, save_weights, teacher_card
+from hydra_mcore.config import teacher_card
+from hydra_mcore.model.build import load_model
+from hydra_mcore.model.checkpoints import save_weights
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.selection.attribution import attributed_effects
 from hydra_mcore.selection.knock_out import knock_out

@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from hydra_mcore.model.build import TRACKER, check_complete, iterations, latest_iteration
+from hydra_mcore.model.checkpoints import TRACKER, check_complete, iterations, latest_iteration
 from hydra_mcore.train.checkpoints import resumable
 from tests.support.launch import run_ranks
 from tests.support.stages import FLAGS, make_run

@@ -201,7 +201,8 @@ def test_biases_stored_by_two_ranks_load_on_one(biased: Path, tmp_path: Path) ->
 
 
 def _store_by_two(rank: int, source: Path, target: Path) -> None:
-    from hydra_mcore.model.build import build_model, load_weights, save_weights
+    from hydra_mcore.model.build import build_model
+    from hydra_mcore.model.checkpoints import load_weights, save_weights
 
     with model_parallel(tp=2):
         card = ModelCard.load(source)

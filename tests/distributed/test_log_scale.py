@@ -54,7 +54,8 @@ def alone(run: Path) -> dict:
 
 def losses(rank: int, folder: Path, bases: list[float | None]) -> np.ndarray:
     """[bases, windows] by a model that is built with each base: from whole logits, in float64."""
-    from hydra_mcore.model.build import build_model, load_weights
+    from hydra_mcore.model.build import build_model
+    from hydra_mcore.model.checkpoints import load_weights
 
     words = (folder / "text.txt").read_text().split()
     ids_bs = torch.tensor([int(word[1:]) for word in words]).view(WINDOWS, LENGTH)

@@ -46,7 +46,8 @@ def hybrid(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def _write_student(rank: int, folder: Path) -> None:
-    from hydra_mcore.model.build import build_model, save_weights
+    from hydra_mcore.model.build import build_model
+    from hydra_mcore.model.checkpoints import save_weights
 
     teacher = ModelCard.load(folder / "teacher")
     shape = teacher.shape
@@ -189,10 +190,10 @@ def test_nothing_asks_or_waits_without_key_or_network(folder: Path, key: str | N
 
 
 def _on_a_terminal(rank: int, argv: list[str], key: str | None) -> str:
-    from hydra_mcore.train import tracking
+    from hydra_mcore.train import wandb_run
     from hydra_mcore.train.__main__ import main
 
-    tracking.INIT_SECONDS = 2
+    wandb_run.INIT_SECONDS = 2
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         del os.environ[name]
     os.environ |= {"HOME": "/nowhere", "WANDB_BASE_URL": "http://127.0.0.1:9"} | ({"WANDB_API_KEY": key} if key else {})

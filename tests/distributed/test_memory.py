@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from hydra_mcore.config import ModelCard, ModelShape
+from hydra_mcore.costs.activations import Run
+from hydra_mcore.costs.training_memory import rank_memory
 from hydra_mcore.heads import HeadMap
-from hydra_mcore.train.activations import Run
 from hydra_mcore.train.arguments import model_flags, recipe_flags
-from hydra_mcore.train.memory import rank_memory
 from tests.support.launch import run_ranks
 from tests.support.stages import make_run
 from tools.tracked_memory import tracked_peak

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from hydra_mcore.config import ModelCard
-from hydra_mcore.model.flops import step_flops
+from hydra_mcore.costs.flops import step_flops
 from tests.support.launch import model_parallel, run_ranks
 from tests.support.stages import FLAGS, HEAD_MAP, SHAPE, make_run, run_stage, write_data
 
@@ -76,7 +76,8 @@ def needle_run(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def _with_noise(rank: int, teacher: Path, student: Path) -> None:
-    from hydra_mcore.model.build import load_model, save_weights
+    from hydra_mcore.model.build import load_model
+    from hydra_mcore.model.checkpoints import save_weights
 
     with model_parallel():
         card, model = load_model(teacher)
@@ -225,7 +226,7 @@ def test_all_ranks_stop_when_one_meets_a_bad_value(folder: Path, stage: str, wha
 
 
 def _bad_on_the_last(rank: int, argv: list[str], stage: str) -> tuple[int, str]:
-    from hydra_mcore.train import pair
+    from hydra_mcore.train import step
     from hydra_mcore.train.__main__ import main
 
     calls = []
@@ -246,7 +247,7 @@ def _bad_on_the_last(rank: int, argv: list[str], stage: str) -> tuple[int, str]:
         return spoilt
 
     name = "align_forward" if stage == "align" else "token_loss"
-    setattr(pair, name, spoil(getattr(pair, name)))
+    setattr(step, name, spoil(getattr(step, name)))
     with contextlib.redirect_stderr(io.StringIO()) as stderr:
         try:
             main(argv)

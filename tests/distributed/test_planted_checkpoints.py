@@ -17,7 +17,7 @@ import pytest
 from hydra_mcore.config import HydraOptions, ModelCard
 from hydra_mcore.convert.inherit import hybridize
 from hydra_mcore.heads import HeadMap
-from hydra_mcore.model.build import latest_iteration
+from hydra_mcore.model.checkpoints import latest_iteration
 from hydra_mcore.model.runtime import process_groups
 from tests.support.commands import training_ended
 from tests.support.launch import run_ranks

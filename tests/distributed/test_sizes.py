@@ -11,10 +11,10 @@ from collections import Counter
 import pytest
 import torch
 
-from hydra_mcore.config import HydraOptions, ModelCard, ModelShape
+from hydra_mcore.config import HydraOptions, ModelCard, ModelShape, teacher_card
+from hydra_mcore.costs.parameters import ATTENTION_PARTS, PARTS, rank_parameters
 from hydra_mcore.heads import HeadMap
-from hydra_mcore.model.build import build_model, teacher_card
-from hydra_mcore.model.sizes import ATTENTION_PARTS, PARTS, rank_parameters
+from hydra_mcore.model.build import build_model
 from tests.support.launch import model_parallel, run_ranks
 
 SHAPE = ModelShape(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from hydra_mcore.model.build import TRACKER, check_complete, latest_iteration
+from hydra_mcore.model.checkpoints import TRACKER, check_complete, latest_iteration
 from tests.support.launch import run_ranks
 from tests.support.stages import FLAGS, make_run
 

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hydra_mcore.config import HydraOptions, ModelShape
+from hydra_mcore.config import HydraOptions, ModelShape, teacher_card
 from hydra_mcore.heads import HeadMap
-from hydra_mcore.model.build import build_model, save_weights, teacher_card
+from hydra_mcore.model.build import build_model
+from hydra_mcore.model.checkpoints import save_weights
 from hydra_mcore.model.runtime import process_groups
 from tests.support.stages import FLAGS, logged, randomise, write_data
 

@@ -16,7 +16,8 @@ from transformers import CONFIG_MAPPING
 
 from hydra_mcore.config import HydraOptions, ModelCard
 from hydra_mcore.convert.families import CONFIG_KEYS, FAMILIES, ROPE_KEYS
-from hydra_mcore.convert.hf_io import HfWeights, read_config
+from hydra_mcore.convert.hf_config import read_config
+from hydra_mcore.convert.hf_weights import HfWeights
 from hydra_mcore.convert.hydra_family import MODEL_TYPE, to_config
 from hydra_mcore.errors import InputError
 from hydra_mcore.heads import HeadMap

@@ -13,10 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hydra_mcore.config import ModelShape
+from hydra_mcore.config import ModelShape, teacher_card
 from hydra_mcore.convert.families import SHAPE_KEYS
-from hydra_mcore.convert.tensors import tensor_rules
-from hydra_mcore.model.build import teacher_card
+from hydra_mcore.convert.tensor_table import tensor_rules
 
 DOOR = Path(__file__).parents[2] / "tools" / "convert.py"
 SHAPE = ModelShape(

@@ -17,14 +17,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hydra_mcore.config import ConfigError, HydraOptions, ModelCard
+from hydra_mcore.convert.hf_config import HuggingFaceError
 from hydra_mcore.convert.hf_export import export_hf
 from hydra_mcore.convert.hf_import import import_hf
-from hydra_mcore.convert.hf_io import HuggingFaceError
 from hydra_mcore.convert.inherit import hybridize
-from hydra_mcore.convert.tensors import tensor_rules
+from hydra_mcore.convert.tensor_table import tensor_rules
 from hydra_mcore.errors import InputError
 from hydra_mcore.heads import HeadMap
-from hydra_mcore.model.build import load_model, load_weights, save_weights
+from hydra_mcore.model.build import load_model
+from hydra_mcore.model.checkpoints import load_weights, save_weights
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.model.streaming import StoredTensors
 from tests.support.tiny_hf import random_tokens, tiny_model

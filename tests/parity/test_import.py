@@ -18,12 +18,13 @@ from safetensors.torch import load_file, save_file
 from hydra_mcore.config import ModelCard
 from hydra_mcore.convert import hf_import
 from hydra_mcore.convert.families import EMBEDDING, FAMILIES
+from hydra_mcore.convert.hf_config import HuggingFaceError, read_config
 from hydra_mcore.convert.hf_export import export_hf
 from hydra_mcore.convert.hf_import import import_hf
-from hydra_mcore.convert.hf_io import HuggingFaceError, read_config
-from hydra_mcore.convert.tensors import tensor_rules
+from hydra_mcore.convert.tensor_table import tensor_rules
 from hydra_mcore.errors import InputError
-from hydra_mcore.model.build import TRACKER, load_model
+from hydra_mcore.model.build import load_model
+from hydra_mcore.model.checkpoints import TRACKER
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.model.streaming import StoredTensors
 from tests.support.tiny_hf import random_tokens, tiny_model, tiny_qwen3

@@ -21,7 +21,8 @@ from hydra_mcore.convert.hf_import import import_hf
 from hydra_mcore.convert.inherit import head_output_rms, hybridize, inherit
 from hydra_mcore.errors import InputError
 from hydra_mcore.heads import HeadMap
-from hydra_mcore.model.build import TRACKER, build_model, load_model
+from hydra_mcore.model.build import build_model, load_model
+from hydra_mcore.model.checkpoints import TRACKER
 from hydra_mcore.model.runtime import process_groups
 from tests.support import teachers
 from tests.support.tiny_hf import ODD, random_tokens, tiny_qwen3

@@ -29,7 +29,8 @@ from hydra_mcore.convert.inherit import hybridize
 from hydra_mcore.evaluation import layout_logits, verification
 from hydra_mcore.evaluation.verification import NAMES
 from hydra_mcore.heads import HeadMap
-from hydra_mcore.model.build import load_model, save_weights
+from hydra_mcore.model.build import load_model
+from hydra_mcore.model.checkpoints import save_weights
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.ops.sequence import SequencePart
 from tests.support.stages import randomise

@@ -13,9 +13,10 @@ from megatron.core.models.gpt import GPTModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from hydra_mcore.config import HydraOptions, ModelCard, ModelShape
+from hydra_mcore.config import HydraOptions, ModelCard, ModelShape, teacher_card
 from hydra_mcore.heads import HeadMap
-from hydra_mcore.model.build import build_model, save_weights, teacher_card
+from hydra_mcore.model.build import build_model
+from hydra_mcore.model.checkpoints import save_weights
 from hydra_mcore.model.runtime import process_groups
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny" / "teacher"

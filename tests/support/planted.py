@@ -40,9 +40,9 @@ import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from hydra_mcore.config import ModelShape
+from hydra_mcore.config import ModelShape, teacher_card
 from hydra_mcore.heads import Head
-from hydra_mcore.model.build import build_model, teacher_card
+from hydra_mcore.model.build import build_model
 
 # Tokens
 KEYS, ENDS, VALUES, NOISE, MARKER, VOCABULARY = range(4), range(4, 8), range(8, 16), range(16, 23), 23, 24

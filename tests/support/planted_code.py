@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 
 from hydra_mcore.compat.patching import original
 from hydra_mcore.compat.saving import INDEX_CHECKSUM
-from hydra_mcore.model.build import write_tracker
+from hydra_mcore.model.checkpoints import write_tracker
 
 INDEX = ".metadata"
 

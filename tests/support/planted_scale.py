@@ -15,9 +15,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from hydra_mcore.config import HydraOptions, ModelCard, ModelShape
+from hydra_mcore.config import HydraOptions, ModelCard, ModelShape, teacher_card
 from hydra_mcore.heads import HeadMap
-from hydra_mcore.model.build import build_model, save_weights, teacher_card
+from hydra_mcore.model.build import build_model
+from hydra_mcore.model.checkpoints import save_weights
 from hydra_mcore.model.fa_heads import set_log_scale
 from tests.support.launch import model_parallel
 

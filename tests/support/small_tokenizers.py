@@ -12,7 +12,7 @@ from pydoc_data.topics import topics
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from hydra_mcore.evaluation.ruler.haystack import Haystack, read_haystack
+from hydra_mcore.ruler.haystack import Haystack, read_haystack
 
 TEXT = "\n\n".join(topics[name] for name in sorted(topics))[:150_000]
 KINDS = ("gpt2", "qwen", "llama", "byte")

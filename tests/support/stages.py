@@ -66,7 +66,9 @@ def make_run(
 
 
 def _write_checkpoints(rank: int, folder: Path, head_map: HeadMap, options: HydraOptions, shape: ModelShape) -> None:
-    from hydra_mcore.model.build import build_model, save_weights, teacher_card
+    from hydra_mcore.config import teacher_card
+    from hydra_mcore.model.build import build_model
+    from hydra_mcore.model.checkpoints import save_weights
 
     teacher = teacher_card(shape, fingerprint="f" * 64)
     student = dataclasses.replace(teacher, head_map=head_map, options=options, stage="student")

@@ -7,8 +7,8 @@ from __future__ import annotations
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from hydra_mcore.config import ModelShape
-from hydra_mcore.model.build import build_model, teacher_card
+from hydra_mcore.config import ModelShape, teacher_card
+from hydra_mcore.model.build import build_model
 from hydra_mcore.selection.probes import ProbeBatch
 
 PAIRS, LENGTH, ANSWER, VOCABULARY = 3, 24, 4, 96

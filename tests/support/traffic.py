@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 # Method of a group: our name for it, which argument holds the tensors that count, bytes sent of their n in a group of
-# p. The rules are those of hydra_mcore/model/costs.py.
+# p. The rules are those of hydra_mcore/costs/communication.py.
 _ALL_GATHER = ("all_gather", 1, lambda n, p: (p - 1) * n)
 _REDUCE_SCATTER = ("reduce_scatter", 0, lambda n, p: (p - 1) * n)
 _ALL_TO_ALL = ("all_to_all", 1, lambda n, p: (p - 1) * n // p)

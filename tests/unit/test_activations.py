@@ -9,10 +9,10 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from hydra_mcore.config import HydraOptions, ModelCard, ModelShape
+from hydra_mcore.costs.activations import Run, layer_bytes
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.build import contiguous_parts, model_config, transformer_config
 from hydra_mcore.model.runtime import process_groups
-from hydra_mcore.train.activations import Run, layer_bytes
 
 LENGTH, ROWS = 192, 2
 SHAPE = ModelShape(

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import regex
 
-from hydra_mcore.evaluation.ruler.breaks import CHARACTER, NOTHING, SENTENCE, WORD, break_between, what_ends
-from hydra_mcore.evaluation.ruler.haystack import ASTRAY, Haystack, nearest, read_haystack
-from hydra_mcore.evaluation.ruler.pieces import Pieces
-from hydra_mcore.evaluation.ruler.sets import draw_prompts
-from hydra_mcore.evaluation.ruler.source import Source
-from hydra_mcore.evaluation.ruler.wording import RULER
+from hydra_mcore.ruler.breaks import CHARACTER, NOTHING, SENTENCE, WORD, break_between, what_ends
+from hydra_mcore.ruler.haystack import ASTRAY, Haystack, nearest, read_haystack
+from hydra_mcore.ruler.pieces import Pieces
+from hydra_mcore.ruler.sets import draw_prompts
+from hydra_mcore.ruler.source import Source
+from hydra_mcore.ruler.wording import RULER
 from tests.support.small_tokenizers import KINDS, small_tokenizer
 
 # A sentence each, as Wikipedia's languages write them, and whether a space follows.

@@ -20,8 +20,8 @@ from transformers.utils import chat_template_utils
 from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation import records
 from hydra_mcore.evaluation.records import Records
-from hydra_mcore.evaluation.ruler.chat import chat_around
-from hydra_mcore.evaluation.ruler.wording import load_wording
+from hydra_mcore.ruler.chat import chat_around
+from hydra_mcore.ruler.wording import load_wording
 from tests.support.contestants import write_contestants
 from tests.support.small_tokenizers import small_tokenizer
 from tools.evaluate import main

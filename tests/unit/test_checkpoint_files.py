@@ -26,18 +26,11 @@ from megatron.core.safe_globals import safe_numpy_load
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from hydra_mcore.compat.reading import check_entry
-from hydra_mcore.config import ConfigError
+from hydra_mcore.config import ConfigError, teacher_card
 from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.hugging_face import HuggingFaceModel
-from hydra_mcore.model.build import (
-    TRACKER,
-    build_model,
-    iterations,
-    latest_iteration,
-    load_model,
-    teacher_card,
-    write_checkpoint,
-)
+from hydra_mcore.model.build import build_model, load_model
+from hydra_mcore.model.checkpoints import TRACKER, iterations, latest_iteration, write_checkpoint
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.model.streaming import StoredTensors
 from hydra_mcore.train.checkpoints import resumable, tidy

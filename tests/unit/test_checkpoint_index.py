@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from hydra_mcore.compat.index import read_index
 from hydra_mcore.config import ConfigError
 from hydra_mcore.errors import InputError
-from hydra_mcore.model.build import latest_iteration
+from hydra_mcore.model.checkpoints import latest_iteration
 from tests.support.planted_code import INDEX, raw_index, small_checkpoint, write_index
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from hydra_mcore.config import ConfigError, HydraOptions, ModelCard, StageOptions
+from hydra_mcore.config import ConfigError, HydraOptions, ModelCard, StageOptions, teacher_card
 from hydra_mcore.heads import HeadMap
-from hydra_mcore.model.build import TRACKER, iterations, latest_iteration, teacher_card, write_tracker
+from hydra_mcore.model.checkpoints import TRACKER, iterations, latest_iteration, write_tracker
 from hydra_mcore.train import checkpoints
 from hydra_mcore.train.checkpoints import difference, note_versions, prune, resumable, tidy
 from tests.support.stages import SHAPE

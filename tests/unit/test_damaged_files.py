@@ -28,13 +28,13 @@ from hydra_mcore.corpus.shards import begun
 from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.records import Records
 from hydra_mcore.evaluation.report import check_report, write_report
-from hydra_mcore.evaluation.ruler.prompts import Prompt
-from hydra_mcore.evaluation.ruler.sets import _load, _save
-from hydra_mcore.evaluation.ruler.wording import RULER, load_wording
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.build import build_model
 from hydra_mcore.model.rotary import rotary_frequencies
 from hydra_mcore.model.runtime import process_groups
+from hydra_mcore.ruler.prompts import Prompt
+from hydra_mcore.ruler.sets import _load, _save
+from hydra_mcore.ruler.wording import RULER, load_wording
 from hydra_mcore.selection.choose import choose_heads
 from hydra_mcore.selection.evidence import KnockOut
 from hydra_mcore.selection.figures import knock_out_curves
@@ -46,7 +46,7 @@ from hydra_mcore.selection.report import write_report as write_selection_report
 from hydra_mcore.selection.score import HeadScores
 from hydra_mcore.tokenizer import open_tokenizer
 from hydra_mcore.train.checkpoints import VERSIONS, note_versions
-from hydra_mcore.train.tracking import _run_record
+from hydra_mcore.train.wandb_run import _run_record
 from tests.support.contestants import TINY
 from tests.support.damage import ODD, as_text, damaged_bytes, damaged_texts, outcome, survey
 from tests.support.small_tokenizers import small_tokenizer

@@ -10,10 +10,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from hydra_mcore.config import HydraOptions, ModelCard, ModelShape, StageOptions
-from hydra_mcore.heads import HeadMap
-from hydra_mcore.model.build import build_model, teacher_card
-from hydra_mcore.model.flops import (
+from hydra_mcore.config import HydraOptions, ModelCard, ModelShape, StageOptions, teacher_card
+from hydra_mcore.costs.flops import (
     CHUNK,
     causal_attention,
     delta_rule,
@@ -23,10 +21,12 @@ from hydra_mcore.model.flops import (
     short_convolution,
     step_flops,
 )
+from hydra_mcore.heads import HeadMap
+from hydra_mcore.model.build import build_model
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.ops.gated_delta import gated_delta_rule
 from hydra_mcore.train.data import Batch
-from hydra_mcore.train.pair import TransferStep
+from hydra_mcore.train.step import TransferStep
 
 SHAPE = ModelShape(
     num_layers=4, hidden_size=24, num_heads=6, num_kv_groups=3, head_dim=8, ffn_hidden_size=20, vocab_size=96,

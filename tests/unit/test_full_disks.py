@@ -25,10 +25,10 @@ from hydra_mcore.corpus.manifest import Manifest
 from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.records import Records
 from hydra_mcore.evaluation.report import write_report
-from hydra_mcore.evaluation.ruler.sets import _save
 from hydra_mcore.files import disk_problem, disk_refusal, named, replacing, write_json
-from hydra_mcore.model.build import write_tracker
+from hydra_mcore.model.checkpoints import write_tracker
 from hydra_mcore.model.runtime import from_first_rank, process_groups
+from hydra_mcore.ruler.sets import _save
 from hydra_mcore.selection.figures import heat_map
 from hydra_mcore.selection.journal import JournalWriter
 from hydra_mcore.selection.needles import RULER_FORMAT

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from hydra_mcore.config import HydraOptions, ModelCard, ModelShape
+from hydra_mcore.config import HydraOptions, ModelCard, ModelShape, teacher_card
 from hydra_mcore.convert.hf_export import export_hf
 from hydra_mcore.evaluation.generation import from_memory, greedy
 from hydra_mcore.evaluation.parallel import ParallelModel
 from hydra_mcore.heads import HeadMap
-from hydra_mcore.model.build import build_model, load_model, save_weights, teacher_card
+from hydra_mcore.model.build import build_model, load_model
+from hydra_mcore.model.cache import Memory
+from hydra_mcore.model.checkpoints import save_weights
 from hydra_mcore.model.forward import last_hidden
-from hydra_mcore.model.memory import Memory
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.ops.sequence import SequencePart
 from tests.support.naive_decoding import naive_decoding

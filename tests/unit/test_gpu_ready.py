@@ -25,9 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hydra_mcore.config import HydraOptions, ModelCard, ModelShape
 from hydra_mcore.heads import HeadMap, HeadRole
 from hydra_mcore.model.build import build_model
+from hydra_mcore.model.cache import Memory
 from hydra_mcore.model.forward import last_hidden
 from hydra_mcore.model.hydra_attention import HydraAttention
-from hydra_mcore.model.memory import Memory
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.ops import fla_kernels
 from hydra_mcore.ops.sequence import SequencePart

@@ -10,7 +10,7 @@ import torch
 
 from hydra_mcore.config import HydraOptions
 from hydra_mcore.heads import HeadMap
-from hydra_mcore.train.monitor import STATISTICS, HeadMonitor, HeadStatistics
+from hydra_mcore.train.head_statistics import STATISTICS, HeadMonitor, HeadStatistics
 from tests.support.launch import model_parallel, run_ranks
 from tests.support.stages import HEAD_MAP, SHAPE, randomise
 
@@ -35,7 +35,8 @@ def _both(rank: int, options: HydraOptions) -> tuple[dict[str, np.ndarray], dict
     """By hooks over two micro-batches, and by hand from what each layer's branches are given and return."""
     import dataclasses
 
-    from hydra_mcore.model.build import build_model, teacher_card
+    from hydra_mcore.config import teacher_card
+    from hydra_mcore.model.build import build_model
 
     card = dataclasses.replace(teacher_card(SHAPE, "f" * 64), head_map=HEAD_MAP, options=options)
     with model_parallel():

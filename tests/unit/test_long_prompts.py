@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hydra_mcore.config import HydraOptions, ModelCard, ModelShape
+from hydra_mcore.config import HydraOptions, ModelCard, ModelShape, teacher_card
 from hydra_mcore.evaluation.parallel import ParallelModel
 from hydra_mcore.heads import HeadMap
-from hydra_mcore.model.build import build_model, teacher_card
+from hydra_mcore.model.build import build_model
 from hydra_mcore.model.runtime import process_groups
 from tools.tracked_memory import tracked_peak
 

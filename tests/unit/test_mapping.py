@@ -8,13 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hydra_mcore.config import HydraOptions, ModelCard, ModelShape, field_docs
+from hydra_mcore.config import HydraOptions, ModelCard, ModelShape, field_docs, teacher_card
 from hydra_mcore.convert.families import EMBEDDING, OUTPUT_LAYER
 from hydra_mcore.convert.hydra_family import from_config, to_config
 from hydra_mcore.convert.mapping import Columns, InEachBlock, Stacked, Whole
-from hydra_mcore.convert.tensors import is_teacher, tensor_rules
+from hydra_mcore.convert.tensor_table import is_teacher, tensor_rules
 from hydra_mcore.heads import HeadMap
-from hydra_mcore.model.build import teacher_card
 
 SHAPE = ModelShape(
     num_layers=3,

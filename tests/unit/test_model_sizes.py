@@ -13,8 +13,8 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-from hydra_mcore.convert.hf_io import read_config
-from hydra_mcore.convert.tensors import tensor_rules
+from hydra_mcore.convert.hf_config import read_config
+from hydra_mcore.convert.tensor_table import tensor_rules
 from hydra_mcore.model.build import build_model
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.model.streaming import WithoutMemory

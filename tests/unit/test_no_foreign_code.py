@@ -28,7 +28,7 @@ SAFE = {
     ("hydra_mcore/evaluation/hugging_face.py", "model_class().config_class.from_pretrained(folder)"),
     ("hydra_mcore/convert/tokenizer_files.py", "GenerationConfig.from_pretrained(hf_dir, local_files_only=True)"),
     ("examples/tiny/teacher_training.py", "PreTrainedTokenizerFast.from_pretrained(folder)"),
-    ("hydra_mcore/convert/hf_io.py", "hydra_family.from_config(raw | given, shape)"),
+    ("hydra_mcore/convert/hf_config.py", "hydra_family.from_config(raw | given, shape)"),
     (
         "hydra_mcore/evaluation/verification.py",
         (

@@ -9,11 +9,11 @@ import dataclasses
 import pytest
 import torch
 
-from hydra_mcore.config import HydraOptions, StageOptions
-from hydra_mcore.model.build import build_model, teacher_card
+from hydra_mcore.config import HydraOptions, StageOptions, teacher_card
+from hydra_mcore.model.build import build_model
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.train.data import Batch
-from hydra_mcore.train.pair import TransferStep
+from hydra_mcore.train.step import TransferStep
 from tests.support.stages import HEAD_MAP, SHAPE
 
 OPTIONS = {

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from hydra_mcore.config import ConfigError, HydraOptions, ModelCard
+from hydra_mcore.config import ConfigError, HydraOptions, ModelCard, teacher_card
 from hydra_mcore.heads import HeadMap
-from hydra_mcore.model.build import build_model, teacher_card
+from hydra_mcore.model.build import build_model
 from hydra_mcore.model.rotary import rotary_frequencies
 from hydra_mcore.model.runtime import process_groups
 from tests.support.teachers import SHAPE, VOCABULARY, random_teacher

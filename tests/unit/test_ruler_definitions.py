@@ -13,11 +13,11 @@ from math import pi
 
 import pytest
 
-from hydra_mcore.evaluation.ruler.lexicon import single_words
-from hydra_mcore.evaluation.ruler.prompts import Prompt
-from hydra_mcore.evaluation.ruler.sets import draw_prompts
-from hydra_mcore.evaluation.ruler.source import Source
-from hydra_mcore.evaluation.ruler.wording import RULER
+from hydra_mcore.ruler.lexicon import single_words
+from hydra_mcore.ruler.prompts import Prompt
+from hydra_mcore.ruler.sets import draw_prompts
+from hydra_mcore.ruler.source import Source
+from hydra_mcore.ruler.wording import RULER
 from tests.support.small_tokenizers import KINDS, haystack, small_tokenizer
 
 NEEDLE = re.compile(r"One of the special magic (numbers|uuids) for (\S(?:[^\n]*?\S)?) is: ([0-9a-f-]+)\.")

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from hydra_mcore.errors import InputError
-from hydra_mcore.evaluation.ruler.needles import PLANS
-from hydra_mcore.evaluation.ruler.prompts import TASKS, Prompt
-from hydra_mcore.evaluation.ruler.sets import draw_prompts, prompt_set
-from hydra_mcore.evaluation.ruler.source import ROOM, Source
-from hydra_mcore.evaluation.ruler.wording import RULER
+from hydra_mcore.ruler.needles import PLANS
+from hydra_mcore.ruler.prompts import TASKS, Prompt
+from hydra_mcore.ruler.sets import draw_prompts, prompt_set
+from hydra_mcore.ruler.source import ROOM, Source
+from hydra_mcore.ruler.wording import RULER
 from tests.support.small_tokenizers import KINDS, haystack, small_tokenizer
 
 DRAWS = 200

@@ -17,12 +17,12 @@ from tokenizers import normalizers
 from transformers import AutoTokenizer
 
 from hydra_mcore.errors import InputError
-from hydra_mcore.evaluation.ruler import sets
-from hydra_mcore.evaluation.ruler.haystack import read_haystack
-from hydra_mcore.evaluation.ruler.needles import PLANS
-from hydra_mcore.evaluation.ruler.sets import prompt_set
-from hydra_mcore.evaluation.ruler.source import Source, tokenizer_fingerprint
-from hydra_mcore.evaluation.ruler.wording import RULER, load_wording
+from hydra_mcore.ruler import sets
+from hydra_mcore.ruler.haystack import read_haystack
+from hydra_mcore.ruler.needles import PLANS
+from hydra_mcore.ruler.sets import prompt_set
+from hydra_mcore.ruler.source import Source, tokenizer_fingerprint
+from hydra_mcore.ruler.wording import RULER, load_wording
 from hydra_mcore.selection.needles import NeedleFormat
 from tests.support.small_tokenizers import KINDS, haystack, small_tokenizer
 
@@ -46,8 +46,8 @@ def own() -> Source:
 def test_the_same_arguments_give_the_same_set_in_any_process(source: Source) -> None:
     code = (
         "from tests.support.small_tokenizers import small_tokenizer\n"
-        "from hydra_mcore.evaluation.ruler.sets import prompt_set, Source\n"
-        "from hydra_mcore.evaluation.ruler.wording import RULER\n"
+        "from hydra_mcore.ruler.sets import prompt_set, Source\n"
+        "from hydra_mcore.ruler.wording import RULER\n"
         "source = Source(small_tokenizer('qwen'), RULER, None)\n"
         f"print([prompt_set(task, 2048, 2, {SEED}, source).digest for task in ('niah_multikey_3', 'vt', 'cwe', 'fwe')])"
     )

@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from hydra_mcore.costs.batch_sizes import rows_a_forward
 from hydra_mcore.errors import InputError
-from hydra_mcore.evaluation.forward import rows_a_forward
 from hydra_mcore.evaluation.loading import describe, open_model
 from hydra_mcore.evaluation.models import EvaluatedModel
-from hydra_mcore.evaluation.ruler.prompts import Prompt
-from hydra_mcore.evaluation.ruler.sets import prompt_set
-from hydra_mcore.evaluation.ruler.source import Source
-from hydra_mcore.evaluation.ruler.wording import load_wording
 from hydra_mcore.evaluation.scoring import Score, check_seed, score_prompts, shared_out
 from hydra_mcore.model.runtime import process_groups
+from hydra_mcore.ruler.prompts import Prompt
+from hydra_mcore.ruler.sets import prompt_set
+from hydra_mcore.ruler.source import Source
+from hydra_mcore.ruler.wording import load_wording
 
 TEACHER = Path(__file__).parents[2] / "examples" / "tiny" / "teacher"
 SEED, VOCAB, LENGTH = 1_000_000, 1024, 64

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
+from hydra_mcore.config import teacher_card
+from hydra_mcore.costs.batch_sizes import TOKENS_A_FORWARD
 from hydra_mcore.errors import InputError
-from hydra_mcore.evaluation.forward import TOKENS_A_FORWARD
 from hydra_mcore.evaluation.parallel import ParallelModel
 from hydra_mcore.evaluation.perplexity import LONG_WINDOWS, TEXT_TOKENS, TextLoss, edges, text_windows, window_losses
 from hydra_mcore.files import from_fields
 from hydra_mcore.heads import HeadMap
-from hydra_mcore.model.build import teacher_card
 from hydra_mcore.model.runtime import process_groups
 from tests.support.contestants import SHAPE as CONTESTANTS_SHAPE
 from tests.support.contestants import random_model

@@ -98,7 +98,7 @@ def _random_map(rng: random.Random) -> HeadMap:
 
 
 def _imbalances(name: str, maps: Sequence[HeadMap], tp_sizes: Sequence[int], length: int) -> Iterator[list[Any]]:
-    from hydra_mcore.model.costs import fa_imbalance
+    from hydra_mcore.costs.communication import fa_imbalance
     from hydra_mcore.ops.sequence import SequencePart
 
     part = SequencePart(length)

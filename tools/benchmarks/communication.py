@@ -1,7 +1,7 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
 """Bytes that a context-parallel rank sends for a layer, beside Megatron's all-to-all; formulas of
-hydra_mcore/model/costs.py.
+hydra_mcore/costs/communication.py.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Report:
-    from hydra_mcore.model.costs import megatron_accepts
+    from hydra_mcore.costs.communication import megatron_accepts
 
     num_gdn = QWEN3.num_heads - args.fa_heads
     rows = [_sent(args, cp_size, length) for cp_size in args.cp for length in args.lengths]
@@ -70,8 +70,8 @@ def run(args: argparse.Namespace) -> Report:
 def _sent(args: argparse.Namespace, cp_size: int, length: int) -> list[Any]:
     """A row of the table, for the rank that sends most."""
     from hydra_mcore.config import HydraOptions
+    from hydra_mcore.costs.communication import cp_bytes, megatron_accepts, megatron_gdn_bytes
     from hydra_mcore.heads import HeadLayout, LayerHeads
-    from hydra_mcore.model.costs import cp_bytes, megatron_accepts, megatron_gdn_bytes
     from hydra_mcore.ops.sequence import SequencePart
 
     layout = HeadLayout(

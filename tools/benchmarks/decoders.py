@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from hydra_mcore.config import HydraOptions, ModelCard, ModelShape
 from hydra_mcore.convert.families import SHAPE_KEYS
 from hydra_mcore.convert.hf_code import model_class
-from hydra_mcore.convert.hf_io import CONFIG_NAME, read_object
+from hydra_mcore.convert.hf_config import CONFIG_NAME, read_object
 from hydra_mcore.convert.hydra_family import MODEL_TYPE, to_config
 from hydra_mcore.errors import InputError, first_line
 from hydra_mcore.heads import HeadMap

@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> Report:
         f"{shape}; matrix products on this machine: {speed / 1e9:.0f} GFLOP/s. Seconds: median (least..most) of"
         f" {args.repeats}, all in turn; beyond {SLOW_TURNS} tokens Megatron-Core and transformers once. Peak: beyond"
         " the inputs, gradients of the inputs included. GFLOP: matrix products and triangular solves as"
-        " hydra_mcore/model/flops.py counts them; the limit is their time at the speed of matrix products."
+        " hydra_mcore/costs/flops.py counts them; the limit is their time at the speed of matrix products."
     )
     kept = (
         f"{shape}; glibc keeps what is freed (hydra_mcore.compat does so), where it gave blocks back to the system"

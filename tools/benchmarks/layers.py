@@ -15,9 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hydra_mcore.config import HydraOptions, ModelShape
+from hydra_mcore.costs.flops import attention_block, causal_attention
 from hydra_mcore.heads import HeadMap, LayerHeads
 from hydra_mcore.model.build import transformer_config
-from hydra_mcore.model.flops import attention_block, causal_attention
 from hydra_mcore.model.hydra_attention import HydraAttention
 from hydra_mcore.model.runtime import process_groups
 from tools.benchmarks.measure import Point, measured

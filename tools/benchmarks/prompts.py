@@ -14,14 +14,14 @@ import torch
 
 from hydra_mcore.config import HydraOptions, ModelCard, ModelShape
 from hydra_mcore.evaluation.parallel import ParallelModel
-from hydra_mcore.evaluation.ruler.haystack import read_haystack
-from hydra_mcore.evaluation.ruler.prompts import TASKS
-from hydra_mcore.evaluation.ruler.sets import draw_prompts
-from hydra_mcore.evaluation.ruler.source import Source
-from hydra_mcore.evaluation.ruler.wording import RULER
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.build import build_model
 from hydra_mcore.model.runtime import process_groups
+from hydra_mcore.ruler.haystack import read_haystack
+from hydra_mcore.ruler.prompts import TASKS
+from hydra_mcore.ruler.sets import draw_prompts
+from hydra_mcore.ruler.source import Source
+from hydra_mcore.ruler.wording import RULER
 from hydra_mcore.tokenizer import open_tokenizer
 from tools.benchmarks.prepared_data import train_tokenizer, write_corpus
 

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hydra_mcore.config import ModelShape
+from hydra_mcore.config import ModelShape, teacher_card
 from hydra_mcore.errors import InputError
 from hydra_mcore.heads import Head
-from hydra_mcore.model.build import build_model, teacher_card
+from hydra_mcore.model.build import build_model
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.selection.attribution import attributed_effects
 from hydra_mcore.selection.probes import ProbeBatch

@@ -160,8 +160,8 @@ def _rows(card: ModelCard, found: list[Point], speed: float) -> Iterator[list[st
 
 
 def _operations(card: ModelCard, name: str, length: int) -> float:
-    from hydra_mcore.model.build import teacher_card
-    from hydra_mcore.model.flops import model_flops, step_flops
+    from hydra_mcore.config import teacher_card
+    from hydra_mcore.costs.flops import model_flops, step_flops
 
     if name == TEACHER:
         return model_flops(teacher_card(card.shape, ""), length).forward * length

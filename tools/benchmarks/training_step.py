@@ -9,14 +9,14 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-from hydra_mcore.config import HydraOptions, ModelCard, ModelShape, StageOptions
+from hydra_mcore.config import HydraOptions, ModelCard, ModelShape, StageOptions, teacher_card
 from hydra_mcore.heads import HeadMap
-from hydra_mcore.model.build import build_model, teacher_card
+from hydra_mcore.model.build import build_model
 from hydra_mcore.model.forward import hidden_and_weight
 from hydra_mcore.train.data import Batch
-from hydra_mcore.train.pair import TransferStep
+from hydra_mcore.train.losses import token_loss
 from hydra_mcore.train.stages import STAGES
-from hydra_mcore.train.token_losses import token_loss
+from hydra_mcore.train.step import TransferStep
 from tools.benchmarks.options import spread_heads
 
 CHUNK_ELEMENTS = token_loss.__kwdefaults__["chunk_elements"]

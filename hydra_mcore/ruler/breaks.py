@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import regex
 
-from hydra_mcore.evaluation.ruler.pieces import Pieces
+from hydra_mcore.ruler.pieces import Pieces
 
 NOTHING, CHARACTER, WORD, SENTENCE = range(4)
 _SPACED_END = regex.compile(r"""[.!?]["')\]\u2019\u201d]*$""")  # ends a sentence where white space follows

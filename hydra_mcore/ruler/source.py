@@ -14,10 +14,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from hydra_mcore.errors import InputError
-from hydra_mcore.evaluation.ruler.haystack import Haystack, repeated
-from hydra_mcore.evaluation.ruler.pieces import Pieces
-from hydra_mcore.evaluation.ruler.prompts import TASKS, Prompt
-from hydra_mcore.evaluation.ruler.wording import Ask, Wording
+from hydra_mcore.ruler.haystack import Haystack, repeated
+from hydra_mcore.ruler.pieces import Pieces
+from hydra_mcore.ruler.prompts import TASKS, Prompt
+from hydra_mcore.ruler.wording import Ask, Wording
 
 # RULER's tokens_to_generate; a tokenizer that writes the answers in more gets more.
 ROOM = {"niah_multivalue": 128, "niah_multiquery": 128, "vt": 30, "cwe": 120, "fwe": 50}

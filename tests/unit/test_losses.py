@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hydra_mcore.train.token_losses import peak_bytes, token_loss
+from hydra_mcore.costs.loss_memory import peak_bytes
+from hydra_mcore.train.losses import token_loss
 from tests.support.launch import model_parallel, run_ranks
 from tools.tracked_memory import tracked_peak
 

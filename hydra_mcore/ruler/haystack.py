@@ -15,8 +15,8 @@ from numpy.random import Generator
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from hydra_mcore.errors import InputError
-from hydra_mcore.evaluation.ruler.breaks import CHARACTER, NOTHING, SENTENCE, WORD, what_ends
-from hydra_mcore.evaluation.ruler.pieces import Pieces
+from hydra_mcore.ruler.breaks import CHARACTER, NOTHING, SENTENCE, WORD, what_ends
+from hydra_mcore.ruler.pieces import Pieces
 from hydra_mcore.selection.probes import read_haystack as read_ids
 
 LONGEST_SENTENCE = 1000  # tokens on average: a text of longer ones counts as one without sentences

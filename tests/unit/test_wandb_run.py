@@ -13,9 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from hydra_mcore.config import HydraOptions, StageOptions
-from hydra_mcore.model.build import teacher_card
-from hydra_mcore.train import tracking
+from hydra_mcore.config import HydraOptions, StageOptions, teacher_card
+from hydra_mcore.train import wandb_run
 from hydra_mcore.train.arguments import Plan
 from tests.support.launch import run_ranks
 from tests.support.offline_wandb import OfflineRun, read_runs
@@ -45,8 +44,8 @@ def _start(rank: int, folder: Path, mode: str, project: str) -> None:
         rank=0,
         world_size=1,
     )
-    with tracking.tracked(plan(folder)):
-        tracking.global_vars._set_wandb_writer(args)
+    with wandb_run.tracked(plan(folder)):
+        wandb_run.global_vars._set_wandb_writer(args)
 
 
 def described(runs: list[OfflineRun]) -> list[int]:
@@ -96,7 +95,7 @@ def test_offline_first_then_online(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             log=lambda *_, **__: None,
         )
         run.log_artifact = lambda artifact, where=entity: logged.append(where)
-        tracking.Tracker(run, tmp_path / "align" / "wandb").describe(plan(tmp_path))
+        wandb_run.Tracker(run, tmp_path / "align" / "wandb").describe(plan(tmp_path))
     assert logged == [None, "me", "us"]
 
 
@@ -114,7 +113,7 @@ def test_offline_first_then_online(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 )
 def test_a_damaged_record_begins_a_new_run(tmp_path: Path, text: str, kept: bool) -> None:
     (tmp_path / "run.json").write_bytes(text.encode("latin-1"))
-    record = tracking._run_record(tmp_path / "run.json")
+    record = wandb_run._run_record(tmp_path / "run.json")
     assert (record is not None) == kept
     if record:
         assert record.id == "abc" and isinstance(record.described, tuple)

@@ -17,9 +17,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hydra_mcore.config import HydraOptions, ModelCard, ModelShape
+from hydra_mcore.config import HydraOptions, ModelCard, ModelShape, teacher_card
 from hydra_mcore.heads import HeadLayout, LayerHeads
-from hydra_mcore.model.build import teacher_card
 from hydra_mcore.ops.chunked_delta_rule import chunked_delta_rule
 
 CHUNK = chunked_delta_rule.__kwdefaults__["chunk_size"]  # flash-linear-attention's kernel cuts into as many rows

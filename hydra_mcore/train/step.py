@@ -23,8 +23,8 @@ from hydra_mcore.model.forward import hidden_and_weight
 from hydra_mcore.train.alerts import first_nonfinite_layer, nonfinite, stop_together
 from hydra_mcore.train.align import JoinPipeline, align_forward
 from hydra_mcore.train.data import Batch
-from hydra_mcore.train.monitor import HeadMonitor, layer_name
-from hydra_mcore.train.token_losses import TokenLoss, token_loss
+from hydra_mcore.train.head_statistics import HeadMonitor, layer_name
+from hydra_mcore.train.losses import TokenLoss, token_loss
 
 
 class TransferStep:

@@ -14,9 +14,9 @@ from functools import lru_cache
 import numpy as np
 from numpy.random import Generator
 
-from hydra_mcore.evaluation.ruler.lexicon import compounds, single_words
-from hydra_mcore.evaluation.ruler.prompts import Prompt
-from hydra_mcore.evaluation.ruler.source import ROOM, Frame, Source
+from hydra_mcore.ruler.lexicon import compounds, single_words
+from hydra_mcore.ruler.prompts import Prompt
+from hydra_mcore.ruler.source import ROOM, Frame, Source
 
 COMMON = 10  # words asked for in cwe
 OTHERS = 10  # and the fewest that they must stand out from, as in the example of short prompts

@@ -2,20 +2,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a training step needs of one rank's memory, worked out without running it.
 
-With N parameters on the rank (model/sizes.py), T of them trained (all, in align those of the attention blocks), p bytes
-a value (2 for bf16), s ranks that share the optimizer (data x context parallel, 1 without the distributed optimizer):
+With N parameters on the rank (costs/parameters.py), T of them trained (all, in align those of the attention blocks), p
+bytes a value (2 for bf16), s ranks that share the optimizer (data x context parallel, 1 without the distributed
+optimizer):
 
     weights      p N
     gradients    4 T                     2 T with grad-reduce-in-bf16
     optimizer    8 T / s                 Adam's two moments; 4 T / s more for float32 weights where p is 2
     teacher      p N of the teacher      align builds it without an output layer, extend not at all
     activations  see below
-    loss         train/token_losses.py   on the last pipeline stage of distill and extend
+    loss         costs/loss_memory.py   on the last pipeline stage of distill and extend
     workspace    gradients of activations at the fullest moment, hidden states on their way
 
 The first four stay. The others are those of the fullest of these moments:
 
-    the loss is made        what all layers of the micro-batches in flight keep (train/activations.py), and the loss
+    the loss is made        what all layers of the micro-batches in flight keep (costs/activations.py), and the loss
     an MLP goes backward    what the layers up to it keep, gradients inside the MLP
     a delta rule goes       what the layers before it keep, its own inputs and what it keeps (made again, where
     recomputed),
@@ -35,11 +36,10 @@ import dataclasses
 from collections import Counter
 from dataclasses import dataclass
 
-from hydra_mcore.config import ModelCard
-from hydra_mcore.model.build import teacher_card
-from hydra_mcore.model.sizes import ATTENTION_PARTS, rank_parameters
-from hydra_mcore.train.activations import FLOAT, Kept, Run, layer_bytes
-from hydra_mcore.train.token_losses import peak_bytes
+from hydra_mcore.config import ModelCard, teacher_card
+from hydra_mcore.costs.activations import FLOAT, Kept, Run, layer_bytes
+from hydra_mcore.costs.loss_memory import peak_bytes
+from hydra_mcore.costs.parameters import ATTENTION_PARTS, rank_parameters
 
 Moment = tuple[float, float, float]  # bytes of activations, loss, workspace
 

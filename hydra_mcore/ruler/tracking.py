@@ -14,9 +14,9 @@ from functools import lru_cache
 import numpy as np
 from numpy.random import Generator
 
-from hydra_mcore.evaluation.ruler.haystack import nearest, repeated, woven
-from hydra_mcore.evaluation.ruler.prompts import Prompt
-from hydra_mcore.evaluation.ruler.source import Frame, Source
+from hydra_mcore.ruler.haystack import nearest, repeated, woven
+from hydra_mcore.ruler.prompts import Prompt
+from hydra_mcore.ruler.source import Frame, Source
 
 HOPS = 4  # assignments from variable to variable, in the one chain
 EXAMPLE_LINES = 10  # of noise in the solved example

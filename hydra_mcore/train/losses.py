@@ -9,18 +9,9 @@ pass multiplies them by the incoming scalar.
 Shapes are suffixes: s sequence, b batch, n = s * b tokens, c tokens of a chunk, m model width (a teacher may have its
 own), w this rank's rows of the vocabulary: rank r of tp holds rows r * w to (r + 1) * w - 1 of a vocabulary of tp * w.
 
-Peak memory beyond the inputs, in bytes, both gradients wanted (`peak_bytes` computes it, a test measures it), with
-p bytes a parameter and f = max(p, 4) a softmax value:
-
-    n * m * p                           gradient of the hidden states
-    + w * m * f                         gradient of the weight, while it accumulates
-    + the larger of
-        c * w * 3 f                     softmaxes; without a teacher c * w * f, and c * w * p more if p < 4
-        w * m * p + c * w * p           one chunk's share of the weight's gradient, if p < 4; else c * w * p
-    + n * (8 + f) + 32 * c * f          labels and mask in token order, and a chunk's vectors
-
-The same softmaxes for all tokens at once take n * w * (3 f + p). Qwen3-8B's output layer (w 151936, m 4096), 8192
-tokens, bfloat16, one rank: 3.9 GB in chunks, nearly all of it the weight's gradient, against 17.4 GB for logits alone.
+Its peak memory is `costs/loss_memory.py`. The same softmaxes for all tokens at once take n * w * (3 f + p) bytes, p a
+parameter's and f = max(p, 4). Qwen3-8B's output layer (w 151936, m 4096), 8192 tokens, bfloat16, one rank: 3.9 GB in
+chunks, nearly all of it the weight's gradient, against 17.4 GB for logits alone.
 """
 
 from __future__ import annotations
@@ -107,25 +98,6 @@ def token_loss(
         student_sbm, student_weight_wm = student_sbm.detach(), student_weight_wm.detach()
     settings = _Settings(ce_weight, kl_weight if teacher else 0.0, temperature, chunk_elements, tp_group)
     return TokenLoss(*_FusedTokenLoss.apply(student_sbm, student_weight_wm, labels_bs, mask_bs, teacher, settings))
-
-
-def peak_bytes(
-    tokens: int,
-    width: int,
-    vocabulary: int,
-    tp_size: int,
-    bytes_per_value: int,
-    chunk_elements: int = 2**26,
-    with_teacher: bool = True,
-) -> int:
-    """Bytes that `token_loss` and its backward pass need at most beyond their inputs: the formula above."""
-    rows, wide = vocabulary // tp_size, max(bytes_per_value, 4)
-    narrow = bytes_per_value if bytes_per_value < wide else 0
-    chunk = min(tokens, max(1, chunk_elements // rows))
-    softmaxes = chunk * rows * (3 * wide if with_teacher else wide + narrow)
-    products = rows * width * narrow + chunk * rows * bytes_per_value
-    vectors = tokens * (8 + wide) + 32 * chunk * wide
-    return tokens * width * bytes_per_value + rows * width * wide + max(softmaxes, products) + vectors
 
 
 class _FusedTokenLoss(torch.autograd.Function):

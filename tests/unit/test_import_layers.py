@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The house: who may import whom, how long things may be, what must not be required."""
+"""The layers of the package: who may import whom, how long things may be, what must not be required."""
 
 import ast
 import subprocess
@@ -12,20 +12,22 @@ import pytest
 from hydra_mcore.convert.hf_code import CODE_FILES
 
 ROOT = Path(__file__).parents[2]
-# From the ground up.  A room may import the floors below and, on its own floor, what stands before it.
-FLOORS = [
+# From the ground up. A package may import the layers below and, in its own layer, what stands before it.
+LAYERS = [
     [
         *("hydra_mcore.errors", "hydra_mcore.files", "hydra_mcore.commands", "hydra_mcore.tokenizer"),
         *("hydra_mcore.heads", "hydra_mcore.config", "hydra_mcore.recipe"),
     ],
-    ["hydra_mcore.ops", "hydra_mcore.compat"],
+    ["hydra_mcore.compat", "hydra_mcore.ops"],
     ["hydra_mcore.model"],
-    ["hydra_mcore.convert", "hydra_mcore.selection", "hydra_mcore.corpus"],
-    ["hydra_mcore.evaluation", "hydra_mcore.train"],
+    ["hydra_mcore.costs", "hydra_mcore.ruler", "hydra_mcore.corpus"],
+    ["hydra_mcore.convert", "hydra_mcore.selection"],
+    ["hydra_mcore.evaluation"],
+    ["hydra_mcore.train"],
     ["tools", "examples"],
 ]
-STRANGERS = {("hydra_mcore.selection", "hydra_mcore.convert")}  # though one stands before the other
-ROOMS = [room for floor in FLOORS for room in floor]
+INDEPENDENT = {("hydra_mcore.selection", "hydra_mcore.convert")}  # though one stands before the other
+PACKAGES = [package for layer in LAYERS for package in layer]
 FILES = sorted(path for top in ("hydra_mcore", "tools", "examples") for path in (ROOT / top).rglob("*.py"))
 TRAVELLERS = [ROOT / "hydra_mcore" / name for name in CODE_FILES]  # copied side by side into every exported model
 OPTIONAL = ("apex", "fla", "transformer_engine", "wandb")
@@ -37,8 +39,8 @@ def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def room_of(module: str) -> str | None:
-    return next((room for room in ROOMS if f"{module}.".startswith(f"{room}.")), None)
+def package_of(module: str) -> str | None:
+    return next((package for package in PACKAGES if f"{module}.".startswith(f"{package}.")), None)
 
 
 def imported(path: Path) -> set[str]:
@@ -56,12 +58,13 @@ def imported(path: Path) -> set[str]:
 
 
 def allowed(importer: str, target: str) -> bool:
-    return importer == target or (ROOMS.index(target) < ROOMS.index(importer) and (importer, target) not in STRANGERS)
+    below = PACKAGES.index(target) < PACKAGES.index(importer)
+    return importer == target or (below and (importer, target) not in INDEPENDENT)
 
 
 def test_the_rules_bite() -> None:
-    assert room_of("hydra_mcore.config") == room_of("hydra_mcore.config.x") == "hydra_mcore.config"
-    assert room_of("hydra_mcore.configuration") is room_of("torch") is None
+    assert package_of("hydra_mcore.config") == package_of("hydra_mcore.config.x") == "hydra_mcore.config"
+    assert package_of("hydra_mcore.configuration") is package_of("torch") is None
     assert allowed("hydra_mcore.train", "hydra_mcore.model")
     assert allowed("hydra_mcore.config", "hydra_mcore.heads")
     assert not allowed("hydra_mcore.heads", "hydra_mcore.config")
@@ -72,18 +75,18 @@ def test_the_rules_bite() -> None:
 
 @each_file
 def test_imports_never_go_up(path: Path) -> None:
-    importer = room_of(module_name(path))
+    importer = package_of(module_name(path))
     if importer is None:
-        assert module_name(path) == "hydra_mcore", f"{path}: not a room of the house"
-        assert not any(map(room_of, imported(path)))
+        assert module_name(path) == "hydra_mcore", f"{path}: in no package of LAYERS"
+        assert not any(map(package_of, imported(path)))
     else:
-        targets = {room_of(module) for module in imported(path)} - {None}
+        targets = {package_of(module) for module in imported(path)} - {None}
         assert [target for target in targets if not allowed(importer, target)] == []
 
 
 @pytest.mark.parametrize("path", TRAVELLERS, ids=lambda path: path.name)
 def test_what_travels_with_a_model_needs_nothing_that_stays(path: Path) -> None:
-    assert not any(map(room_of, imported(path)))
+    assert not any(map(package_of, imported(path)))
     relative = {
         node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and node.level
     }

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hydra_mcore.commands import sole_writer
 from hydra_mcore.errors import InputError
-from hydra_mcore.model.build import TRACKER
+from hydra_mcore.model.checkpoints import TRACKER
 
 HEAD_MAP_NAME = "head_map.json"
 

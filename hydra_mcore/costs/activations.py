@@ -18,8 +18,8 @@ import argparse
 from dataclasses import dataclass
 
 from hydra_mcore.config import HydraOptions, ModelCard, ModelShape
+from hydra_mcore.costs.flops import CHUNK
 from hydra_mcore.heads import HeadLayout
-from hydra_mcore.model.flops import CHUNK
 from hydra_mcore.ops.chunked_delta_rule import segment_tokens
 from hydra_mcore.ops.sequence import SequencePart
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from hydra_mcore.errors import InputError
-from hydra_mcore.evaluation.ruler.chat import chat_around
 from hydra_mcore.files import from_fields, is_name, read_json
+from hydra_mcore.ruler.chat import chat_around
 from hydra_mcore.selection.needles import NeedleFormat
 from hydra_mcore.selection.probes import load_format
 

@@ -12,7 +12,7 @@ the MLP's width:
                           attention's result
     a layer's GDN heads   the short convolution (16d a token and head), or inside the delta rule, beside the FA heads'
     result an MLP                five values for each of its width
-    logits are made       ``forward.LOGITS_AT_ONCE`` of them at most, whatever the length
+    logits are made       ``batch_sizes.LOGITS_AT_ONCE`` of them at most, whatever the length
 
 All but the last stand beside three hidden states (the stage's input, the layer's, and that normed; four in the MLP) and
 the rotary angles of the row. Generation also keeps every FA layer's keys and values of this rank's part, and of every
@@ -30,10 +30,10 @@ import dataclasses
 from dataclasses import dataclass
 
 from hydra_mcore.config import ModelCard
-from hydra_mcore.evaluation.forward import LOGITS_AT_ONCE
+from hydra_mcore.costs.batch_sizes import LOGITS_AT_ONCE
+from hydra_mcore.costs.flops import CHUNK
+from hydra_mcore.costs.parameters import rank_parameters
 from hydra_mcore.heads import HeadLayout
-from hydra_mcore.model.flops import CHUNK
-from hydra_mcore.model.sizes import rank_parameters
 from hydra_mcore.ops.chunked_delta_rule import segment_tokens
 
 FLOAT = 4  # bytes of what is computed in float32 whatever the model's type

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from numpy.random import Generator
 
 from hydra_mcore.errors import InputError
-from hydra_mcore.evaluation.ruler.haystack import Haystack, nearest, woven
-from hydra_mcore.evaluation.ruler.lexicon import compounds
-from hydra_mcore.evaluation.ruler.prompts import TASKS, Prompt
-from hydra_mcore.evaluation.ruler.source import Frame, Source
-from hydra_mcore.evaluation.ruler.wording import fill
+from hydra_mcore.ruler.haystack import Haystack, nearest, woven
+from hydra_mcore.ruler.lexicon import compounds
+from hydra_mcore.ruler.prompts import TASKS, Prompt
+from hydra_mcore.ruler.source import Frame, Source
+from hydra_mcore.ruler.wording import fill
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from hydra_mcore.errors import InputError, first_line
-from hydra_mcore.evaluation.ruler.needles import PLANS, needle_prompt
-from hydra_mcore.evaluation.ruler.prompts import TASKS, Prompt, PromptSet
-from hydra_mcore.evaluation.ruler.source import Source
-from hydra_mcore.evaluation.ruler.tracking import HOPS, chain_prompt
-from hydra_mcore.evaluation.ruler.words import common_words, frequent_words
 from hydra_mcore.files import checked, parse_json, replacing
+from hydra_mcore.ruler.needles import PLANS, needle_prompt
+from hydra_mcore.ruler.prompts import TASKS, Prompt, PromptSet
+from hydra_mcore.ruler.source import Source
+from hydra_mcore.ruler.tracking import HOPS, chain_prompt
+from hydra_mcore.ruler.words import common_words, frequent_words
 
 VERSION = 2  # of the generators: sets of another one are made anew
 
