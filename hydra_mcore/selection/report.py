@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hydra_mcore.figures import short
 from hydra_mcore.files import replacing
 from hydra_mcore.heads import Head
 from hydra_mcore.selection import figures
@@ -225,9 +226,7 @@ def _stable(pictures: Path, scores: HeadScores, evidence: Evidence) -> str:
     blocks = [picture(pictures / "stability.png", "agreement of scores by pairs and by prompt length")]
     if evidence.by_length:
         likes = evidence.by_length
-        rows = [
-            [figures.short(length), _number(like.spearman), _number(like.overlap)] for length, like in likes.items()
-        ]
+        rows = [[short(length), _number(like.spearman), _number(like.overlap)] for length, like in likes.items()]
         text.append(
             f"Prompts of other lengths choose heads that overlap to {min(like.overlap for like in likes.values()):.2f}"
             " or more."
@@ -290,7 +289,7 @@ def _costs(pictures: Path, evidence: Evidence) -> str:
         [cost.ratio, *(_share(part[context]) for part in (cost.decode, cost.prefill) for context in contexts)]
         for cost in evidence.costs
     ]  # fmt: skip
-    names = [f"{part} {figures.short(context)}" for part in ("decode", "prefill") for context in contexts]
+    names = [f"{part} {short(context)}" for part in ("decode", "prefill") for context in contexts]
     return section(
         "What each budget keeps and costs",
         paragraph(
