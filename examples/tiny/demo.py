@@ -27,6 +27,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from hydra_mcore.commands import one_line_errors, sole_writer
+from hydra_mcore.files import write_text
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -156,8 +157,8 @@ def write_data(out: Path, seed: int, steps: tqdm) -> None:
         ):
             builder.add_document(torch.tensor(ids), [len(ids)])
         builder.finalize(str(out / f"{name}.idx"))
-    (out / "train.txt").write_text(tokenizer.decode(text_ids[:60_000]))
-    (out / "held_out.txt").write_text(tokenizer.decode(load_text(tokenizer, "held_out", 60_000)))
+    write_text(out / "train.txt", tokenizer.decode(text_ids[:60_000]))
+    write_text(out / "held_out.txt", tokenizer.decode(load_text(tokenizer, "held_out", 60_000)))
     steps.update()
 
 

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hydra_mcore.files import replacing, write_text
+
 if TYPE_CHECKING:
     from examples.tiny.demo import Student
 
@@ -26,8 +28,9 @@ def write_report(out: Path, students: Sequence[Student], seconds: float) -> None
     from examples.tiny.demo import folder
 
     main = students[0]
-    shutil.copy(folder(out, main) / "heads" / "figures" / "heads.png", out / "heads.png")
-    shutil.copy(out / "evaluation" / "accuracy.png", out / "accuracy.png")
+    for picture in (folder(out, main) / "heads" / "figures" / "heads.png", out / "evaluation" / "accuracy.png"):
+        with replacing(out / picture.name) as beside:
+            shutil.copy(picture, beside)
     curves_figure(
         out / "losses.png",
         {f"{s.name}": {stage: read_losses(folder(out, s) / stage) for stage in s.stages} for s in students},
@@ -52,9 +55,7 @@ sixteen.
 
 ![loss curves of the stages](losses.png)
 """
-    beside = out / "report.md.partial"
-    beside.write_text(text)
-    beside.replace(out / "report.md")
+    write_text(out / "report.md", text)
 
 
 def read_losses(stage_dir: Path) -> Curve:

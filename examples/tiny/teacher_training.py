@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from examples.tiny import corpus
 from examples.tiny.curriculum import EVALUATION_SEED, Phase, learning_rate, phase_at
+from hydra_mcore.files import replacing, write_json
 from hydra_mcore.selection.needles import TASKS, build_prompt, build_prompts
 
 VOCAB_SIZE = 1024
@@ -180,7 +181,7 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Pa
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     for name in ("model_max_length", "is_local", "local_files_only"):
         config.pop(name, None)
-    (beside / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(beside / "tokenizer_config.json", config, indent=2)
     corpus.TINY_FORMAT.save(beside / "needles.json")
     for path in sorted(beside.iterdir()):
         os.replace(path, output / path.name)
@@ -189,10 +190,8 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Pa
 
 def save_state(path: Path, state: dict[str, object]) -> None:
     """Write a resumable training state, never leaving half a file under its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".writing")
-    torch.save(state, beside)
-    os.replace(beside, path)
+    with replacing(path, alone=True) as beside:
+        torch.save(state, beside)
 
 
 def train_step(
