@@ -27,6 +27,7 @@ from megatron.training.models import GPTModelConfig  # noqa: E402
 from hydra_mcore.config import ConfigError, ModelCard, add_stage_flags  # noqa: E402
 from hydra_mcore.model.build import apply_card, contiguous_parts, model_config  # noqa: E402
 from hydra_mcore.model.checkpoints import load_weights  # noqa: E402
+from hydra_mcore.stages import STAGES  # noqa: E402
 from hydra_mcore.train.alerts import DataWatch  # noqa: E402
 from hydra_mcore.train.arguments import Plan, resolve  # noqa: E402
 from hydra_mcore.train.checkpoints import checkpoint_care, note_versions, tidy  # noqa: E402
@@ -43,7 +44,6 @@ from hydra_mcore.train.resume import (  # noqa: E402
     settings_of,
 )
 from hydra_mcore.train.settings import refusal  # noqa: E402
-from hydra_mcore.train.stages import STAGES  # noqa: E402
 from hydra_mcore.train.step import TransferStep  # noqa: E402
 from hydra_mcore.train.stopping import saved_at_ctrl_c  # noqa: E402
 from hydra_mcore.train.wandb_run import tracked  # noqa: E402
@@ -160,9 +160,8 @@ def _build_teachers(plan: Plan, config: GPTModelConfig, students: list[GPTModel]
     teacher_config = model_config(card, plan.options.stage, copy.copy(config.transformer))
     teacher_config.virtual_pipeline_model_parallel_size = config.virtual_pipeline_model_parallel_size
     builder, groups = teacher_config.get_builder_cls()(teacher_config), ProcessGroupCollection.use_mpu_process_groups()
-    # In align only attention is compared: no output layer, and no copy of the embedding on the last stage to keep
-    # equal.
-    with_output = plan.options.stage != "align"
+    # Without an output layer there is no copy of the embedding on the last pipeline stage to keep equal.
+    with_output = STAGES[plan.options.stage].needs_teacher_logits
     teacher_config.share_embeddings_and_output_weights &= with_output
     teachers = [
         builder.build_model(

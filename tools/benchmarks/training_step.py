@@ -13,9 +13,9 @@ from hydra_mcore.config import HydraOptions, ModelCard, ModelShape, StageOptions
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.build import build_model
 from hydra_mcore.model.forward import hidden_and_weight
+from hydra_mcore.stages import STAGES
 from hydra_mcore.train.data import Batch
 from hydra_mcore.train.losses import token_loss
-from hydra_mcore.train.stages import STAGES
 from hydra_mcore.train.step import TransferStep
 from tools.benchmarks.options import spread_heads
 
@@ -68,7 +68,7 @@ class Pair:
         row = STAGES[stage]
         for name, parameter in self.student.named_parameters():
             parameter.requires_grad_(row.trains in name)
-        self.teacher.post_process = stage != "align"  # training builds no output layer for the align teacher
+        self.teacher.post_process = row.needs_teacher_logits  # else training builds no output layer for it
         step = TransferStep(StageOptions(stage=stage, head_statistics_interval=0), lambda *_: batch, lambda: 1)
         step.prepare([self.student], [self.teacher] if row.needs_teacher else [])
         output, to_loss = step(None, self.student)
