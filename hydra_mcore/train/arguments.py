@@ -24,8 +24,8 @@ from hydra_mcore.model.checkpoints import TRACKER, latest_iteration, trainings
 from hydra_mcore.ops.sequence import SequencePart
 from hydra_mcore.recipe import Recipe
 from hydra_mcore.stages import STAGES, default_flags
-from hydra_mcore.train.checkpoints import difference, resumable
-from hydra_mcore.train.settings import FlagParser, check_values
+from hydra_mcore.train.checkpoint_care import difference, resumable
+from hydra_mcore.train.flags import FlagParser, check_values
 
 # Our layer brings its own modules, so Megatron's local implementation serves around it; the optimizer format is
 # the only one that reshards when ranks hold different numbers of heads.
@@ -40,7 +40,7 @@ ENGINE: dict[str, Any] = {
     "no-rope-fusion": True,
     "no-masked-softmax-fusion": True,
     "no-gradient-accumulation-fusion": True,
-    "no-check-for-nan-in-loss-and-grad": True,  # ours lets all ranks stop together, with one line (train.alerts)
+    "no-check-for-nan-in-loss-and-grad": True,  # ours lets all ranks stop together, with one line (train.anomalies)
     "hidden-dropout": 0.0,  # Megatron's default is 0.1
     "micro-batch-size": 1,
     "eval-iters": 0,
@@ -70,7 +70,7 @@ EARLY = {"tensorboard", "wandb", CARD_NAME + ".partial"}  # what a run that was 
 
 
 @dataclass(frozen=True)
-class Plan:
+class ResolvedStage:
     """A stage resolved: its options, the card of the model it trains, where it starts and writes, all flags."""
 
     options: StageOptions
@@ -82,7 +82,7 @@ class Plan:
     flags: list[str]
 
 
-def resolve(argv: list[str]) -> Plan:
+def resolve(argv: list[str]) -> ResolvedStage:
     """Lay command line over model card over recipe over stage defaults, and check what can be checked now.
 
     Raises:
@@ -102,7 +102,7 @@ def resolve(argv: list[str]) -> Plan:
     flags += ["--save", str(save)] + (["--load", str(save)] if resume else [])
     card = dataclasses.replace(card, stages=[*trainings(card, start), _this_stage(known)])
     finished = resume is not None and int(resume.name.removeprefix("iter_")) >= known.train_iters
-    return Plan(
+    return ResolvedStage(
         options,
         card,
         start,

@@ -34,7 +34,7 @@ from hydra_mcore.model.gdn_heads import GatedDeltaHeads, ShortConv
 from hydra_mcore.model.hydra_attention import HydraAttention, OutputProjection
 from hydra_mcore.model.parameters import GroupLinear, HeadLinear, RMSNorm
 from hydra_mcore.train import align, step
-from hydra_mcore.train.profile_table import BACKWARD, RANGE, STEP, TEACHER, PartsTable, read_table
+from hydra_mcore.train.profile_table import BACKWARD, RANGE, STEP, TEACHER, ProfileTable, read_table
 from hydra_mcore.train.step import TransferStep
 
 FOLDER = "profile"
@@ -67,7 +67,7 @@ CALLS: tuple[tuple[Any, str, str], ...] = (
 
 def profiled(
     call: Callable[[], object], models: Iterable[torch.nn.Module], teachers: Iterable[torch.nn.Module] = ()
-) -> PartsTable:
+) -> ProfileTable:
     """Run ``call()`` once and say where its time went; warm up before.
 
     Args:

@@ -12,7 +12,7 @@ import torch
 from hydra_mcore.config import ModelShape
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.train import align
-from hydra_mcore.train.data import Batch
+from hydra_mcore.train.data import MicroBatch
 from tools.benchmarks.measure import peak_bytes
 from tools.benchmarks.training_step import Pair, student_card
 
@@ -54,7 +54,7 @@ def _peaks(length: int, shape: ModelShape) -> dict[str, int]:
     return {name: peak_bytes(run, "cpu") for name, run in runs.items()}
 
 
-def _with_graphs_kept(pair: Pair, batch: Batch) -> None:
+def _with_graphs_kept(pair: Pair, batch: MicroBatch) -> None:
     def keep(loss: Callable[[], torch.Tensor], *parameters: torch.Tensor) -> torch.Tensor:
         return loss()
 

@@ -20,7 +20,7 @@ from hydra_mcore.errors import InputError
 from hydra_mcore.recipe import STAGE_SECTIONS, Recipe
 from hydra_mcore.stages import default_flags
 from hydra_mcore.train.arguments import ENGINE, ENGINE_CPU, ENGINE_GPU
-from hydra_mcore.train.settings import UNUSED, FlagParser, check_values, flag_name, refusal, unused
+from hydra_mcore.train.flags import UNUSED, FlagParser, check_values, flag_name, refusal, unused
 
 ROOT = Path(__file__).parents[2]
 SHAPE = ModelShape(
