@@ -37,7 +37,7 @@ def student_card(shape: ModelShape, fa_heads: int) -> ModelCard:
     )
 
 
-class Pair:
+class TeacherAndStudent:
     """A teacher, its student and one row of random tokens; needs Megatron's process groups
     (``runtime.process_groups``).
 
