@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -101,7 +102,7 @@ def recording(
         for owner, attribute, name in (*CALLS, *calls):
             ranges.enter_context(_ranged(owner, attribute, name))
         for prefix, roots in ((RANGE, models), (TEACHER, teachers)):
-            for module, part in (found for root in roots for found in _parts(root)):
+            for module, part in itertools.chain.from_iterable(map(_parts, roots)):
                 ranges.enter_context(_ranged(module, "forward", prefix + part))
         with torch.profiler.profile(activities=activities) as profiler:
             yield

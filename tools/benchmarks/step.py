@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from hydra_mcore.config import ModelShape
+from hydra_mcore.stages import STAGES
 from tools.benchmarks.measure import Point, gemm_speed, measured
 from tools.benchmarks.options import QWEN3, add_machine, chosen_machine, positive
 from tools.benchmarks.parts import add_profile, parts_report
@@ -42,7 +43,6 @@ SIZES = {
     "head_dim": "head_dim",
     "ffn": "ffn_hidden_size", "vocabulary": "vocab_size",
 }  # fmt: skip
-STAGES = ("align", "distill", "extend")
 TEACHER, REFERENCE, WHOLE = "teacher forward", "teacher forward + student step", "distill, whole logits"
 COLUMNS = (
     "one micro-batch",
