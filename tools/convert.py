@@ -40,77 +40,67 @@ HYBRIDIZE_EXAMPLES = """examples:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-
-    importing = commands.add_parser(
-        "import", help="Hugging Face directory -> checkpoint", epilog=IMPORT_EXAMPLES, formatter_class=layout
-    )
-    importing.add_argument("--hf", required=True, metavar="DIR", help="directory with config.json and *.safetensors")
-
-    hybridizing = commands.add_parser(
-        "hybridize",
-        help="teacher + head map -> student",
-        usage="%(prog)s --teacher DIR --heads FILE --out DIR [options]",
-        epilog=HYBRIDIZE_EXAMPLES,
-        formatter_class=layout,
-    )
-    hybridizing.add_argument("--teacher", required=True, metavar="DIR", help="checkpoint folder that import wrote")
-    hybridizing.add_argument(
-        "--heads", required=True, metavar="FILE", help="head map (JSON, from tools/select_heads.py)"
-    )
-    hybridizing.add_argument(
-        "--fusion-scale",
-        choices=("calibrated", "one"),
-        default="calibrated",
-        help="where fusion scales start: at the size of the teacher's head outputs on the calibration text, or at 1",
-    )
-    hybridizing.add_argument("--calibration-text", metavar="FILE", help="UTF-8 text; its first 4096 tokens are used")
-    hybridizing.add_argument(
-        "--seed", type=int, default=1234, metavar="N", help="seed of the output gates' random start"
-    )
-    add_flags(hybridizing.add_argument_group("the layer"), HydraOptions)
-
-    hybridizing.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the weights written"
-    )
-
-    exporting = commands.add_parser(
-        "export", help="checkpoint -> Hugging Face directory", epilog=EXPORT_EXAMPLES, formatter_class=layout
-    )
-    exporting.add_argument(
-        "--checkpoint", required=True, metavar="DIR", help="checkpoint folder of a teacher or of any stage"
-    )
-    exporting.add_argument(
-        "--max-shard-size",
-        type=float,
-        default=5.0,
-        metavar="GB",
-        help="largest safetensors file (default: %(default)s)",
-    )
-    exporting.add_argument("--evaluation", metavar="FILE", help="report.md of tools/evaluate.py, for the model card")
-
-    for command, source, result in (
-        (importing, "in the directory", "checkpoint"),
-        (exporting, "at the source", "Hugging Face"),
-    ):
-        exact = f"dtype of the weights written (default: as {source}, so nothing is rounded)"
-        command.add_argument("--dtype", choices=("float32", "bfloat16"), help=exact)
-        command.add_argument("--out", required=True, metavar="DIR", help=f"new {result} folder")
-    hybridizing.add_argument("--out", required=True, metavar="DIR", help="new checkpoint folder")
+    add_import(commands)
+    add_hybridize(commands)
+    add_export(commands)
     for name, command in commands.choices.items():
-        command.add_argument(
-            "--config", nargs="+", metavar="FILE", help=f"recipe: YAML files whose section {name} holds these flags"
-        )
+        sections = f"recipe: YAML files whose section {name} holds these flags"
+        command.add_argument("--config", nargs="+", metavar="FILE", help=sections)
         command.add_argument("--skip-existing", action="store_true", help="do nothing where --out is complete already")
-    importing.set_defaults(run=import_from, seed=0, mark=CARD_NAME)
-    hybridizing.set_defaults(run=hybridize_from, mark=CARD_NAME)
-    exporting.set_defaults(run=export_from, seed=0, mark="config.json")
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in commands.choices:
         return parse_with_recipe(commands.choices[argv[0]], argv[0], argv[1:])
     return parser.parse_args(argv)
+
+
+def add_import(commands: argparse._SubParsersAction) -> None:
+    p = add_command(commands, "import", "Hugging Face directory -> checkpoint", IMPORT_EXAMPLES)
+    p.add_argument("--hf", required=True, metavar="DIR", help="directory with config.json and *.safetensors")
+    add_result(p, "checkpoint", source="in the directory")
+    p.set_defaults(run=import_from, seed=0, mark=CARD_NAME)
+
+
+def add_hybridize(commands: argparse._SubParsersAction) -> None:
+    usage = "%(prog)s --teacher DIR --heads FILE --out DIR [options]"
+    p = add_command(commands, "hybridize", "teacher + head map -> student", HYBRIDIZE_EXAMPLES, usage)
+    p.add_argument("--teacher", required=True, metavar="DIR", help="checkpoint folder that import wrote")
+    p.add_argument("--heads", required=True, metavar="FILE", help="head map (JSON, from tools/select_heads.py)")
+    scales = "where fusion scales start: at the size of the teacher's head outputs on the calibration text, or at 1"
+    p.add_argument("--fusion-scale", choices=("calibrated", "one"), default="calibrated", help=scales)
+    p.add_argument("--calibration-text", metavar="FILE", help="UTF-8 text; its first 4096 tokens are used")
+    p.add_argument("--seed", type=int, default=1234, metavar="N", help="seed of the output gates' random start")
+    add_flags(p.add_argument_group("the layer"), HydraOptions)
+    add_result(p, "checkpoint")
+    p.set_defaults(run=hybridize_from, mark=CARD_NAME)
+
+
+def add_export(commands: argparse._SubParsersAction) -> None:
+    p = add_command(commands, "export", "checkpoint -> Hugging Face directory", EXPORT_EXAMPLES)
+    p.add_argument("--checkpoint", required=True, metavar="DIR", help="checkpoint folder of a teacher or of any stage")
+    largest = "largest safetensors file (default: %(default)s)"
+    p.add_argument("--max-shard-size", type=float, default=5.0, metavar="GB", help=largest)
+    p.add_argument("--evaluation", metavar="FILE", help="report.md of tools/evaluate.py, for the model card")
+    add_result(p, "Hugging Face", source="at the source")
+    p.set_defaults(run=export_from, seed=0, mark="config.json")
+
+
+def add_command(
+    commands: argparse._SubParsersAction, name: str, what: str, examples: str, usage: str | None = None
+) -> argparse.ArgumentParser:
+    layout = argparse.RawDescriptionHelpFormatter
+    return commands.add_parser(name, help=what, usage=usage, epilog=examples, formatter_class=layout)
+
+
+def add_result(p: argparse.ArgumentParser, result: str, source: str | None = None) -> None:
+    """Add ``--dtype``, by default that of the ``source`` or float32, and ``--out``."""
+    what = "dtype of the weights written"
+    if source:
+        what += f" (default: as {source}, so nothing is rounded)"
+    default = None if source else "float32"
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default=default, help=what)
+    p.add_argument("--out", required=True, metavar="DIR", help=f"new {result} folder")
 
 
 def hybridize_from(args: argparse.Namespace) -> None:

@@ -52,75 +52,62 @@ SAMPLE_BATCHES = 4  # tokenized for --dry-run
 def parser() -> argparse.ArgumentParser:
     layout = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(prog="prepare_data", description=__doc__, epilog=EXAMPLES, formatter_class=layout)
+    recipe = "recipe: YAML files whose section prepare holds these flags"
+    p.add_argument("--config", nargs="+", metavar="FILE", help=recipe)
+    add_source(p)
+    add_result(p)
     p.add_argument(
-        "--config", nargs="+", metavar="FILE", help="recipe: YAML files whose section prepare holds these flags"
+        "--skip-broken",
+        action="store_true",
+        help="leave out, and count, what is empty, not UTF-8, not JSON or without text",
     )
+    cores, each = len(os.sched_getaffinity(0)), "processes (default: one a core)"
+    p.add_argument("--workers", type=count, default=cores, metavar="N", help=each)
+    dry_run = "tokenize the first megabyte, say what would be done and how fast, and stop"
+    p.add_argument("--dry-run", action="store_true", help=dry_run)
+    return p
+
+
+def add_source(p: argparse.ArgumentParser) -> None:
     source = p.add_mutually_exclusive_group(required=True)
     kinds = (
         "files, globs, folders: .txt (one document each), .jsonl (also .gz, .zst, .bz2), .parquet (one document a line"
         " or row)"
     )
     source.add_argument("--input", nargs="+", metavar="PATH", help=kinds)
-    source.add_argument(
-        "--dataset", metavar="NAME", help="a dataset of the Hugging Face hub, or a folder of one, streamed by datasets"
-    )
+    hub = "a dataset of the Hugging Face hub, or a folder of one, streamed by datasets"
+    source.add_argument("--dataset", metavar="NAME", help=hub)
     p.add_argument("--dataset-config", metavar="NAME", help="configuration of the dataset, such as sample-100BT")
     p.add_argument("--split", default="train", metavar="NAME", help="split of the dataset (default train)")
-    p.add_argument(
-        "--revision",
-        metavar="COMMIT",
-        help="commit of the dataset on the hub (default: the one that --out notes, else the newest)",
-    )
-    p.add_argument(
-        "--text-key", default="text", metavar="KEY", help="where a JSON object or a row has its text (default text)"
-    )
-    p.add_argument(
-        "--out", type=Path, required=True, metavar="PREFIX", help="beginning of the names of all files that are written"
-    )
+    commit = "commit of the dataset on the hub (default: the one that --out notes, else the newest)"
+    p.add_argument("--revision", metavar="COMMIT", help=commit)
+    key = "where a JSON object or a row has its text (default text)"
+    p.add_argument("--text-key", default="text", metavar="KEY", help=key)
+
+
+def add_result(p: argparse.ArgumentParser) -> None:
+    beginning = "beginning of the names of all files that are written"
+    p.add_argument("--out", type=Path, required=True, metavar="PREFIX", help=beginning)
     whose = "Hugging Face tokenizer: a folder, a checkpoint from tools/convert.py, or a name on the hub"
     p.add_argument("--tokenizer", required=True, metavar="DIR", help=whose)
-    p.add_argument(
-        "--eod", metavar="TOKEN", help="token that ends documents (default: the tokenizer's end-of-sequence token)"
-    )
+    end = "token that ends documents (default: the tokenizer's end-of-sequence token)"
+    p.add_argument("--eod", metavar="TOKEN", help=end)
     fits = (
         "checkpoint, Hugging Face folder or config.json whose vocabulary must hold the tokenizer's; training checks"
         " it, too"
     )
     p.add_argument("--model", type=Path, metavar="PATH", help=fits)
-    p.add_argument(
-        "--tokens",
-        type=count,
-        metavar="N",
-        help="stop with the document that reaches so many, as in 15e9 (default: all)",
-    )
+    most = "stop with the document that reaches so many, as in 15e9 (default: all)"
+    p.add_argument("--tokens", type=count, metavar="N", help=most)
     per_shard = "begin a new shard after about so many: what a kill can cost (default 500e6)"
     p.add_argument("--shard-tokens", type=count, default=500_000_000, metavar="N", help=per_shard)
-    p.add_argument(
-        "--min-tokens", type=count, default=1, metavar="N", help="leave shorter documents out (end of document counted)"
-    )
+    shorter = "leave shorter documents out (end of document counted)"
+    p.add_argument("--min-tokens", type=count, default=1, metavar="N", help=shorter)
     p.add_argument("--max-tokens", type=count, metavar="N", help="leave longer documents out")
     held_out = (
         "keep the first N documents out of training, as text in PREFIX.held_out.txt, for calibration and evaluation"
     )
     p.add_argument("--held-out", type=count, default=0, metavar="N", help=held_out)
-    p.add_argument(
-        "--skip-broken",
-        action="store_true",
-        help="leave out, and count, what is empty, not UTF-8, not JSON or without text",
-    )
-    p.add_argument(
-        "--workers",
-        type=count,
-        default=len(os.sched_getaffinity(0)),
-        metavar="N",
-        help="processes (default: one a core)",
-    )
-    p.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="tokenize the first megabyte, say what would be done and how fast, and stop",
-    )
-    return p
 
 
 def count(text: str) -> int:
