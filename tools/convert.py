@@ -11,7 +11,6 @@ export     a checkpoint -> a Hugging Face directory, of the teacher's own family
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 import warnings
 from pathlib import Path
@@ -59,7 +58,7 @@ def add_import(commands: argparse._SubParsersAction) -> None:
     p = add_command(commands, "import", "Hugging Face directory -> checkpoint", IMPORT_EXAMPLES)
     p.add_argument("--hf", required=True, metavar="DIR", help="directory with config.json and *.safetensors")
     add_result(p, "checkpoint", source="in the directory")
-    p.set_defaults(run=import_from, seed=0, mark=CARD_NAME)
+    p.set_defaults(command="import", seed=0, mark=CARD_NAME)
 
 
 def add_hybridize(commands: argparse._SubParsersAction) -> None:
@@ -73,7 +72,7 @@ def add_hybridize(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--seed", type=int, default=1234, metavar="N", help="seed of the output gates' random start")
     add_flags(p.add_argument_group("the layer"), HydraOptions)
     add_result(p, "checkpoint")
-    p.set_defaults(run=hybridize_from, mark=CARD_NAME)
+    p.set_defaults(command="hybridize", mark=CARD_NAME)
 
 
 def add_export(commands: argparse._SubParsersAction) -> None:
@@ -83,7 +82,7 @@ def add_export(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--max-shard-size", type=float, default=5.0, metavar="GB", help=largest)
     p.add_argument("--evaluation", metavar="FILE", help="report.md of tools/evaluate.py, for the model card")
     add_result(p, "Hugging Face", source="at the source")
-    p.set_defaults(run=export_from, seed=0, mark="config.json")
+    p.set_defaults(command="export", seed=0, mark="config.json")
 
 
 def add_command(
@@ -103,77 +102,16 @@ def add_result(p: argparse.ArgumentParser, result: str, source: str | None = Non
     p.add_argument("--out", required=True, metavar="DIR", help=f"new {result} folder")
 
 
-def hybridize_from(args: argparse.Namespace) -> None:
-    """The hybridize command; raises InputError for anything given that cannot be used."""
-    import torch
-
-    from hydra_mcore.convert.calibration import calibration_tokens
-    from hydra_mcore.convert.inherit import SCALED_FUSIONS, hybridize
-    from hydra_mcore.errors import InputError
-    from hydra_mcore.heads import HeadMap
-
-    options = HydraOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(HydraOptions)})
-    head_map = HeadMap.load(args.heads)
-    calibrated = args.fusion_scale == "calibrated" and options.fusion in SCALED_FUSIONS
-    if calibrated and args.calibration_text is None:
-        raise InputError("the fusion scales need --calibration-text FILE; or start them at 1 with --fusion-scale one")
-    if args.calibration_text is not None and not calibrated:
-        raise InputError("--calibration-text has no use here: the fusion scales are not calibrated; leave it out")
-    tokens_bs = calibration_tokens(args.calibration_text, args.teacher) if calibrated else None
-    card = hybridize(args.teacher, head_map, options, args.out, tokens_bs, getattr(torch, args.dtype))
-    num_heads = head_map.num_layers * head_map.num_heads
-    print(f"student with {head_map.num_fa} FA heads of {num_heads}, teacher {card.fingerprint[:12]}: {args.out}")
-
-
-def import_from(args: argparse.Namespace) -> None:
-    """The import command; raises InputError for a directory that cannot be used."""
-    import torch
-
-    from hydra_mcore.convert.hf_import import import_hf
-
-    card = import_hf(args.hf, args.out, args.dtype and getattr(torch, args.dtype))
-    print(
-        f"{card.stage} {card.fingerprint[:12]}, {card.shape.num_layers} layers x {card.shape.num_heads} heads:"
-        f" {args.out}"
-    )
-
-
-def export_from(args: argparse.Namespace) -> None:
-    """The export command; raises InputError for a checkpoint that cannot be exported."""
-    import torch
-
-    from hydra_mcore.convert.hf_export import export_hf
-    from hydra_mcore.errors import InputError
-
-    if not args.max_shard_size > 0:
-        raise InputError(f"--max-shard-size is {args.max_shard_size}; it counts GB, so it must exceed 0")
-    card = export_hf(
-        args.checkpoint, args.out, args.dtype and getattr(torch, args.dtype), args.max_shard_size * 1e9, args.evaluation
-    )
-    print(
-        f"{card.stage} with {card.head_map.num_fa} FA heads of {card.shape.num_layers * card.shape.num_heads}:"
-        f" {args.out}"
-    )
-
-
 @one_line_errors("convert")
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)  # before the heavy imports, so that --help is quick
+    args = parse_args(argv)
     if args.skip_existing and (Path(args.out) / args.mark).exists():  # a folder gets its name when it is complete
         print(f"{args.out}: is there already")
         return
-    from hydra_mcore.compat import install
-
-    install()
-    from transformers.utils.logging import set_verbosity_error
-
-    from hydra_mcore.model.runtime import process_groups
-
-    set_verbosity_error()  # a command has its own output, and its refusals are one line
-
     warnings.filterwarnings("ignore", module=r"megatron\.")
-    with process_groups(seed=args.seed):
-        args.run(args)
+    from tools.commands.convert import run  # takes seconds: not for --help
+
+    run(args)
 
 
 if __name__ == "__main__":

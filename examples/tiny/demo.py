@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"model for transformers: {hf_dir}")
 
 
-def door(out: Path, log: str, *command: str) -> None:
+def run_command(out: Path, log: str, *command: str) -> None:
     """Run one of the project's commands, its output in <out>/logs; a failure shows the end of it and stops the demo."""
     path = out / "logs" / f"{log}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -163,7 +163,9 @@ def write_data(out: Path, seed: int, steps: tqdm) -> None:
 
 def make_students(out: Path, students: Sequence[Student], seed: int, steps: tqdm) -> None:
     """Import the teacher, score its heads once, for the first student, and make a student for each choice of heads."""
-    door(out, "import", "tools/convert.py", "import", "--hf", str(HERE / "teacher"), "--out", str(out / "teacher"))
+    run_command(
+        out, "import", "tools/convert.py", "import", "--hf", str(HERE / "teacher"), "--out", str(out / "teacher")
+    )
     steps.update()
     select = ("tools/select_heads.py", "--teacher", str(out / "teacher"), "--seed", str(seed), *SCORED_FOR)
     scores = str(folder(out, students[0]) / "heads" / "scores.json")
@@ -173,7 +175,7 @@ def make_students(out: Path, students: Sequence[Student], seed: int, steps: tqdm
         choice = ("--ratio", student.ratio, "--strategy", student.strategy, "--out", str(heads))
         first = ("--haystack", str(out / "train.txt")) if student is students[0] else ("--scores", scores)
         known = first if student.scored else ()
-        door(out, slug(student), *select, *choice, *known)
+        run_command(out, slug(student), *select, *choice, *known)
         hybridize = (
             "tools/convert.py",
             "hybridize",
@@ -183,7 +185,9 @@ def make_students(out: Path, students: Sequence[Student], seed: int, steps: tqdm
             str(heads / "head_map.json"),
         )
         calibration = ("--calibration-text", str(out / "train.txt"), "--seed", str(seed))
-        door(out, slug(student), *hybridize, *calibration, *LAYER, "--out", str(folder(out, student) / "student"))
+        run_command(
+            out, slug(student), *hybridize, *calibration, *LAYER, "--out", str(folder(out, student) / "student")
+        )
 
     make(students[0])  # its scores serve the others
     steps.update()
@@ -267,7 +271,7 @@ def evaluate(args: argparse.Namespace, steps: tqdm) -> None:
     lengths = ("--lengths", "512", "1024", "--prompts", str(args.prompts), "--seed", str(EVALUATION_SEED + args.seed))
     steps.set_postfix_str("evaluating")
     text = ("--haystack", str(args.out / "held_out.txt"))
-    door(
+    run_command(
         args.out,
         "evaluate",
         "tools/evaluate.py",
@@ -286,7 +290,7 @@ def export(out: Path, steps: tqdm) -> Path:
     student = folder(out, STUDENTS[0])
     report = ("--evaluation", str(out / "evaluation" / "report.md"))
     checkpoint = ("--checkpoint", str(student / STUDENTS[0].stages[-1]))
-    door(out, "export", "tools/convert.py", "export", *checkpoint, *report, "--out", str(student / "hf"))
+    run_command(out, "export", "tools/convert.py", "export", *checkpoint, *report, "--out", str(student / "hf"))
     steps.update()
     return student / "hf"
 

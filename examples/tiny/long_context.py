@@ -25,7 +25,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from examples.tiny.demo import EVALUATION_SEED, ROOT, Student, door, folder, make_students, train_all, write_data
+from examples.tiny.demo import EVALUATION_SEED, ROOT, Student, folder, make_students, run_command, train_all, write_data
 from hydra_mcore.commands import one_line_errors, sole_writer
 
 STAGES = ("align", "distill", "extend")
@@ -95,7 +95,9 @@ def evaluate(out: Path, seed: int, steps: tqdm) -> None:
     for prompts, lengths in PROMPTS.items():
         steps.set_postfix_str(f"evaluating at {lengths[-1]}")
         size = ("--prompts", str(prompts), "--lengths", *map(str, lengths))
-        door(out, "evaluate", "tools/evaluate.py", "--models", *models, *asked, *size, "--out", str(out / "evaluation"))
+        run_command(
+            out, "evaluate", "tools/evaluate.py", "--models", *models, *asked, *size, "--out", str(out / "evaluation")
+        )
         steps.update()
 
 

@@ -77,7 +77,7 @@ def _write_students(rank: int, folder: Path) -> None:
 
 
 def _dry_runs(rank: int, folder: Path) -> dict[Case, dict[str, Any]]:
-    from hydra_mcore.train import run as door
+    from hydra_mcore.train import run as stage_run
 
     found: dict[Case, dict[str, Any]] = {}
     for (model, overlays, ranks), stage in itertools.product(CASES, STAGE_SECTIONS):
@@ -93,8 +93,8 @@ def _dry_runs(rank: int, folder: Path) -> dict[Case, dict[str, Any]]:
         ]
         argv += ["--needle-interval", "0"]  # its prompts need the tokenizer
         seen: dict[str, Any] = {}
-        door.check_data = lambda args, seen=seen: seen.update(vars(args))
-        door.run_stage(argv)
+        stage_run.check_data = lambda args, seen=seen: seen.update(vars(args))
+        stage_run.run_stage(argv)
         found[model, overlays, ranks, stage] = {name: seen[name] for name in KEPT}
     return found
 
@@ -124,15 +124,15 @@ def test_every_recipe_file_is_tried() -> None:
         assert set(yaml.safe_load(Path(path).read_text())) & {*STAGE_SECTIONS}, path
 
 
-DOORS = {"prepare": prepare_data, "select": select_heads, "evaluate": evaluate}
+COMMANDS = {"prepare": prepare_data, "select": select_heads, "evaluate": evaluate}
 
 
 @pytest.mark.parametrize("section", COMMAND_SECTIONS)
 @pytest.mark.parametrize("model", SCHEDULES)
 def test_commands_know_the_keys_of_their_section(model: str, section: str) -> None:
     config = ["--config", *files(model, ())]
-    if section in DOORS:
-        found = vars(parse_with_recipe(DOORS[section].parser(), section, config))
+    if section in COMMANDS:
+        found = vars(parse_with_recipe(COMMANDS[section].parser(), section, config))
     else:
         found = vars(convert.parse_args([section, *config]))
     given = Recipe.load(files(model, ()), section).values
