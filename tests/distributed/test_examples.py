@@ -24,7 +24,8 @@ from hydra_mcore.convert.hf_config import read_config
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.recipe import COMMAND_SECTIONS, STAGE_SECTIONS, Recipe, parse_with_recipe
 from tests.support.launch import model_parallel, run_ranks
-from tools import convert, evaluate, plan, prepare_data, select_heads
+from tools import convert, evaluate, prepare_data, select_heads
+from tools.plan.__main__ import main as plan
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -150,7 +151,7 @@ def test_the_walk_through_shows_cost_and_jobs(
     ).stdout
     assert said.count("Fits: ") == 3 and "| all |  | 15.00 |" in said
     monkeypatch.chdir(ROOT)
-    plan.main(evaluation.split()[1:])
+    plan(evaluation.split()[1:])
     said = capsys.readouterr().out
     assert said.count("Fits: ") == 1 and "| student, 524,288 |" in said
     said = subprocess.run(

@@ -1,0 +1,59 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes that a rank sends in a training step, by kind of parallelism, and how unevenly attention lies on ranks."""
+
+from __future__ import annotations
+
+from hydra_mcore.config import ModelCard, teacher_card
+from hydra_mcore.costs.activations import Run
+from hydra_mcore.costs.communication import cp_bytes, fa_imbalance
+from hydra_mcore.costs.parameters import ATTENTION_PARTS
+from hydra_mcore.costs.training_memory import stage_parameters
+
+
+def step_bytes(card: ModelCard, run: Run) -> dict[str, float]:
+    """Bytes that the busiest rank sends in one step: by tensor, context, pipeline and data parallelism."""
+    shape, p, micro_batches = card.shape, run.value_bytes, run.micro_batches
+    layers = shape.num_layers / run.pp_size
+    hidden = run.tokens * p * shape.hidden_size
+    # Two sums over ranks forward and two backward, each an all-gather and a reduce-scatter; backward gathers the MLP's
+    # input again under sequence parallelism. align: the teacher forward, and the student's attention alone.
+    sums = {"align": 4 + 3, "distill": 4 + 8 + run.sequence_parallel, "extend": 8 + run.sequence_parallel}[run.stage]
+    tensor = layers * sums * hidden * (run.tp_size - 1) / run.tp_size
+    context = layers * layer_cp_bytes(card, run) if run.cp_size > 1 else 0.0
+    streams = 2 if run.stage == "distill" else 1
+    pipeline = 2 * streams * run.tokens_between * p * shape.hidden_size if run.pp_size > 1 else 0.0
+    sharing = run.dp_size * run.cp_size
+    held = stage_parameters(card, run, 0, 0)
+    trained = sum(held[part] for part in ATTENTION_PARTS) if run.stage == "align" else held.total()
+    data = (run.gradient_bytes + p) * trained * (sharing - 1) / sharing
+    return {
+        "tensor": micro_batches * tensor,
+        "context": micro_batches * context,
+        "pipeline": micro_batches * pipeline,
+        "data": data,
+    }
+
+
+def layer_cp_bytes(card: ModelCard, run: Run) -> float:
+    """Bytes that a rank sends by context parallelism for a layer and micro-batch, forward and backward, mean over the
+    layers.
+    """
+    teacher = teacher_card(card.shape, fingerprint="")
+    total = 0.0
+    for layer_idx in range(card.shape.num_layers):
+        student = cp_bytes(
+            run.layout(card, layer_idx), 0, run.part(), card.shape.head_dim, run.value_bytes, run.rows, card.options
+        )
+        total += student.total.total
+        if run.stage != "extend":
+            layout = run.layout(teacher, layer_idx)
+            total += cp_bytes(
+                layout, 0, run.part(), card.shape.head_dim, run.value_bytes, run.rows, teacher.options
+            ).total.forward
+    return total / card.shape.num_layers
+
+
+def fa_imbalances(card: ModelCard, run: Run) -> list[float]:
+    """Attention work of the busiest tensor-parallel rank over the mean, layer by layer."""
+    return [fa_imbalance(run.layout(card, layer_idx), run.part()) for layer_idx in range(card.shape.num_layers)]
