@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from tools.benchmark import DRAWN, TABLES, main
-from tools.benchmarks.delta_rules import ATTENTION, OURS, Rules
-from tools.benchmarks.layer import crossing
-from tools.benchmarks.layers import TEACHER
+from tools.benchmark import main
+from tools.benchmarks.delta_rule import ATTENTION, OURS, Rules
+from tools.benchmarks.flags import SECTIONS
+from tools.benchmarks.layer import TEACHER, crossing
 from tools.benchmarks.measure import in_turn, measured, peak_bytes
 from tools.benchmarks.report import Report, markdown
 
@@ -65,18 +65,18 @@ def column(table: dict[str, Any], name: str) -> list[str]:
     return [row[table["columns"].index(name)] for row in table["rows"]]
 
 
-@pytest.mark.parametrize("section", DRAWN + TABLES)
+@pytest.mark.parametrize("section", SECTIONS)
 def test_every_section_has_examples_and_the_common_flags(section: str, capsys: pytest.CaptureFixture[str]) -> None:
     name = section.replace("_", "-")
     with pytest.raises(SystemExit) as stop:
         main([name, "--help"])
     said = capsys.readouterr().out
     assert stop.value.code == 0 and f"python tools/benchmark.py {name}" in said.split("examples:")[1]
-    assert "--json FILE" in said and ("--figure FILE" in said) == (section in DRAWN)
+    assert "--json FILE" in said and ("--figure FILE" in said) == SECTIONS[section].figure
 
 
 def test_delta_rule(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tools.benchmarks.delta_rules.SLOW_TURNS", 100)
+    monkeypatch.setattr("tools.benchmarks.delta_rule.SLOW_TURNS", 100)
     found = run_command(RULE, tmp_path, capsys)
     trained, forward, kept, sweep, errors = found["tables"]
     contestants = [(n, name) for n in (96, 160) for name in (OURS, ATTENTION, "Megatron-Core", "transformers")]

@@ -17,16 +17,12 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from hydra_mcore.heads import HeadMap
 from tools.benchmarks.measure import Point, in_turn
-from tools.benchmarks.options import positive
 from tools.benchmarks.report import Report
 
-HELP = "seconds from a command to its --help, and to the first training step of the tiny example"
-EXAMPLES = """\
-  how long every command takes to its --help, and training to its first step (a minute or two)
-      python tools/benchmark.py start-up
-"""
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "examples" / "tiny"
 NO_COMMANDS = {"hydra_mcore.evaluation.layout_logits"}  # tools/verify.py starts it, under torchrun
@@ -48,14 +44,8 @@ def commands() -> list[str]:
     )
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--repeats", type=positive, default=3, metavar="N", help="the median counts (default 3)")
-
-
 def run(args: argparse.Namespace) -> Report:
     """Two tables: the first training step, and --help."""
-    import torch
-
     seconds = in_turn({command: partial(_start, command, "--help") for command in commands()}, args.repeats, "cpu")
     points = [Point(command, 0, times) for command, times in seconds.items()]
     helps = Report("--help", "Goal: 1.5 s.", ("python -m", "seconds"), [[point.name, point.spread] for point in points])
