@@ -14,6 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hydra_mcore.commands import one_line_errors
 from hydra_mcore.recipe import parse_with_recipe  # light, so that --help is quick
+from hydra_mcore.selection.capabilities import BUILT_IN
+from hydra_mcore.selection.choose import STRATEGIES
+from hydra_mcore.selection.score import ROLES
 from tools.layout_flags import add_layout_flags
 
 EXAMPLES = """\
@@ -50,8 +53,6 @@ examples:
 
 
 def parser() -> argparse.ArgumentParser:
-    from hydra_mcore.selection.choose import STRATEGIES
-
     layout = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(prog="select_heads", description=__doc__, epilog=EXAMPLES, formatter_class=layout)
     p.add_argument(
@@ -96,9 +97,6 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_scoring_flags(p: argparse.ArgumentParser) -> None:
-    from hydra_mcore.selection.capabilities import BUILT_IN
-    from hydra_mcore.selection.score import ROLES
-
     scoring = p.add_argument_group("scores")
     scoring.add_argument(
         "--scores",
