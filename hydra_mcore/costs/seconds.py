@@ -20,9 +20,10 @@ from __future__ import annotations
 from hydra_mcore.config import ModelCard
 from hydra_mcore.costs.activations import Run
 from hydra_mcore.costs.evaluation_memory import Forward
-from hydra_mcore.costs.flops import CHUNK, causal_attention, delta_rule, model_flops
+from hydra_mcore.costs.flops import model_flops
 from hydra_mcore.costs.machine import Machine
 from hydra_mcore.costs.step_communication import fa_imbalances
+from hydra_mcore.kinds import FA, KINDS
 
 
 def step_seconds(
@@ -37,9 +38,9 @@ def step_seconds(
     """
     rate = machine.gpus * machine.gpu.bf16_tflops * 1e12 * machine.efficiency
     tokens = run.global_rows * run.length
-    attention = causal_attention(card.shape.head_dim, run.length).total * tokens
+    attention = KINDS[FA].core_flops(card.shape, card.options, run.length).total * tokens
     uneven = sum(
-        len(heads.fa) * attention * (factor - 1)
+        len(heads[FA]) * attention * (factor - 1)
         for heads, factor in zip(card.head_map.layers, fa_imbalances(card, run), strict=True)
     )
     busy = {
@@ -66,10 +67,10 @@ def recomputed_flops(card: ModelCard, run: Run) -> float:
     if run.recompute_layers:
         method, count = run.recompute_layers
         return forward * (1.0 if method == "uniform" else min(1.0, count * run.pp_size / card.shape.num_layers))
-    num_fa = card.head_map.num_fa
-    num_gdn = card.shape.num_layers * card.shape.num_heads - num_fa
-    d = card.shape.head_dim
-    core = num_fa * causal_attention(d, run.length).forward + num_gdn * delta_rule(d, max(run.length, CHUNK)).forward
+    core = 0.0
+    for layer in card.head_map.layers:
+        for kind, heads in layer.items():
+            core += len(heads) * KINDS[kind].core_flops(card.shape, card.options, run.length).forward
     mlp = card.shape.num_layers * 6 * card.shape.hidden_size * card.shape.ffn_hidden_size
     return core * ("core_attn" in run.recompute) + mlp * ("mlp" in run.recompute and run.stage != "align")
 

@@ -6,9 +6,12 @@ from __future__ import annotations
 
 from hydra_mcore.config import ModelCard, teacher_card
 from hydra_mcore.costs.activations import Run
-from hydra_mcore.costs.communication import cp_bytes, fa_imbalance
+from hydra_mcore.costs.communication import cp_bytes, imbalance
+from hydra_mcore.costs.communication import total as layer_sent
 from hydra_mcore.costs.parameters import ATTENTION_PARTS
 from hydra_mcore.costs.training_memory import stage_parameters
+from hydra_mcore.kinds import FA
+from hydra_mcore.kinds.kind import Sent
 
 
 def step_bytes(card: ModelCard, run: Run) -> dict[str, float]:
@@ -42,18 +45,17 @@ def layer_cp_bytes(card: ModelCard, run: Run) -> float:
     teacher = teacher_card(card.shape, fingerprint="")
     total = 0.0
     for layer_idx in range(card.shape.num_layers):
-        student = cp_bytes(
-            run.layout(card, layer_idx), 0, run.part(), card.shape.head_dim, run.value_bytes, run.rows, card.options
-        )
-        total += student.total.total
+        total += layer_sent(_cp_bytes(card, layer_idx, run)).total
         if run.stage != "extend":
-            layout = run.layout(teacher, layer_idx)
-            total += cp_bytes(
-                layout, 0, run.part(), card.shape.head_dim, run.value_bytes, run.rows, teacher.options
-            ).total.forward
+            total += layer_sent(_cp_bytes(teacher, layer_idx, run)).forward
     return total / card.shape.num_layers
+
+
+def _cp_bytes(card: ModelCard, layer_idx: int, run: Run) -> dict[str, dict[str, Sent]]:
+    layout = run.layout(card, layer_idx)
+    return cp_bytes(card.shape, card.options, layout, 0, run.part(), run.value_bytes, run.rows)
 
 
 def fa_imbalances(card: ModelCard, run: Run) -> list[float]:
     """Attention work of the busiest tensor-parallel rank over the mean, layer by layer."""
-    return [fa_imbalance(run.layout(card, layer_idx), run.part()) for layer_idx in range(card.shape.num_layers)]
+    return [imbalance(run.layout(card, layer_idx), FA, run.part()) for layer_idx in range(card.shape.num_layers)]

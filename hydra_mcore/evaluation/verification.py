@@ -33,7 +33,7 @@ from hydra_mcore.costs.batch_sizes import rows_a_forward
 from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.comparison import Agreement, Fact, Result, agreement
 from hydra_mcore.evaluation.layout_logits import Layout, Rows, logits_of, run_layouts
-from hydra_mcore.heads import HeadMap
+from hydra_mcore.heads import HeadMap, in_words
 from hydra_mcore.model.build import build_model, load_model
 from hydra_mcore.model.checkpoints import latest_iteration
 from hydra_mcore.model.streaming import StoredTensors
@@ -215,7 +215,7 @@ def all_fa(subject: Subject) -> Agreement:
     teacher_bsw = subject.teacher_logits_bsw
     _, teacher = load_model(subject.need_teacher())
     student = build_model(teacher_card(subject.card.shape, "")).eval()
-    inherit(teacher, student)
+    inherit(teacher, student, subject.card.shape)
     del teacher  # before the forward pass needs memory
     return agreement([(teacher_bsw, logits_of(student, subject.rows)["dense"])])
 
@@ -264,10 +264,10 @@ def decode(subject: Subject, in_steps: bool) -> Agreement:
     expected_bsw, model, length = subject.exported_bsw, subject.exported, subject.rows.tokens_bs.shape[1]
     first, last = min(FIRST_STEPS, length // 4), min(LAST_STEPS, length // 4)
     sizes = [1] * first + [length - first - last] + [1] * last if in_steps else [length // 3, length - length // 3]
-    memory, parts = None, []
+    cache, parts = None, []
     for ids_bs in subject.rows.tokens_bs.to(model.device).split(sizes, dim=1):
-        out = model(ids_bs, past_key_values=memory, use_cache=True)
-        memory = out.past_key_values
+        out = model(ids_bs, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
         parts.append(out.logits.float().cpu())
     return agreement([(expected_bsw, torch.cat(parts, dim=1))])
 
@@ -315,7 +315,7 @@ def same_heads(found: HeadMap, card: ModelCard) -> Fact:
         return Fact(False, f"{found.counts}, the card says {card.head_map.counts}")
     for layer_idx, (theirs, ours) in enumerate(zip(found.layers, card.head_map.layers, strict=True)):
         if theirs != ours:
-            return Fact(False, f"layer {layer_idx} keeps FA heads {list(theirs.fa)}, the card says {list(ours.fa)}")
+            return Fact(False, f"layer {layer_idx} has {in_words(theirs)}, the card says {in_words(ours)}")
     if found.fingerprint not in ("", card.fingerprint):
         return same_fingerprint(found.fingerprint, card.fingerprint)
     return Fact(True, f"{found.num_fa} FA heads of {found.num_layers * found.num_heads}")

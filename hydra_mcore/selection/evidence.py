@@ -19,14 +19,13 @@ from hydra_mcore.config import ModelShape
 from hydra_mcore.errors import InputError
 from hydra_mcore.files import from_fields, read_json
 from hydra_mcore.heads import Head
+from hydra_mcore.kinds import DEFAULT_LINEAR, FA, KINDS
 from hydra_mcore.selection.choose import kv_groups_alive
 from hydra_mcore.selection.score import CRITICAL, HeadScores, ProbeEffects
 
-RATIOS = (1, 2, 3, 5, 7, 9, 11, 15)  # GDN heads to one FA head
+RATIOS = (1, 2, 3, 5, 7, 9, 11, 15)  # linear heads to one FA head
 CONTEXTS = (4096, 32_768, 131_072, 524_288)  # tokens
 KNOCK_OUT_ORDERS = ("best first", "worst first", "random")
-# Of a state entry and token: 1 to decay it, 2 each to read it with k, to write beta (v - S k) k^T, to read it with q.
-GDN_FLOPS = 7
 
 
 # Estimates among ``HeadScores.observed``, and the role whose exact effect each stands for.
@@ -286,7 +285,7 @@ def costs(scores: HeadScores, ratios: Sequence[int] = RATIOS, contexts: Sequence
 
 
 def kv_fraction(shape: ModelShape, kept: Sequence[Head]) -> float:
-    """Share of the teacher's kv groups that a kept head reads; the GDN states, of constant size, are left out."""
+    """Share of the teacher's kv groups that a kept head reads; states of constant size are left out."""
     return kv_groups_alive(shape, kept) / (shape.num_layers * shape.num_kv_groups)
 
 
@@ -294,15 +293,15 @@ def attention_flops(shape: ModelShape, num_fa: int, seen: float) -> float:
     """FLOPs a token of all heads over those of the teacher's; projections, gates and MLPs, whose cost no context
     raises, are left out.
 
-    An FA head takes 2 d for QK^T and 2 d for PV per token that is seen: 4 d n at the end of a context of n, and on
-    average 2 d n over a causal prefill of n, since a token sees n / 2 others. A GDN head takes ``GDN_FLOPS`` d^2 at any
-    n (the recurrence; chunked kernels trade some more FLOPs for matrix products).
+    An FA head takes 4 d n at the end of a context of n, and on average 2 d n over a causal prefill of n, since a token
+    sees n / 2 others. Heads that are not kept are of the kind ``DEFAULT_LINEAR``.
 
     Args:
         seen: tokens a token attends to: n at the end of a context, n / 2 on average over a prefill.
     """
-    total, fa, gdn = shape.num_layers * shape.num_heads, 4 * shape.head_dim * seen, GDN_FLOPS * shape.head_dim**2
-    return (num_fa * fa + (total - num_fa) * gdn) / (total * fa)
+    total = shape.num_layers * shape.num_heads
+    fa, linear = (KINDS[kind].decode_flops(shape.head_dim, seen) for kind in (FA, DEFAULT_LINEAR))
+    return (num_fa * fa + (total - num_fa) * linear) / (total * fa)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from matplotlib.patches import Rectangle
 
 from hydra_mcore.files import replacing
 from hydra_mcore.heads import HeadMap
+from hydra_mcore.kinds import FA
 from hydra_mcore.selection.choose import STRATEGIES
 from hydra_mcore.selection.evidence import Agreement, Evidence, KnockOut, Spread, role_effects
 from hydra_mcore.selection.score import CRITICAL, HeadScores
@@ -39,7 +40,7 @@ def heat_map(path: str | Path, head_map: HeadMap, scores: HeadScores | None, mod
     axes = figure.add_subplot()
     image = _cells(axes, np.zeros((layers, heads)) if scores is None else scores.scores_lh)
     for layer_idx, layer in enumerate(head_map.layers):
-        for head_idx in layer.fa:
+        for head_idx in layer[FA]:
             corner = (head_idx - 0.42, layer_idx - 0.42)
             axes.add_patch(
                 Rectangle(corner, 0.84, 0.84, fill=scores is None, color=FRAME, lw=1.8 if cell_w > 0.25 else 1.1)
@@ -47,7 +48,7 @@ def heat_map(path: str | Path, head_map: HeadMap, scores: HeadScores | None, mod
         axes.text(
             heads - 0.35,
             layer_idx,
-            f"{len(layer.fa)}",
+            f"{len(layer[FA])}",
             va="center",
             ha="left",
             fontsize=9 if cell_h > 0.2 else 7,
@@ -71,7 +72,7 @@ def statistic_maps(path: str | Path, title: str, values: Mapping[str, np.ndarray
         panel[0] * len(values), panel[1], title, "dot = full attention; grey = a head without such a value"
     )
     fa = np.array(
-        [(layer_idx, head_idx) for layer_idx, layer in enumerate(head_map.layers) for head_idx in layer.fa]
+        [(layer_idx, head_idx) for layer_idx, layer in enumerate(head_map.layers) for head_idx in layer[FA]]
     ).reshape(-1, 2)
     for axes, (name, values_lh) in zip(figure.subplots(1, len(values), squeeze=False)[0], values.items(), strict=True):
         image = _cells(axes, np.ma.masked_invalid(values_lh), grid=False)

@@ -19,6 +19,7 @@ import numpy as np
 
 from hydra_mcore.files import replacing
 from hydra_mcore.heads import Head
+from hydra_mcore.kinds import FA
 from hydra_mcore.selection import figures
 from hydra_mcore.selection.choose import Choice
 from hydra_mcore.selection.evidence import ESTIMATES, Evidence, KnockOut, gather, gini, role_effects
@@ -96,8 +97,8 @@ def write_report(
 
 def _chosen(pictures: Path, scores: HeadScores, choice: Choice, model_name: str) -> str:
     kept, total = choice.head_map.num_fa, scores.scores_lh.size
-    by_layer = [len(layer.fa) for layer in choice.head_map.layers]
-    passed = sum(head not in choice.head_map.layers[layer].fa for layer, head in scores.ranking()[:kept])
+    by_layer = [len(layer[FA]) for layer in choice.head_map.layers]
+    passed = sum(head not in choice.head_map.layers[layer][FA] for layer, head in scores.ranking()[:kept])
     senders = " and by way of the heads that read it (sender)" if _has_senders(scores) else ""
     facts = [
         ("full attention", f"{kept} of {total} heads ({kept / total:.1%}), {min(by_layer)} to {max(by_layer)} a layer"),
@@ -174,7 +175,7 @@ def _roles(pictures: Path, scores: HeadScores, choice: Choice, evidence: Evidenc
     critical_lh, convertible_lh = evidence.critical_lh, evidence.convertible_lh
     kept_lh = np.zeros(critical_lh.shape, dtype=bool)
     for layer_idx, layer in enumerate(choice.head_map.layers):
-        kept_lh[layer_idx, list(layer.fa)] = True
+        kept_lh[layer_idx, list(layer[FA])] = True
     receives_lh = np.any([effect_lh >= CRITICAL for effect_lh in role_effects(scores)["receiver"].values()], axis=0)
     text = [
         (

@@ -21,8 +21,8 @@ from hydra_mcore.corpus.manifest import expand_blend
 from hydra_mcore.files import check_writable
 from hydra_mcore.heads import HeadLayout
 from hydra_mcore.model.checkpoints import latest_iteration, trainings
-from hydra_mcore.ops.sequence import SequencePart
 from hydra_mcore.recipe import Recipe
+from hydra_mcore.sequence import SequencePart
 from hydra_mcore.train.checkpoints import difference, resumable
 from hydra_mcore.train.settings import FlagParser, check_values
 from hydra_mcore.train.stages import STAGES, default_flags, start_dir

@@ -28,7 +28,7 @@ from torch import Tensor
 from hydra_mcore.config import ConfigError
 from hydra_mcore.corpus.manifest import Manifest, finished_path, prefix_of_shard
 from hydra_mcore.corpus.tokenize import fingerprint, load_fast_tokenizer
-from hydra_mcore.ops.sequence import SequencePart
+from hydra_mcore.sequence import SequencePart
 
 
 class Batch(NamedTuple):

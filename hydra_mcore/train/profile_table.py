@@ -3,10 +3,8 @@
 """Where the time of a training step went, part by part, read from the trace that torch's profiler wrote.
 
 Every moment belongs to the innermost range or backward operation around it. A backward operation belongs to the part
-whose
-forward operation made it: the trace links the two (its "fwdbwd" flows, from autograd's sequence numbers). So a step's
-    time is
-dealt out once, and the parts add up to it.
+whose forward operation made it: the trace links the two (its "fwdbwd" flows, from autograd's sequence numbers). So a
+step's time is dealt out once, and the parts add up to it.
 
 On a CPU time is that of the thread that runs the step, waiting and Python included. On a GPU it is that of kernels and
 copies, each counted where it was launched.
@@ -23,12 +21,24 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hydra_mcore.kinds import KINDS
+
+
+def core_name(kind: str) -> str:
+    """The part that is a kind's core: "FA attention"."""
+    return f"{KINDS[kind].label} {KINDS[kind].core}"
+
+
+def _of_kinds() -> Iterable[str]:
+    """The core of each kind, and the rest of its branch: norms, rotary, gates of decay and writing."""
+    for kind in KINDS:
+        yield core_name(kind)
+        yield f"{KINDS[kind].label} rest"
+
+
 PARTS = (
-    "FA attention",  # softmax(q k^T) v
-    "FA rest",  # norms, rotary, scale of FA heads
-    "GDN delta rule",
-    "GDN rest",  # norms, rotary, decay and write gates of GDN heads
-    "conv",  # the short convolution of GDN heads
+    *_of_kinds(),
+    "conv",  # the short convolution of recurrent heads
     "fusion",
     "projections",  # q, k, v, the output gates', the output projection
     "MLP",

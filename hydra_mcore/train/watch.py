@@ -28,7 +28,7 @@ from hydra_mcore.costs.flops import step_flops
 from hydra_mcore.files import write_json
 from hydra_mcore.selection.figures import statistic_maps
 from hydra_mcore.train.alerts import DataWatch, LossSpikes, TrainingStopped, nonfinite
-from hydra_mcore.train.head_statistics import HeadStatistics
+from hydra_mcore.train.head_statistics import STATISTICS, HeadStatistics
 from hydra_mcore.train.needles import NeedlePanels
 from hydra_mcore.train.step import TransferStep
 
@@ -113,17 +113,19 @@ class Watch:
         file = Path(self.args.save) / HEADS_FOLDER / f"step_{iteration:07d}.json"
         write_json(file, {name: _plain(values_lh) for name, values_lh in by_head.items()}, indent=None)
         picture = file.with_suffix(".png")
-        shown = by_head | {"half-life": np.log10(by_head["half-life"])}  # from a few tokens to a whole context
-        shown = {f"{name} (log10)" if name == "half-life" else name: values_lh for name, values_lh in shown.items()}
+        shown = {}
+        for name, values_lh in by_head.items():
+            logarithm = STATISTICS[name].log_scale
+            shown[f"{name} (log10)" if logarithm else name] = np.log10(values_lh) if logarithm else values_lh
         statistic_maps(picture, f"Heads at step {iteration}", shown, self.card.head_map)
         if (writer := get_tensorboard_writer()) is not None:
             writer.add_image("heads", np.asarray(Image.open(picture).convert("RGB")), iteration, dataformats="HWC")
         if (tracker := get_wandb_writer()) is not None:
             rows = [
-                (layer_idx, head_idx, role, *(float(values_lh[layer_idx, head_idx]) for values_lh in by_head.values()))
+                (layer_idx, head_idx, kind, *(float(values_lh[layer_idx, head_idx]) for values_lh in by_head.values()))
                 for layer_idx, layer in enumerate(self.card.head_map.layers)
-                for role in ("fa", "gdn")
-                for head_idx in getattr(layer, role)
+                for kind, heads in layer.items()
+                for head_idx in heads
             ]
             tracker.log_figure("heads", picture, iteration, ("layer", "head", "role", *by_head), rows)
 

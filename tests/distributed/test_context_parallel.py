@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hydra_mcore.errors import InputError
 from hydra_mcore.ops.context_parallel import from_previous, gather_parts, swap_with_mirror
 from hydra_mcore.ops.gated_delta import gated_delta_rule
-from hydra_mcore.ops.sequence import SequencePart
+from hydra_mcore.sequence import SequencePart
 from tests.support.launch import model_parallel, run_ranks
 from tests.support.naive_gated_delta import naive_gated_delta_rule
 

@@ -23,8 +23,8 @@ from hydra_mcore.costs.communication import (
     megatron_accepts,
     megatron_gdn_bytes,
 )
-from hydra_mcore.heads import HeadLayout, HeadMap, LayerHeads
-from hydra_mcore.ops.sequence import SequencePart
+from hydra_mcore.heads import HeadLayout, HeadMap, HeadsByKind
+from hydra_mcore.sequence import SequencePart
 from tests.support.launch import model_parallel, run_ranks
 from tests.support.traffic import sent_bytes
 from tools.benchmark import main
@@ -107,7 +107,7 @@ def _by_kind(expected: LayerBytes, recompute: bool) -> tuple[Counter, Counter]:
 
 def test_bytes_worked_by_hand() -> None:
     """16 heads of 128, 8 groups, bf16, 4096 tokens on 4 ranks, FA heads 0, 1, 2 and 7: three groups."""
-    layout = HeadLayout(LayerHeads.from_fa([0, 1, 2, 7], 16), 8)
+    layout = HeadLayout(HeadsByKind.from_fa([0, 1, 2, 7], 16), 8)
     found = [cp_bytes(layout, 0, SequencePart(4096, 4, rank), 128, 2, 1, HydraOptions()) for rank in range(4)]
     for rank, layer in enumerate(found):
         assert layer.states.forward == layer.states.backward == 3 * 12 * 128 * 256 * 4
@@ -192,7 +192,7 @@ def layouts(draw: st.DrawFn, balance: st.SearchStrategy[str]) -> HeadLayout:
     heads, groups = draw(st.sampled_from([(8, 4), (16, 8), (16, 2), (6, 6)]))
     fa = draw(st.frozensets(st.integers(0, heads - 1)))
     tp_size = draw(st.sampled_from([size for size in (1, 2, 3, 4, 8) if heads % size == 0]))
-    return HeadLayout(LayerHeads.from_fa(fa, heads), groups, tp_size, draw(st.integers(0, 7)), draw(balance))
+    return HeadLayout(HeadsByKind.from_fa(fa, heads), groups, tp_size, draw(st.integers(0, 7)), draw(balance))
 
 
 @given(layouts(st.sampled_from(["heads", "queries"])), st.sampled_from([1, 2, 3, 4]), st.integers(0, 70), st.data())
@@ -205,7 +205,7 @@ def test_no_attention_work_is_lost_or_done_twice(
     bounds = (0, *sorted(inner), length)
     pairs = sum((end - start) * (end - start + 1) // 2 for start, end in itertools.pairwise(bounds))
     work = [fa_work(layout, SequencePart(length, cp_size, rank, bounds)) for rank in range(cp_size)]
-    assert sum(map(sum, work)) == pairs * len(layout.layer.fa)
+    assert sum(map(sum, work)) == pairs * len(layout.layer["fa"])
     assert all(len(of_rank) == layout.tp_size for of_rank in work)
 
 
@@ -220,11 +220,11 @@ def test_work_worked_by_hand() -> None:
     """Two FA heads on four ranks, eight tokens: whole heads on two of them, or two queries of each head on every
     rank.
     """
-    layer, part = LayerHeads.from_fa([0, 3], 8), SequencePart(8)
+    layer, part = HeadsByKind.from_fa([0, 3], 8), SequencePart(8)
     assert fa_work(HeadLayout(layer, 4, 4), part) == (36, 36, 0, 0)
     assert fa_imbalance(HeadLayout(layer, 4, 4), part) == 2.0
     assert fa_work(HeadLayout(layer, 4, 4, fa_balance="queries"), part) == (18, 18, 18, 18)
-    assert fa_imbalance(HeadLayout(LayerHeads.from_fa([], 8), 4, 4), part) == 1.0
+    assert fa_imbalance(HeadLayout(HeadsByKind.from_fa([], 8), 4, 4), part) == 1.0
 
 
 def test_the_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,9 +87,9 @@ def test_rows_go_to_their_heads(source, teacher):
     student = student_of(source, teacher)
     for layer_idx, layer in enumerate(MIXED.layers):
         hf, attention = source[0].model.layers[layer_idx].self_attn, student.decoder.layers[layer_idx].self_attention
-        for place, h in enumerate(layer.fa):
+        for place, h in enumerate(layer["fa"]):
             assert torch.equal(rows(attention.fa.linear_q.weight, place), rows(hf.q_proj.weight, h))
-        for place, h in enumerate(layer.gdn):
+        for place, h in enumerate(layer["gdn"]):
             assert torch.equal(rows(attention.gdn.linear_q.weight, place), rows(hf.q_proj.weight, h))
             k_then_v = rows(attention.gdn.linear_kv.weight, place, 2 * D)
             assert torch.equal(k_then_v[:D], rows(hf.k_proj.weight, h // 3)), f"head {h} reads group {h // 3}"
@@ -97,7 +97,7 @@ def test_rows_go_to_their_heads(source, teacher):
         for branch in (name for name in ("fa", "gdn") if getattr(layer, name)):
             assert torch.equal(getattr(attention, branch).q_norm.weight, hf.q_norm.weight)
             assert torch.equal(getattr(attention, branch).k_norm.weight, hf.k_norm.weight)
-        for place, h in enumerate(layer.fa + layer.gdn):
+        for place, h in enumerate(layer["fa"] + layer["gdn"]):
             assert torch.equal(rows(attention.linear_proj.weight.T, place), rows(hf.o_proj.weight.T, h))
 
 
@@ -142,9 +142,9 @@ def test_biases_go_where_their_rows_go(gdn_kv):
             student.decoder.layers[layer_idx].self_attention,
         )
         query_hd, kv_gd = theirs.linear_q.bias.view(6, 16), theirs.linear_kv.bias.view(2, 32)
-        groups = {"fa": sorted({h // 3 for h in layer.fa}), "gdn": sorted({h // 3 for h in layer.gdn})}
+        groups = {"fa": sorted({h // 3 for h in layer["fa"]}), "gdn": sorted({h // 3 for h in layer["gdn"]})}
         if gdn_kv == "per_head":
-            groups["gdn"] = [h // 3 for h in layer.gdn]
+            groups["gdn"] = [h // 3 for h in layer["gdn"]]
         for branch in (name for name in ("fa", "gdn") if getattr(layer, name)):
             found = getattr(ours, branch)
             assert torch.equal(

@@ -32,7 +32,7 @@ from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.build import load_model
 from hydra_mcore.model.checkpoints import save_weights
 from hydra_mcore.model.runtime import process_groups
-from hydra_mcore.ops.sequence import SequencePart
+from hydra_mcore.sequence import SequencePart
 from tests.support.stages import randomise
 from tests.support.tiny_hf import ODD, tiny_qwen3
 from tools.verify import main

@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Decoding from memory on one process: what whole forward passes and transformers' own generation give."""
+"""Decoding from cache on one process: what whole forward passes and transformers' own generation give."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from hydra_mcore.evaluation.generation import from_memory, greedy
 from hydra_mcore.evaluation.parallel import ParallelModel
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.build import build_model, load_model
-from hydra_mcore.model.cache import Memory
+from hydra_mcore.model.cache import DecodingCache
 from hydra_mcore.model.checkpoints import save_weights
 from hydra_mcore.model.forward import last_hidden
 from hydra_mcore.model.runtime import process_groups
-from hydra_mcore.ops.sequence import SequencePart
+from hydra_mcore.sequence import SequencePart
 from tests.support.naive_decoding import naive_decoding
 
 TINY_TEACHER = Path(__file__).parents[2] / "examples" / "tiny" / "teacher"
@@ -134,11 +134,11 @@ def test_several_tokens_at_once_are_causal_among_themselves() -> None:
     model, ids_bs = random_model(student_card()), prompts(2, 60)
     with torch.no_grad():
         whole_sbm, _ = last_hidden([model], ids_bs)
-        memory, start = Memory(SequencePart(41), 60), 41
-        pieces = [last_hidden([model], ids_bs[:, :start], memory=memory)[0]]
+        cache, start = DecodingCache(SequencePart(41), 60), 41
+        pieces = [last_hidden([model], ids_bs[:, :start], cache=cache)[0]]
         for tokens in (1, 7, 11):
-            memory.follow(tokens)
-            pieces.append(last_hidden([model], ids_bs[:, start : start + tokens], memory=memory)[0])
+            cache.follow(tokens)
+            pieces.append(last_hidden([model], ids_bs[:, start : start + tokens], cache=cache)[0])
             start += tokens
     torch.testing.assert_close(torch.cat(pieces), whole_sbm, rtol=0, atol=2e-6)
 
@@ -147,14 +147,14 @@ def test_memory_is_what_must_be_remembered_and_no_more() -> None:
     """Keys and values of living groups in the model's dtype with room for what comes, a float32 state, nothing on
     modules.
     """
-    model, memory = random_model(student_card(), torch.bfloat16), Memory(SequencePart(50), 60)
+    model, cache = random_model(student_card(), torch.bfloat16), DecodingCache(SequencePart(50), 60)
     before = {name: set(vars(module)) for name, module in model.named_modules()}
     with torch.no_grad():
-        last_hidden([model], prompts(2, 50), memory=memory)
+        last_hidden([model], prompts(2, 50), cache=cache)
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
     tensors = {
         (layer_idx, name): (x.dtype, x.untyped_storage().nbytes())
-        for layer_idx, layer in memory.layers.items()
+        for layer_idx, layer in cache.layers.items()
         for name, x in vars(layer).items()
         if isinstance(x, Tensor)
     }

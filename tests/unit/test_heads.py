@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hydra_mcore.config import ModelShape
 from hydra_mcore.errors import InputError
 from hydra_mcore.files import write_json
-from hydra_mcore.heads import HEAD_MAP_FORMAT, HeadLayout, HeadMap, HeadMapError, HeadRole, LayerHeads, RankHeads
+from hydra_mcore.heads import HEAD_MAP_FORMAT, HeadLayout, HeadMap, HeadMapError, HeadRole, HeadsByKind, HeadsByKind
 from hydra_mcore.selection.choose import STRATEGIES
 
 LAYERS, HEADS, GROUPS = 3, 4, 2
@@ -59,7 +59,7 @@ def head_maps(draw) -> HeadMap:
 def test_json_keeps_a_map(head_map):
     again = HeadMap.from_dict(json.loads(json.dumps(head_map.to_dict())))
     assert again == head_map and again.made_by == head_map.made_by
-    assert again.num_fa == sum(len(layer.fa) for layer in head_map.layers) == head_map.to_dict()["budget"]
+    assert again.num_fa == sum(len(layer["fa"]) for layer in head_map.layers) == head_map.to_dict()["budget"]
     assert again.model == again.counts == head_map.counts, "a map without facts of a model names the counts alone"
     jsonschema.Draft202012Validator(SCHEMA).validate(again.to_dict())
 
@@ -74,10 +74,10 @@ def test_file_keeps_a_map(tmp_path):
 
 def test_layers_hold_what_was_kept():
     head_map = some_map()
-    assert head_map.layers == (LayerHeads((1,), (0, 2, 3)), LayerHeads((), (0, 1, 2, 3)), LayerHeads((0, 3), (1, 2)))
+    assert head_map.layers == (HeadsByKind((1,), (0, 2, 3)), HeadsByKind((), (0, 1, 2, 3)), HeadsByKind((0, 3), (1, 2)))
     assert (head_map.num_layers, head_map.num_fa) == (3, 3)
     teacher = HeadMap.all_fa(LAYERS, HEADS, GROUPS)
-    assert teacher.num_fa == LAYERS * HEADS and all(layer.gdn == () for layer in teacher.layers)
+    assert teacher.num_fa == LAYERS * HEADS and all(layer["gdn"] == () for layer in teacher.layers)
 
 
 @pytest.mark.parametrize("pair", [(3, 0), (-1, 0), (0, 4), (0, -1)])
@@ -241,7 +241,7 @@ def layouts(draw) -> HeadLayout:
     heads = groups * group_size
     tp_size = draw(st.sampled_from([n for n in range(1, heads + 1) if heads % n == 0]))
     fa = draw(st.sets(st.integers(0, heads - 1)))
-    return HeadLayout(LayerHeads.from_fa(fa, heads), groups, tp_size, draw(st.integers(0, 9)))
+    return HeadLayout(HeadsByKind.from_fa(fa, heads), groups, tp_size, draw(st.integers(0, 9)))
 
 
 @given(layouts())
@@ -254,9 +254,9 @@ def test_every_head_has_one_rank_and_ranks_are_balanced(layout):
         assert sorted(dealt) == list(getattr(layout.layer, role)), "each head of a branch once, and no other"
         assert all(list(getattr(rank, role)) == sorted(getattr(rank, role)) for rank in ranks)
     assert {len(rank.heads) for rank in ranks} == {layout.num_heads // layout.tp_size}
-    counts = [len(rank.fa) for rank in ranks]
+    counts = [len(rank["fa"]) for rank in ranks]
     assert max(counts) - min(counts) <= 1
-    assert all(rank.heads == rank.fa + rank.gdn for rank in ranks)
+    assert all(rank.heads == rank["fa"] + rank["gdn"] for rank in ranks)
 
 
 def holders(layout: HeadLayout, role: str) -> dict[int, set[int]]:
@@ -280,10 +280,10 @@ def test_split_groups_are_those_on_several_ranks(layout):
 @settings(max_examples=400)
 def test_a_group_is_split_only_where_it_fits_nowhere(layout):
     """When its turn came (larger groups first), no rank had room for all of a group that was split."""
-    sizes = {g: sum(layout.group_of(h) == g for h in layout.layer.fa) for g in range(layout.num_kv_groups)}
+    sizes = {g: sum(layout.group_of(h) == g for h in layout.layer["fa"]) for g in range(layout.num_kv_groups)}
     for split in layout.split_groups(HeadRole.FA):
         earlier = {g for g in sizes if (-sizes[g], g) < (-sizes[split], split)}
-        room = [sum(layout.group_of(h) not in earlier for h in rank.fa) for rank in layout.ranks]
+        room = [sum(layout.group_of(h) not in earlier for h in rank["fa"]) for rank in layout.ranks]
         assert max(room) < sizes[split]
 
 
@@ -308,8 +308,8 @@ def needless_splits(groups: int, size: int, tp_sizes: list[int]) -> list[tuple]:
     found = []
     for tp_size, kept in itertools.product(tp_sizes, itertools.combinations_with_replacement(range(size + 1), groups)):
         fa = [group * size + i for group, count in enumerate(kept) for i in range(count)]
-        layout = HeadLayout(LayerHeads.from_fa(fa, groups * size), groups, tp_size)
-        rooms = [len(rank.fa) for rank in layout.ranks]
+        layout = HeadLayout(HeadsByKind.from_fa(fa, groups * size), groups, tp_size)
+        rooms = [len(rank["fa"]) for rank in layout.ranks]
         if layout.split_groups(HeadRole.FA) and packs(sorted((k for k in kept if k), reverse=True), rooms):
             found.append((tp_size, kept))
     return found
@@ -334,43 +334,43 @@ def test_the_surplus_goes_round():
     """With the same count in every layer, as many layers as ranks give each rank its share exactly."""
     for heads, tp_size in ((8, 4), (8, 2), (6, 3)):
         for count in range(heads + 1):
-            layer = LayerHeads.from_fa(range(count), heads)
+            layer = HeadsByKind.from_fa(range(count), heads)
             totals = [0] * tp_size
             for layer_idx in range(tp_size):
                 for rank, owned in enumerate(HeadLayout(layer, heads // 2, tp_size, layer_idx).ranks):
-                    totals[rank] += len(owned.fa)
+                    totals[rank] += len(owned["fa"])
             assert totals == [count] * tp_size
 
 
 def test_a_layout_worked_by_hand():
     """16:8, TP 4: five FA heads, 0 and 1 of one group; layer 1 gives rank 1 the fifth, so the pair goes there."""
-    layout = HeadLayout(LayerHeads.from_fa([0, 1, 5, 9, 14], 16), 8, 4, layer_idx=1)
-    assert [rank.fa for rank in layout.ranks] == [(5,), (0, 1), (9,), (14,)]
-    assert layout.ranks[0] == RankHeads(fa=(5,), gdn=(2, 3, 4))
+    layout = HeadLayout(HeadsByKind.from_fa([0, 1, 5, 9, 14], 16), 8, 4, layer_idx=1)
+    assert [rank["fa"] for rank in layout.ranks] == [(5,), (0, 1), (9,), (14,)]
+    assert layout.ranks[0] == HeadsByKind(fa=(5,), gdn=(2, 3, 4))
     assert layout.split_groups(HeadRole.FA) == ()
-    assert [rank.gdn for rank in layout.ranks[1:]] == [(6, 7), (8, 10, 11), (12, 13, 15)]
+    assert [rank["gdn"] for rank in layout.ranks[1:]] == [(6, 7), (8, 10, 11), (12, 13, 15)]
     assert layout.split_groups() == ()
-    torn = HeadLayout(LayerHeads.from_fa([0, 1, 2], 6), 2, 3)  # three ranks, one FA head each
+    torn = HeadLayout(HeadsByKind.from_fa([0, 1, 2], 6), 2, 3)  # three ranks, one FA head each
     assert [rank.heads for rank in torn.ranks] == [(0, 3), (1, 4), (2, 5)] and torn.split_groups() == (0, 1)
 
 
 @pytest.mark.parametrize("tp_size", [0, -2, 3, 16])
 def test_tensor_parallel_size_must_divide_the_heads(tp_size):
     with pytest.raises(HeadMapError, match=f"tensor parallel size {tp_size} does not divide 8 query heads"):
-        HeadLayout(LayerHeads.from_fa([0], 8), 4, tp_size)
+        HeadLayout(HeadsByKind.from_fa([0], 8), 4, tp_size)
 
 
 @settings(max_examples=300)
 @given(layouts())
 def test_shared_heads_even_out_the_whole_ones(layout):
     shared = dataclasses.replace(layout, fa_balance="queries")
-    whole = [rank.fa for rank in shared.ranks]
+    whole = [rank["fa"] for rank in shared.ranks]
     assert len({len(fa) for fa in whole}) == 1
-    assert len(shared.shared_fa) == len(layout.layer.fa) % layout.tp_size
-    assert sorted([*itertools.chain(*whole), *shared.shared_fa]) == list(layout.layer.fa)
-    gdn = [rank.gdn for rank in shared.ranks]
-    assert sorted(itertools.chain(*gdn)) == list(layout.layer.gdn)
+    assert len(shared.shared["fa"]) == len(layout.layer["fa"]) % layout.tp_size
+    assert sorted([*itertools.chain(*whole), *shared.shared["fa"]]) == list(layout.layer["fa"])
+    gdn = [rank["gdn"] for rank in shared.ranks]
+    assert sorted(itertools.chain(*gdn)) == list(layout.layer["gdn"])
     assert max(map(len, gdn)) - min(map(len, gdn)) <= 1
     if layout.tp_size > 1:
-        assert {shared.group_of(head) for head in shared.shared_fa} <= set(shared.split_groups(HeadRole.FA))
-    assert not set(shared.split_groups(HeadRole.GDN)) - {shared.group_of(head) for head in layout.layer.gdn}
+        assert {shared.group_of(head) for head in shared.shared["fa"]} <= set(shared.split_groups(HeadRole.FA))
+    assert not set(shared.split_groups(HeadRole.GDN)) - {shared.group_of(head) for head in layout.layer["gdn"]}

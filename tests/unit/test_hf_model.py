@@ -64,7 +64,7 @@ def hf_state(student: torch.nn.Module, head_map: HeadMap, d: int) -> dict[str, T
         }
         state |= {to + "input_layernorm.weight": theirs.input_layernorm.weight}
         state |= {to + "post_attention_layernorm.weight": theirs.pre_mlp_layernorm.weight}
-        order = torch.tensor(heads.fa + heads.gdn).argsort()
+        order = torch.tensor(heads["fa"] + heads["gdn"]).argsort()
         state[to + "self_attn.o_proj.weight"] = attention.linear_proj.weight.unflatten(1, (-1, d))[:, order].flatten(1)
         state |= {to + f"self_attn.{name}": x for name, x in attention_state(attention, order, d).items()}
     return {name: x.detach().clone() for name, x in state.items()}

@@ -22,12 +22,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hydra_mcore.config import HydraOptions, ModelShape
-from hydra_mcore.costs.communication import fa_imbalance
+from hydra_mcore.costs.communication import imbalance
 from hydra_mcore.heads import HeadLayout, HeadMap
+from hydra_mcore.kinds import FA
+from hydra_mcore.model.attention_plan import AttentionPlan
 from hydra_mcore.model.build import transformer_config
 from hydra_mcore.model.hydra_attention import HydraAttention
-from hydra_mcore.ops.sequence import SequencePart
 from hydra_mcore.selection.choose import choose_heads, parse_ratio
+from hydra_mcore.sequence import SequencePart
 from tools.benchmarks.report import Report
 from tools.benchmarks.shapes import QWEN3, spread_heads
 
@@ -90,10 +92,10 @@ def _imbalances(name: str, maps: Sequence[HeadMap], tp_sizes: Sequence[int], len
         row: list[Any] = [name, tp_size]
         for way in ("heads", "queries"):
             found = [
-                fa_imbalance(HeadLayout(layer, head_map.num_kv_groups, tp_size, layer_idx, way), part)
+                imbalance(HeadLayout(layer, head_map.num_kv_groups, tp_size, layer_idx, way), FA, part)
                 for head_map in maps
                 for layer_idx, layer in enumerate(head_map.layers)
-                if layer.fa
+                if layer[FA]
             ]
             row += [f"{sum(found) / len(found):.3f}", f"{max(found):.3f}"] if found else ["-", "-"]
         yield row
@@ -146,9 +148,8 @@ def _layers(head_map: HeadMap, shape: ModelShape, groups: ProcessGroupCollection
     config = transformer_config(shape, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
 
     def layer(fa_balance: str) -> HydraAttention:
-        return HydraAttention(config, 1, head_map, HydraOptions(), True, fa_balance, groups).to(
-            torch.cuda.current_device()
-        )
+        plan = AttentionPlan(head_map, HydraOptions(), log_scale=True, fa_balance=fa_balance)
+        return HydraAttention(config, 1, plan, groups).to(torch.cuda.current_device())
 
     layers = {"heads": layer("heads"), "queries": layer("queries")}
     nothing_dealt = property(lambda layout: [()] * layout.tp_size)

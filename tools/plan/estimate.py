@@ -15,7 +15,7 @@ from hydra_mcore.costs.flops import step_flops
 from hydra_mcore.costs.machine import Machine
 from hydra_mcore.costs.seconds import step_seconds
 from hydra_mcore.costs.step_communication import step_bytes
-from hydra_mcore.costs.training_memory import Memory, fullest_rank
+from hydra_mcore.costs.training_memory import TrainingMemory, fullest_rank
 from hydra_mcore.train.arguments import check_settings
 
 # Flags that change memory or time in ways that are not worked out here.
@@ -34,7 +34,7 @@ class Estimate:
     """
 
     run: Run
-    memory: Memory
+    memory: TrainingMemory
     fits: bool
     flops: float
     communication: dict[str, float]

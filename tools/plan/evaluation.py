@@ -14,7 +14,7 @@ from typing import Any
 
 from hydra_mcore.config import ModelCard, teacher_card
 from hydra_mcore.costs.batch_sizes import rows_a_forward
-from hydra_mcore.costs.evaluation_memory import Forward, Memory, fullest_rank
+from hydra_mcore.costs.evaluation_memory import EvaluationMemory, Forward, fullest_rank
 from hydra_mcore.costs.machine import MEMORY_SHARE, Machine
 from hydra_mcore.costs.seconds import prompt_seconds
 from hydra_mcore.errors import InputError
@@ -37,7 +37,7 @@ class Examination:
     model: str
     run: Forward
     replicas: int
-    memory: Memory
+    memory: EvaluationMemory
     fits: bool
     seconds: float
     hours: float
