@@ -24,6 +24,7 @@ from hydra_mcore.costs.flops import model_flops
 from hydra_mcore.costs.machine import Machine
 from hydra_mcore.costs.step_communication import fa_imbalances
 from hydra_mcore.kinds import FA, KINDS
+from hydra_mcore.stages import STAGES
 
 
 def step_seconds(
@@ -61,7 +62,8 @@ def step_seconds(
 
 def recomputed_flops(card: ModelCard, run: Run) -> float:
     """FLOPs for each token that backward spends on making activations again."""
-    if run.stage == "align" and run.recompute_layers:
+    fits_layers = STAGES[run.stage].fits_layers
+    if fits_layers and run.recompute_layers:
         return 0.0  # each layer is fitted on the spot
     forward = model_flops(card, run.length, with_output=False).forward
     if run.recompute_layers:
@@ -72,7 +74,7 @@ def recomputed_flops(card: ModelCard, run: Run) -> float:
         for kind, heads in layer.items():
             core += len(heads) * KINDS[kind].core_flops(card.shape, card.options, run.length).forward
     mlp = card.shape.num_layers * 6 * card.shape.hidden_size * card.shape.ffn_hidden_size
-    return core * ("core_attn" in run.recompute) + mlp * ("mlp" in run.recompute and run.stage != "align")
+    return core * ("core_attn" in run.recompute) + mlp * ("mlp" in run.recompute and not fits_layers)
 
 
 def prompt_seconds(card: ModelCard, run: Forward, machine: Machine) -> float:

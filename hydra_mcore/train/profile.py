@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import os
 import sys
 import tempfile
@@ -29,15 +30,17 @@ from torch.profiler import ProfilerActivity, record_function
 
 from hydra_mcore.files import replacing, write_json
 from hydra_mcore.kinds import KINDS
+from hydra_mcore.model.branch import branch_class
 from hydra_mcore.model.fusion import Fusion
-from hydra_mcore.model.hydra_attention import BRANCHES, HydraAttention, OutputProjection, SharedKeysValues
+from hydra_mcore.model.hydra_attention import HydraAttention, OutputProjection, SharedKeysValues
 from hydra_mcore.model.parameters import GroupLinear, HeadLinear, RMSNorm
 from hydra_mcore.model.short_conv import ShortConv
 from hydra_mcore.train import align, step
-from hydra_mcore.train.profile_table import BACKWARD, RANGE, STEP, TEACHER, PartsTable, core_name, read_table
+from hydra_mcore.train.profile_table import BACKWARD, RANGE, STEP, TEACHER, ProfileTable, core_name, read_table
 from hydra_mcore.train.step import TransferStep
 
 FOLDER = "profile"
+BRANCHES = {kind: branch_class(kind) for kind in KINDS}
 PART_OF_MODULE: dict[type, str] = {
     **{branch: f"{KINDS[kind].label} rest" for kind, branch in BRANCHES.items()},
     **{branch.core: core_name(kind) for kind, branch in BRANCHES.items() if not isinstance(branch.core, str)},
@@ -71,7 +74,7 @@ CALLS: tuple[tuple[Any, str, str], ...] = (
 
 def profiled(
     call: Callable[[], object], models: Iterable[torch.nn.Module], teachers: Iterable[torch.nn.Module] = ()
-) -> PartsTable:
+) -> ProfileTable:
     """Run ``call()`` once and say where its time went; warm up before.
 
     Args:
@@ -105,7 +108,7 @@ def recording(
         for owner, attribute, name in (*CALLS, *calls):
             ranges.enter_context(_ranged(owner, attribute, name))
         for prefix, roots in ((RANGE, models), (TEACHER, teachers)):
-            for module, part in (found for root in roots for found in _parts(root)):
+            for module, part in itertools.chain.from_iterable(map(_parts, roots)):
                 ranges.enter_context(_ranged(module, "forward", prefix + part))
         with torch.profiler.profile(activities=activities) as profiler:
             yield

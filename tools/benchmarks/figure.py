@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A picture of what a section of the benchmark found: time and memory against length."""
+"""The figure of a benchmark's report: time and memory against length."""
 
 from __future__ import annotations
 
@@ -10,13 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-from hydra_mcore.evaluation.figures import COLORS, MARKERS, short
-from hydra_mcore.files import replacing
+from hydra_mcore import figures
 from tools.benchmarks.measure import Point
 from tools.benchmarks.report import Report
 
@@ -27,12 +24,9 @@ def save_figure(path: Path, report: Report) -> None:
     """Write a PNG: for every table with points time against length, and memory beside it where it was measured."""
     tables = [table for table in report.tables if table.points]
     names = dict.fromkeys(point.name for table in tables for point in table.points)
-    styles = {
-        name: {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]} for i, name in enumerate(names)
-    }
+    styles = {name: figures.style(index) for index, name in enumerate(names)}
     lines = math.ceil((len(names) + 1) / 4)
-    figure = Figure(figsize=(11, 4.0 * len(tables) + 0.4 + 0.24 * lines), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figures.empty(11, 4.0 * len(tables) + 0.4 + 0.24 * lines, dpi=110)
     panels = figure.subplots(len(tables), 2, squeeze=False)
     for table, (time_axes, memory_axes) in zip(tables, panels, strict=True):
         _time_panel(time_axes, table, styles)
@@ -40,20 +34,15 @@ def save_figure(path: Path, report: Report) -> None:
             _memory_panel(memory_axes, table, styles)
         else:
             memory_axes.remove()
-    entries = {
-        label: handle
-        for panel in panels[:, 0]
-        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
-    }
-    order = sorted(entries, key=list(names).index)
+    entries: dict[str, Any] = {}
+    for axes in panels[:, 0]:
+        handles, labels = axes.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    ordered = {name: entries[name] for name in names if name in entries}
     if any(table.limits for table in tables):
-        entries["limit"] = Line2D([], [], color="#888888", ls=DASHES, lw=1.2)
-        order.append("limit")
-    figure.legend(
-        [entries[name] for name in order], order, loc="outside lower center", ncols=4, frameon=False, fontsize=9
-    )
-    with replacing(path) as beside:
-        figure.savefig(beside, format="png")
+        ordered["limit"] = Line2D([], [], color="#888888", ls=DASHES, lw=1.2)
+    figures.legend_below(figure, ordered, 4)
+    figures.save(figure, path)
 
 
 def _time_panel(axes: Axes, table: Report, styles: Mapping[str, dict[str, Any]]) -> None:
@@ -82,16 +71,11 @@ def _memory_panel(axes: Axes, table: Report, styles: Mapping[str, dict[str, Any]
 
 
 def _axes(axes: Axes, points: Sequence[Point], title: str) -> None:
-    lengths = sorted({point.length for point in points})
-    axes.set_xscale("log", base=2)
+    figures.length_axis(axes, sorted({point.length for point in points}))
     axes.set_yscale("log")
-    axes.set_xticks(lengths, [short(length) for length in lengths])
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_minor_locator(NullLocator())
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.yaxis.set_minor_locator(NullLocator())
+    figures.plain(axes)
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel("tokens")

@@ -13,9 +13,9 @@ import torch
 from hydra_mcore.config import ModelShape
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.train import align
-from hydra_mcore.train.data import Batch
+from hydra_mcore.train.data import MicroBatch
 from tools.benchmarks.measure import peak_bytes
-from tools.benchmarks.micro_batch import Pair, student_card
+from tools.benchmarks.micro_batch import TeacherAndStudent, student_card
 from tools.benchmarks.report import Report
 
 SHAPE = ModelShape(
@@ -50,7 +50,7 @@ def bytes_per_token(lengths: tuple[int, int], shape: ModelShape = SHAPE) -> dict
 
 
 def _peaks(length: int, shape: ModelShape) -> dict[str, int]:
-    pair = Pair(student_card(shape, FA_HEADS))
+    pair = TeacherAndStudent(student_card(shape, FA_HEADS))
     batch = pair.batch(length)
     runs = {
         "align": lambda: pair.step("align", batch),
@@ -64,7 +64,7 @@ def _peaks(length: int, shape: ModelShape) -> dict[str, int]:
     return {name: peak_bytes(run, "cpu") for name, run in runs.items()}
 
 
-def _with_graphs_kept(pair: Pair, batch: Batch) -> None:
+def _with_graphs_kept(pair: TeacherAndStudent, batch: MicroBatch) -> None:
     def keep(loss: Callable[[], torch.Tensor], *parameters: torch.Tensor) -> torch.Tensor:
         return loss()
 

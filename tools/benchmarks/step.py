@@ -15,15 +15,15 @@ import torch
 from hydra_mcore.config import ModelCard, teacher_card
 from hydra_mcore.costs.flops import model_flops, step_flops
 from hydra_mcore.model.runtime import process_groups
+from hydra_mcore.stages import STAGES
 from tools.benchmarks.measure import Point, chosen_machine, gemm_speed, measured
-from tools.benchmarks.micro_batch import Pair, student_card
+from tools.benchmarks.micro_batch import TeacherAndStudent, student_card
 from tools.benchmarks.profile_table import parts_report
 from tools.benchmarks.report import Report
 from tools.benchmarks.shapes import QWEN3, SMALL, STEP_SIZES
 
 SHAPES = {"cpu": SMALL, "cuda": QWEN3}
 LENGTHS = {"cpu": [512, 2048, 8192], "cuda": [2048, 8192, 32_768]}
-STAGES = ("align", "distill", "extend")
 TEACHER, REFERENCE, WHOLE = "teacher forward", "teacher forward + student step", "distill, whole logits"
 COLUMNS = (
     "one micro-batch",
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> Report:
     card = student_card(shape, fa_heads)
     points, rows, speed = [], [], gemm_speed(device, dtype)
     with process_groups():
-        pair = Pair(card, getattr(torch, dtype))
+        pair = TeacherAndStudent(card, getattr(torch, dtype))
         for length in sorted(args.lengths or LENGTHS[device]):
             found = _with_reference(
                 measured(_contestants(pair, length, args.whole_logits), length, args.repeats, device)
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> Report:
     return Report("A training step", notes, COLUMNS, rows, points, limits, more=parts)
 
 
-def _parts(pair: Pair, length: int) -> list[Report]:
+def _parts(pair: TeacherAndStudent, length: int) -> list[Report]:
     batch = pair.batch(length)
     return [
         parts_report(stage, length, partial(pair.step, stage, batch), [pair.student], [pair.teacher])
@@ -89,7 +89,7 @@ def _parts(pair: Pair, length: int) -> list[Report]:
     ]
 
 
-def _contestants(pair: Pair, length: int, whole_logits: int) -> dict[str, Callable[[], None]]:
+def _contestants(pair: TeacherAndStudent, length: int, whole_logits: int) -> dict[str, Callable[[], None]]:
     batch = pair.batch(length)
     calls = {stage: partial(pair.step, stage, batch) for stage in STAGES} | {
         TEACHER: partial(pair.teacher_forward, batch)

@@ -18,7 +18,8 @@ from tqdm import tqdm
 from hydra_mcore.config import ModelCard
 from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.comparison import KL_BAR, TIE
-from hydra_mcore.evaluation.verification import NAMES, Subject, checks_of, verify
+from hydra_mcore.evaluation.subject import Subject
+from hydra_mcore.evaluation.verification import NAMES, checks_of, verify
 from hydra_mcore.files import write_json
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.selection.probes import load_tokenizer, read_haystack
