@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from examples.tiny import corpus
 from examples.tiny.curriculum import EVALUATION_SEED, Phase, learning_rate, phase_at
+from hydra_mcore.commands import sole_writer
 from hydra_mcore.files import replacing, write_json
 from hydra_mcore.selection.needles import TASKS, build_prompt, build_prompts
 
@@ -265,3 +266,11 @@ def print_table(model: Qwen3ForCausalLM, folder: Path, lengths: Sequence[int], c
     columns = [evaluate(model, tokenizer, held_out, length, count) for length in lengths]
     for task in TASKS:
         print(f"{task:<18}" + "".join(f"{100 * column[task]:7.1f}%" for column in columns))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train, and print the table at the native length and at twice that."""
+    torch.set_num_threads(args.threads)
+    with sole_writer(args.output):
+        model = train(args)
+    print_table(model, args.output, (NATIVE_LENGTH, 2 * NATIVE_LENGTH), args.prompts)

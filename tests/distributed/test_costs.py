@@ -253,9 +253,9 @@ def test_the_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
 
 
 def test_a_rank_alone_is_timed() -> None:
-    from tools.benchmarks.rank_seconds import measured
+    from tools.benchmarks.balance import rank_rows
 
-    rows = list(measured({1: [0], 5: [0, 1, 2, 5, 7]}, dataclasses.replace(SHAPE, hidden_size=32), 4, 32, 1))
+    rows = list(rank_rows({1: [0], 5: [0, 1, 2, 5, 7]}, dataclasses.replace(SHAPE, hidden_size=32), 4, 32, 1))
     assert [row[:2] for row in rows] == [[n, way] for n in (1, 5) for way in ("heads", "queries", "all by queries")]
     assert all(float(row[4]) >= 1.0 for row in rows) and rows[0][5] == "1.00"
 
