@@ -33,7 +33,7 @@ from hydra_mcore.costs.batch_sizes import rows_a_forward
 from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.comparison import Agreement, Fact, Result, agreement
 from hydra_mcore.evaluation.layout_logits import Layout, Rows, logits_of, run_layouts
-from hydra_mcore.heads import HeadMap, in_words
+from hydra_mcore.heads import HeadMap, first_difference
 from hydra_mcore.model.build import build_model, load_model
 from hydra_mcore.model.checkpoints import latest_iteration
 from hydra_mcore.model.streaming import StoredTensors
@@ -315,7 +315,8 @@ def same_heads(found: HeadMap, card: ModelCard) -> Fact:
         return Fact(False, f"{found.counts}, the card says {card.head_map.counts}")
     for layer_idx, (theirs, ours) in enumerate(zip(found.layers, card.head_map.layers, strict=True)):
         if theirs != ours:
-            return Fact(False, f"layer {layer_idx} has {in_words(theirs)}, the card says {in_words(ours)}")
+            kind, there, here = first_difference(theirs, ours)
+            return Fact(False, f"layer {layer_idx} has {kind} heads {there}, the card says {here}")
     if found.fingerprint not in ("", card.fingerprint):
         return same_fingerprint(found.fingerprint, card.fingerprint)
     return Fact(True, f"{found.num_fa} FA heads of {found.num_layers * found.num_heads}")
