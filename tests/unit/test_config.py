@@ -24,6 +24,7 @@ from hydra_mcore.config import (
 )
 from hydra_mcore.errors import InputError
 from hydra_mcore.heads import HeadMap, HeadMapError
+from hydra_mcore.stages import STAGES
 
 SHAPE = ModelShape(
     num_layers=2,
@@ -79,8 +80,8 @@ NAN = float("nan")
         (HydraOptions, {"gdn_write_max": NAN}, "gdn_write_max is nan"),
         (HydraOptions, {"fa_log_scale_base": 1.0}, "fa_log_scale_base must exceed 1"),
         (HydraOptions, {"fa_log_scale_base": NAN}, "fa_log_scale_base must exceed 1"),
-        (HydraOptions, {"gdn_half_life": 0.0}, "gdn_half_life 0"),
-        (HydraOptions, {"gdn_half_life": NAN}, "gdn_half_life 0"),
+        (HydraOptions, {"gdn_half_life": 0.0}, "gdn_half_life must exceed 0"),
+        (HydraOptions, {"gdn_half_life": NAN}, "gdn_half_life must exceed 0"),
         (HydraOptions, {"qkv": "shared"}, "set gdn_kv to 'per_group'"),
         (StageOptions, {"kl_temperature": 0.0}, "kl_temperature is .*; it must be a number of at least 1e-06"),
         (StageOptions, {"kl_temperature": NAN}, "kl_temperature is .*; it must be a number of at least 1e-06"),
@@ -112,6 +113,10 @@ def test_the_teacher_has_nothing_added():
 def test_when_queries_are_scaled(option, stages):
     options = HydraOptions(fa_log_scale=option)
     assert tuple(s for s in ("align", "distill", "extend", "inference") if options.log_scale_in(s)) == stages
+
+
+def test_the_stages_are_those_of_the_table():
+    assert typing.get_args(typing.get_type_hints(StageOptions)["stage"]) == tuple(STAGES)
 
 
 def test_every_option_is_documented():
