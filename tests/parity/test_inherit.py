@@ -409,7 +409,7 @@ def test_command_refuses_a_broken_head_map_in_one_line(source, tmp_path):
         "hybridize", "--teacher", source[2], "--heads", tmp_path / "map.json", "--out", tmp_path / "student"
     )
     assert done.returncode == 2
-    assert done.stderr.splitlines() == ["convert: head map: layer 1 lacks head 3; give it a role, fa or gdn"]
+    assert done.stderr.splitlines() == ["convert: head map: layer 1 lacks head 3; give it a kind (of fa, gdn)"]
     assert not (tmp_path / "student").exists()
 
 
