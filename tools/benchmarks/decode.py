@@ -28,7 +28,8 @@ from hydra_mcore.convert.hf_code import model_class
 from hydra_mcore.convert.hf_config import CONFIG_NAME, read_object
 from hydra_mcore.convert.hydra_family import MODEL_TYPE, to_config
 from hydra_mcore.errors import InputError, first_line
-from hydra_mcore.heads import HeadMap
+from hydra_mcore.heads import HeadLayout, HeadMap, HeadsByKind
+from hydra_mcore.kinds import FA, KINDS
 from tools.benchmarks.measure import Point, chosen_machine, in_turn, timed
 from tools.benchmarks.report import Report
 from tools.benchmarks.shapes import DECODED, DECODED_FA_HEADS, spread_heads
@@ -36,7 +37,6 @@ from tools.benchmarks.shapes import DECODED, DECODED_FA_HEADS, spread_heads
 PREFILL_COLUMNS = ("tokens", "model", "s a prompt (least..most)", "tokens/s", "times faster than the teacher")
 CHUNK = 1024  # tokens that a prefill reads at once
 WARM_UP = 2  # steps before those that are timed
-STATE_BYTES = 4  # GDN states are float32 in a model of any narrower dtype
 MIB = 2**20
 COLUMNS = (
     "tokens", "HydraHead", "teacher, ms a token", "HydraHead, ms a token", "times faster", "by bytes read",
@@ -182,34 +182,32 @@ class Decoder:
 
 
 def cache_bytes(config: PretrainedConfig, tokens: int, itemsize: int) -> int:
-    """Bytes of a cache, one row, from the configuration alone; a teacher is a model whose heads are all FA.
-
-    A layer holds keys and values of the kv groups that have an FA head for every token, and for every GDN head a d x d
-    state and the last taps - 1 inputs of the short convolution on q, k and v.
-    """
-    heads = config.num_attention_heads
-    d = getattr(config, "head_dim", None) or config.hidden_size // heads
-    per_token = per_row = 0
-    for fa in _fa_heads(config):
-        per_token += 2 * len(_living_groups(config, fa)) * d * itemsize
-        if gdn := heads - len(fa):
-            per_row += gdn * (d * d * STATE_BYTES + max(config.gdn_conv_kernel - 1, 0) * 3 * d * itemsize)
-    return per_token * tokens + per_row
+    """Bytes of a cache, one row, from the configuration alone; a teacher is a model whose heads are all FA."""
+    shape = _shape(config)
+    total = 0.0
+    for layer in _layouts(config):
+        for kind in layer.layer:
+            total += KINDS[kind].cached(shape, config, layer.count(kind, 0), tokens, 1, itemsize)
+    return int(total)
 
 
-def _fa_heads(config: PretrainedConfig) -> list[Sequence[int]]:
-    return getattr(config, "fa_heads", [range(config.num_attention_heads)] * config.num_hidden_layers)
+def _shape(config: PretrainedConfig) -> ModelShape:
+    sizes = {name: getattr(config, key) for name, key in SHAPE_KEYS.items()}
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return ModelShape(**sizes, head_dim=head_dim)
 
 
-def _living_groups(config: PretrainedConfig, fa: Sequence[int]) -> set[int]:
-    return {head * config.num_key_value_heads // config.num_attention_heads for head in fa}
+def _layouts(config: PretrainedConfig) -> list[HeadLayout]:
+    """The kinds of heads of each layer, and their kv groups."""
+    every = [{FA: range(config.num_attention_heads)}] * config.num_hidden_layers
+    return [HeadLayout(HeadsByKind(**heads), config.num_key_value_heads) for heads in getattr(config, "heads", every)]
 
 
 def label(config: PretrainedConfig) -> str:
     """A map in words: the share of heads that are FA, and of kv groups that live."""
-    layers = _fa_heads(config)
-    kept = sum(map(len, layers)) / (len(layers) * config.num_attention_heads)
-    living = sum(len(_living_groups(config, fa)) for fa in layers) / (len(layers) * config.num_key_value_heads)
+    counts = [layout.count(FA, 0) for layout in _layouts(config)]
+    kept = sum(count.own for count in counts) / (len(counts) * config.num_attention_heads)
+    living = sum(count.groups for count in counts) / (len(counts) * config.num_key_value_heads)
     return f"{100 * kept:.3g}% FA in {100 * living:.3g}% of kv groups"
 
 
