@@ -20,22 +20,21 @@ from hydra_mcore.config import ModelCard
 from hydra_mcore.errors import InputError
 from hydra_mcore.files import write_json
 from hydra_mcore.model.build import load_model
+from hydra_mcore.ruler.haystack import Haystack, read_text
+from hydra_mcore.ruler.prompts import EVALUATION_SEEDS
+from hydra_mcore.ruler.sets import VERSION
+from hydra_mcore.ruler.source import Source
+from hydra_mcore.ruler.wording import own_wording, read_wording
 from hydra_mcore.selection.capabilities import RETRIEVAL
 from hydra_mcore.selection.evidence import ESTIMATES, KnockOut
 from hydra_mcore.selection.knock_out import FRACTIONS, RANDOM_ORDERS, knock_out
-from hydra_mcore.selection.probes import (
-    EVALUATION_SEEDS,
-    ProbeBatch,
-    build_probes,
-    load_format,
-    load_tokenizer,
-    read_haystack,
-)
+from hydra_mcore.selection.probes import ProbeBatch, build_probes
 from hydra_mcore.selection.receivers import forward_flops, receiver_flops
 from hydra_mcore.selection.score import CRITICAL, MIN_GAP, MIN_SHARE, HeadScores
 from hydra_mcore.selection.scoring import Scoring
 from hydra_mcore.selection.senders import sender_flops
 from hydra_mcore.selection.teacher import DECAY, Teacher
+from hydra_mcore.tokenizer import load_tokenizer
 
 KNOCK_OUT_FILE = "knock_out.json"
 Probes = dict[str, list[ProbeBatch]]
@@ -111,9 +110,8 @@ def knock_out_prompts(args: argparse.Namespace, length: int) -> list[ProbeBatch]
         raise InputError(f"--knock-out {args.knock_out}: give a number of prompts, 0 for none")
     if args.knock_out == 0:
         return []
-    built = _built(
-        args, length, args.knock_out, (args.seed + EVALUATION_SEEDS // 2) % EVALUATION_SEEDS, (RETRIEVAL,), {}
-    )
+    seed = (args.seed + EVALUATION_SEEDS // 4) % EVALUATION_SEEDS  # training's needles have the one in the middle
+    built = _built(args, length, args.knock_out, seed, (RETRIEVAL,), {})
     return [batch for batches in built.values() for batch in batches]
 
 
@@ -121,10 +119,9 @@ def _built(
     args: argparse.Namespace, length: int, pairs: int, seed: int, capabilities: tuple[str, ...], files: dict[str, Path]
 ) -> Probes:
     tokenizer = load_tokenizer(args.teacher)
-    haystack_ids = None if args.haystack == "noise" else read_haystack(tokenizer, args.haystack)
-    return build_probes(
-        tokenizer, load_format(args.teacher, args.format), haystack_ids, length, pairs, seed, capabilities, files
-    )
+    haystack = None if args.haystack == "noise" else Haystack.of(tokenizer, read_text(tokenizer, args.haystack))
+    wording = read_wording(args.format) if args.format else own_wording(args.teacher)
+    return build_probes(Source(tokenizer, wording, haystack), length, pairs, seed, capabilities, files)
 
 
 def parse_probes(texts: list[str]) -> dict[str, Path]:
@@ -150,7 +147,7 @@ def identity(args: argparse.Namespace, card: ModelCard, prompts: Probes, length:
     return {
         "teacher": card.fingerprint, "method": args.method, "roles": args.roles or "both",
         "dtype": "bf16" if args.bf16 else "float32", "length": length, "pairs": args.pairs, "seed": args.seed,
-        "probes": list(prompts), "prompts_sha256": digest.hexdigest(),
+        "generator": VERSION, "probes": list(prompts), "prompts_sha256": digest.hexdigest(),
         "decay": DECAY, "critical": CRITICAL, "min_gap": MIN_GAP, "min_share": MIN_SHARE,
     }  # fmt: skip
 

@@ -136,9 +136,10 @@ def read_windows(args: argparse.Namespace, card: ModelCard) -> Tensor:
     import torch
 
     from hydra_mcore.errors import InputError
-    from hydra_mcore.selection.probes import load_tokenizer, read_haystack
+    from hydra_mcore.ruler.haystack import read_text
+    from hydra_mcore.tokenizer import load_tokenizer
 
-    ids = read_haystack(load_tokenizer(args.checkpoint), args.text)
+    ids = read_text(load_tokenizer(args.checkpoint), args.text)
     if args.windows < 2 or args.length < 2:
         raise InputError(
             f"--windows {args.windows} --length {args.length}: at least two windows of two tokens are needed"

@@ -154,7 +154,8 @@ def tokens(args: argparse.Namespace, card: ModelCard) -> Tensor:
     import torch
 
     from hydra_mcore.errors import InputError
-    from hydra_mcore.selection.probes import load_tokenizer, read_haystack
+    from hydra_mcore.ruler.haystack import read_text
+    from hydra_mcore.tokenizer import load_tokenizer
 
     length = min(card.shape.native_length, 512) if args.length is None else args.length
     if min(args.sequences, length) < 1:
@@ -163,7 +164,7 @@ def tokens(args: argparse.Namespace, card: ModelCard) -> Tensor:
         return torch.randint(
             card.shape.vocab_size, (args.sequences, length), generator=torch.Generator().manual_seed(args.seed)
         )
-    ids = read_haystack(load_tokenizer(args.checkpoint), args.text)
+    ids = read_text(load_tokenizer(args.checkpoint), args.text)
     if len(ids) < (needed := args.sequences * length):
         raise InputError(f"{args.text}: {len(ids)} tokens; give at least {needed}, or lower --length or --sequences")
     return torch.from_numpy(ids[:needed]).view(args.sequences, length)

@@ -139,7 +139,7 @@ def write_data(out: Path, seed: int, steps: tqdm) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     from examples.tiny.corpus import documents, load_text
-    from hydra_mcore.selection.needles import NeedleFormat
+    from hydra_mcore.ruler.needle_format import NeedleFormat
     from hydra_mcore.tokenizer import open_tokenizer
 
     tokenizer = open_tokenizer(HERE / "teacher")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hydra_mcore.selection.needles import NeedleFormat
 from tokenizers import normalizers
 from transformers import AutoTokenizer
 
@@ -23,7 +24,6 @@ from hydra_mcore.ruler.needles import PLANS
 from hydra_mcore.ruler.sets import prompt_set
 from hydra_mcore.ruler.source import Source, tokenizer_fingerprint
 from hydra_mcore.ruler.wording import RULER, load_wording
-from hydra_mcore.selection.needles import NeedleFormat
 from tests.support.small_tokenizers import KINDS, haystack, small_tokenizer
 
 TEACHER = Path(__file__).parents[2] / "examples" / "tiny" / "teacher"

@@ -20,6 +20,7 @@ import pytest
 
 from hydra_mcore.config import ModelCard
 from hydra_mcore.heads import HeadMap
+from hydra_mcore.ruler.needle_format import NeedleFormat
 from hydra_mcore.selection.evidence import spearman
 from hydra_mcore.selection.journal import JournalWriter, read_journal
 from hydra_mcore.selection.score import HeadScores
@@ -126,8 +127,6 @@ def test_random_and_layer_wise_maps_need_no_scores(
 
 
 def test_a_capability_of_ones_own(tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from hydra_mcore.selection.needles import NeedleFormat
-
     words = NeedleFormat.load(TINY / "needles.json").value_pieces[:12]
     line = "".join(words[:8])
     pairs = [(line + line[: line.index(words[at])], words[at], words[at + 4]) for at in range(4, 8)]
@@ -243,7 +242,7 @@ def test_a_stopped_run_goes_on_and_loses_no_finished_piece(tiny_teacher: Path, s
         (["--length", "128", "--also-lengths", "128"], "--also-lengths 128: is scored already"),
         (["--knock-out", "-1"], "--knock-out -1: give a number"),
         (["--haystack", "nowhere.txt"], "haystack nowhere.txt: No such file"),
-        (["--format", "nowhere.json"], "needle format nowhere.json: No such file"),
+        (["--format", "nowhere.json"], "wording nowhere.json: No such file"),
         (["--probe", "law"], "--probe law: write the name"),
         (["--probe", "law=nowhere.jsonl"], "nowhere.jsonl: No such file"),
         (["--weight", "retrieval=much"], "--weight retrieval=much: write a capability and a number"),
