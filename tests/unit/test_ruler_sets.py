@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hydra_mcore.selection.needles import NeedleFormat
 from tokenizers import normalizers
 from transformers import AutoTokenizer
 
 from hydra_mcore.errors import InputError
 from hydra_mcore.ruler import sets
 from hydra_mcore.ruler.haystack import read_haystack
+from hydra_mcore.ruler.needle_format import NeedleFormat
 from hydra_mcore.ruler.needles import PLANS
 from hydra_mcore.ruler.sets import prompt_set
 from hydra_mcore.ruler.source import Source, tokenizer_fingerprint
@@ -39,8 +39,7 @@ def source() -> Source:
 def own() -> Source:
     """The tiny teacher's own needles."""
     tokenizer = AutoTokenizer.from_pretrained(TEACHER)
-    bare = Source(tokenizer, load_wording(None, tokenizer, TEACHER), None)
-    return dataclasses.replace(bare, haystack=bare.noise)
+    return Source(tokenizer, load_wording(None, tokenizer, TEACHER), None).in_noise()
 
 
 def test_the_same_arguments_give_the_same_set_in_any_process(source: Source) -> None:
