@@ -13,66 +13,25 @@ import ast
 import dataclasses
 import inspect
 import itertools
-import math
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from hydra_mcore.errors import InputError
+from hydra_mcore.errors import ConfigError, InputError
 from hydra_mcore.files import checked, from_fields, is_name, read_json, shown, write_json
 from hydra_mcore.heads import HeadMap
+from hydra_mcore.kinds import KINDS
+from hydra_mcore.shape import ModelShape
 
 CARD_NAME = "model.json"
 CARD_FORMAT = 2
-LARGEST = {  # sizes that no model reaches: what asks for more is refused before memory is asked for
-    "num_layers": 2**12,
-    "num_heads": 2**12,
-    "num_kv_groups": 2**12,
-    "head_dim": 2**14,
-    "hidden_size": 2**20,
-    "ffn_hidden_size": 2**24,
-    "vocab_size": 2**26,
-    "native_length": 2**40,
-}
-
-
-class ConfigError(InputError):
-    """A setting or a checkpoint that cannot be used."""
 
 
 @dataclass(kw_only=True, frozen=True)
-class HydraOptions:
-    """How a HydraHead layer computes: every choice the paper leaves open, and every ablation it reports."""
+class FusionOptions:
+    """The options that all kinds of heads of a layer have in common."""
 
-    fa_position: Literal["nope", "rope"] = "nope"
-    """Positions of FA heads: none, or rotary [paper: nope]."""
-    fa_log_scale: Literal["never", "extend", "always"] = "extend"
-    """When FA queries are multiplied by ln(t+a)/ln(a): never, from stage extend on (and at inference), or always [HALO,
-    ours].
-    """
-    fa_log_scale_base: float = 500.0
-    """The a of the log-position scale, in tokens [paper: 500]."""
-    fa_gate: Literal["none", "elementwise", "headwise"] = "elementwise"
-    """Output gate of FA heads, computed from the layer's input [HALO: elementwise]."""
-    gdn_position: Literal["rope", "nope"] = "rope"
-    """Positions of GDN heads [paper: rope]."""
-    gdn_qk_norm: Literal["rms", "none"] = "rms"
-    """RMSNorm of GDN queries and keys before rotary and L2 norm [HALO: rms]."""
-    gdn_conv_kernel: int = 4
-    """Taps of the causal short convolution on q, k and v of GDN heads, identity at the start; 0 for none [paper keeps
-    it; size ours].
-    """
-    gdn_conv_activation: Literal["none", "silu"] = "none"
-    """Activation after the short convolution; silu gives up the identity start [ours: none]."""
-    gdn_write_max: float = 1.0
-    """The write gate is gdn_write_max * sigmoid; 2 allows negative eigenvalues [HALO: 2; ours: 1]."""
-    gdn_half_life: float = 69.0
-    """Tokens after which a GDN state has decayed to half at the start of training [ours: long memory]."""
-    gdn_gate: Literal["none", "elementwise", "headwise"] = "none"
-    """Output gate of GDN heads [HALO: optional]."""
-    gdn_kv: Literal["per_head", "per_group"] = "per_head"
-    """Keys and values of GDN heads: each its own copy, or shared in the group as in the teacher [paper: per_head]."""
     qkv: Literal["separate", "shared"] = "separate"
     """K/V projections of the two branches: separate, or one for both, which implies gdn_kv per_group [paper: separate].
     """
@@ -85,18 +44,20 @@ class HydraOptions:
     fusion_norm_weight: Literal["branch", "none"] = "branch"
     """Learned weight of the fusion norm: one vector per branch, or none [ours: branch]."""
 
+
+@dataclass(kw_only=True, frozen=True)
+class HydraOptions(FusionOptions, *(kind.options for kind in reversed(KINDS.values()))):
+    """How a HydraHead layer computes: every choice the paper leaves open, and every ablation it reports.
+
+    Each kind of heads brings its own options (``hydra_mcore/kinds``); the first kind's stand first.
+    """
+
     def __post_init__(self) -> None:
         for name, hint in _literal_choices(type(self)).items():
             if getattr(self, name) not in hint:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(map(repr, hint))}")
-        if not 0 <= self.gdn_conv_kernel <= 2**12:
-            raise ConfigError(f"gdn_conv_kernel is {self.gdn_conv_kernel}; it counts taps, 0 for no convolution")
-        if not 0.0 < self.gdn_write_max <= 2.0:
-            raise ConfigError(f"gdn_write_max is {self.gdn_write_max}; the delta rule is stable for 0 < max <= 2")
-        if not (self.fa_log_scale_base > 1.0 and self.gdn_half_life > 0.0):  # so written, NaN is refused too
-            raise ConfigError("fa_log_scale_base must exceed 1 and gdn_half_life 0")
-        if self.qkv == "shared" and self.gdn_kv == "per_head":
-            raise ConfigError("qkv 'shared' keeps the teacher's groups: set gdn_kv to 'per_group'")
+        for kind in KINDS.values():
+            kind.check(self)
 
     @classmethod
     def teacher(cls) -> HydraOptions:
@@ -109,71 +70,13 @@ class HydraOptions:
 
 
 @dataclass(kw_only=True, frozen=True)
-class ModelShape:
-    """The shape of a decoder-only model with grouped-query attention and a gated MLP."""
-
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    num_kv_groups: int
-    head_dim: int
-    ffn_hidden_size: int
-    vocab_size: int
-    native_length: int
-    rope_theta: float = 1e6
-    norm_epsilon: float = 1e-6
-    tied_embeddings: bool = True
-    qk_norm: bool = True
-    qkv_bias: bool = False
-    # as in Hugging Face's config.json, without rope_theta: {"rope_type": "linear", "factor": 2.0}; hash=False as it is
-    # a dict
-    rope_scaling: dict[str, Any] | None = field(default=None, hash=False)
-
-    def __post_init__(self) -> None:
-        for name, largest in LARGEST.items():
-            if not 1 <= getattr(self, name) <= largest:
-                raise ConfigError(f"{name} is {shown(getattr(self, name))}; it must be from 1 to {largest}")
-        if self.num_heads % self.num_kv_groups:
-            raise ConfigError(f"num_kv_groups {self.num_kv_groups} does not divide num_heads {self.num_heads}")
-        if not (0 < self.rope_theta < math.inf and 0 < self.norm_epsilon < 1):  # so written, NaN is refused too
-            raise ConfigError(
-                f"rope_theta {self.rope_theta} or norm_epsilon {self.norm_epsilon} is out of range; both are positive"
-            )
-
-    def to_recipe(self) -> dict[str, Any]:
-        """The same facts as Megatron flags, in recipe form."""
-        return {
-            "num-layers": self.num_layers,
-            "hidden-size": self.hidden_size,
-            "num-attention-heads": self.num_heads,
-            "group-query-attention": True,
-            "num-query-groups": self.num_kv_groups,
-            "kv-channels": self.head_dim,
-            "ffn-hidden-size": self.ffn_hidden_size,
-            "vocab-size": self.vocab_size,
-            "make-vocab-size-divisible-by": 1,
-            "rotary-base": int(self.rope_theta),
-            "norm-epsilon": self.norm_epsilon,
-            "untie-embeddings-and-output-weights": not self.tied_embeddings,
-            "qk-layernorm": self.qk_norm,
-            "position-embedding-type": "rope",
-            "normalization": "RMSNorm",
-            "swiglu": True,
-            "disable-bias-linear": True,
-            "add-qkv-bias": self.qkv_bias,
-            "attention-dropout": 0.0,
-        }
-
-
-@dataclass(kw_only=True, frozen=True)
 class ModelCard:
     """What stands in ``model.json`` beside a checkpoint: all that is needed to build its model.
 
     ``fingerprint`` names the pretrained weights the model descends from (sha256 over names, shapes and
     values in Hugging Face order), so a head map made for another teacher is noticed. ``source`` is what only the
     Hugging Face directory knew and an export needs again: its config.json, the dtypes of its tensors. ``stages`` are
-        the
-    trainings so far: stage, sequence_length, batch_size (sequences), iterations.
+    the trainings so far: stage, sequence_length, batch_size (sequences), iterations.
     """
 
     shape: ModelShape
@@ -254,7 +157,7 @@ class Training:
 
 
 @dataclass(kw_only=True, frozen=True)
-class _Source:
+class _CardSource:
     """``ModelCard.source``: the config alone where a Hugging Face directory is described and no tensor was read."""
 
     config: dict[str, Any] = field(default_factory=dict)
@@ -283,7 +186,7 @@ class _CardFile:
             raise ConfigError(f"the head map has {head_map.counts}, the shape others; take both from one checkpoint")
         if not (is_name(self.stage) and is_name(self.fingerprint)):
             raise ConfigError("stage and fingerprint are one short line each")
-        checked(self.source, _Source, "source", ConfigError)
+        checked(self.source, _CardSource, "source", ConfigError)
         stages = [dataclasses.asdict(training) for training in self.stages]
         facts = {"fingerprint": self.fingerprint, "stage": self.stage, "source": self.source, "stages": stages}
         return ModelCard(shape=shape, head_map=head_map, options=self.options, **facts)
@@ -356,12 +259,13 @@ class StageOptions:
 
 def field_docs(cls: type) -> dict[str, str]:
     """The docstring under each field of a dataclass, read from its source (Python keeps none at run time)."""
-    body = ast.parse(inspect.cleandoc(inspect.getsource(cls))).body[0].body
-    return {
-        field.target.id: doc.value.value
-        for field, doc in itertools.pairwise(body)
-        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant)
-    }
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):  # without object
+        body = ast.parse(inspect.cleandoc(inspect.getsource(base))).body[0].body
+        for item, doc in itertools.pairwise(body):
+            if isinstance(item, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant):
+                docs[item.target.id] = doc.value.value
+    return docs
 
 
 def add_flags(group: argparse._ArgumentGroup, cls: type) -> None:

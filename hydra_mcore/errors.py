@@ -11,6 +11,10 @@ class InputError(ValueError):
     """
 
 
+class ConfigError(InputError):
+    """A setting or a checkpoint that cannot be used."""
+
+
 def first_line(error: BaseException) -> str:
     """What a library's error says first, in at most 200 characters; its kind where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

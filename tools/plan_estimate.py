@@ -24,11 +24,14 @@ from typing import Any
 
 from hydra_mcore.config import ConfigError, ModelCard, teacher_card
 from hydra_mcore.costs.activations import Run
-from hydra_mcore.costs.communication import cp_bytes, fa_imbalance
-from hydra_mcore.costs.flops import CHUNK, causal_attention, delta_rule, model_flops, step_flops
+from hydra_mcore.costs.communication import cp_bytes, imbalance
+from hydra_mcore.costs.communication import total as layer_sent
+from hydra_mcore.costs.flops import model_flops, step_flops
 from hydra_mcore.costs.parameters import ATTENTION_PARTS
-from hydra_mcore.costs.training_memory import Memory, fullest_rank, stage_parameters
+from hydra_mcore.costs.training_memory import TrainingMemory, fullest_rank, stage_parameters
 from hydra_mcore.errors import InputError
+from hydra_mcore.kinds import FA, KINDS
+from hydra_mcore.kinds.kind import Sent
 from hydra_mcore.train.arguments import check_settings
 from tools.plan_gpus import GPUS_PER_NODE, Gpu
 
@@ -73,7 +76,7 @@ class Estimate:
     """
 
     run: Run
-    memory: Memory
+    memory: TrainingMemory
     fits: bool
     flops: float
     communication: dict[str, float]
@@ -164,21 +167,20 @@ def layer_cp_bytes(card: ModelCard, run: Run) -> float:
     teacher = teacher_card(card.shape, fingerprint="")
     total = 0.0
     for layer_idx in range(card.shape.num_layers):
-        student = cp_bytes(
-            run.layout(card, layer_idx), 0, run.part(), card.shape.head_dim, run.value_bytes, run.rows, card.options
-        )
-        total += student.total.total
+        total += layer_sent(_cp_bytes(card, layer_idx, run)).total
         if run.stage != "extend":
-            layout = run.layout(teacher, layer_idx)
-            total += cp_bytes(
-                layout, 0, run.part(), card.shape.head_dim, run.value_bytes, run.rows, teacher.options
-            ).total.forward
+            total += layer_sent(_cp_bytes(teacher, layer_idx, run)).forward
     return total / card.shape.num_layers
+
+
+def _cp_bytes(card: ModelCard, layer_idx: int, run: Run) -> dict[str, dict[str, Sent]]:
+    layout = run.layout(card, layer_idx)
+    return cp_bytes(card.shape, card.options, layout, 0, run.part(), run.value_bytes, run.rows)
 
 
 def balance(card: ModelCard, run: Run) -> list[float]:
     """Attention work of the busiest tensor-parallel rank over the mean, layer by layer."""
-    return [fa_imbalance(run.layout(card, layer_idx), run.part()) for layer_idx in range(card.shape.num_layers)]
+    return [imbalance(run.layout(card, layer_idx), FA, run.part()) for layer_idx in range(card.shape.num_layers)]
 
 
 def _seconds(
@@ -186,9 +188,9 @@ def _seconds(
 ) -> dict[str, float]:
     rate = machine.gpus * machine.gpu.bf16_tflops * 1e12 * machine.efficiency
     tokens = run.global_rows * run.length
-    attention = causal_attention(card.shape.head_dim, run.length).total * tokens
+    attention = KINDS[FA].core_flops(card.shape, card.options, run.length).total * tokens
     uneven = sum(
-        len(heads.fa) * attention * (factor - 1)
+        len(heads[FA]) * attention * (factor - 1)
         for heads, factor in zip(card.head_map.layers, balance(card, run), strict=True)
     )
     busy = {
@@ -216,10 +218,10 @@ def _recomputed(card: ModelCard, run: Run) -> float:
     if run.recompute_layers:
         method, count = run.recompute_layers
         return forward * (1.0 if method == "uniform" else min(1.0, count * run.pp_size / card.shape.num_layers))
-    num_fa = card.head_map.num_fa
-    num_gdn = card.shape.num_layers * card.shape.num_heads - num_fa
-    d = card.shape.head_dim
-    core = num_fa * causal_attention(d, run.length).forward + num_gdn * delta_rule(d, max(run.length, CHUNK)).forward
+    core = 0.0
+    for layer in card.head_map.layers:
+        for kind, heads in layer.items():
+            core += len(heads) * KINDS[kind].core_flops(card.shape, card.options, run.length).forward
     mlp = card.shape.num_layers * 6 * card.shape.hidden_size * card.shape.ffn_hidden_size
     return core * ("core_attn" in run.recompute) + mlp * ("mlp" in run.recompute and run.stage != "align")
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from hydra_mcore.config import ModelCard, teacher_card
 from hydra_mcore.costs.batch_sizes import rows_a_forward
-from hydra_mcore.costs.evaluation_memory import Forward, Memory, fullest_rank
+from hydra_mcore.costs.evaluation_memory import EvaluationMemory, Forward, fullest_rank
 from hydra_mcore.costs.flops import model_flops
 from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.evaluate import named_tasks
@@ -41,7 +41,7 @@ class Examination:
     model: str
     run: Forward
     replicas: int
-    memory: Memory
+    memory: EvaluationMemory
     fits: bool
     seconds: float
     hours: float

@@ -9,9 +9,10 @@ from collections.abc import Iterable, Sequence
 
 from hydra_mcore.config import ModelCard, teacher_card
 from hydra_mcore.costs.activations import Run
-from hydra_mcore.costs.flops import causal_attention, delta_rule, fa_head, gdn_head
+from hydra_mcore.costs.flops import one_head
 from hydra_mcore.costs.parameters import PARTS, rank_parameters
 from hydra_mcore.costs.training_memory import stage_parameters
+from hydra_mcore.kinds import FA, KINDS
 from tools.plan_estimate import MEMORY_SHARE, Changes, Estimate, Machine, as_flags, balance, layer_cp_bytes
 
 LENGTHS = (2048, 16_384, 65_536, 262_144)
@@ -25,20 +26,21 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def model_section(card: ModelCard, source: str, config: Sequence[str]) -> str:
-    """Parameters of student and teacher, and what a token costs in a head of either kind."""
+    """Parameters of student and teacher, and what a token costs in a head of each kind."""
     layers = range(card.shape.num_layers)
     student, teacher = rank_parameters(card, layers), rank_parameters(teacher_card(card.shape, ""), layers)
     rows = [[part, f"{student[part]:,}", f"{teacher[part]:,}"] for part in PARTS if student[part] or teacher[part]]
     rows.append(["all", f"{student.total():,}", f"{teacher.total():,}"])
-    shape, options, d = card.shape, card.options, card.shape.head_dim
+    shape, options = card.shape, card.options
+    kinds = [kind for name, kind in KINDS.items() if name == FA or any(layer[name] for layer in card.head_map.layers)]
     heads = []
     for length in LENGTHS:
-        attention, rule = causal_attention(d, length).forward, delta_rule(d, length).forward
-        whole = [fa_head(shape, options, length).forward, gdn_head(shape, options, length).forward]
-        heads.append(
-            [f"{length:,}", *(f"{value / 1e6:.2f}" for value in (attention, rule, *whole)), f"{attention / rule:.1f}"]
-        )
-    columns = ["tokens a row", "attention", "delta rule", "FA head", "GDN head", "attention / delta rule"]
+        cores = [kind.core_flops(shape, options, length).forward for kind in kinds]
+        whole = [one_head(kind, shape, options, length).forward for kind in kinds]
+        ratios = [f"{cores[0] / core:.1f}" for core in cores[1:]]
+        heads.append([f"{length:,}", *(f"{value / 1e6:.2f}" for value in (*cores, *whole)), *ratios])
+    columns = ["tokens a row", *(kind.core for kind in kinds), *(f"{kind.label} head" for kind in kinds)]
+    columns += [f"{kinds[0].core} / {kind.core}" for kind in kinds[1:]]
     return "\n\n".join([
         f"# Plan of {' + '.join(config)}\n{source}\n"
         f"{card.head_map.num_fa} FA heads of {shape.num_layers} x {shape.num_heads}",

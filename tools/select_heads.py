@@ -319,7 +319,7 @@ def write(
         write_report(args.out, scores, choice, model_name=name, knock_out=knock_out, by_length=by_length)
     head_map.save(args.out / "head_map.json")
     shutil.rmtree(args.out / "unfinished", ignore_errors=True)
-    by_layer = " ".join(str(len(layer.fa)) for layer in head_map.layers)
+    by_layer = " ".join(str(len(layer["fa"])) for layer in head_map.layers)
     total = head_map.num_layers * head_map.num_heads
     print(f"{args.out / 'head_map.json'}: {head_map.num_fa} of {total} heads keep full attention, by layer: {by_layer}")
     print(f"KV cache {choice.kv_fraction:.0%} of the teacher's ({choice.kv_groups} key/value groups)", end="")

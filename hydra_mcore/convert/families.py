@@ -12,9 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hydra_mcore.config import LARGEST as LARGEST_SHAPE
-from hydra_mcore.config import ModelShape
+from hydra_mcore.config import HydraOptions
 from hydra_mcore.convert.mapping import Columns, InEachBlock, Stacked, WeightMapping, Whole
+from hydra_mcore.heads import HeadLayout, HeadsByKind
+from hydra_mcore.kinds import FA, KINDS
+from hydra_mcore.kinds.kind import HeadKind
+from hydra_mcore.shape import LARGEST as LARGEST_SHAPE
+from hydra_mcore.shape import ModelShape
 
 LAYER = "{layer}"
 HF_LAYER, OUR_LAYER = "model.layers.{layer}.", "decoder.layers.{layer}."
@@ -112,33 +116,21 @@ TRUNK = (
 O_PROJ = WeightRule(HF_ATTENTION + "o_proj.weight", OUR_ATTENTION + "linear_proj.weight", ("model", "heads"), Columns())
 
 
-def projections(
-    hf_prefix: str, our_prefix: str, queries: str, keys: str, bias: bool, names: str = "qkv"
-) -> tuple[WeightRule, ...]:
-    """Weights (and biases) of q, k and v, or some of them, of a set of heads; ``queries`` and ``keys`` are their
-    widths.
-    """
-    rules = []
-    for name in names:
-        ours, width, mapping = (
-            ("linear_q", queries, Whole()) if name == "q" else ("linear_kv", keys, InEachBlock("kv".index(name), 2))
-        )
-        hf, stored = f"{HF_ATTENTION}{hf_prefix}{name}_proj.", f"{OUR_ATTENTION}{our_prefix}{ours}."
-        rules.append(WeightRule(hf + "weight", stored + "weight", (width, "model"), mapping))
-        if bias:
-            rules.append(WeightRule(hf + "bias", stored + "bias", (width,), mapping))
-    return tuple(rules)
+def branch_rules(
+    kind: HeadKind, shape: ModelShape, options: HydraOptions, layout: HeadLayout, hf_prefix: str
+) -> list[WeightRule]:
+    """The tensors of one kind's heads in a layer."""
+    heads, rules = layout.layer[kind.name], []
+    blocks = {"head": len(heads), "group": len(layout.groups_of(heads)), "layer": 1}
+    for parameter in kind.parameters(shape, options):
+        stored = f"{OUR_ATTENTION}{kind.name}.{parameter.stored}"
+        mapping = Whole() if parameter.part == (0, 1) else InEachBlock(*parameter.part)
+        dims = parameter.hf_shape(blocks[parameter.per])
+        rules.append(WeightRule(f"{HF_ATTENTION}{hf_prefix}{parameter.hf}", stored, dims, mapping))
+    return rules
 
 
-def qk_norms(hf_prefix: str, our_prefix: str) -> tuple[WeightRule, ...]:
-    """The weights of the norms on queries and keys."""
-    names = ("q_norm.weight", "k_norm.weight")
-    return tuple(
-        WeightRule(HF_ATTENTION + hf_prefix + name, OUR_ATTENTION + our_prefix + name, ("head",)) for name in names
-    )
-
-
-def teacher_attention(shape: ModelShape) -> tuple[WeightRule, ...]:
+def teacher_attention(shape: ModelShape) -> list[WeightRule]:
     """The tensors of a pretrained layer's attention, all of whose heads are FA."""
-    norms = qk_norms("", "fa.") if shape.qk_norm else ()
-    return (*projections("", "fa.", "fa", "fa_groups", shape.qkv_bias), *norms, O_PROJ)
+    layout = HeadLayout(HeadsByKind.from_fa(range(shape.num_heads), shape.num_heads), shape.num_kv_groups)
+    return [*branch_rules(KINDS[FA], shape, HydraOptions.teacher(), layout, ""), O_PROJ]

@@ -20,18 +20,21 @@ from hydra_mcore.convert.families import (
     UNSUPPORTED_UNLESS,
     Family,
     WeightRule,
-    projections,
-    qk_norms,
+    branch_rules,
 )
 from hydra_mcore.convert.hf_code import AUTO_MAP
+from hydra_mcore.convert.mapping import InEachBlock, WeightMapping, Whole
 from hydra_mcore.files import checked
-from hydra_mcore.heads import HeadMap, LayerHeads
+from hydra_mcore.heads import HeadLayout, HeadMap, HeadsByKind
+from hydra_mcore.kinds import KINDS
+from hydra_mcore.kinds.kind import linear
 
 MODEL_TYPE = "hydra_head"
 FAMILY = Family(MODEL_TYPE, qk_norm=True, qkv_bias=False, required_values=UNSUPPORTED_UNLESS)
 KEYS = {
     **dict.fromkeys(("qk_norm", "qkv_bias"), bool),
-    "fa_heads": list[list[int]],
+    "heads": list[dict[str, list[int]]],
+    "fa_heads": list[list[int]],  # of exports before format 3 of head maps: all other heads are GDN
     **typing.get_type_hints(HydraOptions),
     "teacher": dict[str, str],
     "stage": str,
@@ -41,46 +44,27 @@ KEYS = {
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def hydra_attention(options: HydraOptions, heads: LayerHeads, shape: ModelShape) -> tuple[WeightRule, ...]:
-    """The tensors of a HydraHead layer's attention; a branch without heads has none."""
-    normed = options.fusion != "none" and options.fusion_norm_weight == "branch"
-    own, bias = "qkv" if options.qkv == "separate" else "q", shape.qkv_bias
-    rules = [O_PROJ]
+def hydra_attention(shape: ModelShape, options: HydraOptions, heads: HeadsByKind) -> list[WeightRule]:
+    """The tensors of a HydraHead layer's attention; a kind without heads has none."""
+    layout, rules = HeadLayout(heads, shape.num_kv_groups), [O_PROJ]
     if options.qkv == "shared":
-        rules += projections("", "", "", "groups", bias, "kv")
-    if heads.fa:
-        rules += projections("fa.", "fa.", "fa", "fa_groups", bias, own)
-        rules += qk_norms("fa.", "fa.") if shape.qk_norm else ()
-        rules += _gate("fa", options.fa_gate)
-        rules += [_rule("fa_norm.weight", "fusion.norms.fa.weight", "head")] if normed else []
-    if heads.gdn:
-        rules += projections("gdn.", "gdn.", "gdn", "gdn" if options.gdn_kv == "per_head" else "gdn_groups", bias, own)
-        rules += qk_norms("gdn.", "gdn.") if options.gdn_qk_norm == "rms" else ()
-        rules += [_rule("gdn.conv.weight", "gdn.conv.weight", "gdn_qkv", 1, "taps")] if options.gdn_conv_kernel else []
-        rules += _linear("gdn.decay_proj", "gdn.linear_decay", "num_gdn") + _linear(
-            "gdn.write_proj", "gdn.linear_write", "num_gdn"
-        )
-        rules += [_rule("gdn.A_log", "gdn.A_log.weight", "num_gdn")]
-        rules += _gate("gdn", options.gdn_gate)
-        rules += [_rule("gdn_norm.weight", "fusion.norms.gdn.weight", "head")] if normed else []
+        for index, name in enumerate(("k_proj", "v_proj")):
+            for parameter in linear("linear_kv", name, "group", shape.head_dim, shape.hidden_size, bias=shape.qkv_bias):
+                dims = parameter.hf_shape(shape.num_kv_groups)
+                rules.append(_rule(parameter.hf, parameter.stored, *dims, mapping=InEachBlock(index, 2)))
+    for kind in heads:
+        rules += branch_rules(KINDS[kind], shape, options, layout, f"{kind}.")
+        if options.fusion != "none" and options.fusion_norm_weight == "branch":
+            rules.append(_rule(f"{kind}_norm.weight", f"fusion.norms.{kind}.weight", "head"))
     if options.fusion in ("scale", "competition"):
         rules.append(_rule("scale", "fusion.scale.weight", "num_heads"))
     if options.fusion == "competition":
         rules.append(_rule("competition.weight", "fusion.competition", "num_heads", "model"))
-    return tuple(rules)
+    return rules
 
 
-def _rule(hf: str, stored: str, *dims: str | int) -> WeightRule:
-    return WeightRule(HF_ATTENTION + hf, OUR_ATTENTION + stored, dims)
-
-
-def _linear(hf: str, stored: str, rows: str) -> list[WeightRule]:
-    return [_rule(hf + ".weight", stored + ".weight", rows, "model"), _rule(hf + ".bias", stored + ".bias", rows)]
-
-
-def _gate(branch: str, granularity: str) -> list[WeightRule]:
-    rows = {"elementwise": branch, "headwise": "num_" + branch}
-    return [] if granularity == "none" else _linear(branch + ".gate_proj", branch + ".gate.linear", rows[granularity])
+def _rule(hf: str, stored: str, *dims: str | int, mapping: WeightMapping | None = None) -> WeightRule:
+    return WeightRule(HF_ATTENTION + hf, OUR_ATTENTION + stored, dims, mapping or Whole())
 
 
 def to_config(card: ModelCard, dtype: str) -> dict[str, Any]:
@@ -100,7 +84,7 @@ def to_config(card: ModelCard, dtype: str) -> dict[str, Any]:
         "qk_norm": shape.qk_norm,
         "qkv_bias": shape.qkv_bias,
         **{key: source[key] for key in _TOKEN_IDS if key in source},
-        "fa_heads": [list(layer.fa) for layer in card.head_map.layers],
+        "heads": [{kind: list(heads) for kind, heads in layer.items()} for layer in card.head_map.layers],
         **dataclasses.asdict(card.options),
         "teacher": {"model_type": teacher_type(card), "fingerprint": card.fingerprint},
         "stage": card.stage,
@@ -125,11 +109,14 @@ def from_config(raw: dict[str, Any], shape: ModelShape) -> ModelCard:
     Raises:
         KeyError, InputError: a key is missing, or a value is not one that ``to_config`` writes.
     """
-    fa_heads = [(layer_idx, head_idx) for layer_idx, heads in enumerate(raw["fa_heads"]) for head_idx in heads]
     checked(raw["stages"], list[Training], "stages")
+    if "fa_heads" in raw and "heads" not in raw:
+        layers = [HeadsByKind.from_fa(heads, shape.num_heads) for heads in raw["fa_heads"]]
+    else:
+        layers = [HeadsByKind(**heads) for heads in raw["heads"]]
     return ModelCard(
         shape=shape,
-        head_map=HeadMap.from_fa(fa_heads, shape.num_layers, shape.num_heads, shape.num_kv_groups),
+        head_map=HeadMap(num_heads=shape.num_heads, num_kv_groups=shape.num_kv_groups, layers=tuple(layers)),
         options=HydraOptions(**{item.name: raw[item.name] for item in dataclasses.fields(HydraOptions)}),
         fingerprint=raw["teacher"]["fingerprint"],
         stage=raw["stage"],

@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A teacher and a head map become a student: every value that the student can take over, it takes over.
 
-Whole heads move, never single rows: head h of a group reads K/V group floor(h / heads per group), so a GDN head
-gets its own copy of exactly that group's rows (HALO Eq 13). Everything the teacher does not have (output gates,
-decay and write gates, short convolutions, fusion norms) keeps the start that its constructor gave it.
+Whole heads move, never single rows: head h of a group reads K/V group floor(h / heads per group), so a head that has
+keys and values of its own gets a copy of exactly that group's rows (HALO Eq 13). Everything the teacher does not have
+(output gates, decay and write gates, short convolutions, fusion norms) keeps the start that its constructor gave it.
 """
 
 from __future__ import annotations
@@ -24,12 +24,11 @@ from hydra_mcore.convert.output_folder import HEAD_MAP_NAME, check_target, new_f
 from hydra_mcore.convert.tokenizer_files import TOKENIZER_DIR
 from hydra_mcore.errors import InputError
 from hydra_mcore.heads import HeadMap
+from hydra_mcore.kinds import FA, KINDS
 from hydra_mcore.model.build import build_model, load_model
 from hydra_mcore.model.checkpoints import save_weights
-from hydra_mcore.model.fa_heads import FullAttentionHeads
-from hydra_mcore.model.gdn_heads import GatedDeltaHeads
 from hydra_mcore.model.hydra_attention import HydraAttention
-from hydra_mcore.model.parameters import GroupLinear, HeadLinear
+from hydra_mcore.shape import ModelShape
 
 SCALED_FUSIONS = ("scale", "competition")
 
@@ -63,7 +62,7 @@ def hybridize(
     student_card = dataclasses.replace(card, head_map=head_map, options=options, stage="student")
     student = build_model(student_card, dtype=dtype)
     scaled = calibration_tokens_bs is not None and options.fusion in SCALED_FUSIONS
-    inherit(teacher, student, head_output_rms(teacher, calibration_tokens_bs) if scaled else None)
+    inherit(teacher, student, card.shape, head_output_rms(teacher, calibration_tokens_bs) if scaled else None)
     with new_folder(student_dir, sum(parameter.nbytes for parameter in student.parameters())) as folder:
         if (tokenizer := Path(teacher_dir) / TOKENIZER_DIR).is_dir():
             shutil.copytree(tokenizer, folder / TOKENIZER_DIR)
@@ -88,7 +87,7 @@ def _check_tokens(tokens_bs: Tensor, card: ModelCard) -> None:
 
 
 @torch.no_grad()
-def inherit(teacher: GPTModel, student: GPTModel, head_scale: Tensor | None = None) -> None:
+def inherit(teacher: GPTModel, student: GPTModel, shape: ModelShape, head_scale: Tensor | None = None) -> None:
     """Copy the teacher's values into a student of the same shape, both whole (TP 1, PP 1).
 
     Args:
@@ -105,53 +104,47 @@ def inherit(teacher: GPTModel, student: GPTModel, head_scale: Tensor | None = No
         zip(teacher.decoder.layers, student.decoder.layers, strict=True)
     ):
         scale_h = None if head_scale is None else head_scale[layer_idx]
-        inherit_attention(theirs_layer.self_attention, our_layer.self_attention, scale_h)
+        inherit_attention(theirs_layer.self_attention, our_layer.self_attention, shape, scale_h)
 
 
 @torch.no_grad()
-def inherit_attention(teacher: HydraAttention, student: HydraAttention, scale_h: Tensor | None = None) -> None:
+def inherit_attention(
+    teacher: HydraAttention, student: HydraAttention, shape: ModelShape, scale_h: Tensor | None = None
+) -> None:
     """One layer of ``inherit``: rows (and biases) of q, k and v to their heads, columns of o_proj to the student's head
     order.
     """
-    if max(teacher.layout.tp_size, student.layout.tp_size) > 1 or teacher.layout.layer.gdn:
+    if max(teacher.layout.tp_size, student.layout.tp_size) > 1 or set(teacher.layout.layer) != {FA}:
         raise ValueError("inherit takes a whole all-FA teacher and a whole student: tensor parallel size 1")
-    layout, heads = student.layout, student.layout.ranks[0].heads
-    linear_kv, groups = teacher.fa.linear_kv, layout.num_kv_groups
-    if student.shared_kv:
-        _inherit_rows(linear_kv, student.linear_kv, groups, student.linear_kv.living)
-    if layout.layer.fa:
-        _inherit_queries(teacher.fa, student.fa, layout.ranks[0].fa)
-        if not student.shared_kv:
-            _inherit_rows(linear_kv, student.fa.linear_kv, groups, student.fa.linear_kv.living)
-    if layout.layer.gdn:
-        gdn = layout.ranks[0].gdn
-        _inherit_queries(teacher.fa, student.gdn, gdn)
-        if student.gdn.options.gdn_kv == "per_head":
-            _inherit_rows(linear_kv, student.gdn.linear_kv, groups, [layout.group_of(h) for h in gdn])
-        elif not student.shared_kv:
-            _inherit_rows(linear_kv, student.gdn.linear_kv, groups, student.gdn.linear_kv.living)
+    layout, theirs = student.layout, dict(teacher.fa.named_parameters())
+    if student.linear_kv is not None:
+        for name, ours in student.linear_kv.named_parameters():
+            _inherit_blocks(theirs[f"linear_kv.{name}"], ours, layout.num_kv_groups, student.linear_kv.living)
+    for kind, branch in student.branches.items():
+        heads, groups = layout.layer[kind], layout.groups_of(layout.layer[kind])
+        group_of_head = [layout.group_of(head_idx) for head_idx in heads]
+        own = dict(branch.named_parameters())
+        for parameter in KINDS[kind].parameters(shape, branch.options):
+            if not parameter.inherited or parameter.stored not in theirs:  # a teacher may have no norms
+                continue
+            values, ours = theirs[parameter.stored], own[parameter.stored]
+            if parameter.per == "layer":
+                ours.copy_(values)
+            elif parameter.stored.startswith("linear_kv."):
+                blocks = group_of_head if parameter.per == "head" else groups
+                _inherit_blocks(values, ours, layout.num_kv_groups, blocks)
+            else:
+                _inherit_blocks(values, ours, layout.num_heads, heads)
+    heads = list(layout.layer.heads)
     columns_mhd = teacher.linear_proj.weight.unflatten(1, (layout.num_heads, -1))
-    student.linear_proj.weight.copy_(columns_mhd[:, list(heads)].flatten(1))
+    student.linear_proj.weight.copy_(columns_mhd[:, heads].flatten(1))
     if scale_h is not None and student.fusion.options.fusion in SCALED_FUSIONS:
-        student.fusion.scale.weight.copy_(scale_h[list(heads)])
+        student.fusion.scale.weight.copy_(scale_h[heads])
 
 
-def _inherit_queries(
-    teacher: FullAttentionHeads, branch: FullAttentionHeads | GatedDeltaHeads, heads: tuple[int, ...]
-) -> None:
-    """Query rows and biases of some heads, and the weights of the q/k norms where the branch has them."""
-    _inherit_rows(teacher.linear_q, branch.linear_q, teacher.linear_q.total, heads)
-    for norm in ("q_norm", "k_norm"):
-        if hasattr(teacher, norm) and hasattr(branch, norm):
-            getattr(branch, norm).weight.copy_(getattr(teacher, norm).weight)
-
-
-def _inherit_rows(
-    theirs: HeadLinear | GroupLinear, ours: HeadLinear | GroupLinear, total: int, blocks: Sequence[int]
-) -> None:
-    """Some of the ``total`` equal blocks of a projection's rows and biases; at TP 1 no group is split."""
-    for name, rows in theirs.named_parameters():
-        getattr(ours, name).copy_(rows.unflatten(0, (total, -1))[list(blocks)].flatten(0, 1))
+def _inherit_blocks(theirs: Tensor, ours: Tensor, total: int, blocks: Sequence[int]) -> None:
+    """Some of the ``total`` equal blocks of a projection's rows or biases; at TP 1 no group is split."""
+    ours.copy_(theirs.unflatten(0, (total, -1))[list(blocks)].flatten(0, 1))
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from hydra_mcore.config import HydraOptions, ModelCard
 from hydra_mcore.convert.hydra_family import teacher_type
 from hydra_mcore.convert.tensor_table import is_teacher
 from hydra_mcore.errors import InputError
+from hydra_mcore.kinds import FA, KINDS
 
 CARD_FILE = "README.md"
 
@@ -23,7 +24,7 @@ pipeline_tag: text-generation
 """
 _HYDRA = """# HydraHead model
 
-Every layer mixes full attention (FA) and Gated DeltaNet (GDN) head by head ([arXiv 2606.20097](https://arxiv.org/abs/2606.20097)):
+Every layer mixes full attention (FA) and {others} head by head ([arXiv 2606.20097](https://arxiv.org/abs/2606.20097)):
 {num_fa} of {num_heads} heads keep full attention and a key/value cache; the others carry a state of constant size.
 
 ```python
@@ -86,10 +87,13 @@ def _layer_facts(card: ModelCard) -> dict[str, str | int]:
         for item in dataclasses.fields(HydraOptions)
         if getattr(card.options, item.name) != item.default
     ]
+    kinds = [kind for kind in KINDS if any(layer[kind] for layer in head_map.layers)]
     rows = [
-        f"| {idx} | {', '.join(map(str, layer.fa)) or '-'} | {len(layer.gdn)} |"
+        [idx, ", ".join(map(str, layer[FA])) or "-", *(len(layer[kind]) for kind in kinds if kind != FA)]
         for idx, layer in enumerate(head_map.layers)
     ]
+    columns = ["layer", "FA heads", *(f"{KINDS[kind].label} heads" for kind in kinds if kind != FA)]
+    table = [columns, ["---"] * len(columns), *rows]
     return {
         "num_fa": head_map.num_fa,
         "num_heads": shape.num_layers * shape.num_heads,
@@ -101,7 +105,8 @@ def _layer_facts(card: ModelCard) -> dict[str, str | int]:
         "native": shape.native_length,
         "strategy": head_map.strategy,
         "options": ", ".join(changed) or "all at their defaults",
-        "heads_table": "\n".join(["| layer | FA heads | GDN heads |", "|---|---|---|", *rows]),
+        "heads_table": "\n".join(f"| {' | '.join(map(str, row))} |" for row in table),
+        "others": ", ".join(KINDS[kind].title for kind in kinds if kind != FA),
     }
 
 

@@ -12,7 +12,7 @@ from hydra_mcore.config import HydraOptions, ModelCard, ModelShape
 from hydra_mcore.convert.families import LAYER, OUTPUT_LAYER, TRUNK, WeightRule, teacher_attention
 from hydra_mcore.convert.hydra_family import hydra_attention
 from hydra_mcore.convert.mapping import WeightMapping
-from hydra_mcore.heads import HeadLayout, LayerHeads
+from hydra_mcore.kinds import FA
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class TensorRule:
 
 def is_teacher(card: ModelCard) -> bool:
     """Whether the model is of its teacher's own family: every head FA, and nothing added."""
-    return card.options == HydraOptions.teacher() and not any(layer.gdn for layer in card.head_map.layers)
+    return card.options == HydraOptions.teacher() and all(set(layer) == {FA} for layer in card.head_map.layers)
 
 
 def tensor_rules(card: ModelCard) -> dict[str, TensorRule]:
@@ -35,9 +35,9 @@ def tensor_rules(card: ModelCard) -> dict[str, TensorRule]:
     shape, trunk = card.shape, [rule for rule in TRUNK if LAYER not in rule.hf]
     rules = [_filled(rule, None, _model_dimensions(shape)) for rule in trunk]
     for layer_idx, heads in enumerate(card.head_map.layers):
-        sizes = _model_dimensions(shape) | _layer_dimensions(shape, heads, card.options)
-        attention = teacher_attention(shape) if is_teacher(card) else hydra_attention(card.options, heads, shape)
-        rules += [_filled(rule, layer_idx, sizes) for rule in (*TRUNK, *attention) if LAYER in rule.hf]
+        attention = teacher_attention(shape) if is_teacher(card) else hydra_attention(shape, card.options, heads)
+        in_layer = [rule for rule in (*TRUNK, *attention) if LAYER in rule.hf]
+        rules += [_filled(rule, layer_idx, _model_dimensions(shape)) for rule in in_layer]
     if not shape.tied_embeddings:
         rules.append(_filled(OUTPUT_LAYER, None, _model_dimensions(shape)))
     return {rule.hf: rule for rule in rules}
@@ -63,13 +63,3 @@ def _model_dimensions(shape: ModelShape) -> dict[str, int]:
         "groups": shape.num_kv_groups * shape.head_dim,
         "num_heads": shape.num_heads,
     }
-
-
-def _layer_dimensions(shape: ModelShape, heads: LayerHeads, options: HydraOptions) -> dict[str, int]:
-    """Widths of a branch's queries and keys (of the kv groups that live in it), and how many heads it has."""
-    layout, sizes = HeadLayout(heads, shape.num_kv_groups), {"taps": options.gdn_conv_kernel}
-    for branch, owned in (("fa", heads.fa), ("gdn", heads.gdn)):
-        sizes["num_" + branch] = len(owned)
-        sizes[branch] = len(owned) * shape.head_dim
-        sizes[branch + "_groups"] = len({layout.group_of(head_idx) for head_idx in owned}) * shape.head_dim
-    return sizes | {"gdn_qkv": 3 * sizes["gdn"]}

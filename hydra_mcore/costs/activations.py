@@ -18,12 +18,10 @@ import argparse
 from dataclasses import dataclass
 
 from hydra_mcore.config import HydraOptions, ModelCard, ModelShape
-from hydra_mcore.costs.flops import CHUNK
 from hydra_mcore.heads import HeadLayout
-from hydra_mcore.ops.chunked_delta_rule import segment_tokens
-from hydra_mcore.ops.sequence import SequencePart
-
-FLOAT = 4  # bytes of what is computed in float32 whatever the model's type
+from hydra_mcore.kinds import KINDS
+from hydra_mcore.kinds.kind import FLOAT, norm_kept
+from hydra_mcore.sequence import SequencePart
 
 
 @dataclass(frozen=True)
@@ -113,21 +111,14 @@ class Run:
     def part(self, cp_rank: int = 0) -> SequencePart:
         return SequencePart(self.length, self.cp_size, cp_rank)
 
-    def norm(self, width: int) -> int:
-        """Kept by RMSNorm of one row: its input and 1 / rms; without fused kernels also the row before the weight, in
-        float32.
-        """
-        return (self.value_bytes * width if self.fused else 2 * FLOAT * width) + FLOAT
-
 
 @dataclass(frozen=True)
-class Kept:
+class LayerKept:
     """Bytes of one layer on one rank, of what its forward pass made, in the order in which it was made.
 
-    ``before``: up to the inputs of the delta rule and of attention. ``core``: what these two keep beside their inputs.
+    ``before``: up to the inputs of the cores (attention, recurrences). ``core``: what these keep beside their inputs.
     ``after``: fusion, output projection, the MLP's norm and input. ``mlp``: inside the MLP. ``core_workspace``: what
-        the
-    delta rule's backward pass needs at most beyond all that.
+    the backward pass of one of the cores needs at most beyond all that.
     """
 
     before: float
@@ -137,35 +128,22 @@ class Kept:
     core_workspace: float
 
 
-def layer_bytes(card: ModelCard, layer_idx: int, tp_rank: int, run: Run) -> Kept:
+def layer_bytes(card: ModelCard, layer_idx: int, tp_rank: int, run: Run) -> LayerKept:
     """What one student layer keeps when nothing is recomputed."""
     shape, options, p = card.shape, card.options, run.value_bytes
     layout = run.layout(card, layer_idx)
-    owned, shared = layout.ranks[tp_rank], len(layout.shared_fa)
-    num_gdn, num_fa = (
-        len(owned.gdn),
-        len(owned.fa) + shared / run.tp_size,
-    )  # shared heads: each rank its part of the queries
-    before, core, workspace = p * shape.hidden_size, 0.0, 0.0
-    if layout.layer.fa:
-        groups = len({layout.group_of(h) for h in owned.fa + layout.shared_fa})
-        before += _fa(shape, options, run, num_fa, groups)
-        before += (
-            2 * (len(owned.fa) + shared) * run.cp_size * p * shape.head_dim
-        )  # keys and values of the whole row, by head
-        core += num_fa * (p * shape.head_dim + FLOAT)  # attention's result, the logarithm of its softmax's sum
-    if layout.layer.gdn:
-        before += _gdn(shape, options, run, num_gdn)
-        core += num_gdn * _delta_rule(shape.head_dim, num_gdn, run)
-        workspace = num_gdn * _delta_rule_workspace(shape.head_dim, num_gdn, run)
-    after = (num_fa + num_gdn) * (_fusion(shape, options, run) + p * shape.head_dim)
-    norm = run.norm(shape.hidden_size)
-    return Kept(
+    counts = {kind: layout.count(kind, tp_rank) for kind in layout.layer}
+    kept = [KINDS[kind].kept(shape, options, run, count) for kind, count in counts.items()]
+    before = p * shape.hidden_size + sum(kind.inputs for kind in kept)
+    computed = sum(count.computed for count in counts.values())
+    after = computed * (_fusion(shape, options, run) + p * shape.head_dim)
+    norm = norm_kept(shape.hidden_size, run)
+    return LayerKept(
         before=run.tokens * before + run.tokens_between * norm,
-        core=run.tokens * core,
+        core=run.tokens * sum(kind.core for kind in kept),
         after=run.tokens * after + run.tokens_between * (norm + p * shape.hidden_size),
         mlp=run.tokens * (3 if run.fused else 5) * p * shape.ffn_hidden_size / run.tp_size,
-        core_workspace=run.tokens * workspace,
+        core_workspace=run.tokens * max(kind.workspace for kind in kept),
     )
 
 
@@ -178,55 +156,3 @@ def _fusion(shape: ModelShape, options: HydraOptions, run: Run) -> float:
     if run.fused:
         kept += (FLOAT if kind != "none" else 0) + p * d * (kind in ("scale", "competition"))
     return kept + p * (d + 1) * (kind == "competition")
-
-
-def _fa(shape: ModelShape, options: HydraOptions, run: Run, heads: float, groups: int) -> float:
-    """For each token: norms, rotary, scale and gates of FA heads, and their queries."""
-    d, p = shape.head_dim, run.value_bytes
-    kept = heads * (p * d + _gate(options.fa_gate, d, p, run))
-    if shape.qk_norm:
-        kept += (heads + groups) * run.norm(d)
-        if run.fused or p == FLOAT:
-            kept += groups * p * d  # the norm's input is the keys, in one tensor with the values
-    if options.fa_position == "rope":
-        kept += 4 * p * d  # cosines and sines, of queries and of keys
-    return kept + p  # the log-position scale
-
-
-def _gdn(shape: ModelShape, options: HydraOptions, run: Run, heads: int) -> float:
-    """For each token: convolution, norms, rotary and gates of GDN heads, and the inputs of the delta rule."""
-    d, p, rms = shape.head_dim, run.value_bytes, options.gdn_qk_norm == "rms"
-    kept = 3 * d * p if options.gdn_conv_kernel else 0  # its input, padded
-    kept += 3 * d * p  # q, k and v in one tensor, of which the norms' inputs and the values are views
-    kept += 3 * FLOAT + 2 * FLOAT  # decay and write gate
-    kept += _gate(options.gdn_gate, d, p, run) + 2 * p * d  # queries and keys
-    if run.fused:  # the L2 norm and 1 / rms of queries and keys; elsewhere they are made anew
-        kept += 2 * (FLOAT * d + 2 * FLOAT) + rms * 2 * FLOAT
-    return heads * kept + (4 * p * d if run.fused and options.gdn_position == "rope" else 0)
-
-
-def _gate(granularity: str, d: int, p: int, run: Run) -> int:
-    """The gate; with kernels also the output that it multiplies, which elsewhere the fusion keeps."""
-    return 0 if granularity == "none" else p * ((d if granularity == "elementwise" else 1) + d * run.fused)
-
-
-def _delta_rule(d: int, heads: int, run: Run) -> float:
-    """For each head and token: what chunked_delta_rule, or the kernel, keeps beside its inputs."""
-    p = run.value_bytes
-    if run.fused:
-        return p * d + p * CHUNK  # contiguous values, and the inverse of 1 + L
-    part = run.length // run.cp_size
-    padding = -(-part // CHUNK) * CHUNK / part
-    return FLOAT * (padding * (CHUNK + d) + d * d / min(part, segment_tokens(heads * run.rows, d)))
-
-
-def _delta_rule_workspace(d: int, heads: int, run: Run) -> float:
-    """For each head and token: gradients inside the delta rule's backward pass, and what it makes anew of a segment.
-
-    The kernel's: states, their gradients and ten values of size d.
-    """
-    p, part = run.value_bytes, run.length // run.cp_size
-    if run.fused:
-        return 2 * p * d * d / CHUNK + 10 * p * d
-    segment = FLOAT * (18 * d + 9 * CHUNK + 3 * d * d / CHUNK)
-    return 3 * p * d + 2 * FLOAT + segment * min(1.0, segment_tokens(heads * run.rows, d) / part)

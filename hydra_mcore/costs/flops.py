@@ -15,34 +15,11 @@ products that real models run.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from hydra_mcore.config import HydraOptions, ModelCard, ModelShape, teacher_card
-from hydra_mcore.heads import HeadLayout, LayerHeads
-from hydra_mcore.ops.chunked_delta_rule import chunked_delta_rule
-
-CHUNK = chunked_delta_rule.__kwdefaults__["chunk_size"]  # flash-linear-attention's kernel cuts into as many rows
-
-
-@dataclass(frozen=True)
-class Flops:
-    """Operations of a forward pass and of its backward pass."""
-
-    forward: float
-    backward: float
-
-    def __add__(self, other: Flops) -> Flops:
-        return Flops(self.forward + other.forward, self.backward + other.backward)
-
-    def __rmul__(self, times: float) -> Flops:
-        return Flops(times * self.forward, times * self.backward)
-
-    @property
-    def total(self) -> float:
-        return self.forward + self.backward
-
-
-NOTHING = Flops(0.0, 0.0)
+from hydra_mcore.heads import HeadLayout, HeadsByKind
+from hydra_mcore.kinds import KINDS
+from hydra_mcore.kinds.kind import NO_FLOPS, Flops, HeadKind, product
+from hydra_mcore.stages import STAGES
 
 
 def step_flops(card: ModelCard, stage: str, sequence_length: int, sequences: int) -> float:
@@ -59,108 +36,66 @@ def step_flops(card: ModelCard, stage: str, sequence_length: int, sequences: int
         sequence_length: tokens of a row.
         sequences: rows of the whole step (global-batch-size).
     """
-    teacher = teacher_card(card.shape, fingerprint="")
-    if stage == "align":
+    row = STAGES[stage]
+    if row.fits_layers:
         blocks = (
             attention_block(card.shape, card.options, heads, sequence_length, input_gradient=False)
             for heads in card.head_map.layers
         )
-        per_token = model_flops(teacher, sequence_length, with_output=False).forward + sum(blocks, NOTHING).total
+        per_token = sum(blocks, NO_FLOPS).total
     else:
         per_token = model_flops(card, sequence_length).total
-        if stage == "distill":
-            per_token += model_flops(teacher, sequence_length).forward
+    if row.needs_teacher:
+        teacher = teacher_card(card.shape, fingerprint="")
+        per_token += model_flops(teacher, sequence_length, with_output=row.needs_teacher_logits).forward
     return per_token * sequence_length * sequences
 
 
 def model_flops(card: ModelCard, length: int, with_output: bool = True) -> Flops:
     """A whole model, for each token of rows of ``length``; the embedding is a look-up and costs nothing."""
     shape = card.shape
-    attention = sum((attention_block(shape, card.options, heads, length) for heads in card.head_map.layers), NOTHING)
-    mlp = _product(shape.hidden_size, 3 * shape.ffn_hidden_size)  # gate, up and down
-    output = _product(shape.hidden_size, shape.vocab_size) if with_output else NOTHING
+    attention = sum((attention_block(shape, card.options, heads, length) for heads in card.head_map.layers), NO_FLOPS)
+    mlp = product(shape.hidden_size, 3 * shape.ffn_hidden_size)  # gate, up and down
+    output = product(shape.hidden_size, shape.vocab_size) if with_output else NO_FLOPS
     return attention + shape.num_layers * mlp + output
 
 
 def attention_block(
-    shape: ModelShape, options: HydraOptions, heads: LayerHeads, length: int, input_gradient: bool = True
+    shape: ModelShape, options: HydraOptions, heads: HeadsByKind, length: int, input_gradient: bool = True
 ) -> Flops:
     """A layer's attention block, for each token: all its heads, its kv groups and its fusion.
 
     Args:
         input_gradient: whether a gradient flows on to the layer's input (not in align).
     """
-    layout = HeadLayout(heads, shape.num_kv_groups)
-    groups = {role: len({layout.group_of(h) for h in owned}) for role, owned in (("fa", heads.fa), ("gdn", heads.gdn))}
-    kv_groups = 0
+    layout, total = HeadLayout(heads, shape.num_kv_groups), NO_FLOPS
     if options.qkv == "shared":
-        kv_groups = len({layout.group_of(h) for h in heads.fa + heads.gdn})
-    elif options.gdn_kv == "per_group":
-        kv_groups = groups["fa"] + groups["gdn"]
-    else:
-        kv_groups = groups["fa"]
-    total = kv_groups * keys_values(shape, input_gradient)
-    total += len(heads.fa) * fa_head(shape, options, length, input_gradient)
-    total += len(heads.gdn) * gdn_head(shape, options, length, input_gradient)
+        groups = len(layout.groups_of(heads.heads))
+        total += groups * product(shape.hidden_size, 2 * shape.head_dim, input_gradient)
+    for name, owned in heads.items():
+        kind = KINDS[name]
+        total += len(owned) * one_head(kind, shape, options, length, input_gradient)
+        total += len(layout.groups_of(owned)) * _projections(kind, shape, options, "group", input_gradient)
     if options.fusion == "competition":
-        total += _product(shape.hidden_size, shape.num_heads, input_gradient)
+        total += product(shape.hidden_size, shape.num_heads, input_gradient)
     return total
 
 
-def fa_head(shape: ModelShape, options: HydraOptions, length: int, input_gradient: bool = True) -> Flops:
-    """One FA head, for each token, without the keys and values that it shares with its kv group (``keys_values``)."""
-    projections = _head_projections(shape, options.fa_gate, input_gradient)
-    return projections + causal_attention(shape.head_dim, length)
+def one_head(
+    kind: HeadKind, shape: ModelShape, options: HydraOptions, length: int, input_gradient: bool = True
+) -> Flops:
+    """One head of a kind, for each token, without the keys and values that it shares with its kv group."""
+    total = _projections(kind, shape, options, "head", input_gradient) + product(shape.head_dim, shape.hidden_size)
+    return total + _convolutions(kind, shape, options) + kind.core_flops(shape, options, length)
 
 
-def gdn_head(shape: ModelShape, options: HydraOptions, length: int, input_gradient: bool = True) -> Flops:
-    """One GDN head, for each token, with its own keys and values where ``gdn_kv`` is per_head."""
-    total = _head_projections(shape, options.gdn_gate, input_gradient)
-    total += _product(shape.hidden_size, 2, input_gradient)  # decay and write gate
-    if options.gdn_kv == "per_head":
-        total += keys_values(shape, input_gradient)
-    return total + short_convolution(shape.head_dim, options.gdn_conv_kernel) + delta_rule(shape.head_dim, length)
+def _projections(kind: HeadKind, shape: ModelShape, options: HydraOptions, per: str, input_gradient: bool) -> Flops:
+    """The matrices that the layer's input goes through for each head, or for each kv group, of a kind."""
+    blocks = [parameter.block for parameter in kind.parameters(shape, options) if parameter.per == per]
+    return product(shape.hidden_size, sum(block[0] for block in blocks if len(block) == 2), input_gradient)
 
 
-def keys_values(shape: ModelShape, input_gradient: bool = True) -> Flops:
-    """The key and value projections of one kv group, or of one head with its own."""
-    return _product(shape.hidden_size, 2 * shape.head_dim, input_gradient)
-
-
-def causal_attention(head_dim: int, length: int) -> Flops:
-    """q k^T and its product with v of one head, for each token of a row, which sees (length + 1) / 2 keys on
-    average.
-    """
-    keys = (length + 1) / 2
-    return 2 * _product(head_dim, keys)
-
-
-def delta_rule(head_dim: int, length: int) -> Flops:
-    """The chunked delta rule of one head, for each token (ops/chunked_delta_rule.py), keys and values of one size d.
-
-    Of r rows of a chunk: queries and keys times keys (2 r r d), both read the state (2 r d d), an inverse (r r r) and
-        scores
-    are applied to what is written (2 r r d), which goes into the state (r d d). What backward makes anew is not
-    counted. A last chunk is filled up with padding.
-    """
-    chunks = -(-length // CHUNK)
-    products = 4 * _product(CHUNK * CHUNK, head_dim) + 3 * _product(CHUNK * head_dim, head_dim)
-    return (chunks / length) * (products + Flops(float(CHUNK**3), 0.0))
-
-
-def short_convolution(head_dim: int, taps: int) -> Flops:
-    """The short convolution on q, k and v of one GDN head, for each token."""
-    return _product(3 * head_dim, taps)
-
-
-def _head_projections(shape: ModelShape, gate: str, input_gradient: bool) -> Flops:
-    """Query, gate and output projection of one head."""
-    gate_rows = {"none": 0, "headwise": 1, "elementwise": shape.head_dim}[gate]
-    into = _product(shape.hidden_size, shape.head_dim + gate_rows, input_gradient)
-    return into + _product(shape.head_dim, shape.hidden_size)
-
-
-def _product(inputs: float, outputs: float, input_gradient: bool = True) -> Flops:
-    """One row through a matrix, and the gradients of the matrix and, unless it has none, of the row."""
-    forward = 2.0 * inputs * outputs
-    return Flops(forward, 2 * forward if input_gradient else forward)
+def _convolutions(kind: HeadKind, shape: ModelShape, options: HydraOptions) -> Flops:
+    """The depthwise convolutions of one head."""
+    blocks = [parameter.block for parameter in kind.parameters(shape, options)]
+    return sum((product(block[0], block[2]) for block in blocks if len(block) == 3), NO_FLOPS)

@@ -11,9 +11,13 @@ from collections import Counter
 from collections.abc import Iterable
 
 from hydra_mcore.config import ModelCard
-from hydra_mcore.heads import HeadLayout, HeadRole
+from hydra_mcore.heads import HeadLayout
+from hydra_mcore.kinds import FA, KINDS
 
-ATTENTION_PARTS = ("FA heads", "GDN heads", "output projection", "gates", "convolution", "fusion")  # what align trains
+ATTENTION_PARTS = (  # what align trains
+    *(f"{kind.label} heads" for kind in KINDS.values()),
+    *("output projection", "gates", "convolution", "fusion"),
+)
 PARTS = (*ATTENTION_PARTS, "MLP", "layer norms", "embedding", "output layer")
 
 
@@ -52,37 +56,33 @@ def rank_parameters(
 def _attention(card: ModelCard, layout: HeadLayout, tp_rank: int) -> Counter[str]:
     """One layer's attention block on one tensor-parallel rank (model/hydra_attention.py and what it is made of)."""
     shape, options, found = card.shape, card.options, Counter()
-    d, owned, shared = shape.head_dim, layout.ranks[tp_rank], len(layout.shared_fa)
-    num_fa, num_gdn = len(owned.fa) + shared, len(owned.gdn)
-    row = shape.hidden_size + shape.qkv_bias  # of a query, key or value projection
-    gate_rows = {"none": 0, "headwise": 1, "elementwise": d}
-    gate_row = shape.hidden_size + 1
-    if layout.layer.fa:
-        groups = 0 if options.qkv == "shared" else _held_groups(layout, owned.fa + layout.shared_fa, HeadRole.FA)
-        found["FA heads"] = (num_fa * d + groups * 2 * d) * row + shape.qk_norm * 2 * d
-        found["gates"] += num_fa * gate_rows[options.fa_gate] * gate_row
-    if layout.layer.gdn:
-        kv = num_gdn
-        if options.gdn_kv == "per_group":
-            kv = 0 if options.qkv == "shared" else _held_groups(layout, owned.gdn, HeadRole.GDN)
-        decay_and_write = num_gdn * (2 * gate_row + 1)
-        found["GDN heads"] = (num_gdn * d + kv * 2 * d) * row + decay_and_write + (options.gdn_qk_norm == "rms") * 2 * d
-        found["gates"] += num_gdn * gate_rows[options.gdn_gate] * gate_row
-        found["convolution"] = num_gdn * 3 * d * options.gdn_conv_kernel
-    if options.qkv == "shared":  # of both branches; counted where the teacher had it
-        found["FA heads"] += _held_groups(layout, owned.heads + layout.shared_fa) * 2 * d * row
+    held = len(layout.ranks[tp_rank].heads + layout.shared.heads)
+    for kind in map(KINDS.get, layout.layer):
+        blocks = {
+            "head": layout.count(kind.name, tp_rank).held,
+            "group": _held_groups(layout, tp_rank, kind.name),
+            "layer": 1,
+        }
+        for parameter in kind.parameters(shape, options):
+            found[parameter.section or f"{kind.label} heads"] += blocks[parameter.per] * parameter.num_values
+    if options.qkv == "shared":  # by all kinds; counted where the teacher had it
+        row = shape.hidden_size + shape.qkv_bias
+        found[f"{KINDS[FA].label} heads"] += _held_groups(layout, tp_rank) * 2 * shape.head_dim * row
     if options.fusion != "none" and options.fusion_norm_weight == "branch":
-        found["fusion"] += d * (bool(layout.layer.fa) + bool(layout.layer.gdn))
+        found["fusion"] += shape.head_dim * len(layout.layer)
     if options.fusion in ("scale", "competition"):
-        found["fusion"] += num_fa + num_gdn
+        found["fusion"] += held
     if options.fusion == "competition":
         found["fusion"] += layout.num_heads * shape.hidden_size
-    found["output projection"] = shape.hidden_size * d * (num_fa + num_gdn)
+    found["output projection"] = shape.hidden_size * shape.head_dim * held
     return found
 
 
-def _held_groups(layout: HeadLayout, heads: tuple[int, ...], role: HeadRole | None = None) -> int:
+def _held_groups(layout: HeadLayout, tp_rank: int, kind: str | None = None) -> int:
     """Kv groups whose rows a rank holds: those of its own heads, and every group that is split over ranks
     (GroupLinear).
     """
-    return len({layout.group_of(h) for h in heads} | set(layout.split_groups(role)))
+    own, shared = (
+        by_kind.heads if kind is None else by_kind[kind] for by_kind in (layout.ranks[tp_rank], layout.shared)
+    )
+    return len({*layout.groups_of(own + shared), *layout.split_groups(kind)})

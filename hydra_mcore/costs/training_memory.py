@@ -37,15 +37,20 @@ from collections import Counter
 from dataclasses import dataclass
 
 from hydra_mcore.config import ModelCard, teacher_card
-from hydra_mcore.costs.activations import FLOAT, Kept, Run, layer_bytes
+from hydra_mcore.costs.activations import LayerKept, Run, layer_bytes
 from hydra_mcore.costs.loss_memory import peak_bytes
 from hydra_mcore.costs.parameters import ATTENTION_PARTS, rank_parameters
+from hydra_mcore.kinds.kind import FLOAT, norm_kept
+from hydra_mcore.stages import STAGES
 
 Moment = tuple[float, float, float]  # bytes of activations, loss, workspace
 
 
+Layers = list[LayerKept]
+
+
 @dataclass(frozen=True)
-class Memory:
+class TrainingMemory:
     """Bytes of one rank at the fullest moment of a step, by part."""
 
     weights: float
@@ -61,30 +66,30 @@ class Memory:
         return sum(dataclasses.astuple(self))
 
 
-def fullest_rank(card: ModelCard, run: Run) -> Memory:
+def fullest_rank(card: ModelCard, run: Run) -> TrainingMemory:
     """The memory of the rank that needs most."""
     ranks = ((pp_rank, tp_rank) for pp_rank in range(run.pp_size) for tp_rank in range(run.tp_size))
     return max((rank_memory(card, run, *rank) for rank in ranks), key=lambda memory: memory.total)
 
 
-def rank_memory(card: ModelCard, run: Run, pp_rank: int, tp_rank: int) -> Memory:
+def rank_memory(card: ModelCard, run: Run, pp_rank: int, tp_rank: int) -> TrainingMemory:
     """The memory of one pipeline- and tensor-parallel rank in the stage ``run`` of the student ``card``."""
-    held = stage_parameters(card, run, pp_rank, tp_rank)
-    trained = sum(held[part] for part in ATTENTION_PARTS) if run.stage == "align" else held.total()
+    held, stage = stage_parameters(card, run, pp_rank, tp_rank), STAGES[run.stage]
+    trained = trained_parameters(held, run)
     sharing = run.dp_size * run.cp_size if run.distributed_optimizer else 1
     states = 2 * FLOAT + (FLOAT if run.value_bytes < FLOAT else 0)
     teacher = 0
-    if run.stage != "extend":
+    if stage.needs_teacher:
         whole = stage_parameters(teacher_card(card.shape, fingerprint=""), run, pp_rank, tp_rank)
-        teacher = whole.total() - (whole["output layer"] if run.stage == "align" else 0)
+        teacher = whole.total() - (0 if stage.needs_teacher_logits else whole["output layer"])
     layers = [layer_bytes(card, layer_idx, tp_rank, run) for layer_idx in run.layers(card, pp_rank)]
     in_flight = min(run.pp_size - pp_rank, run.micro_batches)
-    if run.stage == "align":
+    if stage.fits_layers:
         moments = _align_moments(card, run, layers, in_flight, run.value_bytes * trained)
     else:
         moments = _token_moments(card, run, layers, in_flight, last_stage=pp_rank == run.pp_size - 1)
     activations, loss, workspace = max(moments, key=sum)
-    return Memory(
+    return TrainingMemory(
         weights=run.value_bytes * held.total(),
         gradients=run.gradient_bytes * trained,
         optimizer=states * trained / sharing,
@@ -102,7 +107,12 @@ def stage_parameters(card: ModelCard, run: Run, pp_rank: int, tp_rank: int) -> C
     return rank_parameters(card, run.layers(card, pp_rank), **ends, **place)
 
 
-def _align_moments(card: ModelCard, run: Run, layers: list[Kept], in_flight: int, gradients: float) -> list[Moment]:
+def trained_parameters(held: Counter[str], run: Run) -> int:
+    """Those of ``stage_parameters`` that the stage trains."""
+    return sum(held[part] for part in ATTENTION_PARTS) if STAGES[run.stage].fits_layers else held.total()
+
+
+def _align_moments(card: ModelCard, run: Run, layers: Layers, in_flight: int, gradients: float) -> list[Moment]:
     """``gradients``: bytes of one micro-batch's gradients, kept until backward. The teacher's hidden state, its
     attention's input and output are there too."""
     hidden = 3 * run.tokens_between * run.value_bytes * card.shape.hidden_size
@@ -115,19 +125,23 @@ def _align_moments(card: ModelCard, run: Run, layers: list[Kept], in_flight: int
     return moments
 
 
-def _token_moments(card: ModelCard, run: Run, layers: list[Kept], in_flight: int, last_stage: bool) -> list[Moment]:
+def _token_moments(card: ModelCard, run: Run, layers: Layers, in_flight: int, last_stage: bool) -> list[Moment]:
     shape, hidden = card.shape, run.tokens_between * run.value_bytes * card.shape.hidden_size
     groups = _recompute_groups(run, layers)
     stored = [hidden if again else sum(_stored(run, layer) for layer in group) for group, again in groups]
     others, moments, tied_gradient = (in_flight - 1) * sum(stored), [], 0.0
     if last_stage:
-        with_teacher = run.stage == "distill"
+        with_teacher = STAGES[run.stage].needs_teacher
         loss = peak_bytes(
             run.tokens, shape.hidden_size, shape.vocab_size, run.tp_size, run.value_bytes, with_teacher=with_teacher
         )
         output = run.tokens * run.value_bytes * shape.hidden_size
         moments.append(
-            (others + sum(stored) + run.tokens_between * run.norm(shape.hidden_size), loss, (1 + with_teacher) * output)
+            (
+                others + sum(stored) + run.tokens_between * norm_kept(shape.hidden_size, run),
+                loss,
+                (1 + with_teacher) * output,
+            )
         )
         if shape.tied_embeddings and run.pp_size == 1:  # waits for the embedding's share, the last of the backward pass
             tied_gradient = run.value_bytes * shape.hidden_size * shape.vocab_size / run.tp_size
@@ -141,7 +155,7 @@ def _token_moments(card: ModelCard, run: Run, layers: list[Kept], in_flight: int
     return moments
 
 
-def _stored(run: Run, layer: Kept, with_mlp: bool = False) -> float:
+def _stored(run: Run, layer: LayerKept, with_mlp: bool = False) -> float:
     """What a layer keeps from its forward pass under selective recompute; ``with_mlp``: once its MLP has been made
     again.
     """
@@ -150,7 +164,7 @@ def _stored(run: Run, layer: Kept, with_mlp: bool = False) -> float:
     return layer.before + core + layer.after + mlp
 
 
-def _recompute_groups(run: Run, layers: list[Kept]) -> list[tuple[list[Kept], bool]]:
+def _recompute_groups(run: Run, layers: Layers) -> list[tuple[Layers, bool]]:
     """The layers that go forward together, and whether they keep their input only and run again in backward."""
     if run.recompute_layers is None:
         return [([layer], False) for layer in layers]

@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy decoding on the training layouts: the prompt is read once, then one token after the other from memory."""
+"""Greedy decoding on the training layouts: the prompt is read once, then one token after the other from the cache."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hydra_mcore.costs.batch_sizes import SHORTEST_PART
-from hydra_mcore.model.cache import Memory
+from hydra_mcore.model.cache import DecodingCache
 from hydra_mcore.model.forward import last_hidden
 from hydra_mcore.ops.context_parallel import from_last
-from hydra_mcore.ops.sequence import SequencePart
+from hydra_mcore.sequence import SequencePart
 
 if TYPE_CHECKING:
     from hydra_mcore.evaluation.parallel import ParallelModel
@@ -57,12 +57,12 @@ def from_memory(model: ParallelModel, ids_bs: Tensor, room: int) -> Iterator[tup
     """
     groups, length = model.groups, ids_bs.shape[1]
     prompt = length - length % ranks_that_divide(model)  # the few tokens left are read as new ones are
-    memory = Memory(SequencePart(prompt, groups.cp.size(), groups.cp.rank()), length + room)
-    output, new_bs = last_hidden(model.chunks, ids_bs[:, :prompt], memory=memory), ids_bs[:, prompt:]
+    cache = DecodingCache(SequencePart(prompt, groups.cp.size(), groups.cp.rank()), length + room)
+    output, new_bs = last_hidden(model.chunks, ids_bs[:, :prompt], cache=cache), ids_bs[:, prompt:]
     while True:
         if new_bs.shape[1]:
-            memory.follow(new_bs.shape[1])
-            output = last_hidden(model.chunks, new_bs, memory=memory)
+            cache.follow(new_bs.shape[1])
+            output = last_hidden(model.chunks, new_bs, cache=cache)
         token_b, logits_bw = torch.zeros(len(ids_bs), dtype=torch.int64, device=torch.cuda.current_device()), None
         if output is not None:
             hidden_sbm, weight_wm = output

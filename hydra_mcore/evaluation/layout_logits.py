@@ -32,7 +32,7 @@ from hydra_mcore.model.build import load_model, model_config, transformer_config
 from hydra_mcore.model.forward import last_hidden
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.ops.context_parallel import gather_parts
-from hydra_mcore.ops.sequence import SequencePart
+from hydra_mcore.sequence import SequencePart
 
 LAUNCH_SECONDS = 1800  # for all layouts of one launch: minutes for a model of some billion parameters on a CPU
 GRACE_SECONDS = 2.0  # a rank that fails takes its peers down: wait so long to see who failed first

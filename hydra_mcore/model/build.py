@@ -14,7 +14,7 @@ from megatron.training.models import GPTModelConfig
 
 from hydra_mcore.config import ConfigError, ModelCard, ModelShape
 from hydra_mcore.errors import first_line
-from hydra_mcore.heads import HeadLayout
+from hydra_mcore.model.attention_plan import AttentionPlan
 from hydra_mcore.model.checkpoints import load_weights
 from hydra_mcore.model.layer_specs import hydra_block_spec
 from hydra_mcore.model.rotary import rotary_frequencies
@@ -87,12 +87,12 @@ def apply_card(config: GPTModelConfig, card: ModelCard, stage: str, fa_balance: 
             raise ConfigError(
                 f"tensor parallel size {tp_size} does not divide the {what} of {size}; choose one that does"
             )
-    HeadLayout(card.head_map.layers[0], shape.num_kv_groups, tp_size)
+    _, attention_factor = rotary_frequencies(shape)
+    log_scale = card.options.log_scale_in(stage)
+    plan = AttentionPlan(card.head_map, card.options, log_scale, fa_balance, attention_factor)
+    plan.layout(0, tp_size)  # raises where the size does not divide the heads
     transformer.hetereogenous_dist_checkpoint = True
-    log_scale, (_, attention_factor) = card.options.log_scale_in(stage), rotary_frequencies(shape)
-    config.transformer_layer_spec = hydra_block_spec(
-        card.head_map, card.options, log_scale, fa_balance, attention_factor
-    )
+    config.transformer_layer_spec = hydra_block_spec(plan)
 
 
 def contiguous_parts(model: GPTModel, shape: ModelShape) -> GPTModel:

@@ -3,9 +3,8 @@
 """What a model remembers of the tokens that it has read, so that it reads each of them once while it decodes.
 
 A prompt is read as in training: under context parallelism every rank has its part of it, and keeps the keys and values
-    of
-that part. What follows, a token or a few at a time, is computed by all context-parallel ranks alike; its keys and
-values are kept by the last one, behind the prompt's. GDN heads keep a state of constant size, on all ranks alike.
+of that part. What follows, a token or a few at a time, is computed by all context-parallel ranks alike; its keys and
+values are kept by the last one, behind the prompt's. Recurrent heads keep states of constant size, on all ranks alike.
 """
 
 from __future__ import annotations
@@ -16,23 +15,20 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hydra_mcore.ops.context_parallel import Group, merge_softmax
-from hydra_mcore.ops.sequence import SequencePart
+from hydra_mcore.ops.context_parallel import Group, from_last, merge_softmax
+from hydra_mcore.sequence import SequencePart
 
 
-class LayerMemory:
-    """One layer's memory; what the layer has no heads for stays None.
+class KeysValues:
+    """Keys and values of one layer's full attention, on this rank.
 
-    ``keys_bgtd`` and ``values_bgtd`` hold ``kept`` tokens and have room for more on the last context-parallel rank,
-    ``taps_sbhc`` the last inputs of the short convolution, ``state_bhdv`` the delta rule's state.
+    ``keys_bgtd`` and ``values_bgtd`` hold ``kept`` tokens and have ``room`` for more on the last context-parallel rank.
     """
 
     def __init__(self, room: int) -> None:
         self.room, self.kept = room, 0
         self.keys_bgtd: Tensor | None = None
         self.values_bgtd: Tensor | None = None
-        self.taps_sbhc: Tensor | None = None
-        self.state_bhdv: Tensor | None = None
 
     def keep(self, k_sbgd: Tensor, v_sbgd: Tensor) -> None:
         """Remember keys and values: of this rank's part of the prompt, then, where there is room, of what follows."""
@@ -69,8 +65,16 @@ class LayerMemory:
         return out_bhsd.permute(2, 0, 1, 3).to(q_sbhd.dtype)
 
 
-class Memory:
-    """A model's memory of a batch of rows; goes through Megatron's layers as their ``inference_context``.
+class LayerCache:
+    """What one layer remembers: keys and values, and for each recurrent kind of heads its states by name."""
+
+    def __init__(self, room: int) -> None:
+        self.keys_values = KeysValues(room)
+        self.states: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
+
+
+class DecodingCache:
+    """What a model remembers of a batch of rows; goes through Megatron's layers as their ``inference_context``.
 
     Args:
         part: this rank's part of the prompt.
@@ -79,12 +83,18 @@ class Memory:
 
     def __init__(self, part: SequencePart, capacity: int) -> None:
         self.part = part  # of the tokens under way
-        self.max_sequence_length = -(
-            -capacity // part.cp_size
-        )  # Megatron's word: it makes rotary angles for as many on every rank
+        # Megatron's word: it makes rotary angles for as many on every rank.
+        self.max_sequence_length = -(-capacity // part.cp_size)
         room = capacity - part.length if part.cp_rank == part.cp_size - 1 else 0
-        self.layers: defaultdict[int, LayerMemory] = defaultdict(partial(LayerMemory, room))
+        self.layers: defaultdict[int, LayerCache] = defaultdict(partial(LayerCache, room))
 
     def follow(self, tokens: int) -> None:
         """Go on to the next tokens, the ones before having been read."""
         self.part = SequencePart(tokens, past=self.part.past + self.part.length)
+
+
+def left_behind(x: Tensor, part: SequencePart, cp_group: Group) -> Tensor:
+    """What the rank of the last part leaves behind, on all ranks; what follows a prompt is alike on all of them
+    anyway.
+    """
+    return from_last(x, cp_group) if part.cp_size > 1 else x.clone()  # of a slice, whose whole can go

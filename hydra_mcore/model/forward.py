@@ -14,13 +14,14 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from hydra_mcore.model.cache import Memory
+from hydra_mcore.model.cache import DecodingCache
 from hydra_mcore.model.parameters import gathered
-from hydra_mcore.ops.sequence import SequencePart
+from hydra_mcore.ops.rows import positions
+from hydra_mcore.sequence import SequencePart
 
 
 def last_hidden(
-    chunks: list[GPTModel], ids_bs: Tensor, documents: tuple[int, ...] | None = None, memory: Memory | None = None
+    chunks: list[GPTModel], ids_bs: Tensor, documents: tuple[int, ...] | None = None, cache: DecodingCache | None = None
 ) -> tuple[Tensor, Tensor] | None:
     """What enters the output layer, and that layer's weight; called by all ranks of a model alike.
 
@@ -28,7 +29,7 @@ def last_hidden(
         chunks: this rank's pipeline stages, several where they are virtual.
         ids_bs: int64 [b, s], the whole rows; s divides as the layout needs.
         documents: boundaries of the documents packed into the one row.
-        memory: what the rows' earlier tokens left behind, ready for these ones; they leave theirs.
+        cache: what the rows' earlier tokens left behind, ready for these ones; they leave theirs.
 
     Returns:
         On the last pipeline stage the hidden states [s, b, m] of this context-parallel rank's part, whole also under
@@ -39,7 +40,7 @@ def last_hidden(
     """
     config, groups, (batch, length) = chunks[0].config, chunks[0].pg_collection, ids_bs.shape
     device, pipe = torch.cuda.current_device(), P2PCommunicator(groups.pp, config)
-    part = SequencePart(length, groups.cp.size(), groups.cp.rank(), documents) if memory is None else memory.part
+    part = SequencePart(length, groups.cp.size(), groups.cp.rank(), documents) if cache is None else cache.part
     packed = None
     if documents is not None:
         cu_seqlens = torch.tensor(documents, dtype=torch.int32)  # on the host, where the layers read it
@@ -48,14 +49,14 @@ def last_hidden(
     mine_bs = ids_bs[:, part.start : part.start + part.num_tokens].to(device)
     mine_bs, position_ids_bs = (
         F.pad(x_bs, (0, -part.num_tokens % divisor))  # of the few tokens of a decoding step
-        for x_bs in (mine_bs, part.positions(device).expand_as(mine_bs))
+        for x_bs in (mine_bs, positions(part, device).expand_as(mine_bs))
     )
     rows = mine_bs.shape[1] // divisor
     for chunk in chunks:
         # of virtual stages, the later ones get what went around the ring of ranks
         chunk.set_input_tensor(pipe.recv_forward((rows, batch, config.hidden_size), chunk.pre_process))
         processor = {"output_processor": hidden_and_weight} if chunk.post_process else {}
-        out = chunk(mine_bs, position_ids_bs, None, inference_context=memory, packed_seq_params=packed, **processor)
+        out = chunk(mine_bs, position_ids_bs, None, inference_context=cache, packed_seq_params=packed, **processor)
         pipe.send_forward(out, chunk.post_process)
     if not chunks[-1].post_process:
         return None

@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Scale-normalised fusion of the two branches (paper Eq 13-14)."""
+"""Scale-normalised fusion of a layer's branches (paper Eq 13-14)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from hydra_mcore.config import HydraOptions
-from hydra_mcore.heads import HeadLayout, HeadRole
+from hydra_mcore.heads import HeadLayout
+from hydra_mcore.model.attention_plan import HeadSet
 from hydra_mcore.model.parameters import PerHead, RMSNorm, gathered, new_parameter, replicated
 from hydra_mcore.ops.tiles import in_tiles
 
 
 class Fusion(MegatronModule):
-    """Brings FA and GDN heads to one scale: gate, RMSNorm over each head, one learned factor a head, side by side.
+    """Brings heads of all kinds to one scale: gate, RMSNorm over each head, one learned factor a head, side by side.
 
     GDN outputs are several times larger than FA outputs in deep layers (paper Fig 5), while the inherited output
     projection expects the teacher's magnitudes: the norm removes the one, the factor restores the other.
@@ -34,31 +35,24 @@ class Fusion(MegatronModule):
         super().__init__(config)
         self.options, self.tp_group = options, pg_collection.tp
         self.eps, self.head_dim = config.layernorm_epsilon, config.kv_channels
-        heads = layout.ranks[pg_collection.tp.rank()].heads
+        heads = HeadSet.of_layer(layout, self.tp_group.rank())
         self.num_heads = layout.num_heads
         if options.fusion != "none" and options.fusion_norm_weight == "branch":
-            norm = {"eps": self.eps, "tp_group": pg_collection.tp, "partial_gradient": True}
-            self.norms = torch.nn.ModuleDict(
-                {
-                    role.value: RMSNorm(config, self.head_dim, **norm)
-                    for role in HeadRole
-                    if getattr(layout.layer, role.value)
-                }
-            )
+            norm = {"eps": self.eps, "tp_group": self.tp_group, "partial_gradient": True}
+            self.norms = torch.nn.ModuleDict({kind: RMSNorm(config, self.head_dim, **norm) for kind in layout.layer})
         if options.fusion in ("scale", "competition"):
-            self.scale = PerHead(config, heads, self.num_heads, (), pg_collection, shared=layout.shared_fa)
+            self.scale = PerHead(config, heads, (), pg_collection)
             for parameter in self.scale.parameters():
                 torch.nn.init.ones_(parameter)
         if options.fusion == "competition":
             self.competition = new_parameter(config, self.num_heads, config.hidden_size)
-            self.register_buffer("heads", torch.tensor(heads + layout.shared_fa, dtype=torch.long), persistent=False)
+            held = torch.tensor(heads.ordinals + heads.shared, dtype=torch.long)
+            self.register_buffer("heads", held, persistent=False)
 
-    def forward(
-        self, branches: dict[HeadRole, tuple[Tensor, Tensor | None]], x_sbm: Tensor, shared: bool = False
-    ) -> Tensor:
-        """Join the branches' (output, gate) pairs, FA first: [s, b, h, d] in the rank's own head order.
+    def forward(self, branches: dict[str, tuple[Tensor, Tensor | None]], x_sbm: Tensor, shared: bool = False) -> Tensor:
+        """Join the kinds' (output, gate) pairs: [s, b, h, d] in the rank's own head order.
 
-        With ``shared``, of the FA heads that all ranks share; x_sbm is then the rows that this rank computes.
+        With ``shared``, of the heads that all ranks share; x_sbm is then the rows that this rank computes.
         """
         scale_h, heads, scaled = None, 0, []
         if self.options.fusion in ("scale", "competition") and any(
@@ -66,23 +60,23 @@ class Fusion(MegatronModule):
         ):
             scale = gathered(self.scale)
             scale_h = scale.shared_parameter("weight") if shared else scale.weight
-        for role, (out_sbhd, gate) in branches.items():
+        for kind, (out_sbhd, gate) in branches.items():
             of_branch = None if scale_h is None else scale_h[heads : heads + out_sbhd.shape[2]]
-            scaled.append(self._scaled(role, out_sbhd, gate, of_branch))
+            scaled.append(self._scaled(kind, out_sbhd, gate, of_branch))
             heads += out_sbhd.shape[2]
         out_sbhd = torch.cat(scaled, dim=2)
         if self.options.fusion == "competition":
-            own = len(self.heads) - len(self.scale.shared)
+            own = len(self.heads) - len(self.scale.heads.shared)
             out_sbhd = out_sbhd * self._competition(x_sbm, self.heads[own:] if shared else self.heads[:own])
         return out_sbhd
 
-    def _scaled(self, role: HeadRole, out_sbhd: Tensor, gate: Tensor | None, scale_h: Tensor | None) -> Tensor:
+    def _scaled(self, kind: str, out_sbhd: Tensor, gate: Tensor | None, scale_h: Tensor | None) -> Tensor:
         """One branch: gate, norm and scale."""
         if gate is None and self.options.fusion == "none":
             return out_sbhd
         weight_d = None
         if self.options.fusion != "none" and self.options.fusion_norm_weight == "branch":
-            weight_d = gathered(self.norms[role.value]).used_weight()
+            weight_d = gathered(self.norms[kind]).used_weight()
         return in_tiles(self._chain, [out_sbhd, gate], [weight_d, scale_h])
 
     def _chain(self, out_sbhd: Tensor, gate: Tensor | None, weight_d: Tensor | None, scale_h: Tensor | None) -> Tensor:

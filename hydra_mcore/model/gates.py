@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -13,6 +11,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from hydra_mcore.kinds.kind import gate_width
+from hydra_mcore.model.attention_plan import HeadSet
 from hydra_mcore.model.parameters import HeadLinear
 
 ACTIVATIONS = {"sigmoid": torch.sigmoid, "silu": F.silu}
@@ -28,16 +28,14 @@ class OutputGate(MegatronModule):
     def __init__(
         self,
         config: TransformerConfig,
-        heads: Sequence[int],
-        total: int,
+        heads: HeadSet,
         granularity: str,
         activation: str,
         pg_collection: ProcessGroupCollection,
-        shared: Sequence[int] = (),
     ) -> None:
         super().__init__(config)
-        rows = config.kv_channels if granularity == "elementwise" else 1
-        self.linear = HeadLinear(config, heads, total, rows, pg_collection, bias=True, shared=shared)
+        rows = gate_width(granularity, config.kv_channels)
+        self.linear = HeadLinear(config, heads, rows, pg_collection, bias=True)
         self.activation = ACTIVATIONS[activation]
         for name, parameter in self.linear.named_parameters():
             if name.startswith("weight"):

@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The HydraHead attention block: full attention and the gated delta rule, mixed head by head in one layer.
+"""The HydraHead attention block: kinds of heads, mixed head by head in one layer.
 
                       +-- FA heads:  q k v, NoPE, causal softmax -----+
     x (normed) -------|                                               |--> norm and scale per head --> o_proj
@@ -28,14 +28,18 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from hydra_mcore.config import HydraOptions
-from hydra_mcore.heads import HeadLayout, HeadMap, HeadRole
-from hydra_mcore.model.cache import LayerMemory, Memory
-from hydra_mcore.model.fa_heads import FullAttentionHeads, take_rows
+from hydra_mcore.heads import HeadLayout
+from hydra_mcore.model.attention_plan import AttentionPlan, HeadSet
+from hydra_mcore.model.branch import Branch, GroupedKeysValues
+from hydra_mcore.model.cache import DecodingCache, LayerCache
+from hydra_mcore.model.fa_heads import FullAttentionHeads
 from hydra_mcore.model.fusion import Fusion
 from hydra_mcore.model.gdn_heads import GatedDeltaHeads
 from hydra_mcore.model.parameters import GroupLinear, data_parallel_replica, head_shards, new_parameter, replicated
-from hydra_mcore.ops.sequence import SequencePart
+from hydra_mcore.ops.rows import positions, take_rows
+from hydra_mcore.sequence import SequencePart
+
+BRANCHES: dict[str, type[Branch]] = {branch.kind: branch for branch in (FullAttentionHeads, GatedDeltaHeads)}
 
 
 class HydraAttention(MegatronModule):
@@ -43,84 +47,57 @@ class HydraAttention(MegatronModule):
 
     Args:
         layer_number: Megatron's 1-based number over the whole model; turned into ``layer_idx`` here, once.
-        log_scale: whether FA queries carry the log-position scale (``HydraOptions.log_scale_in`` a stage).
-        fa_balance: how FA heads are dealt to tensor-parallel ranks (``HeadLayout``).
-        attention_factor: of the shape's rotary scaling (``rotary_frequencies``).
     """
 
     def __init__(
         self,
         config: TransformerConfig,
         layer_number: int,
-        head_map: HeadMap,
-        options: HydraOptions,
-        log_scale: bool,
-        fa_balance: str,
+        plan: AttentionPlan,
         pg_collection: ProcessGroupCollection,
-        attention_factor: float = 1.0,
         name: str | None = None,
         cp_comm_type: str | None = None,
     ) -> None:
         super().__init__(config)
         self.layer_idx = layer_number - 1
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
-        heads = head_map.layers[self.layer_idx]
-        self.layout = HeadLayout(heads, head_map.num_kv_groups, self.tp_group.size(), self.layer_idx, fa_balance)
-        owned, shared = self.layout.ranks[self.tp_group.rank()], self.layout.shared_fa
-        self.num_fa = len(owned.fa)
-        self.shared_kv = options.qkv == "shared"
-        if self.shared_kv:
-            self.linear_kv = GroupLinear(
-                config, self.layout, owned.heads + shared, 2 * config.kv_channels, pg_collection
-            )
-            index, last = self.linear_kv.index_of_head, self.num_fa + len(owned.gdn)
-            fa, gdn = index[: self.num_fa] + index[last:], index[self.num_fa : last]
-            fa_groups = sorted(set(fa))
-            indices = {"gdn_groups": gdn, "fa_groups": fa_groups, "group_of_fa_head": [fa_groups.index(g) for g in fa]}
-            for name, index in indices.items():
-                self.register_buffer(name, torch.tensor(index, dtype=torch.long), persistent=False)
-        if heads.fa:
-            self.fa = FullAttentionHeads(
-                config, options, self.layout, pg_collection, log_scale, attention_factor, self.shared_kv
-            )
-        if heads.gdn:
-            self.gdn = GatedDeltaHeads(config, options, self.layout, pg_collection, self.shared_kv)
-        self.fusion = Fusion(config, options, self.layout, pg_collection)
-        self.linear_proj = OutputProjection(config, owned.heads, shared, self.layout.num_heads, self.tp_group)
+        self.layout = plan.layout(self.layer_idx, self.tp_group.size())
+        self.linear_kv: SharedKeysValues | None = None
+        if plan.options.qkv == "shared":
+            self.linear_kv = SharedKeysValues(config, self.layout, 2 * config.kv_channels, pg_collection)
+        for kind in self.layout.layer:
+            self.add_module(kind, BRANCHES[kind](config, plan, self.layout, pg_collection))
+        self.fusion = Fusion(config, plan.options, self.layout, pg_collection)
+        self.linear_proj = OutputProjection(config, HeadSet.of_layer(self.layout, self.tp_group.rank()), self.tp_group)
 
-    def mix(self, hidden_sbm: Tensor, part: SequencePart, rotary: Tensor, memory: LayerMemory | None = None) -> Tensor:
+    @property
+    def branches(self) -> dict[str, Branch]:
+        """The layer's heads, kind by kind."""
+        return {kind: getattr(self, kind) for kind in self.layout.layer}
+
+    def mix(self, hidden_sbm: Tensor, part: SequencePart, rotary: Tensor, cache: LayerCache | None = None) -> Tensor:
         """The layer's output of this rank's ``part`` of the sequence: [s, b, m]; rotary holds the angles of its
         positions.
 
-        ``memory`` has what the tokens before the part left behind, and gets what this part leaves.
+        ``cache`` has what the tokens before the part left behind, and gets what this part leaves.
         """
         if self.config.sequence_parallel:
-            x_sbm = gather_from_sequence_parallel_region(hidden_sbm, group=self.tp_group)[
-                : part.num_tokens
-            ]  # the rest is padding
+            x_sbm = gather_from_sequence_parallel_region(hidden_sbm, group=self.tp_group)
+            x_sbm = x_sbm[: part.num_tokens]  # the rest is padding
         else:
             x_sbm = copy_to_tensor_model_parallel_region(hidden_sbm, group=self.tp_group)
-        kv_fa, kv_gdn = self._shared_keys_values(x_sbm) if self.shared_kv else (None, None)
-        branches, shared = {}, []
-        if self.layout.layer.fa:
-            branches[HeadRole.FA], *shared = self.fa(x_sbm, part, rotary, kv_fa, memory)
-        if self.layout.layer.gdn:
-            branches[HeadRole.GDN] = self.gdn(x_sbm, part, rotary, kv_gdn, memory)
-        own_sbn = self.fusion(branches, x_sbm).flatten(2)
+        kv_of_kind = {} if self.linear_kv is None else self.linear_kv.by_kind(x_sbm)
+        outputs = {
+            kind: branch(x_sbm, part, rotary, kv_of_kind.get(kind), cache) for kind, branch in self.branches.items()
+        }
+        own_sbhd = self.fusion({kind: output.own for kind, output in outputs.items()}, x_sbm)
+        shared = {kind: output.shared for kind, output in outputs.items() if output.shared is not None}
         if not shared:
-            return self.linear_proj(own_sbn)
+            return self.linear_proj(own_sbhd.flatten(2))
         rows = part.query_rows(self.tp_group.rank(), self.tp_group.size())
-        shared_sbhd = self.fusion({HeadRole.FA: shared[0]}, take_rows(x_sbm, rows), shared=True)
-        return self.linear_proj(
-            own_sbn, shared_sbhd.flatten(2), take_rows(torch.arange(part.num_tokens, device=x_sbm.device), rows)
-        )
-
-    def _shared_keys_values(self, x_sbm: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """K/V that both branches read: by group for FA, with the group of its own and shared heads; by head for GDN."""
-        kv_sbgd = self.linear_kv(x_sbm)
-        return (kv_sbgd.index_select(2, self.fa_groups), self.group_of_fa_head), kv_sbgd.index_select(
-            2, self.gdn_groups
-        )
+        shared_sbhd = self.fusion(shared, take_rows(x_sbm, rows), shared=True)
+        token_s = take_rows(torch.arange(part.num_tokens, device=x_sbm.device), rows)
+        return self.linear_proj(own_sbhd.flatten(2), shared_sbhd.flatten(2), token_s)
 
     def forward(
         self,
@@ -128,7 +105,7 @@ class HydraAttention(MegatronModule):
         attention_mask: Tensor | None = None,
         *,
         rotary_pos_emb: Tensor | None = None,
-        inference_context: Memory | None = None,
+        inference_context: DecodingCache | None = None,
         rotary_pos_cos: Tensor | None = None,
         rotary_pos_sin: Tensor | None = None,
         rotary_pos_cos_sin: Tensor | None = None,
@@ -152,22 +129,46 @@ class HydraAttention(MegatronModule):
             ValueError: an attention bias or another's inference state was given, or angles of a part instead of the
                 row.
         """
-        if attention_bias is not None or not isinstance(inference_context, Memory | None):
+        if attention_bias is not None or not isinstance(inference_context, DecodingCache | None):
             raise ValueError(
-                "HydraAttention takes no attention_bias, and as inference_context only a model.cache.Memory"
+                "HydraAttention takes no attention_bias, and as inference_context only a model.cache.DecodingCache"
             )
         if inference_context is not None:
-            part, memory = inference_context.part, inference_context.layers[self.layer_idx]
+            part, cache = inference_context.part, inference_context.layers[self.layer_idx]
             start = part.past + part.start
-            return self.mix(hidden_states, part, rotary_pos_emb[start : start + part.num_tokens], memory), None
+            return self.mix(hidden_states, part, rotary_pos_emb[start : start + part.num_tokens], cache), None
         tokens = hidden_states.shape[0] * (self.tp_group.size() if self.config.sequence_parallel else 1)
         cp_size, cp_rank = self.cp_group.size(), self.cp_group.rank()
         documents = None if packed_seq_params is None else tuple(packed_seq_params.cu_seqlens_q.tolist())
         part = SequencePart(tokens * cp_size, cp_size, cp_rank, documents)
         if not part.packed and rotary_pos_emb.shape[0] < part.length:
             raise ValueError("rotary angles of a part; give those of the whole row (model.build.contiguous_parts)")
-        angles = rotary_pos_emb[part.positions(hidden_states.device)] if cp_size > 1 or part.packed else rotary_pos_emb
+        angles = rotary_pos_emb[positions(part, hidden_states.device)] if cp_size > 1 or part.packed else rotary_pos_emb
         return self.mix(hidden_states, part, angles), None
+
+
+class SharedKeysValues(GroupLinear):
+    """One projection of keys and values for the heads of all kinds, which hands each kind the kv groups it reads."""
+
+    def __init__(
+        self, config: TransformerConfig, layout: HeadLayout, rows: int, pg_collection: ProcessGroupCollection
+    ) -> None:
+        super().__init__(config, layout, rows, pg_collection)
+        own, self.kinds = layout.ranks[self.tp_group.rank()], tuple(layout.layer)
+        for kind in self.kinds:
+            group_of_head = [self.groups.index(layout.group_of(head)) for head in own[kind] + layout.shared[kind]]
+            groups = sorted(set(group_of_head))
+            index = {"groups": groups, "group_of_head": [groups.index(group) for group in group_of_head]}
+            for name, values in index.items():
+                buffer = torch.tensor(values, dtype=torch.long)
+                self.register_buffer(f"{kind}_{name}", buffer, persistent=False)
+
+    def by_kind(self, x_sbm: Tensor) -> dict[str, GroupedKeysValues]:
+        kv_sbgd = self(x_sbm)
+        groups, group_of_head = (
+            {kind: getattr(self, f"{kind}_{name}") for kind in self.kinds} for name in ("groups", "group_of_head")
+        )
+        return {kind: GroupedKeysValues(kv_sbgd.index_select(2, groups[kind]), group_of_head[kind]) for kind in groups}
 
 
 class OutputProjection(torch.nn.Module):
@@ -180,27 +181,26 @@ class OutputProjection(torch.nn.Module):
     def __init__(
         self,
         config: TransformerConfig,
-        heads: tuple[int, ...],
-        shared: tuple[int, ...],
-        num_heads: int,
+        heads: HeadSet,
         tp_group: torch.distributed.ProcessGroup,
     ) -> None:
         super().__init__()
-        self.heads, self.shared, self.num_heads, self.tp_group = heads, shared, num_heads, tp_group
+        self.heads, self.tp_group = heads, tp_group
         self.width, self.sequence_parallel = config.hidden_size, config.sequence_parallel
-        for suffix, owned in (("", heads), ("_shared", shared)):
+        for suffix, owned in (("", heads.ordinals), ("_shared", heads.shared)):
             if owned:
                 weight = new_parameter(config, config.hidden_size, len(owned) * config.kv_channels)
                 config.output_layer_init_method(weight)
                 self.register_parameter("weight" + suffix, weight)
-        if heads:
+        if heads.ordinals:
             set_tensor_model_parallel_attributes(self.weight, True, 1, 1)
 
     def forward(self, own_sbn: Tensor, shared_sbn: Tensor | None = None, rows_s: Tensor | None = None) -> Tensor:
         """[s, b, own heads * d], and the shared heads' outputs of the tokens ``rows_s`` -> [s, b, m], summed over
         ranks.
         """
-        out_sbm = F.linear(own_sbn, self.weight) if self.heads else own_sbn.new_zeros(*own_sbn.shape[:2], self.width)
+        own = bool(self.heads.ordinals)
+        out_sbm = F.linear(own_sbn, self.weight) if own else own_sbn.new_zeros(*own_sbn.shape[:2], self.width)
         if shared_sbn is not None:
             out_sbm = out_sbm.index_add(0, rows_s, F.linear(shared_sbn, replicated(self.weight_shared, self.tp_group)))
         if self.sequence_parallel:
@@ -212,11 +212,16 @@ class OutputProjection(torch.nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, ShardedTensorFactory]:
-        shards = {}
-        for name, owned, tp_rank in (("weight", self.heads, 0), ("weight_shared", self.shared, self.tp_group.rank())):
-            if owned:
-                replica = data_parallel_replica(metadata, tp_rank)
-                shards[prefix + name] = head_shards(
-                    prefix + "weight", getattr(self, name), owned, self.num_heads, replica, axis=1
-                )
-        return shards
+        held = (("weight", self.heads.ordinals, 0), ("weight_shared", self.heads.shared, self.tp_group.rank()))
+        return {
+            prefix + name: head_shards(
+                prefix + "weight",
+                getattr(self, name),
+                owned,
+                self.heads.total,
+                data_parallel_replica(metadata, tp_rank),
+                axis=1,
+            )
+            for name, owned, tp_rank in held
+            if owned
+        }

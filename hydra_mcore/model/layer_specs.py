@@ -14,28 +14,18 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from megatron.training.models import GPTModelConfig
 
-from hydra_mcore.config import HydraOptions
-from hydra_mcore.heads import HeadMap
+from hydra_mcore.model.attention_plan import AttentionPlan
 from hydra_mcore.model.hydra_attention import HydraAttention
 from hydra_mcore.model.parameters import RMSNorm
 
 
-def hydra_layer_spec(
-    head_map: HeadMap, options: HydraOptions, log_scale: bool, fa_balance: str, attention_factor: float
-) -> ModuleSpec:
-    """One transformer layer; each layer finds its own heads in the map by its number."""
-    attention = {
-        "head_map": head_map,
-        "options": options,
-        "log_scale": log_scale,
-        "fa_balance": fa_balance,
-        "attention_factor": attention_factor,
-    }
+def hydra_layer_spec(plan: AttentionPlan) -> ModuleSpec:
+    """One transformer layer."""
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=ModuleSpec(module=HydraAttention, params=attention),
+            self_attention=ModuleSpec(module=HydraAttention, params={"plan": plan}),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(
@@ -46,14 +36,11 @@ def hydra_layer_spec(
     )
 
 
-def hydra_block_spec(
-    head_map: HeadMap, options: HydraOptions, log_scale: bool, fa_balance: str, attention_factor: float
-) -> Callable[[GPTModelConfig, int | None], TransformerBlockSubmodules]:
+def hydra_block_spec(plan: AttentionPlan) -> Callable[[GPTModelConfig, int | None], TransformerBlockSubmodules]:
     """The layers of one pipeline stage, in the form that Megatron's GPT builder asks for."""
 
     def spec(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-        layer = hydra_layer_spec(head_map, options, log_scale, fa_balance, attention_factor)
         num_layers = get_num_layers_to_build(config.transformer, vp_stage=vp_stage)
-        return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+        return TransformerBlockSubmodules(layer_specs=[hydra_layer_spec(plan)] * num_layers, layer_norm=RMSNorm)
 
     return spec

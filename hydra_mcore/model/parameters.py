@@ -28,7 +28,8 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from hydra_mcore.heads import HeadLayout, HeadRole
+from hydra_mcore.heads import HeadLayout
+from hydra_mcore.model.attention_plan import HeadSet
 from hydra_mcore.ops.context_parallel import gather_parts
 
 
@@ -92,31 +93,26 @@ def new_parameter(config: TransformerConfig, *shape: int) -> torch.nn.Parameter:
 
 
 class PerHead(torch.nn.Module):
-    """A block of parameters for every head of a branch that this rank owns, the blocks stacked on axis 0.
+    """A block of parameters for every head of a branch that this rank holds, the blocks stacked on axis 0.
 
     ``weight`` (and ``bias``) hold the rank's own heads; ``weight_shared`` those that all tensor-parallel ranks hold.
 
     Args:
-        heads: the rank's heads, as their ordinals among the branch's ``total`` heads of the layer.
-        shared: the heads that every rank holds, likewise.
         block: shape of one head's block, e.g. (d, m) for a projection, () for a scalar.
     """
 
     def __init__(
         self,
         config: TransformerConfig,
-        heads: Sequence[int],
-        total: int,
+        heads: HeadSet,
         block: tuple[int, ...],
         pg_collection: ProcessGroupCollection,
         bias: bool = False,
-        shared: Sequence[int] = (),
     ) -> None:
         super().__init__()
-        self.heads, self.shared, self.total, self.block = tuple(heads), tuple(shared), total, block
-        self.tp_group = pg_collection.tp
-        self.empty = not self.heads
-        for suffix, owned in (("", self.heads), ("_shared", self.shared)):
+        self.heads, self.block, self.tp_group = heads, block, pg_collection.tp
+        self.empty = not heads.ordinals
+        for suffix, owned in (("", heads.ordinals), ("_shared", heads.shared)):
             if not owned:
                 continue
             rows = len(owned) * (block[0] if block else 1)
@@ -142,9 +138,9 @@ class PerHead(torch.nn.Module):
         for name, parameter in self.named_parameters():
             is_shared = name.endswith("_shared")
             replica = data_parallel_replica(metadata, self.tp_group.rank() if is_shared else 0)
-            ordinals = self.shared if is_shared else self.heads
+            ordinals = self.heads.shared if is_shared else self.heads.ordinals
             shards[prefix + name] = head_shards(
-                prefix + name.removesuffix("_shared"), parameter, ordinals, self.total, replica
+                prefix + name.removesuffix("_shared"), parameter, ordinals, self.heads.total, replica
             )
         return shards
 
@@ -155,14 +151,12 @@ class HeadLinear(PerHead):
     def __init__(
         self,
         config: TransformerConfig,
-        heads: Sequence[int],
-        total: int,
+        heads: HeadSet,
         rows: int,
         pg_collection: ProcessGroupCollection,
         bias: bool = False,
-        shared: Sequence[int] = (),
     ) -> None:
-        super().__init__(config, heads, total, (rows, config.hidden_size), pg_collection, bias, shared)
+        super().__init__(config, heads, (rows, config.hidden_size), pg_collection, bias)
         self.rows = rows
 
     def forward(self, x_sbm: Tensor, shared: bool = False) -> Tensor:
@@ -180,38 +174,44 @@ class GroupLinear(torch.nn.Module):
     """K/V rows of the kv groups that live in a branch: x_sbm -> [s, b, g, rows], the groups that this rank's heads
     read.
 
-    A group lives while one of its heads is in the branch. A group whose heads stand on several ranks is
-    held by all of them (``weight_split``), every other one by its rank alone (``weight``); so are the biases of a model
-    that has them (``bias_split``, ``bias``). Groups of heads that all ranks share are needed whole by each: every rank
-    makes them for its share of the tokens, and all gather.
-    ``group_of_head`` is the index on axis g of each of ``heads``, ``index_of_head`` the same as numbers.
+    A group lives while one of its heads is in the branch. A group whose heads stand on several ranks is held by all of
+    them (``weight_split``), every other one by its rank alone (``weight``); so are the biases of a model that has them
+    (``bias_split``, ``bias``). Groups of heads that all ranks share are needed whole by each: every rank makes them for
+    its share of the tokens, and all gather.
+
+    ``group_of_head`` is the index on axis g of each of the rank's heads, its own and then the shared ones;
+    ``groups`` are the groups on that axis.
+
+    Args:
+        kind: whose heads; None for those of all kinds, in the rank's order.
     """
 
     def __init__(
         self,
         config: TransformerConfig,
         layout: HeadLayout,
-        heads: Sequence[int],
         rows: int,
         pg_collection: ProcessGroupCollection,
-        role: HeadRole | None = None,
+        kind: str | None = None,
     ) -> None:
         super().__init__()
         self.rows, self.tp_group = rows, pg_collection.tp
-        members = layout.layer.fa + layout.layer.gdn if role is None else getattr(layout.layer, role.value)
-        self.living = sorted({layout.group_of(h) for h in members})
-        self.split = list(layout.split_groups(role))
-        head_groups = [layout.group_of(h) for h in heads]
-        shared = {layout.group_of(h) for h in layout.shared_fa} if role is not HeadRole.GDN else set()
-        self.local = sorted(set(head_groups) - set(self.split))
-        used_split, self.gathered = sorted(set(head_groups) & set(self.split) - shared), sorted(shared)
-        order = self.local + used_split + self.gathered
-        for name, groups in (("used_split", used_split), ("gathered_split", self.gathered)):
-            self.register_buffer(
-                name, torch.tensor([self.split.index(g) for g in groups], dtype=torch.long), persistent=False
-            )
-        self.index_of_head = [order.index(g) for g in head_groups]
-        self.register_buffer("group_of_head", torch.tensor(self.index_of_head, dtype=torch.long), persistent=False)
+        members, own, shared = (
+            by_kind.heads if kind is None else by_kind[kind]
+            for by_kind in (layout.layer, layout.ranks[self.tp_group.rank()], layout.shared)
+        )
+        self.living, self.split = layout.groups_of(members), list(layout.split_groups(kind))
+        read, self.gathered = layout.groups_of(own + shared), layout.groups_of(shared)
+        self.local = [group for group in read if group not in self.split]
+        used_split = [group for group in read if group in self.split and group not in self.gathered]
+        self.groups = self.local + used_split + self.gathered
+        index = {
+            "used_split": [self.split.index(group) for group in used_split],
+            "gathered_split": [self.split.index(group) for group in self.gathered],
+            "group_of_head": [self.groups.index(layout.group_of(head_idx)) for head_idx in own + shared],
+        }
+        for name, values in index.items():
+            self.register_buffer(name, torch.tensor(values, dtype=torch.long), persistent=False)
         for suffix, groups in (("", self.local), ("_split", self.split)):
             if groups:
                 weight = new_parameter(config, len(groups) * rows, config.hidden_size)

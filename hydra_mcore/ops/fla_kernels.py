@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hydra_mcore.ops.context_parallel import Group
-from hydra_mcore.ops.sequence import SequencePart
+from hydra_mcore.sequence import SequencePart
 
 NEVER_ZERO = 1e-24  # beside a squared length: 1e-12 beside a length, as in F.normalize
 
@@ -85,14 +85,13 @@ def delta_rule(
     inputs: Sequence[Tensor],
     scale: float | None,
     initial_state_bhdv: Tensor | None,
-    cu_seqlens: Tensor | None,
+    bounds: Sequence[int] | None,
     few: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The gated delta rule on this rank alone.
 
-    Arguments as in ``ops.gated_delta``, ``inputs`` the first five of them; ``few`` tokens take the recurrent kernel,
-    where no
-    gradient is wanted: it has no backward.
+    Arguments as in ``ops.gated_delta``, ``inputs`` the first five of them; ``bounds`` as in ``short_conv``. ``few``
+    tokens take the recurrent kernel, where no gradient is wanted: it has no backward.
     """
     kernel = kernels().recurrent if few and not torch.is_grad_enabled() else kernels().chunked
     return kernel(
@@ -100,7 +99,7 @@ def delta_rule(
         scale=scale,
         initial_state=None if initial_state_bhdv is None else initial_state_bhdv.float(),
         output_final_state=True,
-        **({} if cu_seqlens is None else _boundaries(cu_seqlens, inputs[0].device)),
+        **({} if bounds is None else _boundaries(torch.tensor(bounds), inputs[0].device)),
     )
 
 

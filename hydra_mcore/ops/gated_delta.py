@@ -3,8 +3,7 @@
 """The gated delta rule of GDN heads, over whole sequences, packed documents and context-parallel parts.
 
 One signature over two engines: flash-linear-attention's kernels (``fla_kernels.py``) and the torch reference, whose
-    file states
-the equation (``chunked_delta_rule.py``). Shape suffixes are those of ``hydra_mcore/heads.py``.
+file states the equation (``chunked_delta_rule.py``). Shape suffixes are those of ``hydra_mcore/heads.py``.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import Tensor
 from hydra_mcore.ops import fla_kernels
 from hydra_mcore.ops.chunked_delta_rule import chunked_delta_rule, recurrent_delta_rule
 from hydra_mcore.ops.context_parallel import Group, state_from_previous
-from hydra_mcore.ops.sequence import SequencePart
+from hydra_mcore.sequence import SequencePart
 
 __all__ = ["gated_delta_rule"]
 
@@ -30,10 +29,10 @@ def gated_delta_rule(
     log_decay_bsh: Tensor,
     write_bsh: Tensor,
     *,
+    part: SequencePart | None = None,
+    cp_group: Group | None = None,
     scale: float | None = None,
     initial_state_bhdv: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    cp_group: Group | None = None,
     state_of_part: bool = False,
     chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor | None]:
@@ -46,35 +45,34 @@ def gated_delta_rule(
         v_bshv: values.
         log_decay_bsh: ln(alpha), finite and at most 0.
         write_bsh: beta, 0 to 1, or to 2 where negative eigenvalues are wanted.
+        part: which tokens of the row these are, and where documents begin, which do not see each other (n of them;
+            packed documents need b == 1); the whole row and one document unless given.
+        cp_group: the ranks that hold the row's parts, where there are several; an initial state is not taken then.
         scale: factor on the queries, d**-0.5 unless given.
-        initial_state_bhdv: state before the first token, zeros unless given; [n, h, d, v] with ``cu_seqlens``.
-        cu_seqlens: [n + 1] integers 0 < ... < s, the boundaries of n documents packed into one row (b == 1).
-            No document sees another. Read on the host: a CPU tensor avoids a GPU synchronisation.
-        cp_group: ranks that hold consecutive parts of the row, all of the same length. The tensors are then this
-            rank's part, ``cu_seqlens`` the boundaries of the whole row, and an initial state is not taken.
-        state_of_part: with a ``cp_group``, return the state after this rank's part too; not with ``cu_seqlens``.
+        initial_state_bhdv: state before the first token, zeros unless given; [n, h, d, v] of packed documents.
+        state_of_part: of several parts, return the state after this rank's part too; not of packed documents.
         chunk_size: rows per chunk of the torch reference; results do not depend on it.
 
     Returns:
         Outputs [b, s, h, v] in the dtype of ``q_bshd``, and the state after the last token, [b, h, d, v] or
-        [n, h, d, v], in float32 (float64 for float64 queries). With a ``cp_group`` of several ranks None, or the state
-        after this rank's part.
+        [n, h, d, v], in float32 (float64 for float64 queries). Of several parts None, or the state after this one.
 
     Raises:
-        ValueError: ``cu_seqlens`` or the shape of the initial state is wrong.
+        ValueError: the tokens are not those of the part, or the shape of the initial state is wrong.
     """
-    part = _part(q_bshd, cu_seqlens, cp_group)
+    part = SequencePart(q_bshd.shape[1]) if part is None else part
+    _check(part, q_bshd)
     if part.cp_size > 1 and initial_state_bhdv is not None:
         raise ValueError("an initial state comes from the previous rank under context parallelism; pass none")
     inputs = (q_bshd, k_bshd, v_bshv, log_decay_bsh, write_bsh)
-    few = part.cp_size == 1 and cu_seqlens is None and 0 < part.length <= FEW_TOKENS
+    few = part.cp_size == 1 and not part.packed and 0 < part.length <= FEW_TOKENS
     fused = fla_kernels.serve(q_bshd)
     if fused and part.cp_size > 1 and not state_of_part:
         return fla_kernels.delta_rule_on_parts(inputs, scale, part, cp_group), None
     if part.cp_size > 1:
         initial_state_bhdv = _state_before(part, cp_group, inputs)
     if fused:
-        return fla_kernels.delta_rule(inputs, scale, initial_state_bhdv, cu_seqlens, few)
+        return fla_kernels.delta_rule(inputs, scale, initial_state_bhdv, part.bounds if part.packed else None, few)
     if few:
         return recurrent_delta_rule(*inputs, scale=scale, initial_state_bhdv=initial_state_bhdv)
     layout = {"bounds": part.bounds, "chunk_size": chunk_size}
@@ -109,10 +107,9 @@ def _state_before(part: SequencePart, cp_group: Group, inputs: tuple[Tensor, ...
     return torch.cat([first_bhdv, first_bhdv.new_zeros(b * (len(part.bounds) - 2), h, d, v.shape[-1])])
 
 
-def _part(q_bshd: Tensor, cu_seqlens: Tensor | None, cp_group: Group | None) -> SequencePart:
-    """The rows that this rank holds, from boundaries of the whole row; without ``cu_seqlens`` it is one document."""
+def _check(part: SequencePart, q_bshd: Tensor) -> None:
     b, s = q_bshd.shape[:2]
-    if cu_seqlens is not None and b != 1:
-        raise ValueError(f"cu_seqlens needs all documents packed into one row, got a batch of {b}")
-    cp_size, cp_rank = (cp_group.size(), cp_group.rank()) if cp_group is not None else (1, 0)
-    return SequencePart(s * cp_size, cp_size, cp_rank, None if cu_seqlens is None else tuple(cu_seqlens.tolist()))
+    if part.num_tokens != s:
+        raise ValueError(f"{s} tokens were given, the part has {part.num_tokens}")
+    if part.packed and b != 1:
+        raise ValueError(f"packed documents need all of them in one row, got a batch of {b}")

@@ -19,14 +19,13 @@ from hydra_mcore.config import ModelShape
 from hydra_mcore.errors import InputError
 from hydra_mcore.files import from_fields, read_json
 from hydra_mcore.heads import Head
+from hydra_mcore.kinds import DEFAULT_LINEAR, FA, KINDS
 from hydra_mcore.selection.choose import kv_groups_alive
 from hydra_mcore.selection.score import CRITICAL, HeadScores, ProbeEffects
 
-RATIOS = (1, 2, 3, 5, 7, 9, 11, 15)  # GDN heads to one FA head
+RATIOS = (1, 2, 3, 5, 7, 9, 11, 15)  # linear heads to one FA head
 CONTEXTS = (4096, 32_768, 131_072, 524_288)  # tokens
 KNOCK_OUT_ORDERS = ("best first", "worst first", "random")
-# Of a state entry and token: 1 to decay it, 2 each to read it with k, to write beta (v - S k) k^T, to read it with q.
-GDN_FLOPS = 7
 
 
 # Estimates among ``HeadScores.observed``, and the role whose exact effect each stands for.
@@ -54,14 +53,14 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Agreement:
+class LikenessSpread:
     """Likeness over many draws."""
 
     spearman: Spread
     overlap: Spread
 
     @classmethod
-    def of(cls, draws: Sequence[Likeness]) -> Agreement:
+    def of(cls, draws: Sequence[Likeness]) -> LikenessSpread:
         return cls(*(Spread.of(values) for values in zip(*draws, strict=True)))
 
 
@@ -90,7 +89,7 @@ def likeness(a: HeadScores, b: HeadScores, budget: int) -> Likeness:
     return Likeness(spearman(a.scores_lh, b.scores_lh), overlap(a.ranking(), b.ranking(), budget))
 
 
-def stability_by_pairs(scores: HeadScores, budget: int, draws: int = 20, seed: int = 0) -> dict[int, Agreement]:
+def stability_by_pairs(scores: HeadScores, budget: int, draws: int = 20, seed: int = 0) -> dict[int, LikenessSpread]:
     """Random subsets of n usable pairs of every probe against all pairs, by n = 1, 2, 3, 4, 6, 8, 12, ... up to all.
 
     A subset is a part of what it is compared with, so agreement rises to 1 by itself; ``stability_of_halves`` has no
@@ -105,7 +104,7 @@ def stability_by_pairs(scores: HeadScores, budget: int, draws: int = 20, seed: i
     return _by_count(draw, max(map(len, used.values())), draws)
 
 
-def stability_of_halves(scores: HeadScores, budget: int, draws: int = 20, seed: int = 0) -> dict[int, Agreement]:
+def stability_of_halves(scores: HeadScores, budget: int, draws: int = 20, seed: int = 0) -> dict[int, LikenessSpread]:
     """Two disjoint random sets of n usable pairs of every probe against each other, by n; a probe of one pair is left
     out.
 
@@ -136,8 +135,8 @@ def _used(scores: HeadScores) -> dict[str, np.ndarray]:
     return {name: np.flatnonzero(probe.used_b) for name, probe in scores.probes.items() if probe.usable}
 
 
-def _by_count(draw: Callable[[int], Likeness], most: int, draws: int) -> dict[int, Agreement]:
-    return {count: Agreement.of([draw(count) for _ in range(draws)]) for count in pair_counts(most)}
+def _by_count(draw: Callable[[int], Likeness], most: int, draws: int) -> dict[int, LikenessSpread]:
+    return {count: LikenessSpread.of([draw(count) for _ in range(draws)]) for count in pair_counts(most)}
 
 
 def pair_counts(most: int) -> list[int]:
@@ -182,7 +181,7 @@ def random_overlap(total: int, k: int) -> float:
     )
 
 
-def label_control(scores: HeadScores, budget: int, draws: int = 200, seed: int = 0) -> Agreement:
+def label_control(scores: HeadScores, budget: int, draws: int = 200, seed: int = 0) -> LikenessSpread:
     """The scores against themselves with the heads' labels shuffled: what agreement chance gives."""
     rng, flat = np.random.default_rng(seed), scores.scores_lh.ravel()
     order = [layer * scores.shape.num_heads + head for layer, head in scores.ranking()]
@@ -191,7 +190,7 @@ def label_control(scores: HeadScores, budget: int, draws: int = 200, seed: int =
         given = rng.permutation(flat.size)  # head i gets the score of head given[i]
         return Likeness(spearman(flat, flat[given]), overlap(order, np.argsort(given)[order].tolist(), budget))
 
-    return Agreement.of([draw() for _ in range(draws)])
+    return LikenessSpread.of([draw() for _ in range(draws)])
 
 
 def observed_likeness(scores: HeadScores, budget: int) -> dict[str, Likeness]:
@@ -286,7 +285,7 @@ def costs(scores: HeadScores, ratios: Sequence[int] = RATIOS, contexts: Sequence
 
 
 def kv_fraction(shape: ModelShape, kept: Sequence[Head]) -> float:
-    """Share of the teacher's kv groups that a kept head reads; the GDN states, of constant size, are left out."""
+    """Share of the teacher's kv groups that a kept head reads; states of constant size are left out."""
     return kv_groups_alive(shape, kept) / (shape.num_layers * shape.num_kv_groups)
 
 
@@ -294,15 +293,15 @@ def attention_flops(shape: ModelShape, num_fa: int, seen: float) -> float:
     """FLOPs a token of all heads over those of the teacher's; projections, gates and MLPs, whose cost no context
     raises, are left out.
 
-    An FA head takes 2 d for QK^T and 2 d for PV per token that is seen: 4 d n at the end of a context of n, and on
-    average 2 d n over a causal prefill of n, since a token sees n / 2 others. A GDN head takes ``GDN_FLOPS`` d^2 at any
-    n (the recurrence; chunked kernels trade some more FLOPs for matrix products).
+    An FA head takes 4 d n at the end of a context of n, and on average 2 d n over a causal prefill of n, since a token
+    sees n / 2 others. Heads that are not kept are of the kind ``DEFAULT_LINEAR``.
 
     Args:
         seen: tokens a token attends to: n at the end of a context, n / 2 on average over a prefill.
     """
-    total, fa, gdn = shape.num_layers * shape.num_heads, 4 * shape.head_dim * seen, GDN_FLOPS * shape.head_dim**2
-    return (num_fa * fa + (total - num_fa) * gdn) / (total * fa)
+    total = shape.num_layers * shape.num_heads
+    fa, linear = (KINDS[kind].decode_flops(shape.head_dim, seen) for kind in (FA, DEFAULT_LINEAR))
+    return (num_fa * fa + (total - num_fa) * linear) / (total * fa)
 
 
 @dataclass(frozen=True)
@@ -347,12 +346,12 @@ class Evidence:
     """All of the above for one scoring and one budget."""
 
     budget: int
-    by_pairs: dict[int, Agreement]
-    halves: dict[int, Agreement]
+    by_pairs: dict[int, LikenessSpread]
+    halves: dict[int, LikenessSpread]
     by_length: dict[int, Likeness]
     bootstrap: Bootstrap
     random_overlap: float
-    control: Agreement
+    control: LikenessSpread
     gini_l: np.ndarray  # of the scores within each layer
     share_l: np.ndarray  # of the whole score, in each layer
     costs: list[Cost]

@@ -10,19 +10,19 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colorbar import Colorbar
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 
-from hydra_mcore.files import replacing
+from hydra_mcore.figures import GREY, LIGHT, empty, plain, save, short
 from hydra_mcore.heads import HeadMap
+from hydra_mcore.kinds import FA
 from hydra_mcore.selection.choose import STRATEGIES
-from hydra_mcore.selection.evidence import Agreement, Evidence, KnockOut, Spread, role_effects
+from hydra_mcore.selection.evidence import Evidence, KnockOut, LikenessSpread, Spread, role_effects
 from hydra_mcore.selection.score import CRITICAL, HeadScores
 
-MAP, FRAME, BLUE, GREY, LIGHT = "Blues", "#d1495b", "#2a6f9e", "#8a8a8a", "#e6e6e6"
+MAP, FRAME, BLUE = "Blues", "#d1495b", "#2a6f9e"
 SURE = 0.95  # chance of being kept from which a head counts as sure
 
 
@@ -39,7 +39,7 @@ def heat_map(path: str | Path, head_map: HeadMap, scores: HeadScores | None, mod
     axes = figure.add_subplot()
     image = _cells(axes, np.zeros((layers, heads)) if scores is None else scores.scores_lh)
     for layer_idx, layer in enumerate(head_map.layers):
-        for head_idx in layer.fa:
+        for head_idx in layer[FA]:
             corner = (head_idx - 0.42, layer_idx - 0.42)
             axes.add_patch(
                 Rectangle(corner, 0.84, 0.84, fill=scores is None, color=FRAME, lw=1.8 if cell_w > 0.25 else 1.1)
@@ -47,7 +47,7 @@ def heat_map(path: str | Path, head_map: HeadMap, scores: HeadScores | None, mod
         axes.text(
             heads - 0.35,
             layer_idx,
-            f"{len(layer.fa)}",
+            f"{len(layer[FA])}",
             va="center",
             ha="left",
             fontsize=9 if cell_h > 0.2 else 7,
@@ -60,7 +60,7 @@ def heat_map(path: str | Path, head_map: HeadMap, scores: HeadScores | None, mod
         names = ", ".join(scores.by_capability)
         bar = _bar(figure, image, axes, pad=0.6 / size[0])
         bar.set_label(f"score of the head, 0 to 1\n({names})", fontsize=9, parse_math=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def statistic_maps(path: str | Path, title: str, values: Mapping[str, np.ndarray], head_map: HeadMap) -> None:
@@ -71,7 +71,7 @@ def statistic_maps(path: str | Path, title: str, values: Mapping[str, np.ndarray
         panel[0] * len(values), panel[1], title, "dot = full attention; grey = a head without such a value"
     )
     fa = np.array(
-        [(layer_idx, head_idx) for layer_idx, layer in enumerate(head_map.layers) for head_idx in layer.fa]
+        [(layer_idx, head_idx) for layer_idx, layer in enumerate(head_map.layers) for head_idx in layer[FA]]
     ).reshape(-1, 2)
     for axes, (name, values_lh) in zip(figure.subplots(1, len(values), squeeze=False)[0], values.items(), strict=True):
         image = _cells(axes, np.ma.masked_invalid(values_lh), grid=False)
@@ -82,7 +82,7 @@ def statistic_maps(path: str | Path, title: str, values: Mapping[str, np.ndarray
         axes.set_ylabel("layer", fontsize=8)
         axes.tick_params(labelsize=7)
         _bar(figure, image, axes, pad=0.03)
-    _save(figure, path)
+    save(figure, path)
 
 
 def role_maps(path: str | Path, scores: HeadScores, critical_lh: np.ndarray) -> None:
@@ -112,7 +112,7 @@ def role_maps(path: str | Path, scores: HeadScores, critical_lh: np.ndarray) -> 
             axes.set_ylabel("layer", fontsize=8)
             axes.tick_params(labelsize=7)
             _bar(figure, image, axes, pad=0.03)
-    _save(figure, path)
+    save(figure, path)
 
 
 def knock_out_curves(path: str | Path, knock_out: KnockOut) -> None:
@@ -137,7 +137,7 @@ def knock_out_curves(path: str | Path, knock_out: KnockOut) -> None:
     axes.set_ylabel("accuracy (%)")
     axes.set_ylim(-4, 104)
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    _save(figure, path)
+    save(figure, path)
 
 
 def knock_out_finding(knock_out: KnockOut) -> str:
@@ -194,11 +194,17 @@ def stability(path: str | Path, evidence: Evidence) -> None:
             axes.set_xlabel("prompt length (tokens)")
     for row in panels:
         row[1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    _save(figure, path)
+    save(figure, path)
 
 
 def _band(
-    axes: Axes, counts: list[int], by_count: Mapping[int, Agreement], name: str, color: str, marker: str, label: str
+    axes: Axes,
+    counts: list[int],
+    by_count: Mapping[int, LikenessSpread],
+    name: str,
+    color: str,
+    marker: str,
+    label: str,
 ) -> None:
     place = [counts.index(count) for count in by_count]
     spreads = [getattr(agreement, name) for agreement in by_count.values()]
@@ -256,7 +262,7 @@ def intervals(path: str | Path, scores: HeadScores, evidence: Evidence) -> None:
         bottom.set_xlabel("layer.head, best first")
     else:
         bottom.set_xlabel("rank of the head, best first")
-    _save(figure, path)
+    save(figure, path)
 
 
 def sure_heads(scores: HeadScores, evidence: Evidence) -> tuple[int, int]:
@@ -286,7 +292,7 @@ def layers(path: str | Path, evidence: Evidence) -> None:
     left.set_ylim(count - 0.4, -0.6)
     left.set_yticks(_ticks(count))
     left.set_ylabel("layer")
-    _save(figure, path)
+    save(figure, path)
 
 
 def half_of(share: np.ndarray) -> int:
@@ -318,20 +324,14 @@ def budgets(path: str | Path, evidence: Evidence) -> None:
     axes.set_ylabel("share of the teacher's (%)")
     axes.set_ylim(0, 104)
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    _save(figure, path)
-
-
-def short(length: int) -> str:
-    """A context length as it is usually written: 4K, 500."""
-    return f"{length // 1024}K" if length % 1024 == 0 else str(length)
+    save(figure, path)
 
 
 def _figure(width: float, height: float, title: str, subtitle: str) -> Figure:
     """An empty figure of this size in inches, title and subtitle on top of it, wrapped to the width."""
     heading, below = _wrap(title, int(10.2 * width)), _wrap(subtitle, int(14.5 * width))
     top = 0.2 + 0.22 * len(heading) + 0.17 * len(below)
-    figure = Figure(figsize=(width, height + top), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = empty(width, height + top)
     inch = 1 / (height + top)
     figure.get_layout_engine().set(rect=(0, 0, 1, 1 - top * inch))
     # Names of models may hold a dollar sign: no formulas in titles.
@@ -383,13 +383,5 @@ def _ticks(count: int) -> range:
 
 
 def _plain(axes: Axes, grid: str = "y") -> Axes:
-    axes.grid(axis=grid, color=LIGHT, lw=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=9)
+    plain(axes, grid).tick_params(labelsize=9)
     return axes
-
-
-def _save(figure: Figure, path: str | Path) -> None:
-    with replacing(Path(path)) as beside:
-        figure.savefig(beside, format="png")

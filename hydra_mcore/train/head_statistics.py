@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 
@@ -13,15 +12,17 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from hydra_mcore.heads import HeadMap, HeadRole
+from hydra_mcore.heads import HeadMap
+from hydra_mcore.kinds import FA, KINDS
+from hydra_mcore.kinds.kind import Statistic
 from hydra_mcore.model.fusion import Fusion
-from hydra_mcore.model.gdn_heads import GatedDeltaHeads
 from hydra_mcore.model.hydra_attention import HydraAttention
-from hydra_mcore.model.parameters import gathered
 
-# Of each head: its output gate's mean; the learned factor of the fusion; the root mean square of its output as the
-# fusion's norm meets it; and of GDN heads the half-life of their state in tokens and their write gate's mean.
-STATISTICS = ("gate", "scale", "rms", "half-life", "write gate")
+# Of every head: its output gate's mean; the learned factor of the fusion; the root mean square of its output as the
+# fusion's norm meets it. Kinds add their own.
+COMMON = (Statistic("gate"), Statistic("scale"), Statistic("rms", np.sqrt))
+OF_KINDS = {statistic.name: statistic for kind in KINDS.values() for statistic in kind.statistics}
+STATISTICS = {statistic.name: statistic for statistic in COMMON} | OF_KINDS
 
 
 class HeadMonitor:
@@ -38,34 +39,27 @@ class HeadMonitor:
     def __init__(self, model: GPTModel, due: Callable[[], bool]) -> None:
         self.model, self.due = model, due
         self.attentions: list[HydraAttention] = [layer.self_attention for layer in model.decoder.layers]
+        self.place = {name: place for place, name in enumerate(STATISTICS)}
         shape = (len(STATISTICS), model.config.num_layers, model.config.num_attention_heads, 2)
         self.table = torch.zeros(shape, dtype=torch.float64, device=torch.cuda.current_device())
         for attention in self.attentions:
             attention.fusion.register_forward_hook(partial(self._fused, attention), with_kwargs=True)
-            if hasattr(attention, "gdn"):
-                gdn = attention.gdn
-                gdn.linear_decay.register_forward_hook(
-                    partial(self._gdn_gate, attention, "half-life", partial(_log_decay, gdn))
-                )
-                gdn.linear_write.register_forward_hook(
-                    partial(self._gdn_gate, attention, "write gate", partial(_write_gate, gdn))
-                )
+            for kind, branch in attention.branches.items():
+                for statistic, (module, read) in branch.watched().items():
+                    module.register_forward_hook(partial(self._of_kind, attention, kind, statistic, read))
 
     def _fused(self, attention: HydraAttention, module: Fusion, inputs: tuple, keywords: dict, output: Tensor) -> None:
         if not (self.model.training and self.due()):
             return
         shared, owned = keywords.get("shared", False), attention.layout.ranks[attention.tp_group.rank()]
-        # here, not after the step: then other ranks may hold the new factor already and this one not
-        # (overlap-param-gather)
+        # Here, not after the step: then other ranks may hold the new factor already and this one not
+        # (overlap-param-gather).
         scale_h = getattr(getattr(module, "scale", None), "weight_shared" if shared else "weight", None)
-        if scale_h is not None and not (
-            shared and attention.tp_group.rank()
-        ):  # all ranks hold shared ones: the first counts
-            self._add(
-                "scale", attention, attention.layout.shared_fa if shared else owned.heads, scale_h[None, None, :, None]
-            )
-        for role, (out_sbhd, gate) in inputs[0].items():
-            heads = attention.layout.shared_fa if shared else getattr(owned, role.value)
+        held = attention.layout.shared if shared else owned
+        if scale_h is not None and not (shared and attention.tp_group.rank()):  # of shared ones the first rank's counts
+            self._add("scale", attention, held.heads, scale_h[None, None, :, None])
+        for kind, (out_sbhd, gate) in inputs[0].items():
+            heads = held[kind]
             if gate is not None:
                 self._add("gate", attention, heads, gate)
                 if module.options.gate_order == "before_norm":
@@ -73,9 +67,10 @@ class HeadMonitor:
             size_sbh1 = torch.linalg.vector_norm(out_sbhd, dim=-1, keepdim=True, dtype=torch.float32)
             self._add("rms", attention, heads, size_sbh1.square() / out_sbhd.shape[-1])
 
-    def _gdn_gate(
+    def _of_kind(
         self,
         attention: HydraAttention,
+        kind: str,
         statistic: str,
         read: Callable[[Tensor], Tensor],
         module: torch.nn.Module,
@@ -83,15 +78,15 @@ class HeadMonitor:
         output: Tensor,
     ) -> None:
         if output.numel() and self.model.training and self.due():
-            self._add(statistic, attention, attention.layout.ranks[attention.tp_group.rank()].gdn, read(output.float()))
+            heads = attention.layout.ranks[attention.tp_group.rank()][kind]
+            self._add(statistic, attention, heads, read(output.float()))
 
     def _add(self, statistic: str, attention: HydraAttention, heads: tuple[int, ...], value_sbhd: Tensor) -> None:
         if value_sbhd.numel():
             sums = value_sbhd.detach().sum(dim=(0, 1, 3), dtype=torch.float32).double()
             pairs = torch.stack([sums, torch.full_like(sums, value_sbhd.numel() / len(heads))], dim=-1)
-            self.table[STATISTICS.index(statistic), attention.layer_idx].index_add_(
-                0, torch.tensor(heads, device=sums.device), pairs
-            )
+            layer = self.table[self.place[statistic], attention.layer_idx]
+            layer.index_add_(0, torch.tensor(heads, device=sums.device), pairs)
 
     def take(self) -> Tensor:
         """``table`` so far; gathering starts anew."""
@@ -121,29 +116,34 @@ class HeadStatistics:
         return {name: _value(name, pairs_lh) for name, pairs_lh in zip(STATISTICS, self.table, strict=True)}
 
     def by_layer(self) -> dict[str, float]:
-        """Means over the heads of one role, of each layer and of the whole model: "gdn half-life/layer 03", "fa
+        """Means over the heads of one kind, of each layer and of the whole model: "gdn half-life/layer 03", "fa
         gate/all".
 
-        The mean half-life is that of the mean decay, the mean size that of the mean square. "gdn to fa rms" is their
-        ratio (paper Fig 5), in layers that have both.
+        The mean half-life is that of the mean decay, the mean size that of the mean square. "gdn to fa rms" is the
+        ratio of another kind's size to that of FA heads (paper Fig 5), in layers that have both.
         """
         found: dict[str, float] = {}
-        for role in HeadRole:
+        for kind in KINDS:
             mine_lh = np.zeros(self.table.shape[1:3], dtype=bool)
             for layer_idx, layer in enumerate(self.head_map.layers):
-                mine_lh[layer_idx, list(getattr(layer, role.value))] = True
+                mine_lh[layer_idx, list(layer[kind])] = True
             for name, pairs_lh in zip(STATISTICS, self.table, strict=True):
                 pairs_l = np.where(mine_lh[..., None], pairs_lh, 0.0).sum(axis=1)
                 if pairs_l[:, 1].any():
-                    found[f"{role} {name}/all"] = float(_value(name, pairs_l.sum(axis=0)))
+                    found[f"{kind} {name}/all"] = float(_value(name, pairs_l.sum(axis=0)))
                 for layer_idx, value in enumerate(_value(name, pairs_l)):
                     if not np.isnan(value):
-                        found[f"{role} {name}/{layer_name(layer_idx)}"] = float(value)
-        for layer_idx in range(len(self.head_map.layers)):
-            gdn, fa = (found.get(f"{role} rms/{layer_name(layer_idx)}") for role in ("gdn", "fa"))
-            if gdn and fa:
-                found[f"gdn to fa rms/{layer_name(layer_idx)}"] = gdn / fa
-        return found
+                        found[f"{kind} {name}/{layer_name(layer_idx)}"] = float(value)
+        return found | self._sizes_beside_fa(found)
+
+    def _sizes_beside_fa(self, found: dict[str, float]) -> dict[str, float]:
+        ratios = {}
+        for layer_idx, layer in enumerate(self.head_map.layers):
+            for kind in (kind for kind in layer if kind != FA):
+                mine, fa = (found.get(f"{name} rms/{layer_name(layer_idx)}") for name in (kind, FA))
+                if mine and fa:
+                    ratios[f"{kind} to {FA} rms/{layer_name(layer_idx)}"] = mine / fa
+        return ratios
 
 
 def layer_name(layer_idx: int) -> str:
@@ -154,15 +154,4 @@ def layer_name(layer_idx: int) -> str:
 def _value(statistic: str, pairs: np.ndarray) -> np.ndarray:
     """What (sum, count) pairs along the last axis mean; NaN where nothing was counted."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        mean = pairs[..., 0] / pairs[..., 1]
-        if statistic == "half-life":
-            return math.log(2.0) / -mean
-        return np.sqrt(mean) if statistic == "rms" else mean
-
-
-def _log_decay(gdn: GatedDeltaHeads, logits_sbh1: Tensor) -> Tensor:
-    return -torch.nn.functional.softplus(logits_sbh1) * gathered(gdn.A_log).weight.float().exp()[:, None]
-
-
-def _write_gate(gdn: GatedDeltaHeads, logits_sbh1: Tensor) -> Tensor:
-    return gdn.options.gdn_write_max * torch.sigmoid(logits_sbh1)
+        return STATISTICS[statistic].of_mean(pairs[..., 0] / pairs[..., 1])

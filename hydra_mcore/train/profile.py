@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -27,25 +29,24 @@ from megatron.training import training
 from torch.profiler import ProfilerActivity, record_function
 
 from hydra_mcore.files import replacing, write_json
-from hydra_mcore.model import gdn_heads
-from hydra_mcore.model.fa_heads import CausalAttention, FullAttentionHeads
+from hydra_mcore.kinds import KINDS
 from hydra_mcore.model.fusion import Fusion
-from hydra_mcore.model.gdn_heads import GatedDeltaHeads, ShortConv
-from hydra_mcore.model.hydra_attention import HydraAttention, OutputProjection
+from hydra_mcore.model.hydra_attention import BRANCHES, HydraAttention, OutputProjection, SharedKeysValues
 from hydra_mcore.model.parameters import GroupLinear, HeadLinear, RMSNorm
+from hydra_mcore.model.short_conv import ShortConv
 from hydra_mcore.train import align, step
-from hydra_mcore.train.profile_table import BACKWARD, RANGE, STEP, TEACHER, PartsTable, read_table
+from hydra_mcore.train.profile_table import BACKWARD, RANGE, STEP, TEACHER, ProfileTable, core_name, read_table
 from hydra_mcore.train.step import TransferStep
 
 FOLDER = "profile"
 PART_OF_MODULE: dict[type, str] = {
-    CausalAttention: "FA attention",
-    FullAttentionHeads: "FA rest",
-    GatedDeltaHeads: "GDN rest",
+    **{branch: f"{KINDS[kind].label} rest" for kind, branch in BRANCHES.items()},
+    **{branch.core: core_name(kind) for kind, branch in BRANCHES.items() if not isinstance(branch.core, str)},
     ShortConv: "conv",
     Fusion: "fusion",
     HeadLinear: "projections",
     GroupLinear: "projections",
+    SharedKeysValues: "projections",
     OutputProjection: "projections",
     MLP: "MLP",
     LanguageModelEmbedding: "embedding",
@@ -54,7 +55,11 @@ PART_OF_MODULE: dict[type, str] = {
 }
 # What is no module, as its caller finds it: (owner, attribute, name of the range).
 CALLS: tuple[tuple[Any, str, str], ...] = (
-    (gdn_heads, "gated_delta_rule", RANGE + "GDN delta rule"),
+    *(
+        (sys.modules[branch.__module__], branch.core, RANGE + core_name(kind))
+        for kind, branch in BRANCHES.items()
+        if isinstance(branch.core, str)
+    ),
     (step, "token_loss", RANGE + "loss"),
     (align, "align_loss", RANGE + "loss"),
     (align.GradientAtOnce, "apply", RANGE + "rest of the model"),  # stands inside the teacher, but is the student's
@@ -67,7 +72,7 @@ CALLS: tuple[tuple[Any, str, str], ...] = (
 
 def profiled(
     call: Callable[[], object], models: Iterable[torch.nn.Module], teachers: Iterable[torch.nn.Module] = ()
-) -> PartsTable:
+) -> ProfileTable:
     """Run ``call()`` once and say where its time went; warm up before.
 
     Args:
@@ -101,7 +106,7 @@ def recording(
         for owner, attribute, name in (*CALLS, *calls):
             ranges.enter_context(_ranged(owner, attribute, name))
         for prefix, roots in ((RANGE, models), (TEACHER, teachers)):
-            for module, part in (found for root in roots for found in _parts(root)):
+            for module, part in itertools.chain.from_iterable(map(_parts, roots)):
                 ranges.enter_context(_ranged(module, "forward", prefix + part))
         with torch.profiler.profile(activities=activities) as profiler:
             yield

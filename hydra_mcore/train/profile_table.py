@@ -3,10 +3,8 @@
 """Where the time of a training step went, part by part, read from the trace that torch's profiler wrote.
 
 Every moment belongs to the innermost range or backward operation around it. A backward operation belongs to the part
-whose
-forward operation made it: the trace links the two (its "fwdbwd" flows, from autograd's sequence numbers). So a step's
-    time is
-dealt out once, and the parts add up to it.
+whose forward operation made it: the trace links the two (its "fwdbwd" flows, from autograd's sequence numbers). So a
+step's time is dealt out once, and the parts add up to it.
 
 On a CPU time is that of the thread that runs the step, waiting and Python included. On a GPU it is that of kernels and
 copies, each counted where it was launched.
@@ -23,12 +21,24 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hydra_mcore.kinds import KINDS
+
+
+def core_name(kind: str) -> str:
+    """The part that is a kind's core: "FA attention"."""
+    return f"{KINDS[kind].label} {KINDS[kind].core}"
+
+
+def _of_kinds() -> Iterable[str]:
+    """The core of each kind, and the rest of its branch: norms, rotary, gates of decay and writing."""
+    for kind in KINDS:
+        yield core_name(kind)
+        yield f"{KINDS[kind].label} rest"
+
+
 PARTS = (
-    "FA attention",  # softmax(q k^T) v
-    "FA rest",  # norms, rotary, scale of FA heads
-    "GDN delta rule",
-    "GDN rest",  # norms, rotary, decay and write gates of GDN heads
-    "conv",  # the short convolution of GDN heads
+    *_of_kinds(),
+    "conv",  # the short convolution of recurrent heads
     "fusion",
     "projections",  # q, k, v, the output gates', the output projection
     "MLP",
@@ -59,7 +69,7 @@ NOBODY = Owner("other", "outside")
 
 
 @dataclass(frozen=True)
-class PartsTable:
+class ProfileTable:
     """Seconds by part and pass (``PARTS``, ``PASSES``) over some steps, that of ``device`` ("cpu" or "gpu").
 
     ``wall_seconds`` is how long the steps took; on a CPU the sum of all parts, on a GPU more where it idles and less
@@ -110,13 +120,13 @@ class PartsTable:
         return "\n".join([head, "", *(f"| {' | '.join(line)} |" for line in lines)]) + "\n"
 
 
-def read_table(trace: Path) -> PartsTable:
+def read_table(trace: Path) -> ProfileTable:
     """The table of a trace file (.json or .json.gz) that holds our ranges (``hydra_mcore.train.profile``)."""
     with gzip.open(trace, "rt") if trace.suffix == ".gz" else trace.open() as file:
-        return parts_table(json.load(file)["traceEvents"])
+        return profile_table(json.load(file)["traceEvents"])
 
 
-def parts_table(events: Iterable[dict[str, Any]]) -> PartsTable:
+def profile_table(events: Iterable[dict[str, Any]]) -> ProfileTable:
     """The table of a Chrome trace's events; times in microseconds, as they stand there."""
     timed = [event for event in events if event.get("ph") == "X" and "tid" in event]
     reading = _Reading(_origins(events))
@@ -125,14 +135,14 @@ def parts_table(events: Iterable[dict[str, Any]]) -> PartsTable:
     reading.finish()
     kernels = [event for event in timed if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     if not kernels:
-        return PartsTable("cpu", reading.steps, reading.wall_seconds, dict(reading.seconds))
+        return ProfileTable("cpu", reading.steps, reading.wall_seconds, dict(reading.seconds))
     seconds: dict[Owner, float] = defaultdict(float)
     for kernel in kernels:
         owner = reading.launched.get(kernel["args"].get("correlation"))
         if owner is not None:
             part = "communication" if kernel["name"].startswith("nccl") else owner.part
             seconds[Owner(part, owner.of_pass)] += kernel["dur"] / 1e6
-    return PartsTable("gpu", reading.steps, reading.wall_seconds, dict(seconds))
+    return ProfileTable("gpu", reading.steps, reading.wall_seconds, dict(seconds))
 
 
 class _Reading:

@@ -18,11 +18,11 @@ from torch import Tensor
 from hydra_mcore.config import HydraOptions, ModelCard, ModelShape
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.build import build_model
-from hydra_mcore.model.cache import Memory
+from hydra_mcore.model.cache import DecodingCache
 from hydra_mcore.model.forward import last_hidden
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.ops import fla_kernels
-from hydra_mcore.ops.sequence import SequencePart
+from hydra_mcore.sequence import SequencePart
 from tests.support.stages import randomise
 
 pytestmark = [
@@ -88,11 +88,11 @@ def test_decoding(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids_bs = student("silu", dtype).eval(), torch.randint(SHAPE.vocab_size, (2, LENGTH + STEPS))
 
     def run() -> dict[str, Tensor]:
-        memory = Memory(SequencePart(LENGTH), LENGTH + STEPS)
-        results = {"prompt": last_hidden([model], ids_bs[:, :LENGTH], memory=memory)[0]}
+        cache = DecodingCache(SequencePart(LENGTH), LENGTH + STEPS)
+        results = {"prompt": last_hidden([model], ids_bs[:, :LENGTH], cache=cache)[0]}
         for step in range(LENGTH, LENGTH + STEPS):
-            memory.follow(1)
-            results[f"token {step}"] = last_hidden([model], ids_bs[:, step : step + 1], memory=memory)[0]
+            cache.follow(1)
+            results[f"token {step}"] = last_hidden([model], ids_bs[:, step : step + 1], cache=cache)[0]
         return results
 
     found = run()

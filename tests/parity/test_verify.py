@@ -26,13 +26,13 @@ from hydra_mcore.config import HydraOptions
 from hydra_mcore.convert.hf_export import export_hf
 from hydra_mcore.convert.hf_import import import_hf
 from hydra_mcore.convert.inherit import hybridize
-from hydra_mcore.evaluation import layout_logits, verification
+from hydra_mcore.evaluation import layout_logits, subject, verification
 from hydra_mcore.evaluation.verification import NAMES
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.build import load_model
 from hydra_mcore.model.checkpoints import save_weights
 from hydra_mcore.model.runtime import process_groups
-from hydra_mcore.ops.sequence import SequencePart
+from hydra_mcore.sequence import SequencePart
 from tests.support.stages import randomise
 from tests.support.tiny_hf import ODD, tiny_qwen3
 from tools.verify import main
@@ -188,13 +188,13 @@ def edited_export(made: Made, folder: Path, file: str, old: str, new: str) -> Pa
 
 BROKEN_CODE = {
     "conv_state_forgotten": (
-        "heads_hydra_head.py",
-        "memory.conv_state, memory.recurrent_state = conv_state, state_bhdd",
-        "memory.conv_state, memory.recurrent_state = None, state_bhdd",
+        "gdn_heads_hydra_head.py",
+        'mixed_bsc, states["conv"] = self.conv(',
+        "mixed_bsc, _ = self.conv(",
         {("decode", "in steps"), ("decode", "in chunks")},
     ),
     "padding_is_written": (
-        "heads_hydra_head.py",
+        "gdn_heads_hydra_head.py",
         "        if padding is not None:\n            log_decay_bsh, write_bsh =",
         "        if False:\n            log_decay_bsh, write_bsh =",
         {("padding", "left")},
@@ -213,7 +213,7 @@ def whatever_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """Code that is not this version's runs too: these tests plant in it the faults that a version of ours might
     have.
     """
-    monkeypatch.setattr(verification, "check_model_code", lambda *_: None)
+    monkeypatch.setattr(subject, "check_model_code", lambda *_: None)
 
 
 @pytest.mark.usefixtures("whatever_code")

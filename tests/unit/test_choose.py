@@ -39,11 +39,11 @@ TIES = [[float(value > 16) for value in row] for row in SCORES]  # 1 for the bes
 
 
 def kept(choice: Choice) -> set[tuple[int, int]]:
-    return {(layer_idx, head) for layer_idx, layer in enumerate(choice.head_map.layers) for head in layer.fa}
+    return {(layer_idx, head) for layer_idx, layer in enumerate(choice.head_map.layers) for head in layer["fa"]}
 
 
 def counts(choice: Choice) -> list[int]:
-    return [len(layer.fa) for layer in choice.head_map.layers]
+    return [len(layer["fa"]) for layer in choice.head_map.layers]
 
 
 def full_layers(layers: int, budget: int, every: int | None = None) -> list[int]:
@@ -86,7 +86,7 @@ def test_layer_takes_each_layers_best_and_gives_the_surplus_to_the_best_of_the_r
 
 
 def test_fixed_keeps_the_first_heads_evenly() -> None:
-    assert [layer.fa for layer in choose_heads("fixed", SHAPE, 8).head_map.layers] == [(0, 1)] * 4
+    assert [layer["fa"] for layer in choose_heads("fixed", SHAPE, 8).head_map.layers] == [(0, 1)] * 4
     assert counts(choose_heads("fixed", SHAPE, 6)) == [1, 2, 1, 2]
 
 

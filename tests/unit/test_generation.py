@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Decoding from memory on one process: what whole forward passes and transformers' own generation give."""
+"""Decoding from cache on one process: what whole forward passes and transformers' own generation give."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from hydra_mcore.evaluation.generation import from_memory, greedy
 from hydra_mcore.evaluation.parallel import ParallelModel
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.build import build_model, load_model
-from hydra_mcore.model.cache import Memory
+from hydra_mcore.model.cache import DecodingCache, LayerCache
 from hydra_mcore.model.checkpoints import save_weights
 from hydra_mcore.model.forward import last_hidden
 from hydra_mcore.model.runtime import process_groups
-from hydra_mcore.ops.sequence import SequencePart
+from hydra_mcore.sequence import SequencePart
 from tests.support.naive_decoding import naive_decoding
 
 TINY_TEACHER = Path(__file__).parents[2] / "examples" / "tiny" / "teacher"
@@ -134,11 +134,11 @@ def test_several_tokens_at_once_are_causal_among_themselves() -> None:
     model, ids_bs = random_model(student_card()), prompts(2, 60)
     with torch.no_grad():
         whole_sbm, _ = last_hidden([model], ids_bs)
-        memory, start = Memory(SequencePart(41), 60), 41
-        pieces = [last_hidden([model], ids_bs[:, :start], memory=memory)[0]]
+        cache, start = DecodingCache(SequencePart(41), 60), 41
+        pieces = [last_hidden([model], ids_bs[:, :start], cache=cache)[0]]
         for tokens in (1, 7, 11):
-            memory.follow(tokens)
-            pieces.append(last_hidden([model], ids_bs[:, start : start + tokens], memory=memory)[0])
+            cache.follow(tokens)
+            pieces.append(last_hidden([model], ids_bs[:, start : start + tokens], cache=cache)[0])
             start += tokens
     torch.testing.assert_close(torch.cat(pieces), whole_sbm, rtol=0, atol=2e-6)
 
@@ -147,16 +147,15 @@ def test_memory_is_what_must_be_remembered_and_no_more() -> None:
     """Keys and values of living groups in the model's dtype with room for what comes, a float32 state, nothing on
     modules.
     """
-    model, memory = random_model(student_card(), torch.bfloat16), Memory(SequencePart(50), 60)
+    model, cache = random_model(student_card(), torch.bfloat16), DecodingCache(SequencePart(50), 60)
     before = {name: set(vars(module)) for name, module in model.named_modules()}
     with torch.no_grad():
-        last_hidden([model], prompts(2, 50), memory=memory)
+        last_hidden([model], prompts(2, 50), cache=cache)
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
     tensors = {
         (layer_idx, name): (x.dtype, x.untyped_storage().nbytes())
-        for layer_idx, layer in memory.layers.items()
-        for name, x in vars(layer).items()
-        if isinstance(x, Tensor)
+        for layer_idx, layer in cache.layers.items()
+        for name, x in held_tensors(layer).items()
     }
     expected, b, d = {}, 2, 8
     for layer_idx, (groups, gdn) in enumerate([(0, 6), (2, 3), (1, 5), (2, 0)]):
@@ -165,9 +164,18 @@ def test_memory_is_what_must_be_remembered_and_no_more() -> None:
                 (layer_idx, name): (torch.bfloat16, b * groups * 60 * d * 2) for name in ("keys_bgtd", "values_bgtd")
             }
         if gdn:
-            expected[layer_idx, "state_bhdv"] = (torch.float32, b * gdn * d * d * 4)
-            expected[layer_idx, "taps_sbhc"] = (torch.bfloat16, 3 * b * gdn * 3 * d * 2)
+            expected[layer_idx, "gdn state"] = (torch.float32, b * gdn * d * d * 4)
+            expected[layer_idx, "gdn taps"] = (torch.bfloat16, 3 * b * gdn * 3 * d * 2)
     assert tensors == expected
+
+
+def held_tensors(layer: LayerCache) -> dict[str, Tensor]:
+    """Every tensor that a layer's cache holds: those of its keys and values, and the states of each kind by name."""
+    held = dict(vars(layer.keys_values))
+    for kind, states in layer.states.items():
+        held |= {f"{kind} {name}": x for name, x in states.items()}
+    assert set(vars(layer)) == {"keys_values", "states"}
+    return {name: x for name, x in held.items() if isinstance(x, Tensor)}
 
 
 def test_a_stop_token_is_repeated_and_ends_the_loop_when_all_rows_have_met_one() -> None:

@@ -23,14 +23,14 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hydra_mcore.config import HydraOptions, ModelCard, ModelShape
-from hydra_mcore.heads import HeadMap, HeadRole
+from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.build import build_model
-from hydra_mcore.model.cache import Memory
+from hydra_mcore.model.cache import DecodingCache
 from hydra_mcore.model.forward import last_hidden
 from hydra_mcore.model.hydra_attention import HydraAttention
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.ops import fla_kernels
-from hydra_mcore.ops.sequence import SequencePart
+from hydra_mcore.sequence import SequencePart
 from tests.support.hf_model import random_model, random_tokens
 
 SHAPE = ModelShape(
@@ -78,18 +78,18 @@ def test_the_guard_bites() -> None:
 @torch.no_grad()
 def test_one_token_of_an_exported_model_never_waits(tmp_path: Path) -> None:
     model, tokens_bs = random_model(tmp_path, torch.float32), random_tokens(2, 12)
-    memory = model(tokens_bs, use_cache=True).past_key_values
+    cache = model(tokens_bs, use_cache=True).past_key_values
     with NeverWaits():
-        model(tokens_bs[:, :1], past_key_values=memory)
+        model(tokens_bs[:, :1], past_key_values=cache)
 
 
 @torch.no_grad()
 def test_one_token_of_a_model_in_evaluation_never_waits() -> None:
-    model, ids_bs, memory = student(), torch.randint(SHAPE.vocab_size, (2, 12)), Memory(SequencePart(12), 20)
-    last_hidden([model], ids_bs, memory=memory)
-    memory.follow(1)
+    model, ids_bs, cache = student(), torch.randint(SHAPE.vocab_size, (2, 12)), DecodingCache(SequencePart(12), 20)
+    last_hidden([model], ids_bs, cache=cache)
+    cache.follow(1)
     with NeverWaits():
-        last_hidden([model], ids_bs[:, :1], memory=memory)
+        last_hidden([model], ids_bs[:, :1], cache=cache)
 
 
 def naive_conv(
@@ -139,14 +139,12 @@ def pieces(attention: HydraAttention) -> dict[str, Callable[[Tensor], Any]]:
     part = SequencePart(7)
 
     def fused(x_sbm: Tensor) -> Tensor:
-        out = {role: x_sbm.unflatten(-1, (4, 8))[:, :, :2] for role in HeadRole}
-        return attention.fusion(
-            {HeadRole.FA: (out[HeadRole.FA], attention.fa.gate(x_sbm)), HeadRole.GDN: (out[HeadRole.GDN], None)}, x_sbm
-        )
+        out_sbhd = x_sbm.unflatten(-1, (4, 8))[:, :, :2]
+        return attention.fusion({"fa": (out_sbhd, attention.fa.gate(x_sbm)), "gdn": (out_sbhd, None)}, x_sbm)
 
     return {
         "output gate": attention.fa.gate,
-        "decay and write": attention.gdn.gates,
+        "decay and write": attention.gdn._gates,
         "short convolution": lambda x_sbm: attention.gdn.conv(
             x_sbm.repeat(1, 1, 2)[..., :48].unflatten(-1, (2, 24)), part
         ),

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hydra_mcore.heads import HeadLayout, LayerHeads
+from hydra_mcore.heads import HeadLayout, HeadsByKind
 from hydra_mcore.selection.optimise import Head, best_in_blocks, best_in_groups, worths
 
 Scores = list[list[float]]
@@ -143,9 +143,11 @@ def test_every_rank_gets_as_many_heads_of_every_layer() -> None:
     for tp_size in (1, 2, 4, 8):
         kept = best_in_blocks(worths(scores, rank(scores)), 48, tp_size)
         for layer_idx in range(12):
-            layer = LayerHeads.from_fa((head for at, head in kept if at == layer_idx), 16)
+            layer = HeadsByKind.from_fa((head for at, head in kept if at == layer_idx), 16)
             layout = HeadLayout(layer, 8, tp_size, layer_idx)
-            assert {len(owned.fa) for owned in layout.ranks} == {len(layer.fa) // tp_size} and layout.shared_fa == ()
+            assert {len(owned["fa"]) for owned in layout.ranks} == {len(layer["fa"]) // tp_size} and layout.shared[
+                "fa"
+            ] == ()
 
 
 def test_worths_follow_the_ranking_and_keep_ties_of_sums() -> None:

@@ -43,7 +43,7 @@ def scores_of(folder: Path) -> HeadScores:
 
 def fa_heads(folder: Path) -> list[tuple[int, int]]:
     layers = HeadMap.load(folder / "head_map.json").layers
-    return [(layer_idx, head) for layer_idx, layer in enumerate(layers) for head in layer.fa]
+    return [(layer_idx, head) for layer_idx, layer in enumerate(layers) for head in layer["fa"]]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_files_for_this_teacher(tiny_teacher: Path, selected: Path) -> None:
     card.check_head_map(head_map)
     scores.check_teacher(card)
     assert head_map.num_fa * 4 == card.shape.num_layers * card.shape.num_heads and all(
-        layer.fa for layer in head_map.layers
+        layer["fa"] for layer in head_map.layers
     )
     assert scores.scores_lh.max() > 0.5  # some head of a teacher that retrieves does carry retrieval
     assert head_map.made_by["ratio"] == "3:1" and head_map.made_by["scores"]["length"] == 128
@@ -107,7 +107,7 @@ def test_scores_serve_other_choices_without_the_model(
     few = run(tiny_teacher, tmp_path / "few", "--strategy", "kv_groups", "--kv-groups", "4", *known)
     assert len(fa_heads(few)) == 8 and len({(layer, head // 2) for layer, head in fa_heads(few)}) == 4
     even = run(tiny_teacher, tmp_path / "even", "--strategy", "tp", "--ranks", "4", *known)
-    assert {len(layer.fa) % 4 for layer in HeadMap.load(even / "head_map.json").layers} == {0}
+    assert {len(layer["fa"]) % 4 for layer in HeadMap.load(even / "head_map.json").layers} == {0}
     retrieval = run(tiny_teacher, tmp_path / "retrieval", "--weight", "general=0", *known)
     fused = HeadScores.load(retrieval / "scores.json")
     np.testing.assert_allclose(
@@ -123,7 +123,7 @@ def test_random_and_layer_wise_maps_need_no_scores(
     assert sorted(file.name for file in out.iterdir()) == ["figures", "head_map.json"]
     assert HeadMap.load(out / "head_map.json").made_by == {"tool": "select_heads", "seed": 7, "ratio": "3:1"}
     hybrid = run(tiny_teacher, tmp_path / "hybrid", "--strategy", "hybrid", "--every", "2")
-    assert [len(layer.fa) for layer in HeadMap.load(hybrid / "head_map.json").layers] == [0, 8, 0, 8]
+    assert [len(layer["fa"]) for layer in HeadMap.load(hybrid / "head_map.json").layers] == [0, 8, 0, 8]
 
 
 def test_a_capability_of_ones_own(tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

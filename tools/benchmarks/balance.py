@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra_mcore.heads import HeadLayout, HeadMap
+from hydra_mcore.kinds import FA
 from tools.benchmarks.options import QWEN3, positive, spread_heads
 from tools.benchmarks.report import Report
 
@@ -98,18 +99,18 @@ def _random_map(rng: random.Random) -> HeadMap:
 
 
 def _imbalances(name: str, maps: Sequence[HeadMap], tp_sizes: Sequence[int], length: int) -> Iterator[list[Any]]:
-    from hydra_mcore.costs.communication import fa_imbalance
-    from hydra_mcore.ops.sequence import SequencePart
+    from hydra_mcore.costs.communication import imbalance
+    from hydra_mcore.sequence import SequencePart
 
     part = SequencePart(length)
     for tp_size in tp_sizes:
         row: list[Any] = [name, tp_size]
         for way in ("heads", "queries"):
             found = [
-                fa_imbalance(HeadLayout(layer, head_map.num_kv_groups, tp_size, layer_idx, way), part)
+                imbalance(HeadLayout(layer, head_map.num_kv_groups, tp_size, layer_idx, way), FA, part)
                 for head_map in maps
                 for layer_idx, layer in enumerate(head_map.layers)
-                if layer.fa
+                if layer[FA]
             ]
             row += [f"{sum(found) / len(found):.3f}", f"{max(found):.3f}"] if found else ["-", "-"]
         yield row

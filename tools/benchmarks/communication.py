@@ -70,20 +70,25 @@ def run(args: argparse.Namespace) -> Report:
 def _sent(args: argparse.Namespace, cp_size: int, length: int) -> list[Any]:
     """A row of the table, for the rank that sends most."""
     from hydra_mcore.config import HydraOptions
-    from hydra_mcore.costs.communication import cp_bytes, megatron_accepts, megatron_gdn_bytes
-    from hydra_mcore.heads import HeadLayout, LayerHeads
-    from hydra_mcore.ops.sequence import SequencePart
+    from hydra_mcore.costs.communication import cp_bytes, megatron_accepts, megatron_gdn_bytes, summed, total
+    from hydra_mcore.heads import HeadLayout, HeadsByKind
+    from hydra_mcore.kinds import DEFAULT_LINEAR, FA
+    from hydra_mcore.sequence import SequencePart
 
     layout = HeadLayout(
-        LayerHeads.from_fa(spread_heads(args.fa_heads, QWEN3), QWEN3.num_heads), QWEN3.num_kv_groups, args.tp
+        HeadsByKind.from_fa(spread_heads(args.fa_heads, QWEN3), QWEN3.num_heads), QWEN3.num_kv_groups, args.tp
     )
-    sizes = (QWEN3.head_dim, VALUE_BYTES, 1)
     parts = [SequencePart(length, cp_size, rank) for rank in range(cp_size)]
-    ranks = [cp_bytes(layout, tp_rank, part, *sizes, HydraOptions()) for tp_rank in range(args.tp) for part in parts]
-    ours = max(ranks, key=lambda sent: sent.total.total)
-    num_gdn = len(layout.layer.gdn)
-    theirs = megatron_gdn_bytes(num_gdn, parts[0], *sizes, args.tp).total
-    columns = [f"{sent / 2**20:.1f}" for sent in (ours.gdn.total, ours.fa.total, ours.total.total, theirs)]
-    if not megatron_accepts(num_gdn, args.tp, cp_size):
+    ranks = [
+        cp_bytes(QWEN3, HydraOptions(), layout, tp_rank, part, VALUE_BYTES, rows=1)
+        for part in parts
+        for tp_rank in range(args.tp)
+    ]
+    ours = max(ranks, key=lambda by_kind: total(by_kind).total)
+    linear, fa = (summed(ours.get(kind, {})).total for kind in (DEFAULT_LINEAR, FA))
+    num_linear = len(layout.layer[DEFAULT_LINEAR])
+    theirs = megatron_gdn_bytes(num_linear, parts[0], QWEN3.head_dim, VALUE_BYTES, 1, args.tp).total
+    columns = [f"{sent / 2**20:.1f}" for sent in (linear, fa, total(ours).total, theirs)]
+    if not megatron_accepts(num_linear, args.tp, cp_size):
         columns[-1] = f"({columns[-1]})"
-    return [cp_size, length, *columns, f"{theirs / ours.gdn.total:.1f}" if ours.gdn.total else "-"]
+    return [cp_size, length, *columns, f"{theirs / linear:.1f}" if linear else "-"]

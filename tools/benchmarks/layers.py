@@ -15,8 +15,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hydra_mcore.config import HydraOptions, ModelShape
-from hydra_mcore.costs.flops import attention_block, causal_attention
-from hydra_mcore.heads import HeadMap, LayerHeads
+from hydra_mcore.costs.flops import attention_block
+from hydra_mcore.heads import HeadMap, HeadsByKind
+from hydra_mcore.kinds import FA, KINDS
+from hydra_mcore.model.attention_plan import AttentionPlan
 from hydra_mcore.model.build import transformer_config
 from hydra_mcore.model.hydra_attention import HydraAttention
 from hydra_mcore.model.runtime import process_groups
@@ -58,12 +60,12 @@ def limits(shape: ModelShape, teachers: Mapping[int, float], speed: float) -> di
         teachers: seconds of the teacher's block by length.
         speed: operations a second of matrix products.
     """
-    everyone = LayerHeads.from_fa(range(shape.num_heads), shape.num_heads)
+    everyone = HeadsByKind.from_fa(range(shape.num_heads), shape.num_heads)
     found: dict[str, dict[int, float]] = {}
     for name, fa in _fa_heads(shape).items():
-        heads, found[name] = LayerHeads.from_fa(fa, shape.num_heads), {}
+        heads, found[name] = HeadsByKind.from_fa(fa, shape.num_heads), {}
         for length, seconds in teachers.items():
-            attention = causal_attention(shape.head_dim, length).total
+            attention = KINDS[FA].core_flops(shape, HydraOptions(), length).total
             projections = (
                 attention_block(shape, HydraOptions.teacher(), everyone, length).total - shape.num_heads * attention
             )
@@ -84,7 +86,7 @@ def _blocks(shape: ModelShape, device: str, dtype: str) -> dict[str, torch.nn.Mo
 
     def block(fa: Sequence[int], options: HydraOptions) -> HydraAttention:
         head_map = HeadMap.from_fa([(0, head) for head in fa], 1, shape.num_heads, shape.num_kv_groups)
-        return HydraAttention(config, 1, head_map, options, options.log_scale_in("distill"), "heads", groups)
+        return HydraAttention(config, 1, AttentionPlan(head_map, options, options.log_scale_in("distill")), groups)
 
     blocks: dict[str, torch.nn.Module] = {TEACHER: block(range(shape.num_heads), HydraOptions.teacher())}
     blocks |= {name: block(fa, HydraOptions()) for name, fa in _fa_heads(shape).items()}

@@ -22,6 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hydra_mcore.config import HydraOptions, ModelShape
 from hydra_mcore.heads import HeadLayout, HeadMap
+from hydra_mcore.model.attention_plan import AttentionPlan
 from hydra_mcore.model.build import transformer_config
 from hydra_mcore.model.hydra_attention import HydraAttention
 
@@ -78,9 +79,8 @@ def _layers(head_map: HeadMap, shape: ModelShape, groups: ProcessGroupCollection
     config = transformer_config(shape, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
 
     def layer(fa_balance: str) -> HydraAttention:
-        return HydraAttention(config, 1, head_map, HydraOptions(), True, fa_balance, groups).to(
-            torch.cuda.current_device()
-        )
+        plan = AttentionPlan(head_map, HydraOptions(), log_scale=True, fa_balance=fa_balance)
+        return HydraAttention(config, 1, plan, groups).to(torch.cuda.current_device())
 
     layers = {"heads": layer("heads"), "queries": layer("queries")}
     nothing_dealt = property(lambda layout: [()] * layout.tp_size)

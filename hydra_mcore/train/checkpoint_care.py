@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import shutil
 import sys
@@ -32,6 +33,7 @@ from hydra_mcore.compat.saving import stop_writer
 from hydra_mcore.config import ConfigError, ModelCard, StageOptions
 from hydra_mcore.errors import InputError
 from hydra_mcore.files import NO_ROOM, checked, read_json, write_json
+from hydra_mcore.heads import in_words
 from hydra_mcore.model.checkpoints import (
     TRACKER,
     CutShort,
@@ -144,8 +146,7 @@ def difference(there: ModelCard, here: ModelCard) -> str:
                 return f"{name} is {theirs[name]!r} there, {value!r} here"
     for layer_idx, (theirs, mine) in enumerate(zip(there.head_map.layers, here.head_map.layers, strict=True)):
         if theirs != mine:
-            lists = (", ".join(map(str, heads.fa)) or "none" for heads in (theirs, mine))
-            return "layer {}: FA heads {} there, {} here".format(layer_idx, *lists)
+            return f"layer {layer_idx}: {in_words(theirs)} there, {in_words(mine)} here"
     if there.fingerprint != here.fingerprint:
         return f"the teacher's weights are {there.fingerprint[:12]} there, {here.fingerprint[:12]} here"
     return "" if there == here else f"stage {there.stage} there, {here.stage} here"
@@ -234,7 +235,7 @@ def _check_disk(save: Path, needed: int) -> None:
 def _checkpoint_bytes(models: list[GPTModel], args: Namespace) -> int:
     """What this rank's share of a checkpoint takes: parameters, and the optimizer's state of the trained ones."""
     state = 0 if args.no_save_optim else _ADAM_BYTES
-    parameters = [parameter for model in models for parameter in model.parameters()]
+    parameters = itertools.chain.from_iterable(model.parameters() for model in models)
     return sum(p.numel() * (args.params_dtype.itemsize + (state if p.requires_grad else 0)) for p in parameters)
 
 

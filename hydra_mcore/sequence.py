@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Which tokens a rank holds, where documents begin, and which queries a rank computes. No communication here."""
+"""Which tokens a rank holds, where documents begin, and which queries a rank computes. Pure values."""
 
 from __future__ import annotations
 
@@ -9,14 +9,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from hydra_mcore.errors import InputError
 
 # Runs (start, end) of tokens within a part, grouped by the half of the part that they belong to.
 Rows = tuple[tuple[tuple[int, int], ...], ...]
-
 
 # Of 16 documents in 16,384 tokens on 2, 4 and 8 ranks, the busiest computes 1.52 times the mean in one round, 1.13 in
 # eight.
@@ -101,15 +97,6 @@ class SequencePart:
         """Whether the last document of this part goes on in the next one."""
         return self.start + self.num_tokens not in self.documents
 
-    def positions(self, device: torch.device) -> Tensor:
-        """The position of each token of this part within its document, from 0: [s], int64."""
-        first = self.past + self.start
-        token_s = torch.arange(first, first + self.num_tokens, device=device)
-        if not self.packed:
-            return token_s  # nothing comes from the host, for whose copies a GPU's stream waits
-        starts = torch.tensor(self.documents, device=device)
-        return token_s - starts[torch.searchsorted(starts, token_s - self.past, right=True) - 1]
-
     @property
     def halves(self) -> tuple[tuple[int, int], ...]:
         """The query blocks of this part, as (start, end) within it: two under context parallelism.
@@ -127,8 +114,7 @@ class SequencePart:
         """The queries of one of ``shares`` tensor-parallel ranks that divide a head: for each half, (start, end) runs.
 
         By the same mirror rule: of 2 * shares pieces of each half, piece ``share`` and its mirror image. Packed
-            documents
-        make costs uneven; their rows are dealt in finer pieces, which evens them out on average, not exactly.
+        documents make costs uneven; their rows are dealt in finer pieces, which evens them out on average, not exactly.
         """
         if shares == 1:
             return tuple((half,) for half in self.halves)
