@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from hydra_mcore.commands import one_line_errors
+from hydra_mcore.files import write_text
 from hydra_mcore.ruler.needles import needle_pair
 from hydra_mcore.ruler.source import Source
 from hydra_mcore.ruler.wording import own_wording
@@ -62,7 +63,7 @@ def needle_documents() -> Iterator[dict[str, Any]]:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     lines = (json.dumps(document) + "\n" for document in needle_documents())
-    (HERE / "needles.jsonl").write_text("".join(lines))
+    write_text(HERE / "needles.jsonl", "".join(lines))
 
 
 if __name__ == "__main__":

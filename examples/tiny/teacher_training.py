@@ -23,6 +23,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from examples.tiny import corpus
 from examples.tiny.curriculum import EVALUATION_SEED, Phase, learning_rate, phase_at
+from hydra_mcore.commands import sole_writer
+from hydra_mcore.files import replacing, write_json
 from hydra_mcore.ruler.haystack import Haystack
 from hydra_mcore.ruler.needles import PLANS, needle_prompt
 from hydra_mcore.ruler.prompts import Prompt
@@ -189,7 +191,7 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Pa
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     for name in ("model_max_length", "is_local", "local_files_only"):
         config.pop(name, None)
-    (beside / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(beside / "tokenizer_config.json", config, indent=2)
     corpus.TINY_FORMAT.save(beside / "needles.json")
     for path in sorted(beside.iterdir()):
         os.replace(path, output / path.name)
@@ -198,10 +200,8 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Pa
 
 def save_state(path: Path, state: dict[str, object]) -> None:
     """Write a resumable training state, never leaving half a file under its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".writing")
-    torch.save(state, beside)
-    os.replace(beside, path)
+    with replacing(path, alone=True) as beside:
+        torch.save(state, beside)
 
 
 def train_step(
@@ -275,3 +275,11 @@ def print_table(model: Qwen3ForCausalLM, folder: Path, lengths: Sequence[int], c
     columns = [evaluate(model, tokenizer, held_out, length, count) for length in lengths]
     for task in TASKS:
         print(f"{task:<18}" + "".join(f"{100 * column[task]:7.1f}%" for column in columns))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train, and print the table at the native length and at twice that."""
+    torch.set_num_threads(args.threads)
+    with sole_writer(args.output):
+        model = train(args)
+    print_table(model, args.output, (NATIVE_LENGTH, 2 * NATIVE_LENGTH), args.prompts)

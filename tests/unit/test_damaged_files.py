@@ -52,7 +52,7 @@ from tests.support.small_tokenizers import small_tokenizer
 from tests.unit.test_config import FACTS, FINGERPRINT, card
 from tests.unit.test_evaluation_report import STUDENT, TEACHER, keep_all
 from tests.unit.test_selection_report import KNOCK_OUT, made_scores
-from tools.prepare_data import check_vocabulary
+from tools.commands.prepare_data import check_vocabulary
 
 PROMPTS = [
     Prompt(np.arange(9, dtype=np.int32), 2, ("a", "b\n"), np.ones(2, np.int32), ((1, 3),), (0.25,)) for _ in range(3)

@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The head selection door: its files, re-used scores, runs that were stopped, and one clear line for what it cannot
+"""The head selection command: its files, re-used scores, runs that were stopped, and one clear line for what it cannot
 use.
 """
 
@@ -24,7 +24,7 @@ from hydra_mcore.ruler.needle_format import NeedleFormat
 from hydra_mcore.selection.evidence import spearman
 from hydra_mcore.selection.journal import JournalWriter, read_journal
 from hydra_mcore.selection.score import HeadScores
-from tools.head_scoring import identity, needle_source, probes
+from tools.commands.head_scoring import identity, needle_source, probes
 from tools.select_heads import main, parser
 
 ROOT = Path(__file__).parents[2]
@@ -98,7 +98,7 @@ def test_the_report_tells_what_was_found(selected: Path) -> None:
 def test_scores_serve_other_choices_without_the_model(
     tiny_teacher: Path, selected: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tools.head_scoring.load_model", None)
+    monkeypatch.setattr("tools.commands.head_scoring.load_model", None)
     known = ("--scores", str(selected / "scores.json"))
     scores = scores_of(selected)
     two = run(tiny_teacher, tmp_path / "two", "--budget", "2", "--strategy", "global", *known)
@@ -118,7 +118,7 @@ def test_scores_serve_other_choices_without_the_model(
 def test_random_and_layer_wise_maps_need_no_scores(
     tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tools.head_scoring.load_model", None)
+    monkeypatch.setattr("tools.commands.head_scoring.load_model", None)
     out = run(tiny_teacher, tmp_path / "random", "--strategy", "layer_random", "--seed", "7")
     assert sorted(file.name for file in out.iterdir()) == ["figures", "head_map.json"]
     assert HeadMap.load(out / "head_map.json").made_by == {"tool": "select_heads", "seed": 7, "ratio": "3:1"}
