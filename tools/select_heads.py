@@ -131,7 +131,7 @@ def add_scoring_flags(p: argparse.ArgumentParser) -> None:
     scoring.add_argument("--probe", action="append", default=[], metavar="NAME=FILE", help=mine)
     weight = "how much a capability counts (default 1 each); may be repeated"
     scoring.add_argument("--weight", action="append", default=[], metavar="NAME=W", help=weight)
-    words = "wording of the needles (default: tokenizer/needles.json of the teacher, else RULER's)"
+    words = "JSON file with the wording of the needles (default: tokenizer/needles.json of the teacher, else RULER's)"
     scoring.add_argument("--format", type=Path, metavar="FILE", help=words)
     text = 'UTF-8 text to hide needles in, or "noise" for repeated sentences (default: the Python language reference)'
     scoring.add_argument("--haystack", metavar="FILE", help=text)

@@ -19,7 +19,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # noqa
 from examples.tiny.corpus import documents, load_text  # noqa: E402
 from examples.tiny.students import HERE  # noqa: E402
 from hydra_mcore.files import write_text  # noqa: E402
-from hydra_mcore.selection.needles import NeedleFormat  # noqa: E402
+from hydra_mcore.ruler.needle_format import NeedleFormat  # noqa: E402
 from hydra_mcore.tokenizer import open_tokenizer  # noqa: E402
 
 ALIGN_TOKENS, EXTEND_TOKENS = 256, 1024  # of a sequence, as the recipe has them

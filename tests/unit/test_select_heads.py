@@ -20,10 +20,11 @@ import pytest
 
 from hydra_mcore.config import ModelCard
 from hydra_mcore.heads import HeadMap
+from hydra_mcore.ruler.needle_format import NeedleFormat
 from hydra_mcore.selection.evidence import spearman
 from hydra_mcore.selection.journal import JournalWriter, read_journal
 from hydra_mcore.selection.score import HeadScores
-from tools.commands.head_scoring import identity, probes
+from tools.commands.head_scoring import identity, needle_source, probes
 from tools.select_heads import main, parser
 
 ROOT = Path(__file__).parents[2]
@@ -126,8 +127,6 @@ def test_random_and_layer_wise_maps_need_no_scores(
 
 
 def test_a_capability_of_ones_own(tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from hydra_mcore.selection.needles import NeedleFormat
-
     words = NeedleFormat.load(TINY / "needles.json").value_pieces[:12]
     line = "".join(words[:8])
     pairs = [(line + line[: line.index(words[at])], words[at], words[at + 4]) for at in range(4, 8)]
@@ -164,8 +163,10 @@ def test_what_makes_a_scoring_run_another_one(tiny_teacher: Path, tmp_path: Path
         args = parser().parse_args(
             ["--teacher", str(tiny_teacher), "--out", str(tmp_path), "--capabilities", "--probe", f"mine={file}"]
         )
-        found.add(identity(args, card, probes(args, 64), 64)["prompts_sha256"])
+        found.add(identity(args, card, probes(args, needle_source(args), 64), 64)["prompts_sha256"])
     assert len(found) == 2
+    facts = list(identity(args, card, {}, 64))
+    assert facts.index("generator") < facts.index("prompts_sha256")  # so that it is what a journal says first
 
 
 @pytest.mark.slow
@@ -243,7 +244,7 @@ def test_a_stopped_run_goes_on_and_loses_no_finished_piece(tiny_teacher: Path, s
         (["--length", "128", "--also-lengths", "128"], "--also-lengths 128: is scored already"),
         (["--knock-out", "-1"], "--knock-out -1: give a number"),
         (["--haystack", "nowhere.txt"], "haystack nowhere.txt: No such file"),
-        (["--format", "nowhere.json"], "needle format nowhere.json: No such file"),
+        (["--format", "nowhere.json"], "wording nowhere.json: No such file"),
         (["--probe", "law"], "--probe law: write the name"),
         (["--probe", "law=nowhere.jsonl"], "nowhere.jsonl: No such file"),
         (["--weight", "retrieval=much"], "--weight retrieval=much: write a capability and a number"),

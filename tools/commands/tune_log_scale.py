@@ -21,7 +21,8 @@ from hydra_mcore.evaluation.log_scale_report import markdown, write_report
 from hydra_mcore.evaluation.parallel import ParallelModel
 from hydra_mcore.model.build import load_model
 from hydra_mcore.model.runtime import from_first_rank, process_groups
-from hydra_mcore.selection.probes import load_tokenizer, read_haystack
+from hydra_mcore.ruler.haystack import read_text
+from hydra_mcore.tokenizer import load_tokenizer
 
 
 def run(args: argparse.Namespace) -> None:
@@ -78,7 +79,7 @@ def read_windows(args: argparse.Namespace, card: ModelCard) -> Tensor:
     """int64 [windows, length] from the beginning of the text; raises InputError where it has too few tokens, or unknown
     ones.
     """
-    ids = read_haystack(load_tokenizer(args.checkpoint), args.text)
+    ids = read_text(load_tokenizer(args.checkpoint), args.text)
     if args.windows < 2 or args.length < 2:
         raise InputError(
             f"--windows {args.windows} --length {args.length}: at least two windows of two tokens are needed"

@@ -22,7 +22,8 @@ from hydra_mcore.evaluation.subject import Subject
 from hydra_mcore.evaluation.verification import NAMES, checks_of, verify
 from hydra_mcore.files import write_json
 from hydra_mcore.model.runtime import process_groups
-from hydra_mcore.selection.probes import load_tokenizer, read_haystack
+from hydra_mcore.ruler.haystack import read_text
+from hydra_mcore.tokenizer import load_tokenizer
 
 
 def run(args: argparse.Namespace, work: Path) -> int:
@@ -83,7 +84,7 @@ def tokens(args: argparse.Namespace, card: ModelCard) -> Tensor:
         return torch.randint(
             card.shape.vocab_size, (args.sequences, length), generator=torch.Generator().manual_seed(args.seed)
         )
-    ids = read_haystack(load_tokenizer(args.checkpoint), args.text)
+    ids = read_text(load_tokenizer(args.checkpoint), args.text)
     if len(ids) < (needed := args.sequences * length):
         raise InputError(f"{args.text}: {len(ids)} tokens; give at least {needed}, or lower --length or --sequences")
     return torch.from_numpy(ids[:needed]).view(args.sequences, length)
