@@ -19,13 +19,13 @@ from hydra_mcore.kinds import EXPORTED_TABLE, KINDS
 
 PACKAGE = Path(__file__).parents[1]
 CODE_FILES = (
+    "ops/chunked_delta_rule.py",
     "convert/hf_model/configuration_hydra_head.py",
     "convert/hf_model/cache_hydra_head.py",
     "convert/hf_model/heads_hydra_head.py",
     *(kind.exported for kind in KINDS.values()),
     EXPORTED_TABLE,
     "convert/hf_model/modeling_hydra_head.py",
-    "ops/chunked_delta_rule.py",
 )
 # For config.json: where transformers' Auto classes find theirs.
 AUTO_MAP = {

@@ -98,7 +98,7 @@ def test_the_export_decodes_as_the_checkpoint_does(made: Path) -> None:
         "tools/verify.py", made / "student", "--teacher", made / "teacher", "--export", made / "export", "--json",
         made / "verified.json",
     )  # fmt: skip
-    assert "fail" not in verified
+    assert ", 0 failed," in verified
     generate = (
         "import sys, torch; sys.modules.update(hydra_mcore=None)\n"
         "from transformers import AutoModelForCausalLM\n"

@@ -13,6 +13,16 @@ _NOT_KEPT = ("self", "kwargs", "__class__", "fa_heads")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
+def _by_kind(
+    heads: list[dict[str, list[int]]] | None, fa_heads: list[list[int]] | None, num_layers: int, num_heads: int
+) -> list[dict[str, list[int]]]:
+    """For each layer kind -> heads, from either way to give them; kinds without heads are left out."""
+    if heads is None:
+        kept = [range(num_heads)] * num_layers if fa_heads is None else fa_heads
+        heads = [{"fa": fa, "gdn": [head for head in range(num_heads) if head not in fa]} for fa in kept]
+    return [{kind: sorted(owned) for kind, owned in layer.items() if owned} for layer in heads]
+
+
 class HydraHeadConfig(PretrainedConfig):
     """A decoder whose layers mix kinds of heads: full attention (FA), Gated DeltaNet (GDN).
 
@@ -98,11 +108,7 @@ class HydraHeadConfig(PretrainedConfig):
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in _NOT_KEPT}
         given["rope_parameters"] = dict(rope_parameters or {"rope_type": "default", "rope_theta": 1e6})
-        every_head = range(num_attention_heads)
-        if heads is None:
-            kept = [every_head] * num_hidden_layers if fa_heads is None else fa_heads
-            heads = [{"fa": fa, "gdn": [head for head in every_head if head not in fa]} for fa in kept]
-        given["heads"] = [{kind: sorted(owned) for kind, owned in layer.items() if owned} for layer in heads]
+        given["heads"] = _by_kind(heads, fa_heads, num_hidden_layers, num_attention_heads)
         given["teacher"] = teacher or {}
         for name, value in given.items():
             setattr(self, name, value)
