@@ -157,7 +157,7 @@ class Training:
 
 
 @dataclass(kw_only=True, frozen=True)
-class _Source:
+class _CardSource:
     """``ModelCard.source``: the config alone where a Hugging Face directory is described and no tensor was read."""
 
     config: dict[str, Any] = field(default_factory=dict)
@@ -186,7 +186,7 @@ class _CardFile:
             raise ConfigError(f"the head map has {head_map.counts}, the shape others; take both from one checkpoint")
         if not (is_name(self.stage) and is_name(self.fingerprint)):
             raise ConfigError("stage and fingerprint are one short line each")
-        checked(self.source, _Source, "source", ConfigError)
+        checked(self.source, _CardSource, "source", ConfigError)
         stages = [dataclasses.asdict(training) for training in self.stages]
         facts = {"fingerprint": self.fingerprint, "stage": self.stage, "source": self.source, "stages": stages}
         return ModelCard(shape=shape, head_map=head_map, options=self.options, **facts)

@@ -22,8 +22,9 @@ from typing import Any
 import yaml
 
 from hydra_mcore.config import ConfigError
+from hydra_mcore.stages import STAGES
 
-STAGE_SECTIONS = ("align", "distill", "extend")
+STAGE_SECTIONS = tuple(STAGES)
 COMMAND_SECTIONS = ("prepare", "import", "select", "hybridize", "evaluate", "export")
 MAX_BYTES = 2**18  # a recipe takes a few thousand; what is longer is another file, and YAML takes seconds to read it
 MAX_LEVELS = (

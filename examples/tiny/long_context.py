@@ -26,9 +26,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from examples.tiny.demo import EVALUATION_SEED, ROOT, Student, door, folder, make_students, train_all, write_data
+from hydra_mcore import stages
 from hydra_mcore.commands import one_line_errors, sole_writer
 
-STAGES = ("align", "distill", "extend")
+STAGES = tuple(stages.STAGES)  # in their order
 STUDENTS = (
     Student("selected 3:1", "3:1", "global_c", STAGES),
     Student("random 3:1", "3:1", "global_random", STAGES),

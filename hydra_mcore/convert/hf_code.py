@@ -22,6 +22,9 @@ CODE_FILES = (
     "convert/hf_model/configuration_hydra_head.py",
     "convert/hf_model/cache_hydra_head.py",
     "convert/hf_model/heads_hydra_head.py",
+    "convert/hf_model/fa_heads_hydra_head.py",
+    "convert/hf_model/gdn_heads_hydra_head.py",
+    "convert/hf_model/kinds_hydra_head.py",
     "convert/hf_model/modeling_hydra_head.py",
     "ops/chunked_delta_rule.py",
 )

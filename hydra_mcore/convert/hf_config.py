@@ -105,7 +105,7 @@ def _head_map(hf_dir: Path, card: ModelCard) -> HeadMap:
         return card.head_map
     head_map = HeadMap.load(path)
     if head_map.layers != card.head_map.layers:
-        raise HuggingFaceError(f"{path}: its heads are not the fa_heads of {CONFIG_NAME}; take both from one export")
+        raise HuggingFaceError(f"{path}: its heads are not those of {CONFIG_NAME}; take both from one export")
     return head_map
 
 

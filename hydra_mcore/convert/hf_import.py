@@ -57,7 +57,7 @@ def import_hf(hf_dir: str | Path, checkpoint_dir: str | Path, dtype: torch.dtype
         import_tokenizer(hf_dir, folder / TOKENIZER_DIR)
         if not is_teacher(card):
             card.head_map.save(folder / HEAD_MAP_NAME)
-        source = _Source(weights, rules, dtype, progress)
+        source = _ImportedTensors(weights, rules, dtype, progress)
         save_streamed(card, dtype, source.read, folder)
         if is_teacher(card):
             card = dataclasses.replace(card, fingerprint=combined_fingerprint(source.digests))
@@ -92,7 +92,7 @@ def _left_out(card: ModelCard) -> str:
     return f" ({CONFIG_NAME} lacks {', '.join(names)})" if names else ""
 
 
-class _Source:
+class _ImportedTensors:
     """The tensors of a checkpoint, put together from those of a directory; the fingerprint of each as it passes."""
 
     def __init__(self, weights: HfWeights, rules: dict[str, TensorRule], dtype: torch.dtype, progress: tqdm) -> None:

@@ -19,6 +19,7 @@ from hydra_mcore.config import HydraOptions, ModelCard, ModelShape, teacher_card
 from hydra_mcore.heads import HeadLayout, HeadsByKind
 from hydra_mcore.kinds import KINDS
 from hydra_mcore.kinds.kind import NO_FLOPS, Flops, HeadKind, product
+from hydra_mcore.stages import STAGES
 
 
 def step_flops(card: ModelCard, stage: str, sequence_length: int, sequences: int) -> float:
@@ -35,17 +36,18 @@ def step_flops(card: ModelCard, stage: str, sequence_length: int, sequences: int
         sequence_length: tokens of a row.
         sequences: rows of the whole step (global-batch-size).
     """
-    teacher = teacher_card(card.shape, fingerprint="")
-    if stage == "align":
+    row = STAGES[stage]
+    if row.fits_layers:
         blocks = (
             attention_block(card.shape, card.options, heads, sequence_length, input_gradient=False)
             for heads in card.head_map.layers
         )
-        per_token = model_flops(teacher, sequence_length, with_output=False).forward + sum(blocks, NO_FLOPS).total
+        per_token = sum(blocks, NO_FLOPS).total
     else:
         per_token = model_flops(card, sequence_length).total
-        if stage == "distill":
-            per_token += model_flops(teacher, sequence_length).forward
+    if row.needs_teacher:
+        teacher = teacher_card(card.shape, fingerprint="")
+        per_token += model_flops(teacher, sequence_length, with_output=row.needs_teacher_logits).forward
     return per_token * sequence_length * sequences
 
 

@@ -41,6 +41,7 @@ from hydra_mcore.costs.activations import LayerKept, Run, layer_bytes
 from hydra_mcore.costs.loss_memory import peak_bytes
 from hydra_mcore.costs.parameters import ATTENTION_PARTS, rank_parameters
 from hydra_mcore.kinds.kind import FLOAT, norm_kept
+from hydra_mcore.stages import STAGES
 
 Moment = tuple[float, float, float]  # bytes of activations, loss, workspace
 
@@ -73,17 +74,17 @@ def fullest_rank(card: ModelCard, run: Run) -> TrainingMemory:
 
 def rank_memory(card: ModelCard, run: Run, pp_rank: int, tp_rank: int) -> TrainingMemory:
     """The memory of one pipeline- and tensor-parallel rank in the stage ``run`` of the student ``card``."""
-    held = stage_parameters(card, run, pp_rank, tp_rank)
-    trained = sum(held[part] for part in ATTENTION_PARTS) if run.stage == "align" else held.total()
+    held, stage = stage_parameters(card, run, pp_rank, tp_rank), STAGES[run.stage]
+    trained = trained_parameters(held, run)
     sharing = run.dp_size * run.cp_size if run.distributed_optimizer else 1
     states = 2 * FLOAT + (FLOAT if run.value_bytes < FLOAT else 0)
     teacher = 0
-    if run.stage != "extend":
+    if stage.needs_teacher:
         whole = stage_parameters(teacher_card(card.shape, fingerprint=""), run, pp_rank, tp_rank)
-        teacher = whole.total() - (whole["output layer"] if run.stage == "align" else 0)
+        teacher = whole.total() - (0 if stage.needs_teacher_logits else whole["output layer"])
     layers = [layer_bytes(card, layer_idx, tp_rank, run) for layer_idx in run.layers(card, pp_rank)]
     in_flight = min(run.pp_size - pp_rank, run.micro_batches)
-    if run.stage == "align":
+    if stage.fits_layers:
         moments = _align_moments(card, run, layers, in_flight, run.value_bytes * trained)
     else:
         moments = _token_moments(card, run, layers, in_flight, last_stage=pp_rank == run.pp_size - 1)
@@ -106,6 +107,11 @@ def stage_parameters(card: ModelCard, run: Run, pp_rank: int, tp_rank: int) -> C
     return rank_parameters(card, run.layers(card, pp_rank), **ends, **place)
 
 
+def trained_parameters(held: Counter[str], run: Run) -> int:
+    """Those of ``stage_parameters`` that the stage trains."""
+    return sum(held[part] for part in ATTENTION_PARTS) if STAGES[run.stage].fits_layers else held.total()
+
+
 def _align_moments(card: ModelCard, run: Run, layers: Layers, in_flight: int, gradients: float) -> list[Moment]:
     """``gradients``: bytes of one micro-batch's gradients, kept until backward. The teacher's hidden state, its
     attention's input and output are there too."""
@@ -125,7 +131,7 @@ def _token_moments(card: ModelCard, run: Run, layers: Layers, in_flight: int, la
     stored = [hidden if again else sum(_stored(run, layer) for layer in group) for group, again in groups]
     others, moments, tied_gradient = (in_flight - 1) * sum(stored), [], 0.0
     if last_stage:
-        with_teacher = run.stage == "distill"
+        with_teacher = STAGES[run.stage].needs_teacher
         loss = peak_bytes(
             run.tokens, shape.hidden_size, shape.vocab_size, run.tp_size, run.value_bytes, with_teacher=with_teacher
         )

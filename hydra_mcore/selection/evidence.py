@@ -53,14 +53,14 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Agreement:
+class LikenessSpread:
     """Likeness over many draws."""
 
     spearman: Spread
     overlap: Spread
 
     @classmethod
-    def of(cls, draws: Sequence[Likeness]) -> Agreement:
+    def of(cls, draws: Sequence[Likeness]) -> LikenessSpread:
         return cls(*(Spread.of(values) for values in zip(*draws, strict=True)))
 
 
@@ -89,7 +89,7 @@ def likeness(a: HeadScores, b: HeadScores, budget: int) -> Likeness:
     return Likeness(spearman(a.scores_lh, b.scores_lh), overlap(a.ranking(), b.ranking(), budget))
 
 
-def stability_by_pairs(scores: HeadScores, budget: int, draws: int = 20, seed: int = 0) -> dict[int, Agreement]:
+def stability_by_pairs(scores: HeadScores, budget: int, draws: int = 20, seed: int = 0) -> dict[int, LikenessSpread]:
     """Random subsets of n usable pairs of every probe against all pairs, by n = 1, 2, 3, 4, 6, 8, 12, ... up to all.
 
     A subset is a part of what it is compared with, so agreement rises to 1 by itself; ``stability_of_halves`` has no
@@ -104,7 +104,7 @@ def stability_by_pairs(scores: HeadScores, budget: int, draws: int = 20, seed: i
     return _by_count(draw, max(map(len, used.values())), draws)
 
 
-def stability_of_halves(scores: HeadScores, budget: int, draws: int = 20, seed: int = 0) -> dict[int, Agreement]:
+def stability_of_halves(scores: HeadScores, budget: int, draws: int = 20, seed: int = 0) -> dict[int, LikenessSpread]:
     """Two disjoint random sets of n usable pairs of every probe against each other, by n; a probe of one pair is left
     out.
 
@@ -135,8 +135,8 @@ def _used(scores: HeadScores) -> dict[str, np.ndarray]:
     return {name: np.flatnonzero(probe.used_b) for name, probe in scores.probes.items() if probe.usable}
 
 
-def _by_count(draw: Callable[[int], Likeness], most: int, draws: int) -> dict[int, Agreement]:
-    return {count: Agreement.of([draw(count) for _ in range(draws)]) for count in pair_counts(most)}
+def _by_count(draw: Callable[[int], Likeness], most: int, draws: int) -> dict[int, LikenessSpread]:
+    return {count: LikenessSpread.of([draw(count) for _ in range(draws)]) for count in pair_counts(most)}
 
 
 def pair_counts(most: int) -> list[int]:
@@ -181,7 +181,7 @@ def random_overlap(total: int, k: int) -> float:
     )
 
 
-def label_control(scores: HeadScores, budget: int, draws: int = 200, seed: int = 0) -> Agreement:
+def label_control(scores: HeadScores, budget: int, draws: int = 200, seed: int = 0) -> LikenessSpread:
     """The scores against themselves with the heads' labels shuffled: what agreement chance gives."""
     rng, flat = np.random.default_rng(seed), scores.scores_lh.ravel()
     order = [layer * scores.shape.num_heads + head for layer, head in scores.ranking()]
@@ -190,7 +190,7 @@ def label_control(scores: HeadScores, budget: int, draws: int = 200, seed: int =
         given = rng.permutation(flat.size)  # head i gets the score of head given[i]
         return Likeness(spearman(flat, flat[given]), overlap(order, np.argsort(given)[order].tolist(), budget))
 
-    return Agreement.of([draw() for _ in range(draws)])
+    return LikenessSpread.of([draw() for _ in range(draws)])
 
 
 def observed_likeness(scores: HeadScores, budget: int) -> dict[str, Likeness]:
@@ -346,12 +346,12 @@ class Evidence:
     """All of the above for one scoring and one budget."""
 
     budget: int
-    by_pairs: dict[int, Agreement]
-    halves: dict[int, Agreement]
+    by_pairs: dict[int, LikenessSpread]
+    halves: dict[int, LikenessSpread]
     by_length: dict[int, Likeness]
     bootstrap: Bootstrap
     random_overlap: float
-    control: Agreement
+    control: LikenessSpread
     gini_l: np.ndarray  # of the scores within each layer
     share_l: np.ndarray  # of the whole score, in each layer
     costs: list[Cost]

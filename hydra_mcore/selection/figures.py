@@ -20,7 +20,7 @@ from hydra_mcore.files import replacing
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.kinds import FA
 from hydra_mcore.selection.choose import STRATEGIES
-from hydra_mcore.selection.evidence import Agreement, Evidence, KnockOut, Spread, role_effects
+from hydra_mcore.selection.evidence import Evidence, KnockOut, LikenessSpread, Spread, role_effects
 from hydra_mcore.selection.score import CRITICAL, HeadScores
 
 MAP, FRAME, BLUE, GREY, LIGHT = "Blues", "#d1495b", "#2a6f9e", "#8a8a8a", "#e6e6e6"
@@ -199,7 +199,13 @@ def stability(path: str | Path, evidence: Evidence) -> None:
 
 
 def _band(
-    axes: Axes, counts: list[int], by_count: Mapping[int, Agreement], name: str, color: str, marker: str, label: str
+    axes: Axes,
+    counts: list[int],
+    by_count: Mapping[int, LikenessSpread],
+    name: str,
+    color: str,
+    marker: str,
+    label: str,
 ) -> None:
     place = [counts.index(count) for count in by_count]
     spreads = [getattr(agreement, name) for agreement in by_count.values()]

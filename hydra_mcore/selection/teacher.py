@@ -58,7 +58,7 @@ class Teacher:
 
     def own_heads(self, layer_idx: int) -> list[int]:
         """The heads this rank holds, in the order in which they stand in its activations."""
-        return list(self.layers[layer_idx].self_attention.linear_proj.heads)
+        return list(self.layers[layer_idx].self_attention.linear_proj.heads.ordinals)
 
     # ---- the whole model
 

@@ -14,12 +14,12 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from torch import Tensor
 
-from hydra_mcore.train.data import Batch
+from hydra_mcore.train.data import MicroBatch
 
 Group = torch.distributed.ProcessGroup
 
 
-def align_forward(teacher: GPTModel, student: GPTModel, batch: Batch, kind: str) -> tuple[Tensor, Tensor]:
+def align_forward(teacher: GPTModel, student: GPTModel, batch: MicroBatch, kind: str) -> tuple[Tensor, Tensor]:
     """The teacher's output [s, b, m] of this pipeline stage, and one align loss for each of its layers [layers].
 
     Every student layer is fed the teacher's own input, so layers do not interact: the trunk is the teacher, without

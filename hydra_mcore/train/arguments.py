@@ -20,12 +20,12 @@ from hydra_mcore.config import CARD_NAME, ConfigError, ModelCard, StageOptions, 
 from hydra_mcore.corpus.manifest import expand_blend
 from hydra_mcore.files import check_writable
 from hydra_mcore.heads import HeadLayout
-from hydra_mcore.model.checkpoints import latest_iteration, trainings
+from hydra_mcore.model.checkpoints import TRACKER, latest_iteration, trainings
 from hydra_mcore.recipe import Recipe
 from hydra_mcore.sequence import SequencePart
-from hydra_mcore.train.checkpoints import difference, resumable
-from hydra_mcore.train.settings import FlagParser, check_values
-from hydra_mcore.train.stages import STAGES, default_flags, start_dir
+from hydra_mcore.stages import STAGES, default_flags
+from hydra_mcore.train.checkpoint_care import difference, resumable
+from hydra_mcore.train.flags import FlagParser, check_values
 
 # Our layer brings its own modules, so Megatron's local implementation serves around it; the optimizer format is
 # the only one that reshards when ranks hold different numbers of heads.
@@ -40,7 +40,7 @@ ENGINE: dict[str, Any] = {
     "no-rope-fusion": True,
     "no-masked-softmax-fusion": True,
     "no-gradient-accumulation-fusion": True,
-    "no-check-for-nan-in-loss-and-grad": True,  # ours lets all ranks stop together, with one line (train.alerts)
+    "no-check-for-nan-in-loss-and-grad": True,  # ours lets all ranks stop together, with one line (train.anomalies)
     "hidden-dropout": 0.0,  # Megatron's default is 0.1
     "micro-batch-size": 1,
     "eval-iters": 0,
@@ -70,7 +70,7 @@ EARLY = {"tensorboard", "wandb", CARD_NAME + ".partial"}  # what a run that was 
 
 
 @dataclass(frozen=True)
-class Plan:
+class ResolvedStage:
     """A stage resolved: its options, the card of the model it trains, where it starts and writes, all flags."""
 
     options: StageOptions
@@ -82,7 +82,7 @@ class Plan:
     flags: list[str]
 
 
-def resolve(argv: list[str]) -> Plan:
+def resolve(argv: list[str]) -> ResolvedStage:
     """Lay command line over model card over recipe over stage defaults, and check what can be checked now.
 
     Raises:
@@ -91,7 +91,7 @@ def resolve(argv: list[str]) -> Plan:
     """
     parser, recipe, options = recipe_flags(argv, with_gpu=torch.cuda.is_available())
     _check_folders(options)
-    start = start_dir(options)
+    start = _start_dir(options)
     latest_iteration(start)
     card = dataclasses.replace(ModelCard.load(start), stage=options.stage)
     save = Path(options.run_dir) / options.stage
@@ -102,7 +102,7 @@ def resolve(argv: list[str]) -> Plan:
     flags += ["--save", str(save)] + (["--load", str(save)] if resume else [])
     card = dataclasses.replace(card, stages=[*trainings(card, start), _this_stage(known)])
     finished = resume is not None and int(resume.name.removeprefix("iter_")) >= known.train_iters
-    return Plan(
+    return ResolvedStage(
         options,
         card,
         start,
@@ -152,6 +152,21 @@ def model_flags(
     return known, [*flags, "--max-position-embeddings", str(max(known.seq_length, card.shape.native_length))]
 
 
+def _start_dir(options: StageOptions) -> Path:
+    """The checkpoint folder whose weights a stage starts from; raises ConfigError when it is not there yet."""
+    if options.start_from:
+        return Path(options.start_from)
+    before = STAGES[options.stage].starts_from
+    folder = Path(options.run_dir) / before
+    if not (folder / TRACKER).is_file():
+        maker = f"stage {before}" if before in STAGES else "tools/convert.py hybridize"
+        raise ConfigError(
+            f"stage {options.stage} starts from {folder}, which holds no complete checkpoint; run {maker} first, or set"
+            " start-from"
+        )
+    return folder
+
+
 def _places(options: StageOptions, start: Path, save: Path) -> dict[str, Any]:
     """Where a stage finds and puts things, unless told otherwise: all of it below the run folder."""
     places = {"tensorboard-dir": str(save / "tensorboard"), "data-cache-path": str(Path(options.run_dir) / CACHE)}
@@ -173,7 +188,7 @@ def _this_stage(known: argparse.Namespace) -> dict[str, Any]:
 def _check_folders(options: StageOptions) -> None:
     if not options.run_dir:
         raise ConfigError("no run folder: set run-dir in the recipe or on the command line")
-    if options.stage != "extend" and not options.teacher:
+    if STAGES[options.stage].needs_teacher and not options.teacher:
         raise ConfigError(
             f"stage {options.stage} needs the teacher: set teacher to the folder that tools/convert.py import wrote"
         )
@@ -216,9 +231,10 @@ def check_settings(known: argparse.Namespace, card: ModelCard, ranks: int) -> No
         raise ConfigError(
             "reset-position-ids and reset-attention-mask do not reach GDN heads; use packed-documents, which does both"
         )
-    if known.calculate_per_token_loss and known.stage == "align":
+    if known.calculate_per_token_loss and STAGES[known.stage].fits_layers:
         raise ConfigError(
-            "the align loss is a mean over rows, not over tokens; leave calculate-per-token-loss to the other stages"
+            f"the {known.stage} loss is a mean over rows, not over tokens; leave calculate-per-token-loss to the other"
+            " stages"
         )
     decay_iters = known.lr_decay_iters or known.train_iters
     if known.lr_warmup_iters >= decay_iters:

@@ -31,7 +31,7 @@ from hydra_mcore.corpus.tokenize import fingerprint, load_fast_tokenizer
 from hydra_mcore.sequence import SequencePart
 
 
-class Batch(NamedTuple):
+class MicroBatch(NamedTuple):
     """A micro-batch on one rank: its part of the tokens, [b, s] each, None inside the pipeline.
 
     ``documents`` bounds the documents of whole rows, where they are packed.
@@ -133,9 +133,9 @@ def build_datasets(args: argparse.Namespace, tokenizer: Any, num_samples: list[i
     return BlendedMegatronDatasetBuilder(GPTDataset, num_samples, on_this_rank, config).build()
 
 
-def fetch_batch(
+def fetch_micro_batch(
     args: argparse.Namespace, waiting: Callable[[], AbstractContextManager], data_iterator: Any, model: GPTModel
-) -> Batch:
+) -> MicroBatch:
     """The next micro-batch of this rank: read by tensor-parallel rank 0, sent to the others, cut to the rank's part.
 
     The reading stands inside ``waiting()``, which may bound how long it takes. Inside the pipeline only document
@@ -146,7 +146,7 @@ def fetch_batch(
         InputError: document boundaries that do not increase from 0 to the sequence length.
     """
     if not _reads_data(args, model.vp_stage):
-        return Batch()
+        return MicroBatch()
     tokens, labels, mask, position_ids = _broadcast_rows(args, waiting, data_iterator)
     documents = None
     bounds = (0, args.seq_length)
@@ -158,7 +158,7 @@ def fetch_batch(
         documents = PackedSeqParams("thd", cu_seqlens, cu_seqlens, max_seqlen_q=length, max_seqlen_kv=length)
     part = SequencePart(args.seq_length, mpu.get_context_parallel_world_size(), mpu.get_context_parallel_rank(), bounds)
     mine = slice(part.start, part.start + part.num_tokens)
-    return Batch(tokens[:, mine], labels[:, mine], mask[:, mine].float(), position_ids[:, mine], documents)
+    return MicroBatch(tokens[:, mine], labels[:, mine], mask[:, mine].float(), position_ids[:, mine], documents)
 
 
 def _reads_data(args: argparse.Namespace, vp_stage: int | None) -> bool:

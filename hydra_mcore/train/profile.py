@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import os
 import sys
 import tempfile
@@ -34,7 +35,7 @@ from hydra_mcore.model.hydra_attention import BRANCHES, HydraAttention, OutputPr
 from hydra_mcore.model.parameters import GroupLinear, HeadLinear, RMSNorm
 from hydra_mcore.model.short_conv import ShortConv
 from hydra_mcore.train import align, step
-from hydra_mcore.train.profile_table import BACKWARD, RANGE, STEP, TEACHER, PartsTable, core_name, read_table
+from hydra_mcore.train.profile_table import BACKWARD, RANGE, STEP, TEACHER, ProfileTable, core_name, read_table
 from hydra_mcore.train.step import TransferStep
 
 FOLDER = "profile"
@@ -71,7 +72,7 @@ CALLS: tuple[tuple[Any, str, str], ...] = (
 
 def profiled(
     call: Callable[[], object], models: Iterable[torch.nn.Module], teachers: Iterable[torch.nn.Module] = ()
-) -> PartsTable:
+) -> ProfileTable:
     """Run ``call()`` once and say where its time went; warm up before.
 
     Args:
@@ -105,7 +106,7 @@ def recording(
         for owner, attribute, name in (*CALLS, *calls):
             ranges.enter_context(_ranged(owner, attribute, name))
         for prefix, roots in ((RANGE, models), (TEACHER, teachers)):
-            for module, part in (found for root in roots for found in _parts(root)):
+            for module, part in itertools.chain.from_iterable(map(_parts, roots)):
                 ranges.enter_context(_ranged(module, "forward", prefix + part))
         with torch.profiler.profile(activities=activities) as profiler:
             yield

@@ -69,7 +69,7 @@ NOBODY = Owner("other", "outside")
 
 
 @dataclass(frozen=True)
-class PartsTable:
+class ProfileTable:
     """Seconds by part and pass (``PARTS``, ``PASSES``) over some steps, that of ``device`` ("cpu" or "gpu").
 
     ``wall_seconds`` is how long the steps took; on a CPU the sum of all parts, on a GPU more where it idles and less
@@ -120,13 +120,13 @@ class PartsTable:
         return "\n".join([head, "", *(f"| {' | '.join(line)} |" for line in lines)]) + "\n"
 
 
-def read_table(trace: Path) -> PartsTable:
+def read_table(trace: Path) -> ProfileTable:
     """The table of a trace file (.json or .json.gz) that holds our ranges (``hydra_mcore.train.profile``)."""
     with gzip.open(trace, "rt") if trace.suffix == ".gz" else trace.open() as file:
-        return parts_table(json.load(file)["traceEvents"])
+        return profile_table(json.load(file)["traceEvents"])
 
 
-def parts_table(events: Iterable[dict[str, Any]]) -> PartsTable:
+def profile_table(events: Iterable[dict[str, Any]]) -> ProfileTable:
     """The table of a Chrome trace's events; times in microseconds, as they stand there."""
     timed = [event for event in events if event.get("ph") == "X" and "tid" in event]
     reading = _Reading(_origins(events))
@@ -135,14 +135,14 @@ def parts_table(events: Iterable[dict[str, Any]]) -> PartsTable:
     reading.finish()
     kernels = [event for event in timed if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     if not kernels:
-        return PartsTable("cpu", reading.steps, reading.wall_seconds, dict(reading.seconds))
+        return ProfileTable("cpu", reading.steps, reading.wall_seconds, dict(reading.seconds))
     seconds: dict[Owner, float] = defaultdict(float)
     for kernel in kernels:
         owner = reading.launched.get(kernel["args"].get("correlation"))
         if owner is not None:
             part = "communication" if kernel["name"].startswith("nccl") else owner.part
             seconds[Owner(part, owner.of_pass)] += kernel["dur"] / 1e6
-    return PartsTable("gpu", reading.steps, reading.wall_seconds, dict(seconds))
+    return ProfileTable("gpu", reading.steps, reading.wall_seconds, dict(seconds))
 
 
 class _Reading:

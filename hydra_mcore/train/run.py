@@ -27,10 +27,13 @@ from megatron.training.models import GPTModelConfig  # noqa: E402
 from hydra_mcore.config import ConfigError, ModelCard, add_stage_flags  # noqa: E402
 from hydra_mcore.model.build import apply_card, contiguous_parts, model_config  # noqa: E402
 from hydra_mcore.model.checkpoints import load_weights  # noqa: E402
-from hydra_mcore.train.alerts import DataWatch  # noqa: E402
-from hydra_mcore.train.arguments import Plan, resolve  # noqa: E402
-from hydra_mcore.train.checkpoints import checkpoint_care, note_versions, tidy  # noqa: E402
-from hydra_mcore.train.data import build_datasets, check_data, fetch_batch  # noqa: E402
+from hydra_mcore.stages import STAGES  # noqa: E402
+from hydra_mcore.train.anomalies import DataTimeout  # noqa: E402
+from hydra_mcore.train.arguments import ResolvedStage, resolve  # noqa: E402
+from hydra_mcore.train.checkpoint_care import checkpoint_care, note_versions, tidy  # noqa: E402
+from hydra_mcore.train.data import build_datasets, check_data, fetch_micro_batch  # noqa: E402
+from hydra_mcore.train.flags import refusal  # noqa: E402
+from hydra_mcore.train.interrupt import saved_at_ctrl_c  # noqa: E402
 from hydra_mcore.train.needles import NeedlePanels, make_panels  # noqa: E402
 from hydra_mcore.train.pipeline import teacher_in_the_pipeline  # noqa: E402
 from hydra_mcore.train.profile import profiled_steps  # noqa: E402
@@ -42,12 +45,9 @@ from hydra_mcore.train.resume import (  # noqa: E402
     schedule_of_now,
     settings_of,
 )
-from hydra_mcore.train.settings import refusal  # noqa: E402
-from hydra_mcore.train.stages import STAGES  # noqa: E402
-from hydra_mcore.train.step import TransferStep  # noqa: E402
-from hydra_mcore.train.stopping import saved_at_ctrl_c  # noqa: E402
-from hydra_mcore.train.wandb_run import tracked  # noqa: E402
-from hydra_mcore.train.watch import Watch, alert, watched  # noqa: E402
+from hydra_mcore.train.step import TransferStep, forward_step  # noqa: E402
+from hydra_mcore.train.training_log import TrainingLog, logging_to  # noqa: E402
+from hydra_mcore.train.wandb_run import logged_to_wandb, send_alert  # noqa: E402
 
 
 def run_stage(argv: list[str]) -> None:
@@ -56,41 +56,41 @@ def run_stage(argv: list[str]) -> None:
     Raises:
         InputError: bad input, before anything is written; a folder that another run writes to.
     """
-    if (plan := _unfinished(argv)) is None:
+    if (resolved := _unfinished(argv)) is None:
         return
-    args, config, settings = _validated(plan)
+    args, config, settings = _validated(resolved)
     check_data(args)
-    panels = make_panels(args, plan.start, plan.card.shape.vocab_size)
-    if plan.options.dry_run:
-        print(f"start: {plan.start}\nsave:  {plan.save}\nflags: {' '.join(plan.flags)}")
+    panels = make_panels(args, resolved.start, resolved.card.shape.vocab_size)
+    if resolved.options.dry_run:
+        print(f"start: {resolved.start}\nsave:  {resolved.save}\nflags: {' '.join(resolved.flags)}")
         return
-    with alone_in(plan.save, args) as store:
+    with alone_in(resolved.save, args) as store:
         if (now := _unfinished(argv)) is None:  # whoever had the folder until now may have saved
             return
-        if now != plan:
-            plan, (args, config, settings) = now, _validated(now)
+        if now != resolved:
+            resolved, (args, config, settings) = now, _validated(now)
         if args.rank == 0:
-            _prepare_output(plan, settings)
-        with tracked(plan):
+            _prepare_output(resolved, settings)
+        with logged_to_wandb(resolved):
             set_global_variables(args)
             with saved_at_ctrl_c(args):
-                _train(plan, args, config, panels, store)
+                _train(resolved, args, config, panels, store)
 
 
-def _unfinished(argv: list[str]) -> Plan | None:
-    """The plan of a stage; None, and a line, where nothing of it is left to do."""
-    plan = resolve(argv)
-    if plan.finished:
-        print(f"stage {plan.options.stage} is finished: {plan.save}")
+def _unfinished(argv: list[str]) -> ResolvedStage | None:
+    """The stage that a command line asks for; None, and a line, where nothing of it is left to do."""
+    resolved = resolve(argv)
+    if resolved.finished:
+        print(f"stage {resolved.options.stage} is finished: {resolved.save}")
         return None
-    return plan
+    return resolved
 
 
-def _validated(plan: Plan) -> tuple[Any, GPTModelConfig, dict[str, Any]]:
+def _validated(resolved: ResolvedStage) -> tuple[Any, GPTModelConfig, dict[str, Any]]:
     """Megatron's own parse and validation, which write nothing yet, and the settings as given; its refusals become one
     line.
     """
-    sys.argv = [sys.argv[0], *plan.flags]
+    sys.argv = [sys.argv[0], *resolved.flags]
     args = parse_args(extra_args_provider=add_stage_flags)
     settings = settings_of(args)
     try:
@@ -98,38 +98,42 @@ def _validated(plan: Plan) -> tuple[Any, GPTModelConfig, dict[str, Any]]:
         config = gpt_config_from_args(args)
     except Exception as error:  # it asserts, and falls over, in many ways, and has built nothing yet
         raise refusal(error, args) from None
-    config.vocab_size, config.should_pad_vocab = plan.card.shape.vocab_size, False
-    config.rotary_base = plan.card.shape.rope_theta
-    apply_card(config, plan.card, plan.options.stage, plan.options.fa_balance)
-    if plan.resume:
-        check_settings_of_resume(plan.save, settings, not (args.no_load_optim or args.finetune))
+    config.vocab_size, config.should_pad_vocab = resolved.card.shape.vocab_size, False
+    config.rotary_base = resolved.card.shape.rope_theta
+    apply_card(config, resolved.card, resolved.options.stage, resolved.options.fa_balance)
+    if resolved.resume:
+        check_settings_of_resume(resolved.save, settings, not (args.no_load_optim or args.finetune))
     return args, config, settings
 
 
-def _prepare_output(plan: Plan, settings: dict[str, Any]) -> None:
+def _prepare_output(resolved: ResolvedStage, settings: dict[str, Any]) -> None:
     """Put card, head map and tokenizer into the stage's folder; checkpoints follow as training saves them."""
-    plan.save.mkdir(parents=True, exist_ok=True)
-    plan.card.save(plan.save)
-    tidy(plan.save)
-    note_versions(plan.save)
-    note_settings(plan.save, settings, plan.resume)
-    plan.card.head_map.save(plan.save / "head_map.json")
-    if (plan.start / "tokenizer").is_dir():
-        shutil.copytree(plan.start / "tokenizer", plan.save / "tokenizer", dirs_exist_ok=True)
+    resolved.save.mkdir(parents=True, exist_ok=True)
+    resolved.card.save(resolved.save)
+    tidy(resolved.save)
+    note_versions(resolved.save)
+    note_settings(resolved.save, settings, resolved.resume)
+    resolved.card.head_map.save(resolved.save / "head_map.json")
+    if (resolved.start / "tokenizer").is_dir():
+        shutil.copytree(resolved.start / "tokenizer", resolved.save / "tokenizer", dirs_exist_ok=True)
 
 
 def _train(
-    plan: Plan, args: Any, config: GPTModelConfig, panels: NeedlePanels | None, store: torch.distributed.Store
+    resolved: ResolvedStage,
+    args: Any,
+    config: GPTModelConfig,
+    panels: NeedlePanels | None,
+    store: torch.distributed.Store,
 ) -> None:
-    data = DataWatch(
-        plan.options.data_timeout, lambda: f"rank {args.rank} reads {' '.join(args.data_path or [])}", alert
+    data = DataTimeout(
+        resolved.options.data_timeout, lambda: f"rank {args.rank} reads {' '.join(args.data_path or [])}", send_alert
     )
-    step = TransferStep(plan.options, partial(fetch_batch, args, data), lambda: args.curr_iteration + 1)
-    config.pre_wrap_hooks.append(partial(_prepare_models, plan, config, step))
-    watch = Watch(plan.card, args, step, data, panels)
-    care = checkpoint_care(plan.save, plan.options, args, config)
-    resuming = schedule_of_now(plan.save, args)
-    with teacher_in_the_pipeline(step), care, resuming, watched(watch), profiled_steps(args, step):
+    step = forward_step(resolved.options, partial(fetch_micro_batch, args, data), lambda: args.curr_iteration + 1)
+    config.pre_wrap_hooks.append(partial(_prepare_models, resolved, config, step))
+    log = TrainingLog(resolved.card, args, step, data, panels)
+    care = checkpoint_care(resolved.save, resolved.options, args, config)
+    resuming = schedule_of_now(resolved.save, args)
+    with teacher_in_the_pipeline(step), care, resuming, logging_to(log), profiled_steps(args, step):
         pretrain(
             pretrain_cfg_container_from_args(args, config), _datasets, ModelType.encoder_or_decoder, step, store=store
         )
@@ -137,32 +141,35 @@ def _train(
         writer.close()  # its thread would die with the process, and the last values with it
 
 
-def _prepare_models(plan: Plan, config: GPTModelConfig, step: TransferStep, models: list[GPTModel]) -> list[GPTModel]:
+def _prepare_models(
+    resolved: ResolvedStage, config: GPTModelConfig, step: TransferStep, models: list[GPTModel]
+) -> list[GPTModel]:
     """Freeze what the stage leaves alone, fill in the starting weights, build the teacher."""
-    trains = STAGES[plan.options.stage].trains
+    trains = STAGES[resolved.options.stage].trains
     for model in models:
-        contiguous_parts(model, plan.card.shape)
+        contiguous_parts(model, resolved.card.shape)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trains in name)
-    if not plan.resume:
-        load_weights(models, plan.start)
-    step.prepare(models, _build_teachers(plan, config, models) if STAGES[plan.options.stage].needs_teacher else [])
+    if not resolved.resume:
+        load_weights(models, resolved.start)
+    step.prepare(
+        models, _build_teachers(resolved, config, models) if STAGES[resolved.options.stage].needs_teacher else []
+    )
     return models
 
 
-def _build_teachers(plan: Plan, config: GPTModelConfig, students: list[GPTModel]) -> list[GPTModel]:
+def _build_teachers(resolved: ResolvedStage, config: GPTModelConfig, students: list[GPTModel]) -> list[GPTModel]:
     """The teacher's layers that stand beside each of this rank's model chunks, frozen."""
-    card = ModelCard.load(plan.options.teacher)
+    card = ModelCard.load(resolved.options.teacher)
     try:
-        card.check_head_map(plan.card.head_map)
+        card.check_head_map(resolved.card.head_map)
     except ConfigError as error:
-        raise ConfigError(f"the student does not descend from teacher {plan.options.teacher}: {error}") from None
-    teacher_config = model_config(card, plan.options.stage, copy.copy(config.transformer))
+        raise ConfigError(f"the student does not descend from teacher {resolved.options.teacher}: {error}") from None
+    teacher_config = model_config(card, resolved.options.stage, copy.copy(config.transformer))
     teacher_config.virtual_pipeline_model_parallel_size = config.virtual_pipeline_model_parallel_size
     builder, groups = teacher_config.get_builder_cls()(teacher_config), ProcessGroupCollection.use_mpu_process_groups()
-    # In align only attention is compared: no output layer, and no copy of the embedding on the last stage to keep
-    # equal.
-    with_output = plan.options.stage != "align"
+    # Without an output layer there is no copy of the embedding on the last pipeline stage to keep equal.
+    with_output = STAGES[resolved.options.stage].needs_teacher_logits
     teacher_config.share_embeddings_and_output_weights &= with_output
     teachers = [
         builder.build_model(
@@ -170,7 +177,7 @@ def _build_teachers(plan: Plan, config: GPTModelConfig, students: list[GPTModel]
         )
         for student in students
     ]
-    load_weights(teachers, plan.options.teacher)
+    load_weights(teachers, resolved.options.teacher)
     return [
         contiguous_parts(teacher, card.shape).requires_grad_(False).to(torch.cuda.current_device()).eval()
         for teacher in teachers

@@ -24,7 +24,7 @@ from megatron.training import global_vars, wandb_utils
 from hydra_mcore.errors import InputError, first_line
 from hydra_mcore.files import from_fields, read_json, write_json
 from hydra_mcore.selection.figures import heat_map
-from hydra_mcore.train.arguments import Plan
+from hydra_mcore.train.arguments import ResolvedStage
 
 FOLDER, RUN_FILE = "wandb", "run.json"
 INIT_SECONDS, FINISH_SECONDS = 30, 60  # what a network that does not answer may cost at the start and at the end
@@ -34,7 +34,7 @@ def _harmless(method: Callable[..., Any]) -> Callable[..., Any]:
     """Whatever W&B raises becomes one line, once a run: what is logged is worth less than what is trained."""
 
     @functools.wraps(method)
-    def call(self: Tracker, *args: Any, **keywords: Any) -> Any:
+    def call(self: WandbRun, *args: Any, **keywords: Any) -> Any:
         try:
             return method(self, *args, **keywords)
         except Exception as error:
@@ -45,7 +45,7 @@ def _harmless(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-class Tracker:
+class WandbRun:
     """What Megatron's loop and ours use of W&B, every call harmless; stands where Megatron expects the wandb module."""
 
     def __init__(self, run: Any, folder: Path) -> None:
@@ -84,7 +84,7 @@ class Tracker:
         self.run.alert(title=title, text=text, level="WARN")
 
     @_harmless
-    def describe(self, plan: Plan) -> None:
+    def describe(self, resolved: ResolvedStage) -> None:
         """Log what the run is made of, once for each place that it is logged to: flags, model card, head map and its
         picture.
         """
@@ -94,10 +94,15 @@ class Tracker:
         if self.run.disabled or (place := self._place()) in record.described:
             return
         setup = self.folder / "setup"
-        plan.card.save(setup)
-        plan.card.head_map.save(setup / "head_map.json")
-        write_json(setup / "flags.json", plan.flags)
-        heat_map(setup / "head_map.png", plan.card.head_map, None, f"{plan.save.parent.name}, {plan.options.stage}")
+        resolved.card.save(setup)
+        resolved.card.head_map.save(setup / "head_map.json")
+        write_json(setup / "flags.json", resolved.flags)
+        heat_map(
+            setup / "head_map.png",
+            resolved.card.head_map,
+            None,
+            f"{resolved.save.parent.name}, {resolved.options.stage}",
+        )
         artifact = wandb.Artifact(f"setup-{self.run.id}", type="setup")
         artifact.add_dir(str(setup))
         self.run.log_artifact(artifact)
@@ -114,15 +119,21 @@ class Tracker:
         self.run.finish(exit_code=exit_code)
 
 
+def send_alert(title: str, text: str) -> None:
+    """Send a message through W&B where this rank logs to it."""
+    if (run := global_vars.get_wandb_writer()) is not None:
+        run.alert(title, text)
+
+
 @contextlib.contextmanager
-def tracked(plan: Plan) -> Iterator[None]:
-    """While open, Megatron's W&B writer is a ``Tracker``, on the last rank and where a project is set.
+def logged_to_wandb(resolved: ResolvedStage) -> Iterator[None]:
+    """While open, Megatron's W&B writer is a ``WandbRun``, on the last rank and where a project is set.
 
     Megatron's own wandb.init asks for a key on the terminal, raises where the network is away, and makes a new run
     every time.
     """
     stock = global_vars._set_wandb_writer, wandb_utils.on_save_checkpoint_success
-    global_vars._set_wandb_writer = functools.partial(_set_writer, plan)
+    global_vars._set_wandb_writer = functools.partial(_set_writer, resolved)
     wandb_utils.on_save_checkpoint_success = _no_artifact
     try:
         yield
@@ -134,24 +145,24 @@ def tracked(plan: Plan) -> Iterator[None]:
     _finish(0)
 
 
-def _set_writer(plan: Plan, args: argparse.Namespace) -> None:
+def _set_writer(resolved: ResolvedStage, args: argparse.Namespace) -> None:
     if args.wandb_project and args.rank == args.world_size - 1:
         try:
-            global_vars._GLOBAL_WANDB_WRITER = tracker = _start(plan, args)
+            global_vars._GLOBAL_WANDB_WRITER = run = _start(resolved, args)
         except Exception as error:
             print(f"W&B: no run ({first_line(error)}); logging to the console and TensorBoard only", file=sys.stderr)
         else:
-            tracker.describe(plan)
+            run.describe(resolved)
 
 
 def _finish(exit_code: int) -> None:
-    if (tracker := global_vars.get_wandb_writer()) is not None:
-        tracker.finish(exit_code)
+    if (run := global_vars.get_wandb_writer()) is not None:
+        run.finish(exit_code)
 
 
-def _start(plan: Plan, args: argparse.Namespace) -> Tracker:
+def _start(resolved: ResolvedStage, args: argparse.Namespace) -> WandbRun:
     """Open the run that stands in the stage's folder, or a new one; offline where W&B cannot be reached."""
-    folder = plan.save / FOLDER
+    folder = resolved.save / FOLDER
     # Beside the run, so that whoever syncs it finds all of it, and a home folder that is read-only does no harm.
     for name in ("DATA", "CACHE"):
         os.environ.setdefault(f"WANDB_{name}_DIR", str(folder.resolve() / name.lower()))
@@ -161,16 +172,16 @@ def _start(plan: Plan, args: argparse.Namespace) -> Tracker:
     if record is None:
         record = _RunRecord(os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
         write_json(folder / RUN_FILE, asdict(record))
-    card = plan.card
+    card = resolved.card
     about = {"fingerprint": card.fingerprint, "fa_heads": card.head_map.num_fa, "selection": card.head_map.strategy}
     settings = {
         "id": record.id,
         "resume": "allow",
         "project": args.wandb_project,
         "entity": args.wandb_entity or None,
-        "name": args.wandb_exp_name or f"{plan.save.parent.resolve().name} {plan.options.stage}",
-        "group": os.environ.get("WANDB_RUN_GROUP") or plan.save.parent.resolve().name,
-        "job_type": plan.options.stage,
+        "name": args.wandb_exp_name or f"{resolved.save.parent.resolve().name} {resolved.options.stage}",
+        "group": os.environ.get("WANDB_RUN_GROUP") or resolved.save.parent.resolve().name,
+        "job_type": resolved.options.stage,
         "dir": args.wandb_save_dir or str(folder),
         "config": vars(args) | about,
         "allow_val_change": True,
@@ -179,12 +190,12 @@ def _start(plan: Plan, args: argparse.Namespace) -> Tracker:
     Path(settings["dir"]).mkdir(parents=True, exist_ok=True)
     with _nobody_to_ask():
         try:
-            return Tracker(wandb.init(**settings), folder)
+            return WandbRun(wandb.init(**settings), folder)
         except Exception as error:  # no key, no network, no such entity: a list of W&B's errors would never be complete
-            mend = f"send it later with: wandb sync {settings['dir']}"
-            print(f"W&B: logging offline ({first_line(error)}); {mend}", file=sys.stderr)
+            later = f"send it later with: wandb sync {settings['dir']}"
+            print(f"W&B: logging offline ({first_line(error)}); {later}", file=sys.stderr)
         wandb.teardown()  # of what the attempt has left, or its run id counts as in use
-        return Tracker(wandb.init(**settings, mode="offline"), folder)
+        return WandbRun(wandb.init(**settings, mode="offline"), folder)
 
 
 @dataclass(frozen=True)

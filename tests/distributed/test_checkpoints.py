@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from hydra_mcore.model.checkpoints import TRACKER, iterations, latest_iteration
-from hydra_mcore.train import checkpoints
+from hydra_mcore.train import checkpoint_care
 from tests.support.commands import ended
 from tests.support.launch import run_ranks
 from tests.support.stages import FLAGS, make_run, run_stage
@@ -192,7 +192,7 @@ def test_a_disk_without_room_is_noticed_before_training_and_before_a_save(
 def test_little_shared_memory_makes_saves_synchronous(
     folder: Path, small_disk: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoints, "SHARED_MEMORY", small_disk(500))  # ranks are forked from here
+    monkeypatch.setattr(checkpoint_care, "SHARED_MEMORY", small_disk(500))  # ranks are forked from here
 
     def no_async_save_yet() -> None:
         from megatron.training import async_utils

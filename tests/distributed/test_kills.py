@@ -20,7 +20,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from hydra_mcore.model.checkpoints import TRACKER, check_complete, iterations, latest_iteration
-from hydra_mcore.train.checkpoints import resumable
+from hydra_mcore.train.checkpoint_care import resumable
 from tests.support.launch import run_ranks
 from tests.support.stages import FLAGS, make_run
 

@@ -226,13 +226,13 @@ def test_an_error_leaves_no_range_and_no_half_profile(steps: argparse.Namespace)
     from hydra_mcore.train.profile import profiled_steps
 
     stock, wait = training.train_step, torch.distributed.Work.wait
-    pair, optimizer = SimpleNamespace(fetch=print, teachers={}), SimpleNamespace(step=print)
-    with pytest.raises(AssertionError), profiled_steps(steps, pair):
+    step, optimizer = SimpleNamespace(fetch=print, teachers={}), SimpleNamespace(step=print)
+    with pytest.raises(AssertionError), profiled_steps(steps, step):
         for iteration in range(3):
             assert training.train_step(None, None, [], optimizer, iteration=iteration) == iteration
             assert (optimizer.step is print) == (iteration == 0)
     assert (
-        training.train_step is stock and torch.distributed.Work.wait is wait and optimizer.step is pair.fetch is print
+        training.train_step is stock and torch.distributed.Work.wait is wait and optimizer.step is step.fetch is print
     )
     assert not list(steps.save.iterdir())
 

@@ -196,16 +196,16 @@ def test_what_writes_nothing_needs_no_lock(job: Callable[..., Job]) -> None:
 
 
 def _slow_saves() -> None:
-    from hydra_mcore.train import checkpoints
+    from hydra_mcore.train import checkpoint_care
 
-    room = checkpoints._make_room
+    room = checkpoint_care._make_room
 
     def make_room(*rest: object) -> None:
         print("saving", flush=True)
         time.sleep(1)
         room(*rest)
 
-    checkpoints._make_room = make_room
+    checkpoint_care._make_room = make_room
 
 
 MOMENTS = {

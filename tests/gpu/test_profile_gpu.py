@@ -16,7 +16,7 @@ from hydra_mcore.config import ModelShape
 from hydra_mcore.model.fusion import Fusion
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.train.profile import profiled
-from tools.benchmarks.training_step import Pair, student_card
+from tools.benchmarks.training_step import TeacherAndStudent, student_card
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,7 +45,7 @@ class Slow(torch.autograd.Function):
 def test_a_slow_kernel_stands_in_its_part(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stock = Fusion.forward
     with process_groups():
-        pair = Pair(student_card(SHAPE, 1), torch.bfloat16)
+        pair = TeacherAndStudent(student_card(SHAPE, 1), torch.bfloat16)
         pair.teacher.to("cuda")
         pair.student.to("cuda")
         batch = pair.batch(128)

@@ -272,10 +272,10 @@ def edit_config(hf_dir: Path, **changes: object) -> None:
 
 
 BAD_EXPORTS = {
-    "no heads": ({"fa_heads": ...}, ["'fa_heads'", "missing"]),
-    "heads that are not there": ({"fa_heads": [[9], [], []]}, ["config.json", "layer 0 lists head 9"]),
-    "a layer too few": ({"fa_heads": [[1], []]}, ["fa_heads lists 2 layers"]),
-    "other heads": ({"fa_heads": [[1], [], [0]]}, ["head_map.json", "fa_heads"]),
+    "no heads": ({"heads": ...}, ["'heads'", "missing"]),
+    "heads that are not there": ({"heads": [{"fa": [9]}, {}, {}]}, ["config.json", "layer 0 lists head 9"]),
+    "a layer too few": ({"heads": [{"fa": [1]}, {}]}, ["heads lists 2 layers"]),
+    "other heads": ({"heads": ..., "fa_heads": [[1], [], [0]]}, ["head_map.json", "config.json"]),
     "unknown option": ({"fusion": "sum"}, ["fusion is 'sum'"]),
     "other conv": ({"gdn_conv_kernel": 2}, ["gdn.conv.weight", "config.json asks for"]),
     "other gate": ({"fa_gate": "none"}, ["fa.gate_proj", "not part of this model"]),

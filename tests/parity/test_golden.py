@@ -104,7 +104,7 @@ def run(command: Callable[[list[str]], Any], *words: object) -> None:
 
 def test_head_maps_and_cards_are_read(golden: Path) -> None:
     chosen = HeadMap.load(GOLDEN / "heads" / "head_map.json")
-    assert [list(layer.fa) for layer in chosen.layers] == FA
+    assert [list(layer["fa"]) for layer in chosen.layers] == FA
     assert [list(layer.gdn) for layer in chosen.layers] == [[h for h in range(4) if h not in fa] for fa in FA]
     assert (chosen.strategy, chosen.made_by["seed"], chosen.num_fa) == ("global_random", 46, 6)
     teacher = ModelCard.load(golden / "teacher")
@@ -181,6 +181,8 @@ def test_a_new_export_is_the_old_one(golden: Path, tmp_path: Path, student: str,
     run(convert.main, "export", "--checkpoint", folders(golden)[f"{student}-stopped"], "--out", new)
     same_tensors(tensors(new), tensors(old))
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (old, new))
+    fa_heads = before.pop("fa_heads")  # `heads` has the kind of every head instead
+    assert [layer.get("fa", []) for layer in after["heads"]] == fa_heads
     assert {key: after.get(key) for key in before} == before
     same_logits(make.logits_of_export(new), f"{student}-export")
 

@@ -188,13 +188,13 @@ def edited_export(made: Made, folder: Path, file: str, old: str, new: str) -> Pa
 
 BROKEN_CODE = {
     "conv_state_forgotten": (
-        "heads_hydra_head.py",
-        "memory.conv_state, memory.recurrent_state = conv_state, state_bhdd",
-        "memory.conv_state, memory.recurrent_state = None, state_bhdd",
+        "gdn_heads_hydra_head.py",
+        'mixed_bsc, states["conv"] = self.conv(',
+        "mixed_bsc, _ = self.conv(",
         {("decode", "in steps"), ("decode", "in chunks")},
     ),
     "padding_is_written": (
-        "heads_hydra_head.py",
+        "gdn_heads_hydra_head.py",
         "        if padding is not None:\n            log_decay_bsh, write_bsh =",
         "        if False:\n            log_decay_bsh, write_bsh =",
         {("padding", "left")},

@@ -10,7 +10,7 @@ from hydra_mcore.model.runtime import process_groups
 from tools.benchmark import parser
 from tools.benchmarks import measure
 from tools.benchmarks.step import REFERENCE, TEACHER, WHOLE, run
-from tools.benchmarks.training_step import Pair, student_card
+from tools.benchmarks.training_step import TeacherAndStudent, student_card
 
 SHAPE = ModelShape(
     num_layers=2, hidden_size=24, num_heads=4, num_kv_groups=2, head_dim=8, ffn_hidden_size=20, vocab_size=96,
@@ -66,7 +66,7 @@ def test_a_row_for_every_stage_and_the_reference_that_adds_up(monkeypatch: pytes
 
 def test_distill_from_whole_logits_is_the_same_work() -> None:
     with process_groups():
-        pair = Pair(student_card(SHAPE, 1))
+        pair = TeacherAndStudent(student_card(SHAPE, 1))
         batch = pair.batch(40)
         pair.step("distill", batch)
         fused = _taken_gradients(pair)
@@ -79,13 +79,13 @@ def test_distill_from_whole_logits_is_the_same_work() -> None:
 
 def test_align_trains_attention_alone() -> None:
     with process_groups():
-        pair = Pair(student_card(SHAPE, 2))
+        pair = TeacherAndStudent(student_card(SHAPE, 2))
         pair.step("align", pair.batch(16))
         moved = {name for name, gradient in _taken_gradients(pair).items() if gradient.any()}
     assert moved and all("self_attention." in name for name in moved)
 
 
-def _taken_gradients(pair: Pair) -> dict[str, torch.Tensor]:
+def _taken_gradients(pair: TeacherAndStudent) -> dict[str, torch.Tensor]:
     """The gradients of every parameter, which are zero again."""
     found = {name: parameter.grad.clone() for name, parameter in pair.student.named_parameters()}
     for parameter in pair.student.parameters():

@@ -33,7 +33,7 @@ from hydra_mcore.model.build import build_model, load_model
 from hydra_mcore.model.checkpoints import TRACKER, iterations, latest_iteration, write_checkpoint
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.model.streaming import StoredTensors
-from hydra_mcore.train.checkpoints import resumable, tidy
+from hydra_mcore.train.checkpoint_care import resumable, tidy
 from tests.support.planted_code import INDEX, Program, plant, replace_entry, saved, small_checkpoint, unprotected_load
 from tests.support.stages import SHAPE
 from tests.support.tiny_hf import tiny_qwen3

@@ -14,8 +14,8 @@ import torch.distributed.checkpoint as dcp
 from hydra_mcore.config import ConfigError, HydraOptions, ModelCard, StageOptions, teacher_card
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.checkpoints import TRACKER, iterations, latest_iteration, write_tracker
-from hydra_mcore.train import checkpoints
-from hydra_mcore.train.checkpoints import difference, note_versions, prune, resumable, tidy
+from hydra_mcore.train import checkpoint_care
+from hydra_mcore.train.checkpoint_care import difference, note_versions, prune, resumable, tidy
 from tests.support.stages import SHAPE
 
 
@@ -136,7 +136,7 @@ def test_a_removal_killed_midway_leaves_nothing_that_looks_like_a_checkpoint(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints.shutil, "rmtree", killed)
+        patch.setattr(checkpoint_care.shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             prune(save, 1, 0)
     assert steps(save) == [4, 6] and (save / "removing_iter_0000002").is_dir()

@@ -24,6 +24,7 @@ from hydra_mcore.config import (
 )
 from hydra_mcore.errors import InputError
 from hydra_mcore.heads import HeadMap, HeadMapError
+from hydra_mcore.stages import STAGES
 
 SHAPE = ModelShape(
     num_layers=2,
@@ -112,6 +113,10 @@ def test_the_teacher_has_nothing_added():
 def test_when_queries_are_scaled(option, stages):
     options = HydraOptions(fa_log_scale=option)
     assert tuple(s for s in ("align", "distill", "extend", "inference") if options.log_scale_in(s)) == stages
+
+
+def test_the_stages_are_those_of_the_table():
+    assert typing.get_args(typing.get_type_hints(StageOptions)["stage"]) == tuple(STAGES)
 
 
 def test_every_option_is_documented():

@@ -45,7 +45,7 @@ from hydra_mcore.selection.probes import load_format
 from hydra_mcore.selection.report import write_report as write_selection_report
 from hydra_mcore.selection.score import HeadScores
 from hydra_mcore.tokenizer import open_tokenizer
-from hydra_mcore.train.checkpoints import VERSIONS, note_versions
+from hydra_mcore.train.checkpoint_care import VERSIONS, note_versions
 from hydra_mcore.train.wandb_run import _run_record
 from tests.support.contestants import TINY
 from tests.support.damage import ODD, as_text, damaged_bytes, damaged_texts, outcome, survey

@@ -25,8 +25,8 @@ from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.build import build_model
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.ops.gated_delta import gated_delta_rule
-from hydra_mcore.train.data import Batch
-from hydra_mcore.train.step import TransferStep
+from hydra_mcore.train.data import MicroBatch
+from hydra_mcore.train.step import forward_step
 
 SHAPE = ModelShape(
     num_layers=4, hidden_size=24, num_heads=6, num_kv_groups=3, head_dim=8, ffn_hidden_size=20, vocab_size=96,
@@ -62,8 +62,8 @@ def _measured(card: ModelCard, stage: str) -> int:
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(stage != "align" or "self_attention." in name)
     tokens = torch.randint(card.shape.vocab_size, (ROWS, LENGTH))
-    batch = Batch(tokens, tokens, torch.ones(ROWS, LENGTH), torch.arange(LENGTH).expand(ROWS, -1), None)
-    step = TransferStep(StageOptions(stage=stage), lambda *_: batch, lambda: 1)
+    batch = MicroBatch(tokens, tokens, torch.ones(ROWS, LENGTH), torch.arange(LENGTH).expand(ROWS, -1), None)
+    step = forward_step(StageOptions(stage=stage), lambda *_: batch, lambda: 1)
     step.prepare([student], [teacher] if stage != "extend" else [])
     known = {
         torch.ops.aten.linalg_solve_triangular: lambda a, b, *_, **__: a[-1] * math.prod(b),

@@ -32,7 +32,7 @@ from hydra_mcore.ruler.sets import _save
 from hydra_mcore.selection.figures import heat_map
 from hydra_mcore.selection.journal import JournalWriter
 from hydra_mcore.selection.needles import RULER_FORMAT
-from hydra_mcore.train.checkpoints import note_versions
+from hydra_mcore.train.checkpoint_care import note_versions
 from tests.unit import test_damaged_files as damaged
 from tests.unit.test_config import card
 from tests.unit.test_evaluation_report import TEACHER, keep_all, text_loss, text_piece

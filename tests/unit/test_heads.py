@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hydra_mcore.config import ModelShape
 from hydra_mcore.errors import InputError
 from hydra_mcore.files import write_json
-from hydra_mcore.heads import HEAD_MAP_FORMAT, HeadLayout, HeadMap, HeadMapError, HeadRole, HeadsByKind, HeadsByKind
+from hydra_mcore.heads import HEAD_MAP_FORMAT, HeadLayout, HeadMap, HeadMapError, HeadRole, HeadsByKind
 from hydra_mcore.selection.choose import STRATEGIES
 
 LAYERS, HEADS, GROUPS = 3, 4, 2

@@ -273,9 +273,9 @@ def test_cache_holds_what_the_formula_says(tmp_path):
         assert cache.get_seq_length() == tokens
         for layer, living, gdn in zip(cache.layers, (0, 2, 2), (6, 3, 4), strict=True):
             assert cache_bytes(layer, "keys", "values") == 2 * living * d * tokens * b * half
-            assert cache_bytes(layer, "recurrent_state") == b * gdn * d * d * 4
-            assert cache_bytes(layer, "conv_state") == b * gdn * 3 * d * 3 * half
-    assert cache.layers[0].recurrent_state.dtype == torch.float32
+            states = {name: x.nbytes for name, x in layer.states.get("gdn", {}).items()}
+            assert states == {"recurrent": b * gdn * d * d * 4, "conv": b * gdn * 3 * d * 3 * half}
+    assert cache.layers[0].states["gdn"]["recurrent"].dtype == torch.float32
 
 
 def test_cache_holds_living_groups_only(tmp_path):
@@ -378,7 +378,7 @@ def test_bad_configurations_are_refused_in_one_line(change, words, tmp_path):
 def test_options_are_those_of_the_framework(model):
     """Names, defaults and choices of ``HydraOptions``, which the travelling code cannot import."""
     ours = inspect.signature(type(model.config).__init__).parameters
-    hints = inspect.get_annotations(HydraOptions)
+    hints = {name: hint for base in HydraOptions.__mro__ for name, hint in inspect.get_annotations(base).items()}
     assert {name: ours[name].default for name in OPTIONS} == OPTIONS
     assert {name: ours[name].annotation for name in OPTIONS} == {name: hints[name] for name in OPTIONS}
 

@@ -145,7 +145,9 @@ def test_every_rank_gets_as_many_heads_of_every_layer() -> None:
         for layer_idx in range(12):
             layer = HeadsByKind.from_fa((head for at, head in kept if at == layer_idx), 16)
             layout = HeadLayout(layer, 8, tp_size, layer_idx)
-            assert {len(owned["fa"]) for owned in layout.ranks} == {len(layer["fa"]) // tp_size} and layout.shared["fa"] == ()
+            assert {len(owned["fa"]) for owned in layout.ranks} == {len(layer["fa"]) // tp_size} and layout.shared[
+                "fa"
+            ] == ()
 
 
 def test_worths_follow_the_ranking_and_keep_ties_of_sums() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hydra_mcore.train.profile_table import NODE, Owner, parts_table
+from hydra_mcore.train.profile_table import NODE, Owner, profile_table
 
 MAIN, ENGINE = 10, 20  # threads: the step's, and the one that runs backward on a GPU
 FORWARD_THREAD = 1  # autograd's own number of MAIN
@@ -46,7 +46,7 @@ def made_by(name: str, start: float, end: float, number: int) -> list[dict[str, 
 
 
 def microseconds(events: list[dict[str, Any]]) -> dict[tuple[str, str], float]:
-    table = parts_table(events)
+    table = profile_table(events)
     return {(owner.part, owner.of_pass): seconds * 1e6 for owner, seconds in table.seconds.items()}
 
 
@@ -91,7 +91,7 @@ def test_every_moment_of_a_cpu_step_is_dealt_once() -> None:
             ("other", "outside"): 10 + 100 + 100 + 50,
         }
     )
-    table = parts_table(events)
+    table = profile_table(events)
     assert (table.device, table.steps) == ("cpu", 1)
     assert table.total == pytest.approx(table.wall_seconds) == pytest.approx(1e-3)
 
@@ -121,7 +121,7 @@ def test_gpu_time_counts_where_it_was_launched() -> None:
             ("other", "outside"): 6,
         }
     )
-    table = parts_table(events)
+    table = profile_table(events)
     assert table.device == "gpu" and table.wall_seconds == pytest.approx(1e-3)
     assert sum(map(table.share, {owner.part for owner in table.seconds})) == pytest.approx(1)
 
@@ -146,7 +146,9 @@ def test_checkpointed_layers_run_backward_inside_backward() -> None:
 
 
 def test_markdown_shows_the_sum_and_leaves_out_what_took_no_time() -> None:
-    table = parts_table([range_of("step: 1", 0, 1000), range_of("part: MLP", 0, 250), range_of("step: 2", 1000, 3000)])
+    table = profile_table(
+        [range_of("step: 1", 0, 1000), range_of("part: MLP", 0, 250), range_of("step: 2", 1000, 3000)]
+    )
     assert table.of("MLP") == pytest.approx(250e-6) and table.seconds[Owner("MLP", "forward")] == table.of(
         "MLP", "forward"
     )

@@ -15,7 +15,7 @@ import torch
 from hydra_mcore.compat.optimizer import _groups_of_now
 from hydra_mcore.config import ConfigError
 from hydra_mcore.errors import InputError
-from hydra_mcore.train import watch as watching
+from hydra_mcore.train import training_log
 from hydra_mcore.train.resume import (
     SETTINGS,
     changes,
@@ -116,13 +116,13 @@ def test_groups_keep_their_state_and_take_the_settings_of_now() -> None:
 def test_the_mean_of_an_interval_leaves_out_steps_without_a_loss(
     losses: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watching, "is_last_rank", lambda: False)
-    watch = watching.Watch(None, SimpleNamespace(log_interval=3), None, SimpleNamespace(waited=0.0), None)
+    monkeypatch.setattr(training_log, "is_last_rank", lambda: False)
+    log = training_log.TrainingLog(None, SimpleNamespace(log_interval=3), None, SimpleNamespace(waited=0.0), None)
     for _ in range(2):  # a second interval begins as the first did
         totals: dict = {"advanced iterations": 0}
         for step, loss in enumerate(losses, 1):
             values = {"extend loss": torch.tensor(loss)}
-            watch.leave_out_empty(values, totals, step)
+            log.leave_out_empty(values, totals, step)
             assert ("extend loss" in values) == (not math.isnan(loss))
             totals["advanced iterations"] += 1  # from here on as Megatron does
             for name, value in values.items():

@@ -15,16 +15,16 @@ import pytest
 
 from hydra_mcore.config import HydraOptions, StageOptions, teacher_card
 from hydra_mcore.train import wandb_run
-from hydra_mcore.train.arguments import Plan
+from hydra_mcore.train.arguments import ResolvedStage
 from tests.support.launch import run_ranks
 from tests.support.offline_wandb import OfflineRun, read_runs
 from tests.support.stages import HEAD_MAP, SHAPE
 
 
-def plan(folder: Path) -> Plan:
+def resolved(folder: Path) -> ResolvedStage:
     card = replace(teacher_card(SHAPE, fingerprint="f" * 64), head_map=HEAD_MAP, options=HydraOptions(), stage="align")
     options = StageOptions(stage="align", run_dir=str(folder))
-    return Plan(options, card, folder / "student", folder / "align", False, False, ["--lr", "1"])
+    return ResolvedStage(options, card, folder / "student", folder / "align", False, False, ["--lr", "1"])
 
 
 def start(folder: Path, mode: str, project: str = "hydra") -> list[OfflineRun]:
@@ -44,7 +44,7 @@ def _start(rank: int, folder: Path, mode: str, project: str) -> None:
         rank=0,
         world_size=1,
     )
-    with wandb_run.tracked(plan(folder)):
+    with wandb_run.logged_to_wandb(resolved(folder)):
         wandb_run.global_vars._set_wandb_writer(args)
 
 
@@ -95,7 +95,7 @@ def test_offline_first_then_online(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             log=lambda *_, **__: None,
         )
         run.log_artifact = lambda artifact, where=entity: logged.append(where)
-        wandb_run.Tracker(run, tmp_path / "align" / "wandb").describe(plan(tmp_path))
+        wandb_run.WandbRun(run, tmp_path / "align" / "wandb").describe(resolved(tmp_path))
     assert logged == [None, "me", "us"]
 
 

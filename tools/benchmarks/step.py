@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from hydra_mcore.config import ModelShape
+from hydra_mcore.stages import STAGES
 from tools.benchmarks.measure import Point, gemm_speed, measured
 from tools.benchmarks.options import QWEN3, add_machine, chosen_machine, positive
 from tools.benchmarks.parts import add_profile, parts_report
@@ -19,7 +20,7 @@ from tools.benchmarks.report import Report
 
 if TYPE_CHECKING:
     from hydra_mcore.config import ModelCard
-    from tools.benchmarks.training_step import Pair
+    from tools.benchmarks.training_step import TeacherAndStudent
 
 HELP = "seconds and memory of a micro-batch of align, distill and extend, beside teacher forward + student step alone"
 EXAMPLES = """\
@@ -42,7 +43,6 @@ SIZES = {
     "head_dim": "head_dim",
     "ffn": "ffn_hidden_size", "vocabulary": "vocab_size",
 }  # fmt: skip
-STAGES = ("align", "distill", "extend")
 TEACHER, REFERENCE, WHOLE = "teacher forward", "teacher forward + student step", "distill, whole logits"
 COLUMNS = (
     "one micro-batch",
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> Report:
     import torch
 
     from hydra_mcore.model.runtime import process_groups
-    from tools.benchmarks.training_step import Pair, student_card
+    from tools.benchmarks.training_step import TeacherAndStudent, student_card
 
     device, dtype = chosen_machine(args)
     shape = dataclasses.replace(
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> Report:
     card = student_card(shape, fa_heads)
     points, rows, speed = [], [], gemm_speed(device, dtype)
     with process_groups():
-        pair = Pair(card, getattr(torch, dtype))
+        pair = TeacherAndStudent(card, getattr(torch, dtype))
         for length in sorted(args.lengths or LENGTHS[device]):
             found = _with_reference(
                 measured(_contestants(pair, length, args.whole_logits), length, args.repeats, device)
@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> Report:
     return Report("A training step", notes, COLUMNS, rows, points, limits, more=parts)
 
 
-def _parts(pair: Pair, length: int) -> list[Report]:
+def _parts(pair: TeacherAndStudent, length: int) -> list[Report]:
     batch = pair.batch(length)
     return [
         parts_report(stage, length, partial(pair.step, stage, batch), [pair.student], [pair.teacher])
@@ -133,7 +133,7 @@ def _parts(pair: Pair, length: int) -> list[Report]:
     ]
 
 
-def _contestants(pair: Pair, length: int, whole_logits: int) -> dict[str, Callable[[], None]]:
+def _contestants(pair: TeacherAndStudent, length: int, whole_logits: int) -> dict[str, Callable[[], None]]:
     batch = pair.batch(length)
     calls = {stage: partial(pair.step, stage, batch) for stage in STAGES} | {
         TEACHER: partial(pair.teacher_forward, batch)

@@ -12,9 +12,9 @@ import torch
 from hydra_mcore.config import ModelShape
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.train import align
-from hydra_mcore.train.data import Batch
+from hydra_mcore.train.data import MicroBatch
 from tools.benchmarks.measure import peak_bytes
-from tools.benchmarks.training_step import Pair, student_card
+from tools.benchmarks.training_step import TeacherAndStudent, student_card
 
 SHAPE = ModelShape(
     num_layers=8, hidden_size=256, num_heads=8, num_kv_groups=4, head_dim=32, ffn_hidden_size=768, vocab_size=65_536,
@@ -40,7 +40,7 @@ def bytes_per_token(lengths: tuple[int, int], shape: ModelShape = SHAPE) -> dict
 
 
 def _peaks(length: int, shape: ModelShape) -> dict[str, int]:
-    pair = Pair(student_card(shape, FA_HEADS))
+    pair = TeacherAndStudent(student_card(shape, FA_HEADS))
     batch = pair.batch(length)
     runs = {
         "align": lambda: pair.step("align", batch),
@@ -54,7 +54,7 @@ def _peaks(length: int, shape: ModelShape) -> dict[str, int]:
     return {name: peak_bytes(run, "cpu") for name, run in runs.items()}
 
 
-def _with_graphs_kept(pair: Pair, batch: Batch) -> None:
+def _with_graphs_kept(pair: TeacherAndStudent, batch: MicroBatch) -> None:
     def keep(loss: Callable[[], torch.Tensor], *parameters: torch.Tensor) -> torch.Tensor:
         return loss()
 

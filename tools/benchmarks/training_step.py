@@ -13,10 +13,10 @@ from hydra_mcore.config import HydraOptions, ModelCard, ModelShape, StageOptions
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.build import build_model
 from hydra_mcore.model.forward import hidden_and_weight
-from hydra_mcore.train.data import Batch
+from hydra_mcore.stages import STAGES
+from hydra_mcore.train.data import MicroBatch
 from hydra_mcore.train.losses import token_loss
-from hydra_mcore.train.stages import STAGES
-from hydra_mcore.train.step import TransferStep
+from hydra_mcore.train.step import forward_step
 from tools.benchmarks.options import spread_heads
 
 CHUNK_ELEMENTS = token_loss.__kwdefaults__["chunk_elements"]
@@ -37,7 +37,7 @@ def student_card(shape: ModelShape, fa_heads: int) -> ModelCard:
     )
 
 
-class Pair:
+class TeacherAndStudent:
     """A teacher, its student and one row of random tokens; needs Megatron's process groups
     (``runtime.process_groups``).
 
@@ -52,10 +52,10 @@ class Pair:
         for parameter in self.student.parameters():
             parameter.grad = torch.zeros_like(parameter)
 
-    def batch(self, length: int) -> Batch:
+    def batch(self, length: int) -> MicroBatch:
         """Random tokens [1, length], each of them counted."""
         tokens_bs = torch.randint(self.vocab_size, (1, length), device=torch.cuda.current_device())
-        return Batch(
+        return MicroBatch(
             tokens_bs,
             tokens_bs,
             torch.ones_like(tokens_bs).float(),
@@ -63,19 +63,19 @@ class Pair:
             None,
         )
 
-    def step(self, stage: str, batch: Batch) -> None:
+    def step(self, stage: str, batch: MicroBatch) -> None:
         """A stage as the training loop runs it."""
         row = STAGES[stage]
         for name, parameter in self.student.named_parameters():
             parameter.requires_grad_(row.trains in name)
-        self.teacher.post_process = stage != "align"  # training builds no output layer for the align teacher
-        step = TransferStep(StageOptions(stage=stage, head_statistics_interval=0), lambda *_: batch, lambda: 1)
+        self.teacher.post_process = row.needs_teacher_logits  # else training builds no output layer for it
+        step = forward_step(StageOptions(stage=stage, head_statistics_interval=0), lambda *_: batch, lambda: 1)
         step.prepare([self.student], [self.teacher] if row.needs_teacher else [])
         output, to_loss = step(None, self.student)
         to_loss(output)[0].backward()
 
     @torch.no_grad()
-    def teacher_forward(self, batch: Batch) -> None:
+    def teacher_forward(self, batch: MicroBatch) -> None:
         """The teacher's logits, made for as many tokens at a time as the loss does."""
         self.teacher.post_process = True
         inputs = (batch.tokens_bs, batch.position_ids_bs, None)
@@ -83,7 +83,7 @@ class Pair:
         for hidden_cm in hidden_sbm.flatten(0, 1).split(max(1, CHUNK_ELEMENTS // len(weight_wm))):
             hidden_cm @ weight_wm.t()
 
-    def distill_whole_logits(self, batch: Batch) -> None:
+    def distill_whole_logits(self, batch: MicroBatch) -> None:
         """The loss of distill from the logits of all tokens at once, as one would write it first."""
         self.teacher.post_process = True
         self.student.requires_grad_(True)

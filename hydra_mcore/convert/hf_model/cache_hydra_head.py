@@ -3,7 +3,7 @@
 """What a HydraHead model remembers of the tokens it has read; built on transformers' cache classes (tested with 5.0 to
 5.24).
 
-FA heads keep keys and values of the kv groups that live in their branch; GDN heads keep a state of constant size.
+FA heads keep keys and values of the kv groups that live in their branch; recurrent heads keep states of constant size.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 
 class HydraHeadCacheLayer(CacheLayerMixin):
-    """One layer's memory; what a layer has no heads for stays None.
+    """What one layer remembers.
 
-    ``keys`` and ``values`` [b, g, s, d] of the living kv groups, ``conv_state`` [b, taps - 1, channels], the last
-    inputs of the short convolution, ``recurrent_state`` [b, h, d, d], float32 (float64 in a float64 model).
+    ``keys`` and ``values`` [b, g, s, d] of the kv groups that FA heads read, None without FA heads. ``states`` are
+    those of each recurrent kind of heads, by kind and name: "conv" [b, taps - 1, channels], the last inputs of the
+    short convolution, "recurrent" [b, h, d, d], float32 (float64 in a float64 model).
     """
 
     is_compileable = False
@@ -33,7 +34,8 @@ class HydraHeadCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.keys = self.values = self.conv_state = self.recurrent_state = None
+        self.keys = self.values = None
+        self.states: dict[str, dict[str, Tensor]] = {}
         self.num_tokens = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -70,7 +72,7 @@ class HydraHeadCacheLayer(CacheLayerMixin):
         """
         if tokens_to_remove < 0 or 0 < tokens_to_remove < self.num_tokens:
             raise NotImplementedError(
-                "a HydraHead cache cannot be cut: GDN states hold no single tokens; read the prefix again"
+                "a HydraHead cache cannot be cut: recurrent states hold no single tokens; read the prefix again"
             )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -83,9 +85,10 @@ class HydraHeadCacheLayer(CacheLayerMixin):
         self._replace(lambda x: x[indices.to(x.device)])
 
     def _replace(self, change: Callable[[Tensor], Tensor]) -> None:
-        for name in ("keys", "values", "conv_state", "recurrent_state"):
-            if getattr(self, name) is not None:
-                setattr(self, name, change(getattr(self, name)))
+        if self.keys is not None:
+            self.keys, self.values = change(self.keys), change(self.values)
+        for of_kind in self.states.values():
+            of_kind.update({name: change(state) for name, state in of_kind.items()})
 
 
 class HydraHeadCache(Cache):

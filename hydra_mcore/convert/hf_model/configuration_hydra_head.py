@@ -9,11 +9,12 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from transformers import PretrainedConfig
 
+_NOT_KEPT = ("self", "kwargs", "__class__", "fa_heads")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 class HydraHeadConfig(PretrainedConfig):
-    """A decoder whose layers mix full attention (FA) heads and Gated DeltaNet (GDN) heads.
+    """A decoder whose layers mix kinds of heads: full attention (FA), Gated DeltaNet (GDN).
 
     Args:
         hidden_size ... hidden_act: as in transformers' Qwen3.
@@ -21,7 +22,9 @@ class HydraHeadConfig(PretrainedConfig):
             needs}.
         qkv_bias: biases on q, k and v of both branches.
         qk_norm: RMSNorm on queries and keys of FA heads.
-        fa_heads: for each layer, the indices of the heads that keep full attention; None for all heads of all layers.
+        heads: for each layer, kind -> indices of its heads; every head has one kind.
+        fa_heads: instead of ``heads``, the FA heads of each layer, all others being GDN; None for all heads of all
+            layers.
         fa_position: positions of FA heads: none, or rotary.
         fa_log_scale: FA queries are multiplied by ln(t+a)/ln(a), t from 0, unless "never".
         fa_log_scale_base: the a of the log-position scale, in tokens.
@@ -67,6 +70,7 @@ class HydraHeadConfig(PretrainedConfig):
         rope_parameters: dict[str, Any] | None = None,
         qkv_bias: bool = False,
         qk_norm: bool = True,
+        heads: list[dict[str, list[int]]] | None = None,
         fa_heads: list[list[int]] | None = None,
         fa_position: Literal["nope", "rope"] = "nope",
         fa_log_scale: Literal["never", "extend", "always"] = "extend",
@@ -92,11 +96,13 @@ class HydraHeadConfig(PretrainedConfig):
         eos_token_id: int | list[int] | None = None,
         **kwargs: Any,
     ) -> None:
-        given = {name: value for name, value in locals().items() if name not in ("self", "kwargs", "__class__")}
+        given = {name: value for name, value in locals().items() if name not in _NOT_KEPT}
         given["rope_parameters"] = dict(rope_parameters or {"rope_type": "default", "rope_theta": 1e6})
-        given["fa_heads"] = (
-            [list(range(num_attention_heads))] * num_hidden_layers if fa_heads is None else [*map(sorted, fa_heads)]
-        )
+        every_head = range(num_attention_heads)
+        if heads is None:
+            kept = [every_head] * num_hidden_layers if fa_heads is None else fa_heads
+            heads = [{"fa": fa, "gdn": [head for head in every_head if head not in fa]} for fa in kept]
+        given["heads"] = [{kind: sorted(owned) for kind, owned in layer.items() if owned} for layer in heads]
         given["teacher"] = teacher or {}
         for name, value in given.items():
             setattr(self, name, value)
@@ -106,11 +112,6 @@ class HydraHeadConfig(PretrainedConfig):
         tokens = {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
         super().__init__(tie_word_embeddings=tie_word_embeddings, **tokens, **kwargs)
         self._check_rope()
-
-    def heads(self, layer_idx: int) -> tuple[list[int], list[int]]:
-        """The FA heads and the GDN heads of a layer, ascending."""
-        fa = self.fa_heads[layer_idx]
-        return fa, [head for head in range(self.num_attention_heads) if head not in fa]
 
     def heads_per_group(self, heads: list[int]) -> list[int]:
         """How many of some heads read each kv group: head h reads group floor(h * groups / heads)."""
@@ -145,17 +146,19 @@ class HydraHeadConfig(PretrainedConfig):
             raise ValueError("partial_rotary_factor is not supported; rotary positions turn whole heads")
 
     def _check_heads(self) -> None:
-        if len(self.fa_heads) != self.num_hidden_layers:
-            raise ValueError(f"fa_heads lists {len(self.fa_heads)} layers, the model has {self.num_hidden_layers}")
-        for layer_idx, heads in enumerate(self.fa_heads):
-            for head in heads:
+        if len(self.heads) != self.num_hidden_layers:
+            raise ValueError(f"heads lists {len(self.heads)} layers, the model has {self.num_hidden_layers}")
+        for layer_idx, by_kind in enumerate(self.heads):
+            listed = [head for owned in by_kind.values() for head in owned]
+            for head in listed:
                 if not isinstance(head, int) or not 0 <= head < self.num_attention_heads:
                     raise ValueError(
-                        f"fa_heads: layer {layer_idx} lists head {head!r}; heads are 0 to"
-                        f" {self.num_attention_heads - 1}"
+                        f"heads: layer {layer_idx} lists head {head!r}; heads are 0 to {self.num_attention_heads - 1}"
                     )
-            if len(set(heads)) < len(heads):
-                raise ValueError(f"fa_heads: layer {layer_idx} lists a head twice")
+            if len(set(listed)) < len(listed):
+                raise ValueError(f"heads: layer {layer_idx} lists a head twice")
+            if len(listed) < self.num_attention_heads:
+                raise ValueError(f"heads: layer {layer_idx} lists {len(listed)} heads of {self.num_attention_heads}")
 
     def _check_options(self) -> None:
         for name, hint in get_type_hints(HydraHeadConfig.__init__).items():

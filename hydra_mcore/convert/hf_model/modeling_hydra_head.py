@@ -1,21 +1,18 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""HydraHead models (arXiv 2606.20097) for transformers: every layer mixes full attention (FA) and Gated DeltaNet (GDN)
-heads.
+"""HydraHead models (arXiv 2606.20097) for transformers: every layer mixes kinds of heads, head by head.
 
                       +-- FA heads:  q k v, causal softmax over cached keys ---+
     x (normed) -------|                                                        |--> norm and scale per head --> o_proj
                       +-- GDN heads: q k v, delta rule on a constant state ----+
 
 Needs torch and transformers only (tested with transformers 5.0 to 5.24); flash-linear-attention is used on a GPU where
-it is
-installed. Shape suffixes: b batch, s tokens of this call, t all tokens so far, h heads, d head dimension, m model
-    width.
+it is installed. Shape suffixes: b batch, s tokens of this call, t all tokens so far, h heads, d head dimension, m model
+width.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -28,19 +25,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+# Transformers 5.0 copies the files that this one imports, and not what those import.
 from .cache_hydra_head import HydraHeadCache, as_ours
-from .chunked_delta_rule import chunked_delta_rule  # noqa: F401  transformers 5.0 copies what this file imports, no more
+from .chunked_delta_rule import chunked_delta_rule  # noqa: F401
 from .configuration_hydra_head import HydraHeadConfig
-from .heads_hydra_head import (
-    Call,
-    FullAttentionHeads,
-    GatedDeltaHeads,
-    OutputGate,
-    ShortConv,
-    describe_call,
-    repeat_groups,
-    rotary_frequencies,
-)
+from .fa_heads_hydra_head import FullAttentionHeads  # noqa: F401
+from .gdn_heads_hydra_head import GatedDeltaHeads  # noqa: F401
+from .heads_hydra_head import Call, OutputGate, describe_call, repeat_groups, rotary_frequencies
+from .kinds_hydra_head import BRANCHES
 
 CACHE = (
     "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -48,26 +40,23 @@ CACHE = (
 
 
 class HydraHeadAttention(nn.Module):
-    """The two branches of a layer and their fusion: gate, RMSNorm over each head, one learned factor a head, side by
-    side.
-    """
+    """The branches of a layer, and their fusion: gate, RMSNorm over each head, one learned factor a head."""
 
     def __init__(self, config: HydraHeadConfig, layer_idx: int) -> None:
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
         m, d, h = config.hidden_size, config.head_dim, config.num_attention_heads
-        fa, gdn = config.heads(layer_idx)
-        self.heads = {role: heads for role, heads in (("fa", fa), ("gdn", gdn)) if heads}
+        if strange := config.heads[layer_idx].keys() - BRANCHES.keys():
+            raise ValueError(f"heads: layer {layer_idx} has kind {min(strange)!r}; the kinds are {', '.join(BRANCHES)}")
+        self.heads = {kind: config.heads[layer_idx][kind] for kind in BRANCHES if kind in config.heads[layer_idx]}
         if config.qkv == "shared":
             self.k_proj = nn.Linear(m, config.num_key_value_heads * d, bias=config.qkv_bias)
             self.v_proj = nn.Linear(m, config.num_key_value_heads * d, bias=config.qkv_bias)
-        if fa:
-            self.fa = FullAttentionHeads(config, fa)
-        if gdn:
-            self.gdn = GatedDeltaHeads(config, gdn)
+        for kind, heads in self.heads.items():
+            self.add_module(kind, BRANCHES[kind](config, heads))
         if config.fusion != "none" and config.fusion_norm_weight == "branch":
-            for role in self.heads:
-                self.add_module(f"{role}_norm", nn.RMSNorm(d, config.rms_norm_eps))
+            for kind in self.heads:
+                self.add_module(f"{kind}_norm", nn.RMSNorm(d, config.rms_norm_eps))
         if config.fusion in ("scale", "competition"):
             self.scale = nn.Parameter(torch.ones(h))
         if config.fusion == "competition":
@@ -78,34 +67,34 @@ class HydraHeadAttention(nn.Module):
         """The layer's mixing of the tokens of this call with each other and with what the cache remembers: [b,
         s, m].
         """
-        memory = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         kv = None
         if self.config.qkv == "shared":
             kv = [
                 projection(x_bsm).unflatten(-1, (-1, self.config.head_dim)) for projection in (self.k_proj, self.v_proj)
             ]
         by_head: dict[int, Tensor] = {}
-        for role, heads in self.heads.items():
+        for kind, heads in self.heads.items():
             living = [min(count, 1) for count in self.config.heads_per_group(heads)]
             own_kv = None if kv is None else tuple(repeat_groups(x, living, dim=2) for x in kv)
-            out_bshd, gate = getattr(self, role)(x_bsm, call, own_kv, memory)
-            by_head.update(zip(heads, self._normed(role, out_bshd, gate).unbind(2), strict=True))
+            out_bshd, gate = getattr(self, kind)(x_bsm, call, own_kv, cache)
+            by_head.update(zip(heads, self._normed(kind, out_bshd, gate).unbind(2), strict=True))
         out_bshd = torch.stack([by_head[head] for head in range(self.config.num_attention_heads)], dim=2)
         if self.config.fusion in ("scale", "competition"):
             out_bshd = out_bshd * self.scale[:, None]
         if self.config.fusion == "competition":
             share_bsh = self.competition(x_bsm).to(torch.promote_types(x_bsm.dtype, torch.float32)).softmax(dim=-1)
             out_bshd = out_bshd * (self.config.num_attention_heads * share_bsh.to(x_bsm.dtype))[..., None]
-        if memory is not None:
-            memory.num_tokens += x_bsm.shape[1]
+        if cache is not None:
+            cache.num_tokens += x_bsm.shape[1]
         return self.o_proj(out_bshd.flatten(2))
 
-    def _normed(self, role: str, out_bshd: Tensor, gate: Tensor | None) -> Tensor:
+    def _normed(self, kind: str, out_bshd: Tensor, gate: Tensor | None) -> Tensor:
         if gate is not None and self.config.gate_order == "before_norm":
             out_bshd = out_bshd * gate
         if self.config.fusion != "none":
             if self.config.fusion_norm_weight == "branch":
-                out_bshd = getattr(self, f"{role}_norm")(out_bshd)
+                out_bshd = getattr(self, f"{kind}_norm")(out_bshd)
             else:
                 out_bshd = F.rms_norm(out_bshd, (self.config.head_dim,), None, self.config.rms_norm_eps)
         if gate is not None and self.config.gate_order == "after_norm":
@@ -169,19 +158,8 @@ class HydraHeadPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, nn.RMSNorm):
             init.ones_(module.weight)
-        elif isinstance(module, ShortConv):
-            identity = torch.zeros_like(module.weight)
-            identity[..., -1] = 1
-            init.copy_(module.weight, identity)  # whole: of a loaded weight, transformers 5.0 knows the whole alone
-        elif isinstance(module, GatedDeltaHeads):
-            for start_at_zero in (
-                module.A_log,
-                module.decay_proj.weight,
-                module.write_proj.weight,
-                module.write_proj.bias,
-            ):
-                init.zeros_(start_at_zero)
-            init.constant_(module.decay_proj.bias, math.log(math.expm1(math.log(2.0) / self.config.gdn_half_life)))
+        elif hasattr(module, "start"):  # a kind's heads, a short convolution
+            module.start(init)
         elif isinstance(module, HydraHeadAttention):
             if hasattr(module, "scale"):
                 init.ones_(module.scale)
@@ -231,9 +209,7 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if kwargs.get("output_attentions"):
-            raise ValueError(
-                "output_attentions is not supported: FA heads keep no attention maps and GDN heads have none"
-            )
+            raise ValueError("output_attentions is not supported: no kind of heads keeps attention maps")
         x_bsm = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if self.gradient_checkpointing and self.training:
             use_cache = False

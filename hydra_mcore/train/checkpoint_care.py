@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import shutil
 import sys
@@ -234,7 +235,7 @@ def _check_disk(save: Path, needed: int) -> None:
 def _checkpoint_bytes(models: list[GPTModel], args: Namespace) -> int:
     """What this rank's share of a checkpoint takes: parameters, and the optimizer's state of the trained ones."""
     state = 0 if args.no_save_optim else _ADAM_BYTES
-    parameters = [parameter for model in models for parameter in model.parameters()]
+    parameters = itertools.chain.from_iterable(model.parameters() for model in models)
     return sum(p.numel() * (args.params_dtype.itemsize + (state if p.requires_grad else 0)) for p in parameters)
 
 

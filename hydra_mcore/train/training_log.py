@@ -27,22 +27,17 @@ from hydra_mcore.config import ModelCard
 from hydra_mcore.costs.flops import step_flops
 from hydra_mcore.files import write_json
 from hydra_mcore.selection.figures import statistic_maps
-from hydra_mcore.train.alerts import DataWatch, LossSpikes, TrainingStopped, nonfinite
+from hydra_mcore.train.anomalies import DataTimeout, LossSpikes, TrainingStopped, nonfinite
 from hydra_mcore.train.head_statistics import STATISTICS, HeadStatistics
 from hydra_mcore.train.needles import NeedlePanels
 from hydra_mcore.train.step import TransferStep
+from hydra_mcore.train.wandb_run import send_alert
 
 GIB = 2.0**30
 HEADS_FOLDER = "heads"
 
 
-def alert(title: str, text: str) -> None:
-    """Send a message through W&B where this rank logs to it."""
-    if (tracker := get_wandb_writer()) is not None:
-        tracker.alert(title, text)
-
-
-class Watch:
+class TrainingLog:
     """Called after every step, by every rank; the last one logs.
 
     Args:
@@ -55,7 +50,7 @@ class Watch:
         card: ModelCard,
         args: argparse.Namespace,
         step: TransferStep,
-        data: DataWatch,
+        data: DataTimeout,
         panels: NeedlePanels | None,
     ) -> None:
         self.card, self.args, self.step, self.data, self.panels = card, args, step, data, panels
@@ -66,8 +61,8 @@ class Watch:
         if (writer := get_tensorboard_writer()) is not None:
             for name, value in values.items():
                 writer.add_scalar(name, value, iteration)
-        if (tracker := get_wandb_writer()) is not None:
-            tracker.log(values, iteration)
+        if (wandb := get_wandb_writer()) is not None:
+            wandb.log(values, iteration)
 
     def begin(self, iteration: int) -> None:
         """At the first step: values of it and later ones in earlier files are from before a kill, and TensorBoard is to
@@ -120,14 +115,14 @@ class Watch:
         statistic_maps(picture, f"Heads at step {iteration}", shown, self.card.head_map)
         if (writer := get_tensorboard_writer()) is not None:
             writer.add_image("heads", np.asarray(Image.open(picture).convert("RGB")), iteration, dataformats="HWC")
-        if (tracker := get_wandb_writer()) is not None:
+        if (wandb := get_wandb_writer()) is not None:
             rows = [
                 (layer_idx, head_idx, kind, *(float(values_lh[layer_idx, head_idx]) for values_lh in by_head.values()))
                 for layer_idx, layer in enumerate(self.card.head_map.layers)
                 for kind, heads in layer.items()
                 for head_idx in heads
             ]
-            tracker.log_figure("heads", picture, iteration, ("layer", "head", "role", *by_head), rows)
+            wandb.log_figure("heads", picture, iteration, ("layer", "head", "role", *by_head), rows)
 
     def needles(self, model: list[torch.nn.Module], optimizer: Any, iteration: int) -> None:
         """Ask the student for needles, as Megatron evaluates: its clock stopped, all weights gathered."""
@@ -147,7 +142,7 @@ class Watch:
         """Take out losses that are 0 / 0, where no token of the step counted: they are in no log and in no mean of an
         interval.
 
-        Others that are not finite never come here: training stops at them (``train.alerts.stop_together``).
+        Others that are not finite never come here: training stops at them (``train.anomalies.stop_together``).
         """
         empty = [name for name in losses if math.isnan(float(losses[name]))]
         for name in empty:
@@ -169,34 +164,34 @@ class Watch:
         if is_last_rank() and name in losses and (bound := self.spikes(loss := float(losses[name]))) is not None:
             line = f"step {iteration}: {name} {loss:.4g} is a spike (the last steps make {bound:.4g} the bound)"
             print(f" {line}", flush=True)
-            alert("loss spike", line)
+            send_alert("loss spike", line)
 
 
 @contextlib.contextmanager
-def watched(watch: Watch) -> Iterator[None]:
-    """While open, Megatron's training loop calls ``watch``: as it logs a step, and as it has done so."""
+def logging_to(log: TrainingLog) -> Iterator[None]:
+    """While open, Megatron's training loop calls ``log``: as it logs a step, and as it has done so."""
     stock_log, stock_after = training.training_log, training.post_training_step_callbacks
 
-    def log(
+    def log_step(
         losses: dict[str, Tensor], totals: dict[str, Any], rate: Any, iteration: int, *rest: Any, **keywords: Any
     ) -> Any:
-        if not watch.started:
-            watch.begin(iteration)
+        if not log.started:
+            log.begin(iteration)
         layers = {
             name: float(losses.pop(name)) for name in list(losses) if "/" in name
         }  # not for the console: one a layer
-        watch.log(layers, iteration)
-        if iteration % watch.args.log_interval == 0:
+        log.log(layers, iteration)
+        if iteration % log.args.log_interval == 0:
             steps = 1 + sum(int(totals.get(f"{kind} iterations", 0)) for kind in ("advanced", "skipped"))
-            watch.log(watch.speed(steps) | watch.memory(), iteration)
-        if watch.step.heads_due():
-            watch.heads(iteration)
-        watch.leave_out_empty(losses, totals, iteration)
-        watch.losses(losses, iteration)
+            log.log(log.speed(steps) | log.memory(), iteration)
+        if log.step.heads_due():
+            log.heads(iteration)
+        log.leave_out_empty(losses, totals, iteration)
+        log.losses(losses, iteration)
         # The line that Megatron adds after a start's first step leaves its interval open, so that the next line would
         # count it again; where that line is due anyway it closes one.
         keywords["is_first_iteration"] = (
-            keywords.get("is_first_iteration", False) and iteration % watch.args.log_interval != 0
+            keywords.get("is_first_iteration", False) and iteration % log.args.log_interval != 0
         )
         outcome = stock_log(losses, totals, rate, iteration, *rest, **keywords)
         grad_norm = rest[3]
@@ -205,15 +200,15 @@ def watched(watch: Watch) -> Iterator[None]:
         return outcome
 
     def after(model: list[torch.nn.Module], optimizer: Any, scheduler: Any, iteration: int, *rest: Any) -> Any:
-        if watch.panels is not None and iteration % watch.args.needle_interval == 0:
-            watch.needles(model, optimizer, iteration)
+        if log.panels is not None and iteration % log.args.needle_interval == 0:
+            log.needles(model, optimizer, iteration)
         return stock_after(model, optimizer, scheduler, iteration, *rest)
 
-    training.training_log, training.post_training_step_callbacks = log, after
+    training.training_log, training.post_training_step_callbacks = log_step, after
     try:
         yield
     except TrainingStopped as error:
-        alert("training stopped", str(error))
+        send_alert("training stopped", str(error))
         raise
     finally:
         training.training_log, training.post_training_step_callbacks = stock_log, stock_after

@@ -18,9 +18,9 @@ from megatron.training.arguments import add_megatron_arguments
 from hydra_mcore.config import ConfigError, ModelShape, StageOptions, add_stage_flags
 from hydra_mcore.errors import InputError
 from hydra_mcore.recipe import STAGE_SECTIONS, Recipe
+from hydra_mcore.stages import default_flags
 from hydra_mcore.train.arguments import ENGINE, ENGINE_CPU, ENGINE_GPU
-from hydra_mcore.train.settings import UNUSED, FlagParser, check_values, flag_name, refusal, unused
-from hydra_mcore.train.stages import default_flags
+from hydra_mcore.train.flags import UNUSED, FlagParser, check_values, flag_name, refusal, unused
 
 ROOT = Path(__file__).parents[2]
 SHAPE = ModelShape(

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hydra_mcore.train.alerts import DataWatch, LossSpikes
+from hydra_mcore.train.anomalies import DataTimeout, LossSpikes
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,7 +52,7 @@ def test_ripples_of_a_loss_that_hardly_moves_are_none() -> None:
 
 def test_data_that_comes_is_timed_and_leaves_no_alarm() -> None:
     said: list[str] = []
-    watch = DataWatch(0.2, lambda: "rank 0 reads x", said.append)
+    watch = DataTimeout(0.2, lambda: "rank 0 reads x", said.append)
     for _ in range(3):
         with watch():
             time.sleep(0.02)
@@ -62,8 +62,8 @@ def test_data_that_comes_is_timed_and_leaves_no_alarm() -> None:
 
 STALLED = """
 import time
-from hydra_mcore.train.alerts import DataWatch
-watch = DataWatch(1.0, lambda: "rank 3 reads /data/x", lambda line: print("alert:", line, flush=True))
+from hydra_mcore.train.anomalies import DataTimeout
+watch = DataTimeout(1.0, lambda: "rank 3 reads /data/x", lambda line: print("alert:", line, flush=True))
 with watch():
     {wait}
 print("went on")
@@ -71,7 +71,7 @@ print("went on")
 
 
 def stalled(wait: str, grace: float = 30.0) -> subprocess.CompletedProcess:
-    code = STALLED.format(wait=wait).replace("watch =", f"DataWatch.GRACE_S = {grace}; watch =", 1)
+    code = STALLED.format(wait=wait).replace("watch =", f"DataTimeout.GRACE_S = {grace}; watch =", 1)
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 

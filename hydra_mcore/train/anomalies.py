@@ -101,7 +101,7 @@ class LossSpikes:
         return bound if starts else None
 
 
-class DataWatch:
+class DataTimeout:
     """Ends the process when data does not come: a file system that hangs would otherwise keep a cluster waiting.
 
     Half of ``seconds`` late, it says so; after ``seconds`` it says where and exits with status 2, without clean-up,
