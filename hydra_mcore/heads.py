@@ -42,7 +42,7 @@ class HeadsByKind(Mapping[str, tuple[int, ...]]):
     Kinds without heads are left out; asked for one, it gives no heads.
     """
 
-    def __init__(self, **heads: Iterable[int]) -> None:
+    def __init__(self, /, **heads: Iterable[int]) -> None:
         """By keyword: ``HeadsByKind(fa=(0, 3), gdn=(1, 2))``; raises HeadMapError for a kind that does not exist."""
         if strange := heads.keys() - KINDS.keys():
             raise HeadMapError(f"no kind of heads is called {shown(min(strange))}; the kinds are {', '.join(KINDS)}")
@@ -57,6 +57,9 @@ class HeadsByKind(Mapping[str, tuple[int, ...]]):
 
     def __getitem__(self, kind: str) -> tuple[int, ...]:
         return self._heads.get(kind, ())
+
+    def __contains__(self, kind: object) -> bool:
+        return kind in self._heads
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._heads)

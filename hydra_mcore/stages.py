@@ -49,8 +49,15 @@ class Stage:
 
     @property
     def needs_teacher_logits(self) -> bool:
-        """Whether the teacher has its output layer, and its hidden state travels beside the student's."""
+        """Whether the teacher has its output layer."""
         return self.teacher == "whole"
+
+    @property
+    def streams(self) -> int:
+        """How many hidden states travel through the pipeline together: for logits, the teacher's beside the student's;
+        where layers are fitted, only the teacher's.
+        """
+        return 2 if self.needs_teacher_logits else 1
 
 
 STAGES: dict[str, Stage] = {

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hydra_mcore.commands import one_line_errors
 from hydra_mcore.errors import InputError
-from tools.benchmarks.report import markdown, save_figure, save_json
+from tools.benchmarks.report import markdown, save_json
 
 # The modules of tools/benchmarks: those that give a figure, and those whose results are no curve.
 DRAWN = ("delta_rule", "attention", "layer", "step", "decode")
@@ -67,6 +67,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.json:
         save_json(args.json, argv, report)
     if args.figure:
+        from tools.benchmarks.figure import save_figure
+
         save_figure(args.figure, report)
     if report.failure:
         sys.exit(f"benchmark: {report.failure}")

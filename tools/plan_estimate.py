@@ -27,11 +27,11 @@ from hydra_mcore.costs.activations import Run
 from hydra_mcore.costs.communication import cp_bytes, imbalance
 from hydra_mcore.costs.communication import total as layer_sent
 from hydra_mcore.costs.flops import model_flops, step_flops
-from hydra_mcore.costs.parameters import ATTENTION_PARTS
-from hydra_mcore.costs.training_memory import TrainingMemory, fullest_rank, stage_parameters
+from hydra_mcore.costs.training_memory import TrainingMemory, fullest_rank, stage_parameters, trained_parameters
 from hydra_mcore.errors import InputError
 from hydra_mcore.kinds import FA, KINDS
 from hydra_mcore.kinds.kind import Sent
+from hydra_mcore.stages import STAGES
 from hydra_mcore.train.arguments import check_settings
 from tools.plan_gpus import GPUS_PER_NODE, Gpu
 
@@ -142,15 +142,14 @@ def communication(card: ModelCard, run: Run) -> dict[str, float]:
     layers = shape.num_layers / run.pp_size
     hidden = run.tokens * p * shape.hidden_size
     # Two sums over ranks forward and two backward, each an all-gather and a reduce-scatter; backward gathers the MLP's
-    # input again under sequence parallelism. align: the teacher forward, and the student's attention alone.
-    sums = {"align": 4 + 3, "distill": 4 + 8 + run.sequence_parallel, "extend": 8 + run.sequence_parallel}[run.stage]
+    # input again under sequence parallelism. A teacher goes forward; of fitted layers only the attention has sums.
+    stage = STAGES[run.stage]
+    sums = (4 if stage.needs_teacher else 0) + (3 if stage.fits_layers else 8 + run.sequence_parallel)
     tensor = layers * sums * hidden * (run.tp_size - 1) / run.tp_size
     context = layers * layer_cp_bytes(card, run) if run.cp_size > 1 else 0.0
-    streams = 2 if run.stage == "distill" else 1
-    pipeline = 2 * streams * run.tokens_between * p * shape.hidden_size if run.pp_size > 1 else 0.0
+    pipeline = 2 * stage.streams * run.tokens_between * p * shape.hidden_size if run.pp_size > 1 else 0.0
     sharing = run.dp_size * run.cp_size
-    held = stage_parameters(card, run, 0, 0)
-    trained = sum(held[part] for part in ATTENTION_PARTS) if run.stage == "align" else held.total()
+    trained = trained_parameters(stage_parameters(card, run, 0, 0), run)
     data = (run.gradient_bytes + p) * trained * (sharing - 1) / sharing
     return {
         "tensor": micro_batches * tensor,
@@ -168,7 +167,7 @@ def layer_cp_bytes(card: ModelCard, run: Run) -> float:
     total = 0.0
     for layer_idx in range(card.shape.num_layers):
         total += layer_sent(_cp_bytes(card, layer_idx, run)).total
-        if run.stage != "extend":
+        if STAGES[run.stage].needs_teacher:
             total += layer_sent(_cp_bytes(teacher, layer_idx, run)).forward
     return total / card.shape.num_layers
 
@@ -212,7 +211,8 @@ def _seconds(
 
 def _recomputed(card: ModelCard, run: Run) -> float:
     """FLOPs for each token that backward spends on making activations again."""
-    if run.stage == "align" and run.recompute_layers:
+    fits_layers = STAGES[run.stage].fits_layers
+    if fits_layers and run.recompute_layers:
         return 0.0  # each layer is fitted on the spot
     forward = model_flops(card, run.length, with_output=False).forward
     if run.recompute_layers:
@@ -223,7 +223,7 @@ def _recomputed(card: ModelCard, run: Run) -> float:
         for kind, heads in layer.items():
             core += len(heads) * KINDS[kind].core_flops(card.shape, card.options, run.length).forward
     mlp = card.shape.num_layers * 6 * card.shape.hidden_size * card.shape.ffn_hidden_size
-    return core * ("core_attn" in run.recompute) + mlp * ("mlp" in run.recompute and run.stage != "align")
+    return core * ("core_attn" in run.recompute) + mlp * ("mlp" in run.recompute and not fits_layers)
 
 
 def mend(card: ModelCard, known: argparse.Namespace, machine: Machine) -> tuple[Changes, Estimate] | None:

@@ -109,7 +109,8 @@ def run(args: argparse.Namespace, work: Path) -> int:
     from hydra_mcore.config import ModelCard
     from hydra_mcore.errors import InputError
     from hydra_mcore.evaluation.comparison import KL_BAR, TIE
-    from hydra_mcore.evaluation.verification import NAMES, Subject, checks_of, verify
+    from hydra_mcore.evaluation.subject import Subject
+    from hydra_mcore.evaluation.verification import NAMES, checks_of, verify
     from hydra_mcore.files import write_json
 
     transformers.utils.logging.set_verbosity_error()

@@ -116,8 +116,8 @@ def read_accuracies(runs: Sequence[Path]) -> Accuracies:
 
 def summary_table(accuracies: Accuracies) -> str:
     """Markdown, one table a task group: mean over runs (each run), in percent."""
-    from hydra_mcore.evaluation.figures import short
     from hydra_mcore.evaluation.report import table
+    from hydra_mcore.figures import short
 
     tables = []
     for group, models in accuracies.items():
@@ -134,44 +134,29 @@ def summary_table(accuracies: Accuracies) -> str:
 
 def summary_figure(path: Path, accuracies: Accuracies) -> None:
     """A panel a task group: a line through each model's means over runs, a small mark for every run."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from hydra_mcore import figures
 
-    from hydra_mcore.evaluation.figures import COLORS, MARKERS, short
-    from hydra_mcore.files import replacing
-
-    figure = Figure(figsize=(11, 4.4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figures.empty(11, 4.4)
     panels = figure.subplots(1, len(accuracies), sharey=True, squeeze=False)[0]
     for axes, (group, models) in zip(panels, accuracies.items(), strict=True):
         for index, (model, by_length) in enumerate(models.items()):
-            lengths, style = sorted(by_length), {"color": COLORS[index], "marker": MARKERS[index]}
+            lengths, style = sorted(by_length), figures.style(index)
             places = [length * (1 + 0.03 * (index - (len(models) - 1) / 2)) for length in lengths]
             means = [sum(by_length[length]) / len(by_length[length]) for length in lengths]
-            axes.plot(
-                places,
-                means,
-                label=model,
-                linewidth=1.7,
-                markersize=6,
-                linestyle="--" if "YaRN" in model else "-",
-                **style,
-            )
+            dashes = "--" if "YaRN" in model else "-"
+            axes.plot(places, means, label=model, linewidth=1.7, markersize=6, linestyle=dashes, **style)
             for place, length in zip(places, lengths, strict=True):
                 axes.plot(
                     [place] * len(by_length[length]), by_length[length], linestyle="", markersize=3, alpha=0.5, **style
                 )
         axes.axvline(512, color="#888888", linestyle=":", linewidth=1.2, zorder=0, label="native length (512)")
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(lengths, [short(length) for length in lengths])
+        figures.length_axis(axes, lengths)
         axes.set(xlabel="prompt length (tokens)", title=group, ylim=(-4, 104))
-        axes.grid(axis="y", color="#e6e6e6")
-        axes.spines[["top", "right"]].set_visible(False)
+        figures.plain(axes)
     panels[0].set_ylabel("exact match (%)")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    with replacing(path) as beside:
-        figure.savefig(beside, format="png")
+    figures.legend_below(figure, dict(zip(labels, handles, strict=True)), 3, fontsize=10)
+    figures.save(figure, path)
 
 
 if __name__ == "__main__":

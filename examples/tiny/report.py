@@ -68,12 +68,10 @@ def read_losses(stage_dir: Path) -> Curve:
 
 def curves_figure(path: Path, curves: dict[str, dict[str, Curve]]) -> None:
     """One panel a stage, one line a student."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from hydra_mcore import figures
 
     stages = ("align", "distill", "extend")
-    figure = Figure(figsize=(12, 3.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figures.empty(12, 3.6)
     units = {
         "align": "sum of relative errors of the layers",
         "distill": "KL + 0.1 CE (nats a token)",
@@ -86,9 +84,7 @@ def curves_figure(path: Path, curves: dict[str, dict[str, Curve]]) -> None:
         axes.set(title=stage, xlabel="step", ylabel=units[stage])
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=8)
-    beside = path.with_suffix(".partial.png")
-    figure.savefig(beside)
-    beside.replace(path)
+    figures.save(figure, path)
 
 
 def seeds_table(runs: Sequence[Path]) -> str:

@@ -6,7 +6,7 @@ hydra_mcore.
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import shutil
 import sys
 from pathlib import Path
@@ -15,16 +15,15 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hydra_mcore.errors import InputError
-from hydra_mcore.ops import chunked_delta_rule
+from hydra_mcore.kinds import EXPORTED_TABLE, KINDS
 
 PACKAGE = Path(__file__).parents[1]
 CODE_FILES = (
     "convert/hf_model/configuration_hydra_head.py",
     "convert/hf_model/cache_hydra_head.py",
     "convert/hf_model/heads_hydra_head.py",
-    "convert/hf_model/fa_heads_hydra_head.py",
-    "convert/hf_model/gdn_heads_hydra_head.py",
-    "convert/hf_model/kinds_hydra_head.py",
+    *(kind.exported for kind in KINDS.values()),
+    EXPORTED_TABLE,
     "convert/hf_model/modeling_hydra_head.py",
     "ops/chunked_delta_rule.py",
 )
@@ -57,8 +56,11 @@ def check_model_code(folder: str | Path, auto_map: Any) -> None:
 
 def model_class() -> type[PreTrainedModel]:
     """The class of exported models, from the files of this package: no code of an exported folder is run."""
-    package = "hydra_mcore.convert.hf_model"
-    sys.modules[f"{package}.chunked_delta_rule"] = (
-        chunked_delta_rule  # which stands beside the others in an exported folder only
-    )
+    package = f"{__package__}.hf_model"
+    for name in CODE_FILES:  # files of other folders stand beside the others in an exported folder only
+        path, module_name = PACKAGE / name, f"{package}.{Path(name).stem}"
+        if path.parent.name != "hf_model" and module_name not in sys.modules:
+            spec = importlib.util.spec_from_file_location(module_name, path)
+            sys.modules[module_name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[module_name])
     return importlib.import_module(f"{package}.modeling_hydra_head").HydraHeadForCausalLM

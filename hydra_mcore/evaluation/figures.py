@@ -13,15 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from hydra_mcore.evaluation.results import Results, groups_of, lengths_of
-from hydra_mcore.files import replacing
+from hydra_mcore.figures import empty, legend_below, length_axis, plain, save, short, style
 
-# Told apart in grey and by colour-blind readers too: by markers, and by dashes for YaRN.
-COLORS = ("#222222", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31")
-MARKERS = "osD^vPX*"
 PANELS_A_ROW = 3
 NATIVE = "native length"
 HIGHEST = 1.3  # times the loss without context, where the picture of losses ends
@@ -65,11 +61,11 @@ def loss_figure(path: Path, results: Sequence[Results]) -> None:
             continue
         bins = line.text[max(line.text)].by_position
         ends, losses = [part.end for part in bins], [part.nll for part in bins]
-        style = _style(index, line)
-        axes.plot(ends, losses, **style)
+        look = _style(index, line)
+        axes.plot(ends, losses, **look)
         if all(part.error is not None for part in bins):
             low, high = ([part.nll + sign * part.error for part in bins] for sign in (-1, 1))
-            axes.fill_between(ends, low, high, color=style["color"], alpha=0.15, linewidth=0)
+            axes.fill_between(ends, low, high, color=look["color"], alpha=0.15, linewidth=0)
     highest = max(line.text[max(line.text)].by_position[0].nll for line in results if line.text)
     axes.set_ylim(
         top=min(axes.get_ylim()[1], HIGHEST * highest)
@@ -82,19 +78,11 @@ def loss_figure(path: Path, results: Sequence[Results]) -> None:
     _finish(figure, path, "Held-out text: loss against position", axes)
 
 
-def short(length: int) -> str:
-    """A length in few characters: 512, 4K, 128K, 1M."""
-    for size, unit in ((2**20, "M"), (2**10, "K")):
-        if length >= size and length % size == 0:
-            return f"{length // size}{unit}"
-    return str(length)
-
-
 def _style(index: int, line: Results) -> dict[str, Any]:
+    """Models by colour and marker, YaRN by dashes."""
     return {
+        **style(index),
         "label": line.name.replace("$", r"\$"),  # which would begin a formula
-        "color": COLORS[index % len(COLORS)],
-        "marker": MARKERS[(index + index // len(COLORS)) % len(MARKERS)],
         "markersize": 5,
         "linewidth": 1.6,
         "linestyle": "-" if line.contestant.facts.yarn is None else (0, (5, 2)),
@@ -104,41 +92,25 @@ def _style(index: int, line: Results) -> dict[str, Any]:
 def _length_axis(axes: Axes, lengths: Sequence[int], results: Sequence[Results]) -> None:
     """A log axis with these ticks and the native lengths."""
     low, high = lengths[0] / 1.3, lengths[-1] * 1.3
-    axes.set_xscale("log", base=2)
+    length_axis(axes, lengths, fontsize=9 if len(lengths) < 9 else 7)
     axes.set_xlim(low, high)
-    axes.set_xticks(lengths, [short(length) for length in lengths], fontsize=9 if len(lengths) < 9 else 7)
-    axes.set_xticks([], minor=True)
     natives = sorted({line.contestant.facts.native_length for line in results})
+    look = {"color": "#888888", "linestyle": (0, (2, 2)), "linewidth": 1.2, "zorder": 0}
     for native in natives:
         if low <= native <= high:
-            axes.axvline(
-                native,
-                color="#888888",
-                linestyle=(0, (2, 2)),
-                linewidth=1.2,
-                zorder=0,
-                label=f"{NATIVE} ({short(native)})",
-            )
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+            axes.axvline(native, label=f"{NATIVE} ({short(native)})", **look)
+    plain(axes)
 
 
 def _figure(width: float, height: float, models: int) -> Figure:
     """An empty figure with room for a legend of the models below."""
-    figure = Figure(figsize=(width, height + 0.6 + 0.24 * math.ceil((models + 1) / 3)), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return empty(width, height + 0.6 + 0.24 * math.ceil((models + 1) / 3))
 
 
 def _finish(figure: Figure, path: Path, title: str, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    named = dict(
-        sorted(zip(labels, handles, strict=True), key=lambda item: item[0].startswith(NATIVE))
-    )  # each once, models first
-    figure.legend(
-        named.values(), named, loc="outside lower center", ncols=min(3, len(named)), frameon=False, fontsize=9
-    )
+    each_once = dict(zip(labels, handles, strict=True))
+    models_first = dict(sorted(each_once.items(), key=lambda item: item[0].startswith(NATIVE)))
+    legend_below(figure, models_first, min(3, len(models_first)))
     figure.suptitle(title, fontsize=12, fontweight="bold", x=0.02, ha="left")
-    with replacing(path) as beside:
-        figure.savefig(beside, format="png")
+    save(figure, path)

@@ -7,12 +7,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
 from hydra_mcore.evaluation.log_scale import Trials, name_of
 from hydra_mcore.evaluation.report import table
+from hydra_mcore.figures import COLORS, GREY, empty, save
 from hydra_mcore.files import replacing, write_json
 
 JSON_NAME, TABLE_NAME, FIGURE_NAME = "log_scale.json", "log_scale.md", "log_scale.png"
@@ -116,25 +115,16 @@ def figure(path: Path, trials: Trials, present: float | None) -> None:
     bases = [base for base in trials.bases if base is not None]
     losses = [trials.loss(base) for base in bases]
     errors = [trials.difference(base, trials.best)[1] for base in bases]
-    picture = Figure(figsize=(7, 4.2), layout="constrained")
-    FigureCanvasAgg(picture)
+    picture = empty(7, 4.2)
     axes = picture.add_subplot()
-    axes.errorbar(
-        bases, losses, yerr=errors, color="#0072b2", marker="o", ms=4, lw=1.2, capsize=2, label="ln(t + a) / ln(a)"
-    )
-    axes.axhline(trials.loss(None), color="#8a8a8a", ls="--", lw=1.2, label="off")
+    look = {"color": COLORS[1], "marker": "o", "ms": 4, "lw": 1.2, "capsize": 2}
+    axes.errorbar(bases, losses, yerr=errors, label="ln(t + a) / ln(a)", **look)
+    axes.axhline(trials.loss(None), color=GREY, ls="--", lw=1.2, label="off")
     if present is not None:
-        axes.axvline(present, color="#8a8a8a", ls=":", lw=1.2, label=f"now, {name_of(present)}")
+        axes.axvline(present, color=GREY, ls=":", lw=1.2, label=f"now, {name_of(present)}")
     if trials.best is not None:
-        axes.plot(
-            trials.best,
-            trials.loss(trials.best),
-            "*",
-            ms=13,
-            color="#d55e00",
-            label=f"best, {name_of(trials.best)}",
-            zorder=3,
-        )
+        look = {"color": COLORS[2], "ms": 13, "zorder": 3, "label": f"best, {name_of(trials.best)}"}
+        axes.plot(trials.best, trials.loss(trials.best), "*", **look)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_xlabel("a (tokens)")
@@ -145,5 +135,4 @@ def figure(path: Path, trials: Trials, present: float | None) -> None:
         fontsize=9,
     )
     axes.legend(frameon=False, fontsize=9)
-    with replacing(path) as beside:
-        picture.savefig(beside, format="png", dpi=150)
+    save(picture, path)

@@ -10,11 +10,12 @@ from datetime import date
 from pathlib import Path
 
 from hydra_mcore.errors import InputError
-from hydra_mcore.evaluation.figures import accuracy_figure, loss_figure, short
+from hydra_mcore.evaluation.figures import accuracy_figure, loss_figure
 from hydra_mcore.evaluation.perplexity import TextLoss
 from hydra_mcore.evaluation.records import Records
 from hydra_mcore.evaluation.results import Results, comparable, groups_of, lengths_of, to_json, uneven
 from hydra_mcore.evaluation.scoring import Score
+from hydra_mcore.figures import short
 from hydra_mcore.files import read_json, replacing, shown
 
 RESULTS_FORMAT = 2

@@ -13,5 +13,6 @@ from hydra_mcore.kinds.gated_delta import GATED_DELTA
 from hydra_mcore.kinds.kind import HeadKind
 
 KINDS: dict[str, HeadKind] = {kind.name: kind for kind in (FULL_ATTENTION, GATED_DELTA)}
+EXPORTED_TABLE = "convert/hf_model/kinds_hydra_head.py"  # the same table for exported models
 FA = FULL_ATTENTION.name
 DEFAULT_LINEAR = GATED_DELTA.name

@@ -246,6 +246,8 @@ class HeadKind:
         label, title: short in tables, long in prose.
         colour: in pictures.
         help: one line.
+        branch: module and class of its branch, resolved when a layer is built.
+        exported: file of its branch in exported models, below the package.
         options: a dataclass of its options, each named after the kind and documented with its source.
         check: raises ConfigError for options that cannot be used.
         parameters: its tensors in one layer.
@@ -267,6 +269,8 @@ class HeadKind:
     title: str
     colour: str
     help: str
+    branch: str
+    exported: str
     options: type
     check: Callable[[Options], None]
     parameters: Callable[[ModelShape, Options], list[HeadParameter]]

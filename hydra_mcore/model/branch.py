@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
@@ -110,3 +111,8 @@ class Branch(MegatronModule):
             return self.linear_kv(x_sbm)
         kv_sbgd, group_of_head = self.grouped_keys_values(x_sbm, kv)
         return kv_sbgd.index_select(2, group_of_head)
+
+
+def branch_class(kind: str) -> type[Branch]:
+    """The branch module of a kind of heads."""
+    return pkgutil.resolve_name(KINDS[kind].branch)

@@ -30,16 +30,12 @@ from torch import Tensor
 
 from hydra_mcore.heads import HeadLayout
 from hydra_mcore.model.attention_plan import AttentionPlan, HeadSet
-from hydra_mcore.model.branch import Branch, GroupedKeysValues
+from hydra_mcore.model.branch import Branch, GroupedKeysValues, branch_class
 from hydra_mcore.model.cache import DecodingCache, LayerCache
-from hydra_mcore.model.fa_heads import FullAttentionHeads
 from hydra_mcore.model.fusion import Fusion
-from hydra_mcore.model.gdn_heads import GatedDeltaHeads
 from hydra_mcore.model.parameters import GroupLinear, data_parallel_replica, head_shards, new_parameter, replicated
 from hydra_mcore.ops.rows import positions, take_rows
 from hydra_mcore.sequence import SequencePart
-
-BRANCHES: dict[str, type[Branch]] = {branch.kind: branch for branch in (FullAttentionHeads, GatedDeltaHeads)}
 
 
 class HydraAttention(MegatronModule):
@@ -66,7 +62,7 @@ class HydraAttention(MegatronModule):
         if plan.options.qkv == "shared":
             self.linear_kv = SharedKeysValues(config, self.layout, 2 * config.kv_channels, pg_collection)
         for kind in self.layout.layer:
-            self.add_module(kind, BRANCHES[kind](config, plan, self.layout, pg_collection))
+            self.add_module(kind, branch_class(kind)(config, plan, self.layout, pg_collection))
         self.fusion = Fusion(config, plan.options, self.layout, pg_collection)
         self.linear_proj = OutputProjection(config, HeadSet.of_layer(self.layout, self.tp_group.rank()), self.tp_group)
 

@@ -148,27 +148,18 @@ class _Segment(NamedTuple):
 
 def _segments(bounds: Sequence[int], chunk_size: int, at_once: int) -> list[_Segment]:
     """Cut documents into chunks, and these into segments of ``at_once`` chunks."""
-    chunks = [
-        (
-            first,
-            min(first + chunk_size, end),
-            document if first == start else None,
-            document if first + chunk_size >= end else None,
-        )
-        for document, (start, end) in enumerate(itertools.pairwise(bounds))
-        for first in range(start, end, chunk_size)
-    ]
-    segments = []
+    chunks, segments = [], []
+    for document, (start, end) in enumerate(itertools.pairwise(bounds)):
+        for first in range(start, end, chunk_size):
+            last = min(first + chunk_size, end)
+            chunks.append((first, last, document if first == start else None, document if last == end else None))
     for i in range(0, len(chunks), at_once):
         firsts, lasts, begins, ends = map(list, zip(*chunks[i : i + at_once], strict=True))
-        lengths = [last - first for first, last in zip(firsts, lasts, strict=True)]
-        full = all(length == chunk_size for length in lengths)
-        slots = (
-            None
-            if full
-            else [chunk * chunk_size + row for chunk, length in enumerate(lengths) for row in range(length)]
-        )
-        segments.append(_Segment(slice(firsts[0], lasts[-1]), slots, begins, ends))
+        slots: list[int] = []
+        for chunk, (first, last) in enumerate(zip(firsts, lasts, strict=True)):
+            slots += range(chunk * chunk_size, chunk * chunk_size + last - first)
+        full = len(slots) == len(firsts) * chunk_size
+        segments.append(_Segment(slice(firsts[0], lasts[-1]), None if full else slots, begins, ends))
     return segments
 
 
@@ -230,11 +221,9 @@ def _chunks(q_cnrd: Tensor, k_cnrd: Tensor, log_decay_cnr: Tensor, write_cnr: Te
 def _forward(
     inputs: tuple[Tensor, ...], scale: float, segments: list[_Segment], r: int, kept: list[Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """Outputs [b, s, h, v] and the last state of each document [k, n, d, v]; appends to ``kept``, for each segment,
-    what backward needs.
+    """Outputs [b, s, h, v] and the last state of each document [k, n, d, v]; ``kept`` gets what backward needs.
 
-    What a row writes is what it brings less what it reads: of earlier rows of its chunk, and of the state before the
-        chunk,
+    What a row writes is what it brings less what it reads, of earlier rows of its chunk and of the state before it,
 
         written = beta v - (beta k) S - L written,    written = (1 + L)^-1 (beta v - (beta k) S)
 
@@ -363,7 +352,7 @@ def _gradients(
     d_log_decay_cnr = _d_log_decay(chunks, state_cndv, d_state_cndv, through_scores_cnpr, d_readers_cnpd, d_k_cnrd)
     _add_product(d_readers_cnpd, d_scores_cnpr, k_cnrd)
     _add_product(d_k_cnrd, d_scores_cnpr.mT, chunks.readers_cnpd)
-    d_q_cnrd, d_weighted_k_cnrd = (d_readers_cnpd[:, :, :r] * scale, d_readers_cnpd[:, :, r:])
+    d_q_cnrd, d_weighted_k_cnrd = d_readers_cnpd[:, :, :r] * scale, d_readers_cnpd[:, :, r:]
     d_brought_cnrv = d_read_cnpv[:, :, r:].neg()
     d_write_cnr = (k_cnrd * d_weighted_k_cnrd).sum(-1) + (v_cnrv * d_brought_cnrv).sum(-1)
     d_k_cnrd.addcmul_(d_weighted_k_cnrd, write_cnr[..., None])
@@ -378,13 +367,11 @@ def _d_log_decay(
     d_readers_cnpd: Tensor,
     d_k_cnrd: Tensor,
 ) -> Tensor:
-    """The gradient of the log decays [c, n, r], with the readers' and keys' gradients as far as states have to do with
-    them.
+    """The gradient of the log decays [c, n, r], from the readers' and keys' gradients as far as they go through states.
 
-    The total log decay of a row stands in exp(+total) wherever the row reads, and in exp(-total) wherever it is written
-    to;
-    a log decay is in the totals of its own and all later rows. Summed in float64: what does not pass a log
-    decay cancels in its gradient, which strong decays make small beside it.
+    The total log decay of a row stands in exp(+total) wherever the row reads, in exp(-total) wherever it is written to;
+    a log decay is in the totals of its own and all later rows. Summed in float64: what does not pass a log decay
+    cancels in its gradient, which strong decays make small beside it.
 
     Args:
         through_scores_cnpr: scores times their gradients.
@@ -396,9 +383,8 @@ def _d_log_decay(
         - through_scores_cnpr.sum(-2, dtype=torch.float64)
         - to_end_cnr
     )
-    d_total_cnr[..., -1] += to_end_cnr.sum(-1) + chunks.forget_cn11[..., 0, 0] * (state_cndv * d_state_cndv).sum(
-        (-1, -2)
-    )
+    through_state_cn = chunks.forget_cn11[..., 0, 0] * (state_cndv * d_state_cndv).sum((-1, -2))
+    d_total_cnr[..., -1] += to_end_cnr.sum(-1) + through_state_cn
     return d_total_cnr.flip(-1).cumsum(-1).flip(-1)
 
 

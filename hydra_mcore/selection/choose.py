@@ -128,13 +128,8 @@ def choose_heads(
         "tp": lambda: best_in_blocks(worths(scores, order), budget, tp_size),
     }
     kept = picks[strategy.removesuffix("_random")]()
-    facts = {
-        "fingerprint": fingerprint,
-        "model": dataclasses.asdict(shape),
-        "strategy": strategy,
-        "made_by": made_by or {},
-    }
-    head_map = HeadMap.from_fa(kept, layers, heads, groups, **facts)
+    facts = {"model": dataclasses.asdict(shape), "strategy": strategy, "made_by": made_by or {}}
+    head_map = HeadMap.from_fa(kept, layers, heads, groups, fingerprint=fingerprint, **facts)
     objective = _objective(strategy, shape, budget, kv_budget, tp_size)
     alive = kv_groups_alive(shape, kept)
     return Choice(head_map, objective, *_shares(kept, scores), alive, alive / (layers * groups))

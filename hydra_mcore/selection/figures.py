@@ -10,20 +10,19 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colorbar import Colorbar
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 
-from hydra_mcore.files import replacing
+from hydra_mcore.figures import GREY, LIGHT, empty, plain, save, short
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.kinds import FA
 from hydra_mcore.selection.choose import STRATEGIES
 from hydra_mcore.selection.evidence import Evidence, KnockOut, LikenessSpread, Spread, role_effects
 from hydra_mcore.selection.score import CRITICAL, HeadScores
 
-MAP, FRAME, BLUE, GREY, LIGHT = "Blues", "#d1495b", "#2a6f9e", "#8a8a8a", "#e6e6e6"
+MAP, FRAME, BLUE = "Blues", "#d1495b", "#2a6f9e"
 SURE = 0.95  # chance of being kept from which a head counts as sure
 
 
@@ -61,7 +60,7 @@ def heat_map(path: str | Path, head_map: HeadMap, scores: HeadScores | None, mod
         names = ", ".join(scores.by_capability)
         bar = _bar(figure, image, axes, pad=0.6 / size[0])
         bar.set_label(f"score of the head, 0 to 1\n({names})", fontsize=9, parse_math=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def statistic_maps(path: str | Path, title: str, values: Mapping[str, np.ndarray], head_map: HeadMap) -> None:
@@ -83,7 +82,7 @@ def statistic_maps(path: str | Path, title: str, values: Mapping[str, np.ndarray
         axes.set_ylabel("layer", fontsize=8)
         axes.tick_params(labelsize=7)
         _bar(figure, image, axes, pad=0.03)
-    _save(figure, path)
+    save(figure, path)
 
 
 def role_maps(path: str | Path, scores: HeadScores, critical_lh: np.ndarray) -> None:
@@ -113,7 +112,7 @@ def role_maps(path: str | Path, scores: HeadScores, critical_lh: np.ndarray) -> 
             axes.set_ylabel("layer", fontsize=8)
             axes.tick_params(labelsize=7)
             _bar(figure, image, axes, pad=0.03)
-    _save(figure, path)
+    save(figure, path)
 
 
 def knock_out_curves(path: str | Path, knock_out: KnockOut) -> None:
@@ -138,7 +137,7 @@ def knock_out_curves(path: str | Path, knock_out: KnockOut) -> None:
     axes.set_ylabel("accuracy (%)")
     axes.set_ylim(-4, 104)
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    _save(figure, path)
+    save(figure, path)
 
 
 def knock_out_finding(knock_out: KnockOut) -> str:
@@ -195,7 +194,7 @@ def stability(path: str | Path, evidence: Evidence) -> None:
             axes.set_xlabel("prompt length (tokens)")
     for row in panels:
         row[1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    _save(figure, path)
+    save(figure, path)
 
 
 def _band(
@@ -263,7 +262,7 @@ def intervals(path: str | Path, scores: HeadScores, evidence: Evidence) -> None:
         bottom.set_xlabel("layer.head, best first")
     else:
         bottom.set_xlabel("rank of the head, best first")
-    _save(figure, path)
+    save(figure, path)
 
 
 def sure_heads(scores: HeadScores, evidence: Evidence) -> tuple[int, int]:
@@ -293,7 +292,7 @@ def layers(path: str | Path, evidence: Evidence) -> None:
     left.set_ylim(count - 0.4, -0.6)
     left.set_yticks(_ticks(count))
     left.set_ylabel("layer")
-    _save(figure, path)
+    save(figure, path)
 
 
 def half_of(share: np.ndarray) -> int:
@@ -325,20 +324,14 @@ def budgets(path: str | Path, evidence: Evidence) -> None:
     axes.set_ylabel("share of the teacher's (%)")
     axes.set_ylim(0, 104)
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    _save(figure, path)
-
-
-def short(length: int) -> str:
-    """A context length as it is usually written: 4K, 500."""
-    return f"{length // 1024}K" if length % 1024 == 0 else str(length)
+    save(figure, path)
 
 
 def _figure(width: float, height: float, title: str, subtitle: str) -> Figure:
     """An empty figure of this size in inches, title and subtitle on top of it, wrapped to the width."""
     heading, below = _wrap(title, int(10.2 * width)), _wrap(subtitle, int(14.5 * width))
     top = 0.2 + 0.22 * len(heading) + 0.17 * len(below)
-    figure = Figure(figsize=(width, height + top), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = empty(width, height + top)
     inch = 1 / (height + top)
     figure.get_layout_engine().set(rect=(0, 0, 1, 1 - top * inch))
     # Names of models may hold a dollar sign: no formulas in titles.
@@ -390,13 +383,5 @@ def _ticks(count: int) -> range:
 
 
 def _plain(axes: Axes, grid: str = "y") -> Axes:
-    axes.grid(axis=grid, color=LIGHT, lw=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=9)
+    plain(axes, grid).tick_params(labelsize=9)
     return axes
-
-
-def _save(figure: Figure, path: str | Path) -> None:
-    with replacing(Path(path)) as beside:
-        figure.savefig(beside, format="png")

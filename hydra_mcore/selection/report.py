@@ -7,35 +7,23 @@ Every sentence with a number is made from the numbers at hand; none is written f
 
 from __future__ import annotations
 
-import base64
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from hydra_mcore.figures import short
 from hydra_mcore.files import replacing
 from hydra_mcore.heads import Head
 from hydra_mcore.kinds import FA
 from hydra_mcore.selection import figures
 from hydra_mcore.selection.choose import Choice
 from hydra_mcore.selection.evidence import ESTIMATES, Evidence, KnockOut, gather, gini, role_effects
+from hydra_mcore.selection.html_page import facts_table, page, paragraph, picture, section, table
 from hydra_mcore.selection.score import CRITICAL, MIN_GAP, MIN_SHARE, HeadScores
 
 REPORT_NAME, FIGURES_NAME = "report.html", "figures"
-
-STYLE = """
-body { max-width: 60rem; margin: 2.5rem auto; padding: 0 1.2rem; font: 16px/1.55 system-ui, sans-serif; color: #222; }
-h1 { font-size: 1.7rem; margin-bottom: 0.3rem; } h2 { font-size: 1.2rem; margin: 2.6rem 0 0.4rem; border-top: 1px solid #ddd; padding-top: 1.2rem; }
-p { margin: 0.5rem 0; } img { max-width: 100%; max-height: 48rem; margin: 0.7rem 0; display: block; }
-table { border-collapse: collapse; margin: 0.8rem 0; font-size: 0.88rem; } .wide { overflow-x: auto; }
-th, td { padding: 0.22rem 0.8rem 0.22rem 0; text-align: right; border-bottom: 1px solid #eee; font-variant-numeric: tabular-nums; }
-th { font-weight: 600; border-bottom-color: #999; vertical-align: bottom; } th:first-child, td:first-child { text-align: left; }
-.facts td { text-align: left; vertical-align: top; overflow-wrap: anywhere; } .facts td:first-child { white-space: nowrap; color: #555; }
-"""  # noqa: E501
 
 
 def write_report(
@@ -70,7 +58,7 @@ def write_report(
     if knock_out:
         figures.knock_out_curves(pictures / "knock_out.png", knock_out)
     sections = [
-        _chosen(pictures, scores, choice, model_name),
+        _chosen(pictures, scores, choice),
         _pairs(scores),
         _roles(pictures, scores, choice, evidence),
         _removed(pictures, knock_out),
@@ -82,20 +70,13 @@ def write_report(
         _caveats(scores, choice),
         _origin(scores, choice),
     ]
-    title = escape(f"Head selection: {model_name}")
-    head = (
-        '<meta charset="utf-8">\n<meta name="viewport"'
-        f' content="width=device-width">\n<title>{title}</title>\n<style>{STYLE}</style>'
-    )
     path = Path(folder) / REPORT_NAME
-    body = "\n".join(sections)
-    page = f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}\n</body>\n</html>\n'
     with replacing(path) as beside:
-        beside.write_text(page, encoding="utf-8")
+        beside.write_text(page(f"Head selection: {model_name}", sections), encoding="utf-8")
     return path
 
 
-def _chosen(pictures: Path, scores: HeadScores, choice: Choice, model_name: str) -> str:
+def _chosen(pictures: Path, scores: HeadScores, choice: Choice) -> str:
     kept, total = choice.head_map.num_fa, scores.scores_lh.size
     by_layer = [len(layer[FA]) for layer in choice.head_map.layers]
     passed = sum(head not in choice.head_map.layers[layer][FA] for layer, head in scores.ranking()[:kept])
@@ -116,8 +97,7 @@ def _chosen(pictures: Path, scores: HeadScores, choice: Choice, model_name: str)
     ]
     return "\n".join(
         (
-            f"<h1>{escape(f'Head selection: {model_name}')}</h1>",
-            _p(
+            paragraph(
                 f"{kept} of {total} attention heads keep full attention (FA); the other {total - kept} become Gated"
                 " DeltaNet (GDN) heads.",
                 "A head's score says how much of the answer it carries: its output is replaced by the one that it"
@@ -125,8 +105,8 @@ def _chosen(pictures: Path, scores: HeadScores, choice: Choice, model_name: str)
                 f" directly (receiver){senders}.",
                 *([f"{passed} of the {kept} best heads are not kept under this objective."] if passed else []),
             ),
-            _facts(facts),
-            _picture(pictures / "heads.png", "scores of all heads, the kept ones framed"),
+            facts_table(facts),
+            picture(pictures / "heads.png", "scores of all heads, the kept ones framed"),
         )
     )
 
@@ -158,17 +138,9 @@ def _pairs(scores: HeadScores) -> str:
         rows.append(
             [name, probe.capability, len(probe.solved_b), probe.used, probe.unsolved, probe.unmoved, gap, critical]
         )
-    header = [
-        "probe",
-        "capability",
-        "pairs",
-        "used",
-        "teacher wrong",
-        "hardly moved",
-        "mean gap (logits)",
-        f"heads with effect >= {CRITICAL}",
-    ]
-    return _section("Which pairs counted", _p(*text), _table(header, rows))
+    header = ["probe", "capability", "pairs", "used", "teacher wrong", "hardly moved", "mean gap (logits)"]
+    header += [f"heads with effect >= {CRITICAL}"]
+    return section("Which pairs counted", paragraph(*text), table(header, rows))
 
 
 def _roles(pictures: Path, scores: HeadScores, choice: Choice, evidence: Evidence) -> str:
@@ -188,7 +160,7 @@ def _roles(pictures: Path, scores: HeadScores, choice: Choice, evidence: Evidenc
             " as patching tells they can be converted."
         ),
     ]
-    blocks = [_picture(pictures / "roles.png", "effects by role and capability")]
+    blocks = [picture(pictures / "roles.png", "effects by role and capability")]
     if _has_senders(scores):
         text.append(
             f"{(critical_lh & ~receives_lh).sum()} heads are critical as senders only; the direct effect alone would"
@@ -200,16 +172,16 @@ def _roles(pictures: Path, scores: HeadScores, choice: Choice, evidence: Evidenc
             for name, probe in scores.probes.items()
         ]
         blocks += [
-            _p("The receivers that the senders of each round were measured by, as layer.head:"),
-            _table(["probe", *(f"round {number + 1}" for number in range(rounds))], rows),
+            paragraph("The receivers that the senders of each round were measured by, as layer.head:"),
+            table(["probe", *(f"round {number + 1}" for number in range(rounds))], rows),
         ]
-    return _section("Roles and capabilities", _p(*text), *blocks)
+    return section("Roles and capabilities", paragraph(*text), *blocks)
 
 
 def _removed(pictures: Path, knock_out: KnockOut | None) -> str:
     title = "What removing heads does"
     if knock_out is None:
-        return _section(title, _p("Not measured for this report."))
+        return section(title, paragraph("Not measured for this report."))
     error = 100 * math.sqrt(0.25 / max(knock_out.prompts, 1))
     text = [
         (
@@ -219,12 +191,13 @@ def _removed(pictures: Path, knock_out: KnockOut | None) -> str:
         f"{figures.knock_out_finding(knock_out)}.",
         f"With so many prompts an accuracy is known to about {error:.0f} points (standard error, at most).",
     ]
-    rows = [
-        [order, *(f"{100 * value:.0f}" for value in knock_out.spread(order)[0])]
-        for order in knock_out.accuracy
-    ]  # fmt: skip
-    table = _table(["accuracy (%), heads removed:", *map(str, knock_out.heads)], rows)
-    return _section(title, _p(*text), _picture(pictures / "knock_out.png", "accuracy against heads removed"), table)
+    rows = [[order, *(f"{100 * value:.0f}" for value in knock_out.spread(order)[0])] for order in knock_out.accuracy]
+    return section(
+        title,
+        paragraph(*text),
+        picture(pictures / "knock_out.png", "accuracy against heads removed"),
+        table(["accuracy (%), heads removed:", *map(str, knock_out.heads)], rows),
+    )
 
 
 def _stable(pictures: Path, scores: HeadScores, evidence: Evidence) -> str:
@@ -251,18 +224,16 @@ def _stable(pictures: Path, scores: HeadScores, evidence: Evidence) -> str:
         "A part against all pairs reaches 1 in the end by itself: it is made of the same pairs. All parts keep the"
         " receivers found on all."
     )
-    blocks = [_picture(pictures / "stability.png", "agreement of scores by pairs and by prompt length")]
+    blocks = [picture(pictures / "stability.png", "agreement of scores by pairs and by prompt length")]
     if evidence.by_length:
         likes = evidence.by_length
-        rows = [
-            [figures.short(length), _number(like.spearman), _number(like.overlap)] for length, like in likes.items()
-        ]
+        rows = [[short(length), _number(like.spearman), _number(like.overlap)] for length, like in likes.items()]
         text.append(
             f"Prompts of other lengths choose heads that overlap to {min(like.overlap for like in likes.values()):.2f}"
             " or more."
         )
-        blocks.append(_table(["prompt length (tokens)", "Spearman", f"overlap of the {evidence.budget} best"], rows))
-    return _section("Would other pairs choose the same heads?", _p(*text), *blocks)
+        blocks.append(table(["prompt length (tokens)", "Spearman", f"overlap of the {evidence.budget} best"], rows))
+    return section("Would other pairs choose the same heads?", paragraph(*text), *blocks)
 
 
 def _certain(pictures: Path, scores: HeadScores, evidence: Evidence) -> str:
@@ -285,10 +256,10 @@ def _certain(pictures: Path, scores: HeadScores, evidence: Evidence) -> str:
         text.append(
             "With one usable pair a probe there is nothing to draw from: intervals without width do not mean certainty."
         )
-    return _section(
+    return section(
         "How certain is each head?",
-        _p(*text),
-        _picture(pictures / "intervals.png", "intervals of the scores of the best heads"),
+        paragraph(*text),
+        picture(pictures / "intervals.png", "intervals of the scores of the best heads"),
     )
 
 
@@ -305,8 +276,10 @@ def _by_layer(pictures: Path, evidence: Evidence) -> str:
         f"{both} of {layers} layers hold critical and convertible heads side by side; {none} hold no critical head.",
         f"{figures.half_of(evidence.share_l)} layers make up half of the whole score.",
     ]
-    return _section(
-        "Where the score lies", _p(*text), _picture(pictures / "layers.png", "Gini and share of the score by layer")
+    return section(
+        "Where the score lies",
+        paragraph(*text),
+        picture(pictures / "layers.png", "Gini and share of the score by layer"),
     )
 
 
@@ -317,26 +290,28 @@ def _costs(pictures: Path, evidence: Evidence) -> str:
         [cost.ratio, *(_share(part[context]) for part in (cost.decode, cost.prefill) for context in contexts)]
         for cost in evidence.costs
     ]  # fmt: skip
-    names = [f"{part} {figures.short(context)}" for part in ("decode", "prefill") for context in contexts]
-    return _section(
+    names = [f"{part} {short(context)}" for part in ("decode", "prefill") for context in contexts]
+    return section(
         "What each budget keeps and costs",
-        _p("For the best heads of the whole model at each ratio of GDN to FA heads, as shares of the teacher's."),
-        _picture(pictures / "budgets.png", "score kept and KV cache left by ratio"),
-        _table(["GDN:FA", "FA heads", "score kept", "KV cache left"], rows),
-        _p(
+        paragraph(
+            "For the best heads of the whole model at each ratio of GDN to FA heads, as shares of the teacher's."
+        ),
+        picture(pictures / "budgets.png", "score kept and KV cache left by ratio"),
+        table(["GDN:FA", "FA heads", "score kept", "KV cache left"], rows),
+        paragraph(
             "Attention FLOPs a token, predicted by counting: 4 d n for an FA head at the end of a context of n tokens"
             " and 2 d n on average over a prompt of n, 7 d d for a GDN head at any length (d: dimension of a head)."
             " Left out is what no context makes larger: projections, gates and MLPs, and in the KV cache the states of"
             " GDN heads."
         ),
-        _table(["GDN:FA", *names], flops),
+        table(["GDN:FA", *names], flops),
     )
 
 
 def _observed(evidence: Evidence) -> str:
     title = "Cheaper scores"
     if not evidence.observed:
-        return _section(title, _p("None were recorded."))
+        return section(title, paragraph("None were recorded."))
     control = evidence.control
     text = [
         "They look at attention, or estimate the effects from one gradient. Where they disagree with patching, patching"
@@ -359,8 +334,10 @@ def _observed(evidence: Evidence) -> str:
         ]
         for name, like in evidence.observed.items()
     ]
-    return _section(
-        title, _p(*text), _table(["score", "compared with", "Spearman", f"overlap of the {evidence.budget} best"], rows)
+    return section(
+        title,
+        paragraph(*text),
+        table(["score", "compared with", "Spearman", f"overlap of the {evidence.budget} best"], rows),
     )
 
 
@@ -382,7 +359,7 @@ def _caveats(scores: HeadScores, choice: Choice) -> str:
             f"Only one capability was probed ({next(iter(scores.by_capability))}); heads that others need may look"
             " useless."
         )
-    return _section("What the scores do not tell", *map(_p, notes))
+    return section("What the scores do not tell", *map(paragraph, notes))
 
 
 def _origin(scores: HeadScores, choice: Choice) -> str:
@@ -391,38 +368,11 @@ def _origin(scores: HeadScores, choice: Choice) -> str:
     rows += [(f"map: {name}", value) for name, value in choice.head_map.made_by.items()]
     rows += [(name, value) for name, value in scores.settings.items()]
     rows += [(f"version of {name}", value) for name, value in scores.versions.items()]
-    return _section("Made by", _facts(rows))
+    return section("Made by", facts_table(rows))
 
 
 def _has_senders(scores: HeadScores) -> bool:
     return any(probe.receivers for probe in scores.probes.values())
-
-
-def _section(title: str, *blocks: str) -> str:
-    return "\n".join((f"<h2>{escape(title)}</h2>", *blocks))
-
-
-def _p(*sentences: str) -> str:
-    return f"<p>{escape(' '.join(sentences))}</p>"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = ["".join(f"<th>{escape(name)}</th>" for name in header)]
-    lines += ["".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in rows]
-    return '<div class="wide"><table>\n' + "\n".join(f"<tr>{line}</tr>" for line in lines) + "\n</table></div>"
-
-
-def _facts(facts: Iterable[tuple[str, Any]]) -> str:
-    lines = (f"<tr><td>{escape(name)}</td><td>{escape(_value(value))}</td></tr>" for name, value in facts)
-    return '<table class="facts">\n' + "\n".join(lines) + "\n</table>"
-
-
-def _value(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def _picture(path: Path, alt: str) -> str:
-    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
 
 
 def _heads(found: Sequence[Head]) -> str:

@@ -19,7 +19,7 @@ from hydra_mcore.train.data import MicroBatch
 Group = torch.distributed.ProcessGroup
 
 
-def align_forward(teacher: GPTModel, student: GPTModel, batch: MicroBatch, kind: str) -> tuple[Tensor, Tensor]:
+def align_forward(teacher: GPTModel, student: GPTModel, batch: MicroBatch, measure: str) -> tuple[Tensor, Tensor]:
     """The teacher's output [s, b, m] of this pipeline stage, and one align loss for each of its layers [layers].
 
     Every student layer is fed the teacher's own input, so layers do not interact: the trunk is the teacher, without
@@ -35,7 +35,7 @@ def align_forward(teacher: GPTModel, student: GPTModel, batch: MicroBatch, kind:
             student_sbm, _ = layer.self_attention(
                 hidden_sbm, rotary_pos_emb=keywords["rotary_pos_emb"], packed_seq_params=keywords["packed_seq_params"]
             )
-            return align_loss(student_sbm, teacher_sbm, kind, groups)
+            return align_loss(student_sbm, teacher_sbm, measure, groups)
 
         if with_gradient:
             with torch.enable_grad():
@@ -49,7 +49,7 @@ def align_forward(teacher: GPTModel, student: GPTModel, batch: MicroBatch, kind:
     return hidden_sbm, torch.stack(losses) if losses else hidden_sbm.new_zeros(0, dtype=torch.float32)
 
 
-def align_loss(student_sbm: Tensor, teacher_sbm: Tensor, kind: str, groups: list[Group]) -> Tensor:
+def align_loss(student_sbm: Tensor, teacher_sbm: Tensor, measure: str, groups: list[Group]) -> Tensor:
     """Squared error of one layer's attention output (paper Eq 15), a float32 scalar.
 
     "squared": summed over the width, averaged over tokens. "relative": each row's error over the square of
@@ -61,7 +61,7 @@ def align_loss(student_sbm: Tensor, teacher_sbm: Tensor, kind: str, groups: list
     """
     error_b = (student_sbm.float() - teacher_sbm.float()).square().sum(dim=(0, 2))
     tokens = torch.full_like(error_b, student_sbm.shape[0])
-    scale_b = teacher_sbm.float().square().sum(dim=(0, 2)) if kind == "relative" else tokens
+    scale_b = teacher_sbm.float().square().sum(dim=(0, 2)) if measure == "relative" else tokens
     for group in groups:
         error_b, scale_b = (reduce_from_tensor_model_parallel_region(t, group=group) for t in (error_b, scale_b))
     return (error_b / scale_b).mean()

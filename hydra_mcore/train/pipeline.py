@@ -12,6 +12,7 @@ import torch
 from megatron.training import training
 from torch import Tensor
 
+from hydra_mcore.stages import STAGES
 from hydra_mcore.train.step import TransferStep
 
 Report = dict[str, Tensor]
@@ -21,17 +22,17 @@ Report = dict[str, Tensor]
 def teacher_in_the_pipeline(step: TransferStep) -> Iterator[None]:
     """While open, Megatron's training loop gets schedules that
 
-    - carry the teacher's hidden state beside the student's (``step.streams`` of them along the batch axis), because
+    - carry the teacher's hidden state beside the student's (``Stage.streams`` of them along the batch axis), because
       schedules know the shape of what stages send from the micro-batch size alone;
     - end with the reports of all stages on the last one, because only that one's are logged.
     """
-    stock = training.get_forward_backward_func
+    stock, streams = training.get_forward_backward_func, STAGES[step.options.stage].streams
 
     def choose(*args: Any, **keywords: Any) -> Callable[..., list[Report]]:
         schedule = stock(*args, **keywords)
 
         def run(*, micro_batch_size: int, **rest: Any) -> list[Report]:
-            reports = schedule(micro_batch_size=micro_batch_size * step.streams, **rest)
+            reports = schedule(micro_batch_size=micro_batch_size * streams, **rest)
             return _with_whole_step(reports, step.finish())
 
         return run

@@ -30,8 +30,9 @@ from torch.profiler import ProfilerActivity, record_function
 
 from hydra_mcore.files import replacing, write_json
 from hydra_mcore.kinds import KINDS
+from hydra_mcore.model.branch import branch_class
 from hydra_mcore.model.fusion import Fusion
-from hydra_mcore.model.hydra_attention import BRANCHES, HydraAttention, OutputProjection, SharedKeysValues
+from hydra_mcore.model.hydra_attention import HydraAttention, OutputProjection, SharedKeysValues
 from hydra_mcore.model.parameters import GroupLinear, HeadLinear, RMSNorm
 from hydra_mcore.model.short_conv import ShortConv
 from hydra_mcore.train import align, step
@@ -39,6 +40,7 @@ from hydra_mcore.train.profile_table import BACKWARD, RANGE, STEP, TEACHER, Prof
 from hydra_mcore.train.step import TransferStep
 
 FOLDER = "profile"
+BRANCHES = {kind: branch_class(kind) for kind in KINDS}
 PART_OF_MODULE: dict[type, str] = {
     **{branch: f"{KINDS[kind].label} rest" for kind, branch in BRANCHES.items()},
     **{branch.core: core_name(kind) for kind, branch in BRANCHES.items() if not isinstance(branch.core, str)},

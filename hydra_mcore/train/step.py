@@ -56,11 +56,6 @@ class TransferStep(ABC):
         self.students = students
         self.monitors = [HeadMonitor(student, self.heads_due) for student in students]
 
-    @property
-    def streams(self) -> int:
-        """How many hidden states travel through the pipeline together."""
-        return 1
-
     def heads_due(self) -> bool:
         """Whether the step under way gathers the statistics of heads: the first one, and every so many."""
         step, interval = self.step_number(), self.options.head_statistics_interval
@@ -128,11 +123,6 @@ class AlignStep(TransferStep):
 
 class TokenStep(TransferStep):
     """The student's next tokens are compared with the text's and, where there is a teacher, with its logits."""
-
-    @property
-    def streams(self) -> int:
-        """The teacher's hidden state travels beside the student's."""
-        return 2 if self.teachers else 1
 
     def forward(
         self, model: torch.nn.Module, student: GPTModel, batch: MicroBatch

@@ -182,7 +182,7 @@ def logging_to(log: TrainingLog) -> Iterator[None]:
         }  # not for the console: one a layer
         log.log(layers, iteration)
         if iteration % log.args.log_interval == 0:
-            steps = 1 + sum(int(totals.get(f"{kind} iterations", 0)) for kind in ("advanced", "skipped"))
+            steps = 1 + sum(int(totals.get(f"{outcome} iterations", 0)) for outcome in ("advanced", "skipped"))
             log.log(log.speed(steps) | log.memory(), iteration)
         if log.step.heads_due():
             log.heads(iteration)

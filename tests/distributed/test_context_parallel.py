@@ -51,12 +51,11 @@ def _check_gated_delta(rank: int, ranks: int) -> None:
             expected = torch.cat(documents, dim=1)
             weight = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
             gradients = torch.autograd.grad(expected, whole, weight)
-            part = [x.detach()[:, mine].clone().requires_grad_() for x in whole]
-            cu_seqlens = None if bounds is None else torch.tensor(bounds)
-            out, state = gated_delta_rule(*part, cu_seqlens=cu_seqlens, cp_group=group)
+            leaves = [x.detach()[:, mine].clone().requires_grad_() for x in whole]
+            out, state = gated_delta_rule(*leaves, part=SequencePart(LENGTH, ranks, rank, bounds), cp_group=group)
             assert state is None
             torch.testing.assert_close(out, expected[:, mine], rtol=1e-10, atol=1e-12)
-            found = torch.autograd.grad(out, part, weight[:, mine])
+            found = torch.autograd.grad(out, leaves, weight[:, mine])
             for x, y in zip(found, gradients, strict=True):
                 torch.testing.assert_close(x, y[:, mine], rtol=1e-9, atol=1e-12)
 

@@ -16,14 +16,17 @@ from hypothesis import strategies as st
 
 from hydra_mcore.config import HydraOptions, ModelShape
 from hydra_mcore.costs.communication import (
-    LayerBytes,
+    NOTHING_SENT,
+    core_work,
     cp_bytes,
-    fa_imbalance,
-    fa_work,
+    imbalance,
     megatron_accepts,
     megatron_gdn_bytes,
+    summed,
+    total,
 )
 from hydra_mcore.heads import HeadLayout, HeadMap, HeadsByKind
+from hydra_mcore.kinds.kind import Sent
 from hydra_mcore.sequence import SequencePart
 from tests.support.launch import model_parallel, run_ranks
 from tests.support.traffic import sent_bytes
@@ -64,14 +67,15 @@ def _check_layers(rank: int, tp_size: int, cp_size: int) -> None:
             part = SequencePart(length, cp_size, groups.cp.rank(), documents)
             layer = _layer(fa, options, balance, dtype, recompute, groups)
             batch = 1 if packed else 2
-            expected = cp_bytes(layer.layout, groups.tp.rank(), part, HEAD_DIM, dtype.itemsize, batch, options)
+            expected = cp_bytes(SHAPE, options, layer.layout, groups.tp.rank(), part, dtype.itemsize, batch)
             found = _run(layer, part, batch, dtype)
-            assert found == _by_kind(expected, recompute), (fa, options, balance, given_input)
+            assert found == _by_collective(expected, recompute), (fa, options, balance, given_input)
 
 
 def _layer(
     fa: tuple[int, ...], options: HydraOptions, balance: str, dtype: torch.dtype, recompute: bool, groups: Any
 ) -> torch.nn.Module:
+    from hydra_mcore.model.attention_plan import AttentionPlan
     from hydra_mcore.model.build import transformer_config
     from hydra_mcore.model.hydra_attention import HydraAttention
 
@@ -79,7 +83,7 @@ def _layer(
     if recompute:
         config.recompute_granularity, config.recompute_modules = "selective", ["core_attn"]
     head_map = HeadMap.from_fa([(0, head) for head in fa], 1, HEADS, GROUPS)
-    return HydraAttention(config, 1, head_map, options, True, balance, groups)
+    return HydraAttention(config, 1, AttentionPlan(head_map, options, log_scale=True, fa_balance=balance), groups)
 
 
 def _run(layer: torch.nn.Module, part: SequencePart, batch: int, dtype: torch.dtype) -> tuple[Counter, Counter]:
@@ -96,27 +100,36 @@ def _run(layer: torch.nn.Module, part: SequencePart, batch: int, dtype: torch.dt
     return forward, backward
 
 
-def _by_kind(expected: LayerBytes, recompute: bool) -> tuple[Counter, Counter]:
-    gathered, exchanged = expected.states + expected.keys_values, expected.halo + expected.queries
+def _by_collective(expected: dict[str, dict[str, Sent]], recompute: bool) -> tuple[Counter, Counter]:
+    """Bytes by what carries them, forward and backward: each purpose has its own collective."""
+    sent = dict.fromkeys(("states", "halo", "keys and values", "queries"), NOTHING_SENT)
+    for by_purpose in expected.values():
+        sent |= by_purpose
+    gathered, exchanged = sent["states"] + sent["keys and values"], sent["halo"] + sent["queries"]
     forward = Counter(all_gather=gathered.forward, send=exchanged.forward)
     backward = Counter(reduce_scatter=gathered.backward, send=exchanged.backward)
     if recompute:
-        backward["all_gather"] = expected.states.forward
+        backward["all_gather"] = sent["states"].forward
     return forward, backward
 
 
 def test_bytes_worked_by_hand() -> None:
     """16 heads of 128, 8 groups, bf16, 4096 tokens on 4 ranks, FA heads 0, 1, 2 and 7: three groups."""
     layout = HeadLayout(HeadsByKind.from_fa([0, 1, 2, 7], 16), 8)
-    found = [cp_bytes(layout, 0, SequencePart(4096, 4, rank), 128, 2, 1, HydraOptions()) for rank in range(4)]
-    for rank, layer in enumerate(found):
-        assert layer.states.forward == layer.states.backward == 3 * 12 * 128 * 256 * 4
-        assert layer.keys_values.forward == layer.keys_values.backward == 3 * 1024 * 3 * 256 * 2
-        assert layer.queries.forward == layer.queries.backward == 2 * 512 * 4 * 128 * 2
-        halo = 3 * 12 * 384 * 2
-        assert (layer.halo.forward, layer.halo.backward) == (halo * (rank < 3), halo * (rank > 0))
-    alone = cp_bytes(layout, 0, SequencePart(4096), 128, 2, 1, HydraOptions())
-    assert alone.total.total == 0
+    shape = dataclasses.replace(SHAPE, num_heads=16, num_kv_groups=8, head_dim=128)
+    parts = [SequencePart(4096, 4, rank) for rank in range(4)]
+    for rank, part in enumerate(parts):
+        layer = cp_bytes(shape, HydraOptions(), layout, 0, part, value_bytes=2, rows=1)
+        states, keys_values, queries = 3 * 12 * 128 * 256 * 4, 3 * 1024 * 3 * 256 * 2, 2 * 512 * 4 * 128 * 2
+        halo = Sent(3 * 12 * 384 * 2 * (rank < 3), 3 * 12 * 384 * 2 * (rank > 0))
+        assert layer == {
+            "fa": {"keys and values": Sent(keys_values, keys_values), "queries": Sent(queries, queries)},
+            "gdn": {"states": Sent(states, states), "halo": halo},
+        }
+        assert summed(layer["gdn"]) == Sent(states, states) + halo
+        assert total(layer).total == 2 * (states + keys_values + queries) + halo.total
+    alone = cp_bytes(shape, HydraOptions(), layout, 0, SequencePart(4096), value_bytes=2, rows=1)
+    assert total(alone) == NOTHING_SENT
 
 
 @pytest.mark.parametrize(("tp_size", "cp_size"), [(1, 2), (1, 4), (2, 2)])
@@ -204,7 +217,7 @@ def test_no_attention_work_is_lost_or_done_twice(
     inner = data.draw(st.sets(st.integers(1, length - 1), max_size=6)) if length > 1 else ()
     bounds = (0, *sorted(inner), length)
     pairs = sum((end - start) * (end - start + 1) // 2 for start, end in itertools.pairwise(bounds))
-    work = [fa_work(layout, SequencePart(length, cp_size, rank, bounds)) for rank in range(cp_size)]
+    work = [core_work(layout, "fa", SequencePart(length, cp_size, rank, bounds)) for rank in range(cp_size)]
     assert sum(map(sum, work)) == pairs * len(layout.layer["fa"])
     assert all(len(of_rank) == layout.tp_size for of_rank in work)
 
@@ -213,7 +226,7 @@ def test_no_attention_work_is_lost_or_done_twice(
 @settings(max_examples=200, deadline=None)
 def test_shared_queries_balance_any_map(layout: HeadLayout, cp_size: int) -> None:
     for rank in range(cp_size):
-        assert fa_imbalance(layout, SequencePart(4096, cp_size, rank)) <= 1.05
+        assert imbalance(layout, "fa", SequencePart(4096, cp_size, rank)) <= 1.05
 
 
 def test_work_worked_by_hand() -> None:
@@ -221,10 +234,10 @@ def test_work_worked_by_hand() -> None:
     rank.
     """
     layer, part = HeadsByKind.from_fa([0, 3], 8), SequencePart(8)
-    assert fa_work(HeadLayout(layer, 4, 4), part) == (36, 36, 0, 0)
-    assert fa_imbalance(HeadLayout(layer, 4, 4), part) == 2.0
-    assert fa_work(HeadLayout(layer, 4, 4, fa_balance="queries"), part) == (18, 18, 18, 18)
-    assert fa_imbalance(HeadLayout(HeadsByKind.from_fa([], 8), 4, 4), part) == 1.0
+    assert core_work(HeadLayout(layer, 4, 4), "fa", part) == (36, 36, 0, 0)
+    assert imbalance(HeadLayout(layer, 4, 4), "fa", part) == 2.0
+    assert core_work(HeadLayout(layer, 4, 4, fa_balance="queries"), "fa", part) == (18, 18, 18, 18)
+    assert imbalance(HeadLayout(HeadsByKind.from_fa([], 8), 4, 4), "fa", part) == 1.0
 
 
 def test_the_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,6 +148,7 @@ def _groups() -> tuple[Any, Any]:
 
 
 def _build(case: Case, groups: Any, sequence_parallel: bool, recompute: bool) -> torch.nn.Module:
+    from hydra_mcore.model.attention_plan import AttentionPlan
     from hydra_mcore.model.build import transformer_config
     from hydra_mcore.model.hydra_attention import HydraAttention
 
@@ -157,7 +158,8 @@ def _build(case: Case, groups: Any, sequence_parallel: bool, recompute: bool) ->
         config.recompute_granularity, config.recompute_modules = "selective", ["core_attn"]
     head_map = HeadMap.from_fa([(case.layer_idx, h) for h in case.fa], 4, HEADS, GROUPS)
     torch.manual_seed(1)
-    layer = HydraAttention(config, case.layer_idx + 1, head_map, case.options, True, case.fa_balance, groups)
+    plan = AttentionPlan(head_map, case.options, log_scale=True, fa_balance=case.fa_balance)
+    layer = HydraAttention(config, case.layer_idx + 1, plan, groups)
     generator = torch.Generator().manual_seed(1)
     for parameter in layer.parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape, dtype=parameter.dtype, generator=generator)

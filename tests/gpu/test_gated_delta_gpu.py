@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hydra_mcore.ops import fla_kernels
 from hydra_mcore.ops.gated_delta import gated_delta_rule
+from hydra_mcore.sequence import SequencePart
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,7 +38,7 @@ def test_kernel_equals_reference(
     torch.manual_seed(0)
     b, s, h = (2, 333, 3) if bounds is None else (1, 333, 3)
     documents = b if bounds is None else len(bounds) - 1
-    cu_seqlens = None if bounds is None else torch.tensor(bounds)
+    part = None if bounds is None else SequencePart(s, documents=tuple(bounds))
     randn = lambda *shape: torch.randn(shape, device="cuda", dtype=dtype)  # noqa: E731
     inputs = [F.normalize(randn(b, s, h, d), dim=-1), F.normalize(randn(b, s, h, d), dim=-1), randn(b, s, h, v)]
     inputs += [-0.2 * torch.rand(b, s, h, device="cuda"), 2 * torch.rand(b, s, h, device="cuda")]
@@ -46,7 +47,7 @@ def test_kernel_equals_reference(
 
     def run() -> list[Tensor]:
         leaves = [x.clone().requires_grad_() for x in inputs]
-        results = gated_delta_rule(*leaves[:5], initial_state_bhdv=leaves[5], cu_seqlens=cu_seqlens)
+        results = gated_delta_rule(*leaves[:5], initial_state_bhdv=leaves[5], part=part)
         return [*results, *torch.autograd.grad(results, leaves, [grad_out, grad_state])]
 
     names = ("out", "state", "dq", "dk", "dv", "dlog_decay", "dwrite", "dinitial_state")

@@ -60,7 +60,7 @@ def teacher(source):
 def student_of(source, teacher, head_map: HeadMap = MIXED, scale: Tensor | None = None, **options: object):
     shape = ModelCard.load(source[2]).shape
     student = build_model(ModelCard(shape=shape, head_map=head_map, options=HydraOptions(**options), fingerprint=""))
-    inherit(teacher, student, scale)
+    inherit(teacher, student, shape, scale)
     return student
 
 
@@ -93,7 +93,7 @@ def test_rows_go_to_their_heads(source, teacher):
             k_then_v = rows(attention.gdn.linear_kv.weight, place, 2 * D)
             assert torch.equal(k_then_v[:D], rows(hf.k_proj.weight, h // 3)), f"head {h} reads group {h // 3}"
             assert torch.equal(k_then_v[D:], rows(hf.v_proj.weight, h // 3))
-        for branch in (name for name in ("fa", "gdn") if getattr(layer, name)):
+        for branch in (name for name in ("fa", "gdn") if layer[name]):
             assert torch.equal(getattr(attention, branch).q_norm.weight, hf.q_norm.weight)
             assert torch.equal(getattr(attention, branch).k_norm.weight, hf.k_norm.weight)
         for place, h in enumerate(layer["fa"] + layer["gdn"]):
@@ -116,7 +116,7 @@ def biased_pair(head_map: HeadMap, **options: object) -> tuple:
     student = build_model(
         ModelCard(shape=shape, head_map=head_map, options=HydraOptions(**options), fingerprint="")
     ).eval()
-    inherit(teacher, student)
+    inherit(teacher, student, shape)
     return teacher, student
 
 
@@ -144,11 +144,9 @@ def test_biases_go_where_their_rows_go(gdn_kv):
         groups = {"fa": sorted({h // 3 for h in layer["fa"]}), "gdn": sorted({h // 3 for h in layer["gdn"]})}
         if gdn_kv == "per_head":
             groups["gdn"] = [h // 3 for h in layer["gdn"]]
-        for branch in (name for name in ("fa", "gdn") if getattr(layer, name)):
+        for branch in (name for name in ("fa", "gdn") if layer[name]):
             found = getattr(ours, branch)
-            assert torch.equal(
-                found.linear_q.bias.view(-1, 16), torch.stack([query_hd[h] for h in getattr(layer, branch)])
-            )
+            assert torch.equal(found.linear_q.bias.view(-1, 16), torch.stack([query_hd[h] for h in layer[branch]]))
             assert torch.equal(found.linear_kv.bias.view(-1, 32), torch.stack([kv_gd[g] for g in groups[branch]]))
 
 
@@ -164,7 +162,7 @@ def test_everything_but_attention_is_the_teachers(source, teacher):
 def test_what_the_teacher_lacks_keeps_its_start(source, teacher):
     attention = student_of(source, teacher, gdn_half_life=40.0).decoder.layers[0].self_attention
     x_sbm = torch.randn(5, 2, ODD["hidden_size"])
-    decay_sbh, write_sbh = attention.gdn.gates(x_sbm)
+    decay_sbh, write_sbh = attention.gdn._gates(x_sbm)
     torch.testing.assert_close(40 * decay_sbh, torch.full_like(decay_sbh, -0.6931472))
     torch.testing.assert_close(write_sbh, torch.full_like(write_sbh, 0.5))
     taps = torch.tensor([0.0, 0.0, 0.0, 1.0]).expand_as(attention.gdn.conv.weight)

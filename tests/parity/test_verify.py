@@ -26,7 +26,7 @@ from hydra_mcore.config import HydraOptions
 from hydra_mcore.convert.hf_export import export_hf
 from hydra_mcore.convert.hf_import import import_hf
 from hydra_mcore.convert.inherit import hybridize
-from hydra_mcore.evaluation import layout_logits, verification
+from hydra_mcore.evaluation import layout_logits, subject, verification
 from hydra_mcore.evaluation.verification import NAMES
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.build import load_model
@@ -213,7 +213,7 @@ def whatever_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """Code that is not this version's runs too: these tests plant in it the faults that a version of ours might
     have.
     """
-    monkeypatch.setattr(verification, "check_model_code", lambda *_: None)
+    monkeypatch.setattr(subject, "check_model_code", lambda *_: None)
 
 
 @pytest.mark.usefixtures("whatever_code")

@@ -4,14 +4,14 @@
 
 from __future__ import annotations
 
-import importlib.machinery
+import importlib
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tools.doctor_lines import Check, Line, examine
+from tools.doctor.lines import Check, Line, examine
 
 ROOT = Path(__file__).parents[2]
 DOCTOR = ROOT / "tools" / "doctor.py"
@@ -23,7 +23,7 @@ def verdicts(lines: Iterator[Line]) -> dict[str, str]:
 
 def only(lines: Iterator[Line]) -> Line:
     (line,) = lines
-    assert bool(line.mend) == (line.verdict != "ok")
+    assert bool(line.fix) == (line.verdict != "ok")
     return line
 
 

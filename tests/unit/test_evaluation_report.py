@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 from hydra_mcore.errors import InputError
-from hydra_mcore.evaluation.figures import short
 from hydra_mcore.evaluation.models import ModelFacts
 from hydra_mcore.evaluation.perplexity import TextLoss, edges
 from hydra_mcore.evaluation.records import TEXT, Contestant, Piece, Records
 from hydra_mcore.evaluation.report import write_report
 from hydra_mcore.evaluation.results import comparable, groups_of, uneven
 from hydra_mcore.evaluation.scoring import Score
+from hydra_mcore.figures import short
 
 FACTS = ModelFacts(
     folder=Path("runs/a"),

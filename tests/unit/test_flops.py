@@ -11,17 +11,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hydra_mcore.config import HydraOptions, ModelCard, ModelShape, StageOptions, teacher_card
-from hydra_mcore.costs.flops import (
-    CHUNK,
-    causal_attention,
-    delta_rule,
-    fa_head,
-    gdn_head,
-    keys_values,
-    short_convolution,
-    step_flops,
-)
-from hydra_mcore.heads import HeadMap
+from hydra_mcore.costs.flops import attention_block, one_head, step_flops
+from hydra_mcore.heads import HeadMap, HeadsByKind
+from hydra_mcore.kinds.full_attention import FULL_ATTENTION, causal_attention
+from hydra_mcore.kinds.gated_delta import CHUNK, GATED_DELTA, delta_rule
+from hydra_mcore.kinds.kind import product
 from hydra_mcore.model.build import build_model
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.ops.gated_delta import gated_delta_rule
@@ -89,7 +83,7 @@ def _not_as_counted(card: ModelCard, stage: str) -> float:
     extra += num_heads * tokens * (all_pairs.forward - causal.forward) if stage != "extend" else 0.0
     rows = -(-LENGTH // CHUNK) * CHUNK * ROWS
     extra += (num_heads - num_fa) * rows * (4 * CHUNK * d + 2 * d * d)
-    return extra - (num_heads - num_fa) * tokens * short_convolution(d, card.options.gdn_conv_kernel).total
+    return extra - (num_heads - num_fa) * tokens * product(3 * d, card.options.gdn_conv_kernel).total  # of q, k and v
 
 
 def test_heads_of_qwen3() -> None:
@@ -101,14 +95,14 @@ def test_heads_of_qwen3() -> None:
     )  # fmt: skip
     options, projection = HydraOptions(), 2 * 2048 * 128
     assert causal_attention(128, 16384).forward == 4 * 128 * 8192.5
-    assert fa_head(shape, options, 16384).forward == 3 * projection + 4 * 128 * 8192.5  # query, gate, output
-    assert keys_values(shape).forward == 2 * projection
+    fa, gdn = (one_head(kind, shape, options, 16384) for kind in (FULL_ATTENTION, GATED_DELTA))
+    assert fa.forward == 3 * projection + 4 * 128 * 8192.5  # query, gate, output
     assert delta_rule(128, 16384).forward == 8 * 64 * 128 + 6 * 128 * 128 + 64 * 64
-    assert (
-        gdn_head(shape, options, 16384).forward
-        == 4 * projection + 2 * 2048 * 2 + 2 * 4 * 384 + delta_rule(128, 16384).forward
-    )
-    assert gdn_head(shape, options, 1 << 20) == gdn_head(shape, options, 1 << 14)
+    assert gdn.forward == 4 * projection + 2 * 2048 * 2 + 2 * 4 * 384 + delta_rule(128, 16384).forward
+    assert one_head(GATED_DELTA, shape, options, 1 << 20) == gdn
+    # Heads 0, 1 and 5 read two of the kv groups.
+    block = attention_block(shape, options, HeadsByKind.from_fa([0, 1, 5], 16), 16384)
+    assert block.forward == 3 * fa.forward + 13 * gdn.forward + 2 * (2 * projection)
     assert gated_delta_rule.__kwdefaults__["chunk_size"] == CHUNK
 
 

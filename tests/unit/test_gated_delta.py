@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hydra_mcore.ops import chunked_delta_rule, fla_kernels
 from hydra_mcore.ops.gated_delta import gated_delta_rule
+from hydra_mcore.sequence import SequencePart
 from tests.support.naive_gated_delta import naive_gated_delta_rule
 
 # The five inputs [b, s, h, ...] in the order of the signature; an initial state may follow.
@@ -76,9 +77,9 @@ def naive(*inputs: Tensor) -> tuple[Tensor, Tensor]:
     return naive_gated_delta_rule(*inputs[:5], initial_state_bhdv=inputs[5] if inputs[5:] else None)
 
 
-def packed(bounds: Sequence[int], dtype: torch.dtype = torch.int64, **options) -> Callable[..., tuple[Tensor, Tensor]]:
+def packed(bounds: Sequence[int], **options) -> Callable[..., tuple[Tensor, Tensor]]:
     """``ours`` over documents packed at ``bounds``."""
-    return lambda *inputs: ours(*inputs, cu_seqlens=torch.tensor(bounds, dtype=dtype), **options)
+    return lambda *inputs: ours(*inputs, part=SequencePart(inputs[0].shape[1], documents=tuple(bounds)), **options)
 
 
 def one_by_one(
@@ -197,7 +198,7 @@ def test_two_calls_equal_one(cut: int) -> None:
 )
 def test_packed_documents_equal_each_alone(bounds: list[int]) -> None:
     inputs = make_inputs(s=150, documents=len(bounds) - 1)
-    actual = outputs_and_gradients(packed(bounds, torch.int32), inputs)
+    actual = outputs_and_gradients(packed(bounds), inputs)
     assert_same(actual, outputs_and_gradients(one_by_one(ours, bounds), inputs), 1e-12)
     assert_same(actual, outputs_and_gradients(one_by_one(naive, bounds), inputs), 1e-10)
 
@@ -288,7 +289,7 @@ def test_time_and_memory_are_linear_in_length(documents: int) -> None:
 )
 def test_wrong_boundaries_are_refused(bounds: list[int], cause: str) -> None:
     with pytest.raises(ValueError, match=cause) as error:
-        packed(bounds, torch.int32)(*make_inputs()[:5])
+        packed(bounds)(*make_inputs()[:5])
     assert "\n" not in str(error.value)
 
 
@@ -313,12 +314,12 @@ def test_names_are_translated_for_the_kernel(monkeypatch: pytest.MonkeyPatch) ->
         return one_by_one(naive, cu_seqlens.tolist())(q, k, v, g, beta, initial_state)
 
     inputs = make_inputs(documents=2, dtype=torch.bfloat16)
-    cu_seqlens = torch.tensor([0, 30, 70], dtype=torch.int32)
+    part = SequencePart(70, documents=(0, 30, 70))
     monkeypatch.setattr(
         fla_kernels, "kernels", lambda: fla_kernels.Kernels(chunked=kernel, recurrent=None, conv=None, l2norm=None)
     )
     monkeypatch.setattr(fla_kernels, "serve", lambda x: True)
-    actual = gated_delta_rule(*inputs[:5], initial_state_bhdv=inputs[5], cu_seqlens=cu_seqlens)
+    actual = gated_delta_rule(*inputs[:5], initial_state_bhdv=inputs[5], part=part)
     monkeypatch.undo()
     assert_same(actual, packed([0, 30, 70])(*inputs), 2**-8)
 

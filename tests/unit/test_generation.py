@@ -20,7 +20,7 @@ from hydra_mcore.evaluation.generation import from_memory, greedy
 from hydra_mcore.evaluation.parallel import ParallelModel
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.build import build_model, load_model
-from hydra_mcore.model.cache import DecodingCache
+from hydra_mcore.model.cache import DecodingCache, LayerCache
 from hydra_mcore.model.checkpoints import save_weights
 from hydra_mcore.model.forward import last_hidden
 from hydra_mcore.model.runtime import process_groups
@@ -155,8 +155,7 @@ def test_memory_is_what_must_be_remembered_and_no_more() -> None:
     tensors = {
         (layer_idx, name): (x.dtype, x.untyped_storage().nbytes())
         for layer_idx, layer in cache.layers.items()
-        for name, x in vars(layer).items()
-        if isinstance(x, Tensor)
+        for name, x in held_tensors(layer).items()
     }
     expected, b, d = {}, 2, 8
     for layer_idx, (groups, gdn) in enumerate([(0, 6), (2, 3), (1, 5), (2, 0)]):
@@ -165,9 +164,18 @@ def test_memory_is_what_must_be_remembered_and_no_more() -> None:
                 (layer_idx, name): (torch.bfloat16, b * groups * 60 * d * 2) for name in ("keys_bgtd", "values_bgtd")
             }
         if gdn:
-            expected[layer_idx, "state_bhdv"] = (torch.float32, b * gdn * d * d * 4)
-            expected[layer_idx, "taps_sbhc"] = (torch.bfloat16, 3 * b * gdn * 3 * d * 2)
+            expected[layer_idx, "gdn state"] = (torch.float32, b * gdn * d * d * 4)
+            expected[layer_idx, "gdn taps"] = (torch.bfloat16, 3 * b * gdn * 3 * d * 2)
     assert tensors == expected
+
+
+def held_tensors(layer: LayerCache) -> dict[str, Tensor]:
+    """Every tensor that a layer's cache holds: those of its keys and values, and the states of each kind by name."""
+    held = dict(vars(layer.keys_values))
+    for kind, states in layer.states.items():
+        held |= {f"{kind} {name}": x for name, x in states.items()}
+    assert set(vars(layer)) == {"keys_values", "states"}
+    return {name: x for name, x in held.items() if isinstance(x, Tensor)}
 
 
 def test_a_stop_token_is_repeated_and_ends_the_loop_when_all_rows_have_met_one() -> None:

@@ -23,7 +23,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hydra_mcore.config import HydraOptions, ModelCard, ModelShape
-from hydra_mcore.heads import HeadMap, HeadRole
+from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.build import build_model
 from hydra_mcore.model.cache import DecodingCache
 from hydra_mcore.model.forward import last_hidden
@@ -139,14 +139,12 @@ def pieces(attention: HydraAttention) -> dict[str, Callable[[Tensor], Any]]:
     part = SequencePart(7)
 
     def fused(x_sbm: Tensor) -> Tensor:
-        out = {role: x_sbm.unflatten(-1, (4, 8))[:, :, :2] for role in HeadRole}
-        return attention.fusion(
-            {HeadRole.FA: (out[HeadRole.FA], attention.fa.gate(x_sbm)), HeadRole.GDN: (out[HeadRole.GDN], None)}, x_sbm
-        )
+        out_sbhd = x_sbm.unflatten(-1, (4, 8))[:, :, :2]
+        return attention.fusion({"fa": (out_sbhd, attention.fa.gate(x_sbm)), "gdn": (out_sbhd, None)}, x_sbm)
 
     return {
         "output gate": attention.fa.gate,
-        "decay and write": attention.gdn.gates,
+        "decay and write": attention.gdn._gates,
         "short convolution": lambda x_sbm: attention.gdn.conv(
             x_sbm.repeat(1, 1, 2)[..., :48].unflatten(-1, (2, 24)), part
         ),

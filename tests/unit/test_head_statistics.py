@@ -51,12 +51,10 @@ def _both(rank: int, options: HydraOptions) -> tuple[dict[str, np.ndarray], dict
             )
         outputs: list[tuple] = []
         for layer in model.decoder.layers:
-            for role in ("fa", "gdn"):
-                if hasattr(layer.self_attention, role):
-                    branch = getattr(layer.self_attention, role)
-                    branch.register_forward_hook(
-                        lambda module, args, out, a=layer.self_attention, r=role: outputs.append((a, r, args[0], out))
-                    )
+            for kind, branch in layer.self_attention.branches.items():
+                branch.register_forward_hook(
+                    lambda module, args, out, a=layer.self_attention, k=kind: outputs.append((a, k, args[0], out.own))
+                )
         batches = torch.randint(SHAPE.vocab_size, (2, 2, 16), generator=torch.Generator().manual_seed(3))
         position_ids_bs = torch.arange(16).expand(2, -1)
         for ids_bs in batches:
@@ -74,22 +72,22 @@ def _both(rank: int, options: HydraOptions) -> tuple[dict[str, np.ndarray], dict
 def _by_hand(outputs: list[tuple], options: HydraOptions, head_map: HeadMap) -> dict[str, np.ndarray]:
     values = {name: np.full((SHAPE.num_layers, SHAPE.num_heads), math.nan) for name in STATISTICS}
     for attention in {id(a): a for a, *_ in outputs}.values():
-        layer, roles = attention.layer_idx, head_map.layers[attention.layer_idx]
-        order = roles.fa + roles.gdn
+        layer, kinds = attention.layer_idx, head_map.layers[attention.layer_idx]
+        order = kinds["fa"] + kinds["gdn"]
         if hasattr(attention.fusion, "scale"):
             for at, head in enumerate(order):
                 values["scale"][layer, head] = attention.fusion.scale.weight[at].item()
-        for role in ("fa", "gdn"):
-            mine = [(x, out[0] if role == "fa" else out) for a, r, x, out in outputs if a is attention and r == role]
-            for at, head in enumerate(getattr(roles, role)):
+        for kind in ("fa", "gdn"):
+            mine = [(x, out) for a, k, x, out in outputs if a is attention and k == kind]
+            for at, head in enumerate(kinds[kind]):
                 out = torch.stack([o[:, :, at] for _, (o, _) in mine]).double()
                 if mine[0][1][1] is not None:
                     gate = torch.stack([g[:, :, at] for _, (_, g) in mine]).double()
                     values["gate"][layer, head] = gate.mean().item()
                     out = out * gate if options.gate_order == "before_norm" else out
                 values["rms"][layer, head] = out.square().mean().sqrt().item()
-                if role == "gdn":
-                    decay, write = zip(*(attention.gdn.gates(x) for x, _ in mine), strict=True)
+                if kind == "gdn":
+                    decay, write = zip(*(attention.gdn._gates(x) for x, _ in mine), strict=True)
                     values["half-life"][layer, head] = -math.log(2) / torch.stack(decay)[..., at].double().mean().item()
                     values["write gate"][layer, head] = torch.stack(write)[..., at].double().mean().item()
     return values
@@ -97,9 +95,9 @@ def _by_hand(outputs: list[tuple], options: HydraOptions, head_map: HeadMap) -> 
 
 def test_means_over_heads() -> None:
     head_map = HeadMap.from_fa([(0, 1), (1, 0), (1, 1), (1, 2)], num_layers=2, num_heads=3, num_kv_groups=1)
-    table = np.zeros((len(STATISTICS), 2, 3, 2))
-    table[STATISTICS.index("rms")] = [[(8, 2), (3, 3), (32, 2)], [(1, 1), (4, 4), (4, 1)]]
-    table[STATISTICS.index("half-life"), 0, [0, 2]] = [(-0.1, 2), (-0.3, 2)]
+    names, table = list(STATISTICS), np.zeros((len(STATISTICS), 2, 3, 2))
+    table[names.index("rms")] = [[(8, 2), (3, 3), (32, 2)], [(1, 1), (4, 4), (4, 1)]]
+    table[names.index("half-life"), 0, [0, 2]] = [(-0.1, 2), (-0.3, 2)]
     found = HeadStatistics(table, head_map).by_layer()
     rms = {
         "gdn rms/layer 00": math.sqrt(10),

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[2]
 LAYERS = [
     [
         *("hydra_mcore.errors", "hydra_mcore.files", "hydra_mcore.commands", "hydra_mcore.tokenizer"),
-        *("hydra_mcore.stages", "hydra_mcore.heads", "hydra_mcore.config", "hydra_mcore.recipe"),
+        *("hydra_mcore.figures", "hydra_mcore.shape", "hydra_mcore.sequence", "hydra_mcore.stages"),
+        *("hydra_mcore.kinds", "hydra_mcore.heads", "hydra_mcore.config", "hydra_mcore.recipe"),
     ],
     ["hydra_mcore.compat", "hydra_mcore.ops"],
     ["hydra_mcore.model"],

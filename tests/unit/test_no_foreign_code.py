@@ -30,7 +30,7 @@ SAFE = {
     ("examples/tiny/teacher_training.py", "PreTrainedTokenizerFast.from_pretrained(folder)"),
     ("hydra_mcore/convert/hf_config.py", "hydra_family.from_config(raw | given, shape)"),
     (
-        "hydra_mcore/evaluation/verification.py",
+        "hydra_mcore/evaluation/subject.py",
         (
             "AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=run_its_code,"
             " local_files_only=True)"

@@ -16,7 +16,7 @@ from hydra_mcore.config import ModelCard, ModelShape, teacher_card
 from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.comparison import KL_BAR, ROWS, TIE, Result, agreement
 from hydra_mcore.evaluation.layout_logits import Layout, Rows
-from hydra_mcore.evaluation.verification import MIN_LENGTH
+from hydra_mcore.evaluation.subject import MIN_LENGTH
 from hydra_mcore.model.runtime import process_groups
 
 

@@ -16,7 +16,8 @@ from megatron.core.ssm.gated_delta_net.common import torch_chunk_gated_delta_rul
 from torch import Tensor
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule as transformers_rule
 
-from hydra_mcore.costs.flops import causal_attention, delta_rule
+from hydra_mcore.kinds.full_attention import causal_attention
+from hydra_mcore.kinds.gated_delta import delta_rule
 from hydra_mcore.ops.chunked_delta_rule import chunked_delta_rule, recurrent_delta_rule
 from hydra_mcore.ops.gated_delta import gated_delta_rule
 from tools.benchmarks.measure import Point, measured

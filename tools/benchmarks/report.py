@@ -1,28 +1,20 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a section of the benchmark found: markdown tables on stdout, a JSON file, a figure of time and memory against
-length.
-"""
+"""What a section of the benchmark found: markdown tables on stdout, a JSON file; figure.py draws it."""
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
-import math
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hydra_mcore.files import write_json
 from tools.benchmarks.measure import Point
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-DASHES = (0, (5, 3))
 
 
 @dataclass(frozen=True)
@@ -104,91 +96,6 @@ def _processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def save_figure(path: Path, report: Report) -> None:
-    """Write a PNG: for every table with points time against length, and memory beside it where it was measured."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-
-    from hydra_mcore.evaluation.figures import COLORS, MARKERS
-    from hydra_mcore.files import replacing
-
-    tables = [table for table in report.tables if table.points]
-    names = dict.fromkeys(point.name for table in tables for point in table.points)
-    styles = {
-        name: {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]} for i, name in enumerate(names)
-    }
-    lines = math.ceil((len(names) + 1) / 4)
-    figure = Figure(figsize=(11, 4.0 * len(tables) + 0.4 + 0.24 * lines), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(len(tables), 2, squeeze=False)
-    for table, (time_axes, memory_axes) in zip(tables, panels, strict=True):
-        _time_panel(time_axes, table, styles)
-        if any(point.peak_bytes for point in table.points):
-            _memory_panel(memory_axes, table, styles)
-        else:
-            memory_axes.remove()
-    entries = {
-        label: handle
-        for panel in panels[:, 0]
-        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
-    }
-    order = sorted(entries, key=list(names).index)
-    if any(table.limits for table in tables):
-        entries["limit"] = Line2D([], [], color="#888888", ls=DASHES, lw=1.2)
-        order.append("limit")
-    figure.legend(
-        [entries[name] for name in order], order, loc="outside lower center", ncols=4, frameon=False, fontsize=9
-    )
-    with replacing(path) as beside:
-        figure.savefig(beside, format="png")
-
-
 def _table(report: Report) -> str:
     head, *rows = ("| " + " | ".join(map(str, cells)) + " |" for cells in (report.columns, *report.rows))
     return "\n".join([head, "|---|" + "---:|" * (len(report.columns) - 1), *rows])
-
-
-def _time_panel(axes: Axes, table: Report, styles: Mapping[str, dict[str, Any]]) -> None:
-    for name, style in styles.items():
-        own = [point for point in table.points if point.name == name]
-        if own:
-            below, above = [p.median - min(p.seconds) for p in own], [max(p.seconds) - p.median for p in own]
-            lengths, medians = [p.length for p in own], [p.median for p in own]
-            axes.errorbar(
-                lengths, medians, (below, above), label=name, markersize=5, lw=1.6, elinewidth=1.0, capsize=2.5, **style
-            )
-    for name, seconds in table.limits.items():
-        axes.plot(list(seconds), list(seconds.values()), color=styles[name]["color"], ls=DASHES, lw=1.2)
-    _axes(axes, table.points, f"{table.title}: seconds (median, range)")
-
-
-def _memory_panel(axes: Axes, table: Report, styles: Mapping[str, dict[str, Any]]) -> None:
-    for index, (name, style) in enumerate(styles.items()):
-        own = [point for point in table.points if point.name == name and point.peak_bytes]
-        # Lines may lie on each other: open markers, each smaller than the last.
-        size = max(4, 10 - 1.5 * index)
-        axes.plot(
-            [p.length for p in own], [p.peak_bytes / 2**20 for p in own], mfc="none", markersize=size, lw=1.2, **style
-        )
-    _axes(axes, table.points, f"{table.memory}, MiB")
-
-
-def _axes(axes: Axes, points: Sequence[Point], title: str) -> None:
-    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
-
-    from hydra_mcore.evaluation.figures import short
-
-    lengths = sorted({point.length for point in points})
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(lengths, [short(length) for length in lengths])
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_minor_locator(NullLocator())
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(title, fontsize=10, loc="left")
-    axes.set_xlabel("tokens")
