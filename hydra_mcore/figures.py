@@ -29,7 +29,7 @@ def empty(width: float, height: float, dpi: int = 150) -> Figure:
 
 def save(figure: Figure, path: str | Path) -> None:
     """Write a PNG, whole or not at all."""
-    with replacing(Path(path)) as beside:
+    with replacing(path) as beside:
         figure.savefig(beside, format="png")
 
 

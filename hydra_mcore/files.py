@@ -76,16 +76,15 @@ def parse_json(text: str | bytes, name: str, error: type[InputError] = InputErro
 
 
 def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:
-    """Write a JSON file atomically: beside the target, then rename. A kill leaves at most ``NAME.partial``."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(target.name + ".partial")
-    try:
-        with named(target):
-            beside.write_text(json.dumps(value, indent=indent) + "\n")
-            beside.replace(target)
-    finally:
-        _forget(beside)
+    """Write a JSON file, whole or not at all. A kill leaves at most ``NAME.partial``."""
+    with replacing(path, alone=True) as beside:
+        beside.write_text(json.dumps(value, indent=indent) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file in UTF-8, whole or not at all; others may write it at the same time."""
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
 def disk_problem(error: OSError) -> str:
@@ -143,22 +142,23 @@ def check_writable(folder: str | Path, what: str, error: type[InputError] = Inpu
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A name beside a file to write to, renamed onto it at the end; every writer has a name of its own."""
+def replacing(path: str | Path, alone: bool = False) -> Iterator[Path]:
+    """A name beside a file to write to, renamed onto it at the end: whoever reads the file sees the old or the new one.
+
+    Args:
+        alone: nobody else writes this file now, so that the name is always the same and what kills leave does not pile
+            up; else every writer has a name of its own.
+    """
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    beside = path.with_name(f"{path.name}.partial" if alone else f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         with named(path):
             yield beside
             beside.replace(path)
     finally:
-        _forget(beside)
-
-
-def _forget(beside: Path) -> None:
-    """Remove what was not renamed; a disk that refuses this too has said so already."""
-    with contextlib.suppress(OSError):
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that refuses this too has said so already
+            beside.unlink(missing_ok=True)
 
 
 def from_fields[T](cls: type[T], raw: Any, name: str, error: type[InputError] = InputError) -> T:

@@ -93,9 +93,12 @@ class HeadsByKind(Mapping[str, tuple[int, ...]]):
             raise HeadMapError(f"head map: layer {layer_idx} lacks head {missing}; give it a kind (of {kinds})")
 
 
-def in_words(heads: HeadsByKind) -> str:
-    """Heads as errors show them: "FA heads 0, 3; GDN heads 1, 2"."""
-    return "; ".join(f"{KINDS[kind].label} heads {', '.join(map(str, owned))}" for kind, owned in heads.items())
+def first_difference(theirs: HeadsByKind, ours: HeadsByKind) -> tuple[str, str, str]:
+    """The first kind of which two layers have different heads, and these, as errors show them: ("FA", "0, 3",
+    "none").
+    """
+    kind = next(kind for kind in KINDS if theirs[kind] != ours[kind])
+    return KINDS[kind].label, *(", ".join(map(str, heads[kind])) or "none" for heads in (theirs, ours))
 
 
 @dataclass(frozen=True)

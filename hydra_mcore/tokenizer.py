@@ -44,3 +44,11 @@ def open_tokenizer(name: str | Path, local_files_only: bool = False) -> PreTrain
     if reason:
         raise InputError(f"tokenizer {name}: does not load ({reason}); give a folder with its files")
     return tokenizer
+
+
+def load_tokenizer(checkpoint_dir: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that import put beside a checkpoint; raises InputError when there is none that loads."""
+    folder = Path(checkpoint_dir) / "tokenizer"
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no tokenizer beside the checkpoint; copy the Hugging Face tokenizer files there")
+    return open_tokenizer(folder)

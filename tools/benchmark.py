@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from pathlib import Path
 
@@ -14,40 +13,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hydra_mcore.commands import one_line_errors
 from hydra_mcore.errors import InputError
-from tools.benchmarks.report import markdown, save_json
-
-# The modules of tools/benchmarks: those that give a figure, and those whose results are no curve.
-DRAWN = ("delta_rule", "attention", "layer", "step", "decode")
-TABLES = ("communication", "balance", "memory", "selection", "data", "evaluation", "start_up")
-# Sections that install what hydra_mcore changes in the process by themselves, once they measured others without it.
-PLAIN = ("delta_rule",)
+from tools.benchmarks.flags import SECTIONS
 
 
 def parser() -> argparse.ArgumentParser:
     layout = argparse.RawDescriptionHelpFormatter
-    sections = {name: importlib.import_module(f"tools.benchmarks.{name}") for name in DRAWN + TABLES}
-    epilog = "examples:\n" + "".join(section.EXAMPLES for section in sections.values())
+    epilog = "examples:\n" + "".join(section.examples for section in SECTIONS.values())
     p = argparse.ArgumentParser(prog="benchmark", description=__doc__, epilog=epilog, formatter_class=layout)
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, section in sections.items():
-        examples = "examples:\n" + section.EXAMPLES
+    for name, section in SECTIONS.items():
         command = commands.add_parser(
             name.replace("_", "-"),
-            help=section.HELP,
-            description=section.__doc__,
-            epilog=examples,
+            help=section.help,
+            description=section.about,
+            epilog="examples:\n" + section.examples,
             formatter_class=layout,
         )
-        section.add_options(command)
+        section.add_flags(command)
         command.add_argument("--json", type=Path, metavar="FILE", help="write the tables and every measured time there")
-        if name in DRAWN:
-            command.add_argument(
-                "--figure",
-                type=Path,
-                metavar="FILE",
-                help="PNG of time against length, and memory where it is measured",
-            )
-        command.set_defaults(run=section.run, figure=None, plain=name in PLAIN)
+        if section.figure:
+            curves = "PNG of time against length, and memory where it is measured"
+            command.add_argument("--figure", type=Path, metavar="FILE", help=curves)
+        command.set_defaults(section=name, figure=None)
     return p
 
 
@@ -55,23 +42,12 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
-    if not args.plain:
-        from hydra_mcore.compat import install
-
-        install()
     for flag, path in (("--json", args.json), ("--figure", args.figure)):
         if path and not path.absolute().parent.is_dir():
             raise InputError(f"{flag} {path}: no such folder; make it first")
-    report = args.run(args)
-    print(markdown(report))
-    if args.json:
-        save_json(args.json, argv, report)
-    if args.figure:
-        from tools.benchmarks.figure import save_figure
+    from tools.benchmarks.run import run  # takes seconds: not for --help
 
-        save_figure(args.figure, report)
-    if report.failure:
-        sys.exit(f"benchmark: {report.failure}")
+    run(args, argv)
 
 
 if __name__ == "__main__":

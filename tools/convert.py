@@ -11,7 +11,6 @@ export     a checkpoint -> a Hugging Face directory, of the teacher's own family
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 import warnings
 from pathlib import Path
@@ -40,150 +39,79 @@ HYBRIDIZE_EXAMPLES = """examples:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-
-    importing = commands.add_parser(
-        "import", help="Hugging Face directory -> checkpoint", epilog=IMPORT_EXAMPLES, formatter_class=layout
-    )
-    importing.add_argument("--hf", required=True, metavar="DIR", help="directory with config.json and *.safetensors")
-
-    hybridizing = commands.add_parser(
-        "hybridize",
-        help="teacher + head map -> student",
-        usage="%(prog)s --teacher DIR --heads FILE --out DIR [options]",
-        epilog=HYBRIDIZE_EXAMPLES,
-        formatter_class=layout,
-    )
-    hybridizing.add_argument("--teacher", required=True, metavar="DIR", help="checkpoint folder that import wrote")
-    hybridizing.add_argument(
-        "--heads", required=True, metavar="FILE", help="head map (JSON, from tools/select_heads.py)"
-    )
-    hybridizing.add_argument(
-        "--fusion-scale",
-        choices=("calibrated", "one"),
-        default="calibrated",
-        help="where fusion scales start: at the size of the teacher's head outputs on the calibration text, or at 1",
-    )
-    hybridizing.add_argument("--calibration-text", metavar="FILE", help="UTF-8 text; its first 4096 tokens are used")
-    hybridizing.add_argument(
-        "--seed", type=int, default=1234, metavar="N", help="seed of the output gates' random start"
-    )
-    add_flags(hybridizing.add_argument_group("the layer"), HydraOptions)
-
-    hybridizing.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the weights written"
-    )
-
-    exporting = commands.add_parser(
-        "export", help="checkpoint -> Hugging Face directory", epilog=EXPORT_EXAMPLES, formatter_class=layout
-    )
-    exporting.add_argument(
-        "--checkpoint", required=True, metavar="DIR", help="checkpoint folder of a teacher or of any stage"
-    )
-    exporting.add_argument(
-        "--max-shard-size",
-        type=float,
-        default=5.0,
-        metavar="GB",
-        help="largest safetensors file (default: %(default)s)",
-    )
-    exporting.add_argument("--evaluation", metavar="FILE", help="report.md of tools/evaluate.py, for the model card")
-
-    for command, source, result in (
-        (importing, "in the directory", "checkpoint"),
-        (exporting, "at the source", "Hugging Face"),
-    ):
-        exact = f"dtype of the weights written (default: as {source}, so nothing is rounded)"
-        command.add_argument("--dtype", choices=("float32", "bfloat16"), help=exact)
-        command.add_argument("--out", required=True, metavar="DIR", help=f"new {result} folder")
-    hybridizing.add_argument("--out", required=True, metavar="DIR", help="new checkpoint folder")
+    add_import(commands)
+    add_hybridize(commands)
+    add_export(commands)
     for name, command in commands.choices.items():
-        command.add_argument(
-            "--config", nargs="+", metavar="FILE", help=f"recipe: YAML files whose section {name} holds these flags"
-        )
+        sections = f"recipe: YAML files whose section {name} holds these flags"
+        command.add_argument("--config", nargs="+", metavar="FILE", help=sections)
         command.add_argument("--skip-existing", action="store_true", help="do nothing where --out is complete already")
-    importing.set_defaults(run=import_from, seed=0, mark=CARD_NAME)
-    hybridizing.set_defaults(run=hybridize_from, mark=CARD_NAME)
-    exporting.set_defaults(run=export_from, seed=0, mark="config.json")
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in commands.choices:
         return parse_with_recipe(commands.choices[argv[0]], argv[0], argv[1:])
     return parser.parse_args(argv)
 
 
-def hybridize_from(args: argparse.Namespace) -> None:
-    """The hybridize command; raises InputError for anything given that cannot be used."""
-    import torch
-
-    from hydra_mcore.convert.calibration import calibration_tokens
-    from hydra_mcore.convert.inherit import SCALED_FUSIONS, hybridize
-    from hydra_mcore.errors import InputError
-    from hydra_mcore.heads import HeadMap
-
-    options = HydraOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(HydraOptions)})
-    head_map = HeadMap.load(args.heads)
-    calibrated = args.fusion_scale == "calibrated" and options.fusion in SCALED_FUSIONS
-    if calibrated and args.calibration_text is None:
-        raise InputError("the fusion scales need --calibration-text FILE; or start them at 1 with --fusion-scale one")
-    if args.calibration_text is not None and not calibrated:
-        raise InputError("--calibration-text has no use here: the fusion scales are not calibrated; leave it out")
-    tokens_bs = calibration_tokens(args.calibration_text, args.teacher) if calibrated else None
-    card = hybridize(args.teacher, head_map, options, args.out, tokens_bs, getattr(torch, args.dtype))
-    num_heads = head_map.num_layers * head_map.num_heads
-    print(f"student with {head_map.num_fa} FA heads of {num_heads}, teacher {card.fingerprint[:12]}: {args.out}")
+def add_import(commands: argparse._SubParsersAction) -> None:
+    p = add_command(commands, "import", "Hugging Face directory -> checkpoint", IMPORT_EXAMPLES)
+    p.add_argument("--hf", required=True, metavar="DIR", help="directory with config.json and *.safetensors")
+    add_result(p, "checkpoint", source="in the directory")
+    p.set_defaults(command="import", seed=0, mark=CARD_NAME)
 
 
-def import_from(args: argparse.Namespace) -> None:
-    """The import command; raises InputError for a directory that cannot be used."""
-    import torch
+def add_hybridize(commands: argparse._SubParsersAction) -> None:
+    usage = "%(prog)s --teacher DIR --heads FILE --out DIR [options]"
+    p = add_command(commands, "hybridize", "teacher + head map -> student", HYBRIDIZE_EXAMPLES, usage)
+    p.add_argument("--teacher", required=True, metavar="DIR", help="checkpoint folder that import wrote")
+    p.add_argument("--heads", required=True, metavar="FILE", help="head map (JSON, from tools/select_heads.py)")
+    scales = "where fusion scales start: at the size of the teacher's head outputs on the calibration text, or at 1"
+    p.add_argument("--fusion-scale", choices=("calibrated", "one"), default="calibrated", help=scales)
+    p.add_argument("--calibration-text", metavar="FILE", help="UTF-8 text; its first 4096 tokens are used")
+    p.add_argument("--seed", type=int, default=1234, metavar="N", help="seed of the output gates' random start")
+    add_flags(p.add_argument_group("the layer"), HydraOptions)
+    add_result(p, "checkpoint")
+    p.set_defaults(command="hybridize", mark=CARD_NAME)
 
-    from hydra_mcore.convert.hf_import import import_hf
 
-    card = import_hf(args.hf, args.out, args.dtype and getattr(torch, args.dtype))
-    print(
-        f"{card.stage} {card.fingerprint[:12]}, {card.shape.num_layers} layers x {card.shape.num_heads} heads:"
-        f" {args.out}"
-    )
+def add_export(commands: argparse._SubParsersAction) -> None:
+    p = add_command(commands, "export", "checkpoint -> Hugging Face directory", EXPORT_EXAMPLES)
+    p.add_argument("--checkpoint", required=True, metavar="DIR", help="checkpoint folder of a teacher or of any stage")
+    largest = "largest safetensors file (default: %(default)s)"
+    p.add_argument("--max-shard-size", type=float, default=5.0, metavar="GB", help=largest)
+    p.add_argument("--evaluation", metavar="FILE", help="report.md of tools/evaluate.py, for the model card")
+    add_result(p, "Hugging Face", source="at the source")
+    p.set_defaults(command="export", seed=0, mark="config.json")
 
 
-def export_from(args: argparse.Namespace) -> None:
-    """The export command; raises InputError for a checkpoint that cannot be exported."""
-    import torch
+def add_command(
+    commands: argparse._SubParsersAction, name: str, what: str, examples: str, usage: str | None = None
+) -> argparse.ArgumentParser:
+    layout = argparse.RawDescriptionHelpFormatter
+    return commands.add_parser(name, help=what, usage=usage, epilog=examples, formatter_class=layout)
 
-    from hydra_mcore.convert.hf_export import export_hf
-    from hydra_mcore.errors import InputError
 
-    if not args.max_shard_size > 0:
-        raise InputError(f"--max-shard-size is {args.max_shard_size}; it counts GB, so it must exceed 0")
-    card = export_hf(
-        args.checkpoint, args.out, args.dtype and getattr(torch, args.dtype), args.max_shard_size * 1e9, args.evaluation
-    )
-    print(
-        f"{card.stage} with {card.head_map.num_fa} FA heads of {card.shape.num_layers * card.shape.num_heads}:"
-        f" {args.out}"
-    )
+def add_result(p: argparse.ArgumentParser, result: str, source: str | None = None) -> None:
+    """Add ``--dtype``, by default that of the ``source`` or float32, and ``--out``."""
+    what = "dtype of the weights written"
+    if source:
+        what += f" (default: as {source}, so nothing is rounded)"
+    default = None if source else "float32"
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default=default, help=what)
+    p.add_argument("--out", required=True, metavar="DIR", help=f"new {result} folder")
 
 
 @one_line_errors("convert")
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)  # before the heavy imports, so that --help is quick
+    args = parse_args(argv)
     if args.skip_existing and (Path(args.out) / args.mark).exists():  # a folder gets its name when it is complete
         print(f"{args.out}: is there already")
         return
-    from hydra_mcore.compat import install
-
-    install()
-    from transformers.utils.logging import set_verbosity_error
-
-    from hydra_mcore.model.runtime import process_groups
-
-    set_verbosity_error()  # a command has its own output, and its refusals are one line
-
     warnings.filterwarnings("ignore", module=r"megatron\.")
-    with process_groups(seed=args.seed):
-        args.run(args)
+    from tools.commands.convert import run  # takes seconds: not for --help
+
+    run(args)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def main() -> None:
     )
     p.add_argument("device", choices=("gpu", "cpu"), help="cpu: a rehearsal, no GPU is asked for")
     device = p.parse_args().device
-    import torch
+    import torch  # takes seconds: not for --help
 
     if device == "gpu" and not torch.cuda.is_available():
         sys.exit("gpu-check: torch sees no GPU; HYDRA_TEST_DEVICE=cpu rehearses without one")

@@ -16,23 +16,15 @@ identity   weights, head map, teacher and export are those that the card names, 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import os
 import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from hydra_mcore.config import ModelCard
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hydra_mcore.commands import one_line_errors  # light, so that --help is quick
+from hydra_mcore.commands import one_line_errors
 
 EXAMPLES = """\
 A check passes where KL(reference || found) is below 1e-6 nats a token and every token's likeliest successor is the same
@@ -90,84 +82,10 @@ def main(argv: list[str] | None = None) -> None:
         # transformers copies the code of an export before it runs it: not into the home folder, and not to stay
         os.environ.setdefault("HF_MODULES_CACHE", str(Path(work) / "modules"))
         warnings.filterwarnings("ignore", module=r"(megatron|torch\.distributed)\.")
-        from hydra_mcore.compat import install
+        from tools.commands.verify import run  # takes seconds: not for --help
 
-        install()
-        from hydra_mcore.model.runtime import process_groups
-
-        with process_groups():
-            failed = run(args, Path(work))
+        failed = run(args, Path(work))
     sys.exit(1 if failed else 0)
-
-
-def run(args: argparse.Namespace, work: Path) -> int:
-    """Check the arguments, then run the checks and say what each found; returns how many failed."""
-    import torch
-    import transformers
-    from tqdm import tqdm
-
-    from hydra_mcore.config import ModelCard
-    from hydra_mcore.errors import InputError
-    from hydra_mcore.evaluation.comparison import KL_BAR, TIE
-    from hydra_mcore.evaluation.subject import Subject
-    from hydra_mcore.evaluation.verification import NAMES, checks_of, verify
-    from hydra_mcore.files import write_json
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    if unknown := sorted(set(args.only or ()) - set(NAMES)):
-        raise InputError(f"--only {unknown[0]}: no such check; choose from {', '.join(NAMES)}")
-    if args.json:
-        try:
-            args.json.touch()  # minutes before there is anything to write
-        except OSError as error:
-            raise InputError(f"--json {args.json}: {error.strerror}") from None
-    card = ModelCard.load(args.checkpoint)
-    subject = Subject(args.checkpoint, tokens(args, card), work, args.hf, args.teacher, args.export)
-    num_heads, (rows, length) = card.shape.num_layers * card.shape.num_heads, subject.rows.tokens_bs.shape
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    read = f"{rows} x {length} tokens, {args.text or f'random (seed {args.seed})'}"
-    print(f"{args.checkpoint}: {card.stage}, {card.head_map.num_fa} FA heads of {num_heads}; {read}; float32, {device}")
-    checks, results, console = checks_of(card, args.only or NAMES), [], sys.stdout
-    with contextlib.redirect_stdout(io.StringIO()):  # Megatron prints; what it says is not about the checks
-        for result in tqdm(
-            verify(subject, checks), desc="verify", total=len(checks), unit="check", leave=False, disable=None
-        ):
-            tqdm.write(str(result), file=console)
-            console.flush()  # a check can take minutes
-            results.append(result)
-    counts = {verdict: sum(result.verdict == verdict for result in results) for verdict in ("pass", "FAIL", "skipped")}
-    print(f"{counts['pass']} passed, {counts['FAIL']} failed, {counts['skipped']} skipped")
-    if args.json:
-        model = {"checkpoint": str(args.checkpoint), "stage": card.stage, "fingerprint": card.fingerprint}
-        ran = {"tokens": read, "device": device, "torch": torch.__version__, "transformers": transformers.__version__}
-        found = {
-            "bars": {"kl": KL_BAR, "tie": TIE},
-            "counts": counts,
-            "results": [result.to_dict() for result in results],
-        }
-        write_json(args.json, model | ran | found)
-    return counts["FAIL"]
-
-
-def tokens(args: argparse.Namespace, card: ModelCard) -> Tensor:
-    """Token ids [b, s] to run on; raises InputError for a text that is too short or cannot be read."""
-    import torch
-
-    from hydra_mcore.errors import InputError
-    from hydra_mcore.selection.probes import load_tokenizer, read_haystack
-
-    length = min(card.shape.native_length, 512) if args.length is None else args.length
-    if min(args.sequences, length) < 1:
-        raise InputError("--length and --sequences count tokens and rows; give numbers above 0")
-    if args.text is None:
-        return torch.randint(
-            card.shape.vocab_size, (args.sequences, length), generator=torch.Generator().manual_seed(args.seed)
-        )
-    ids = read_haystack(load_tokenizer(args.checkpoint), args.text)
-    if len(ids) < (needed := args.sequences * length):
-        raise InputError(f"{args.text}: {len(ids)} tokens; give at least {needed}, or lower --length or --sequences")
-    return torch.from_numpy(ids[:needed]).view(args.sequences, length)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,10 @@ from typing import Any
 import numpy as np
 
 from hydra_mcore.commands import one_line_errors
-from hydra_mcore.selection.needles import NeedleFormat, build_prompt
+from hydra_mcore.files import write_text
+from hydra_mcore.ruler.needles import needle_pair
+from hydra_mcore.ruler.source import Source
+from hydra_mcore.ruler.wording import own_wording
 from hydra_mcore.tokenizer import open_tokenizer
 
 HERE = Path(__file__).resolve().parent
@@ -39,18 +42,18 @@ def needle_documents() -> Iterator[dict[str, Any]]:
     Raises:
         ValueError: The text of a document would not be encoded to the tokens of its needle prompt.
     """
-    tokenizer, fmt = open_tokenizer(TEACHER), NeedleFormat.load(TEACHER / "needles.json")
-    no_text = np.empty(0, dtype=np.int64)
+    tokenizer = open_tokenizer(TEACHER)
+    source = Source(tokenizer, own_wording(TEACHER), None)
     rng = np.random.default_rng(SEED)
     for place in rng.permutation(DOCUMENTS).tolist():
         length, depth = int(rng.integers(SHORTEST, LONGEST + 1)), (place + 0.5) / DOCUMENTS
-        needle = build_prompt("niah_single_1", fmt, tokenizer, no_text, length, depth, rng)
-        prompt = tokenizer.decode(needle.ids[: needle.answer_start])
+        needle, twin = needle_pair("niah_single_1", length, source, [depth], rng)
+        prompt = tokenizer.decode(needle.ids)
         answer, *others = (
             tokenizer.decode(ids).strip()
-            for ids in itertools.product(*zip(needle.answer, needle.distractor, strict=True))
+            for ids in itertools.product(*zip(needle.answer_ids.tolist(), twin.answer_ids.tolist(), strict=True))
         )
-        if tokenizer.encode(f"{prompt} {answer}") != needle.ids.tolist():
+        if tokenizer.encode(f"{prompt} {answer}") != [*needle.ids.tolist(), *needle.answer_ids.tolist()]:
             raise ValueError(f"{prompt[-20:]!r}: the text's tokens are not the needle prompt's")
         choices = rng.permutation([answer, *others]).tolist()
         yield {"prompt": prompt, "answer": answer, "choices": choices, "label": choices.index(answer)}
@@ -60,7 +63,7 @@ def needle_documents() -> Iterator[dict[str, Any]]:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     lines = (json.dumps(document) + "\n" for document in needle_documents())
-    (HERE / "needles.jsonl").write_text("".join(lines))
+    write_text(HERE / "needles.jsonl", "".join(lines))
 
 
 if __name__ == "__main__":

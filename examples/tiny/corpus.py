@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hydra_mcore.selection.needles import NeedleFormat
+from hydra_mcore.ruler.needle_format import NeedleFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -23,12 +23,21 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from examples.tiny import corpus
 from examples.tiny.curriculum import EVALUATION_SEED, Phase, learning_rate, phase_at
-from hydra_mcore.selection.needles import TASKS, build_prompt, build_prompts
+from hydra_mcore.commands import sole_writer
+from hydra_mcore.files import replacing, write_json
+from hydra_mcore.ruler.haystack import Haystack
+from hydra_mcore.ruler.needles import PLANS, needle_prompt
+from hydra_mcore.ruler.prompts import Prompt
+from hydra_mcore.ruler.sets import draw_prompts
+from hydra_mcore.ruler.source import Source
+from hydra_mcore.ruler.wording import format_wording
+from hydra_mcore.selection.capabilities import BUILT_IN, RETRIEVAL
 
 VOCAB_SIZE = 1024
 NATIVE_LENGTH = 512
 HELD_OUT_TOKENS = 200_000
 TOKENIZER_CHARACTERS = 4_000_000
+TASKS = BUILT_IN[RETRIEVAL]  # what heads are scored for later
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
@@ -96,7 +105,7 @@ class Batches:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, text_ids: np.ndarray, seed: int) -> None:
         self.tokenizer, self.text_ids, self.seed = tokenizer, text_ids, seed
-        self.tasks = list(TASKS)
+        self.source = needle_source(tokenizer, text_ids)
 
     def sample(self, phase: Phase, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return token ids `[b, s]` and loss weights `[b, s]` of one step."""
@@ -127,19 +136,21 @@ class Batches:
         return torch.from_numpy(np.stack(rows)), torch.from_numpy(np.stack(weights)).float()
 
     def _prompt(self, length: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        task = self.tasks[int(rng.integers(len(self.tasks)))]
-        prompt = build_prompt(
-            task,
-            corpus.TINY_FORMAT,
-            self.tokenizer,
-            self.text_ids,
-            length,
-            float(rng.random()),
-            rng,
-        )
+        task = TASKS[int(rng.integers(len(TASKS)))]
+        prompt = needle_prompt(task, length, self.source, rng.random(PLANS[task].placed).tolist(), rng)
         weight = np.zeros(length)
-        weight[prompt.answer_start :] = 1.0
-        return prompt.ids, weight
+        weight[len(prompt.ids) :] = 1.0
+        return whole(prompt), weight
+
+
+def needle_source(tokenizer: PreTrainedTokenizerFast, text_ids: np.ndarray) -> Source:
+    """What needle prompts are made of: the teacher's own needles in this text."""
+    return Source(tokenizer, format_wording(corpus.TINY_FORMAT), Haystack.of(tokenizer, text_ids))
+
+
+def whole(prompt: Prompt) -> np.ndarray:
+    """int64 `[s]`: the prompt and its answer."""
+    return np.concatenate([prompt.ids, prompt.answer_ids]).astype(np.int64)
 
 
 @torch.no_grad()
@@ -153,13 +164,13 @@ def evaluate(
 ) -> dict[str, float]:
     """Exact match by teacher forcing, 0 to 1, for each task on `count` prompts of `length`."""
     model.eval()
-    result = {}
+    result, source = {}, needle_source(tokenizer, text_ids)
     for task in TASKS:
-        prompts = build_prompts(task, corpus.TINY_FORMAT, tokenizer, text_ids, length, count, seed)
-        size = len(prompts[0].answer)
+        prompts = list(draw_prompts(task, length, count, seed, source))
+        size = prompts[0].room
         right = 0
         for start in range(0, count, 20):
-            ids = torch.from_numpy(np.stack([p.ids for p in prompts[start : start + 20]]))
+            ids = torch.from_numpy(np.stack([whole(prompt) for prompt in prompts[start : start + 20]]))
             logits = model(ids, logits_to_keep=size + 1).logits[:, :-1]
             right += int((logits.argmax(-1) == ids[:, -size:]).all(1).sum())
         result[task] = right / count
@@ -180,7 +191,7 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Pa
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     for name in ("model_max_length", "is_local", "local_files_only"):
         config.pop(name, None)
-    (beside / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(beside / "tokenizer_config.json", config, indent=2)
     corpus.TINY_FORMAT.save(beside / "needles.json")
     for path in sorted(beside.iterdir()):
         os.replace(path, output / path.name)
@@ -189,10 +200,8 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Pa
 
 def save_state(path: Path, state: dict[str, object]) -> None:
     """Write a resumable training state, never leaving half a file under its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".writing")
-    torch.save(state, beside)
-    os.replace(beside, path)
+    with replacing(path, alone=True) as beside:
+        torch.save(state, beside)
 
 
 def train_step(
@@ -266,3 +275,11 @@ def print_table(model: Qwen3ForCausalLM, folder: Path, lengths: Sequence[int], c
     columns = [evaluate(model, tokenizer, held_out, length, count) for length in lengths]
     for task in TASKS:
         print(f"{task:<18}" + "".join(f"{100 * column[task]:7.1f}%" for column in columns))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train, and print the table at the native length and at twice that."""
+    torch.set_num_threads(args.threads)
+    with sole_writer(args.output):
+        model = train(args)
+    print_table(model, args.output, (NATIVE_LENGTH, 2 * NATIVE_LENGTH), args.prompts)

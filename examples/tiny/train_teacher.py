@@ -17,7 +17,7 @@ import argparse
 from pathlib import Path
 
 from examples.tiny.curriculum import EVALUATION_SEED, STEPS
-from hydra_mcore.commands import one_line_errors, sole_writer
+from hydra_mcore.commands import one_line_errors
 
 
 @one_line_errors("train_teacher")
@@ -44,14 +44,9 @@ def main() -> None:
     args = parser.parse_args()
     if not 0 <= args.seed < EVALUATION_SEED:
         parser.error(f"--seed must be 0 to {EVALUATION_SEED - 1}: evaluation has the rest")
-    import torch  # heavy: not for --help
+    from examples.tiny.teacher_training import run  # takes seconds: not for --help
 
-    from examples.tiny.teacher_training import NATIVE_LENGTH, print_table, train
-
-    torch.set_num_threads(args.threads)
-    with sole_writer(args.output):
-        model = train(args)
-    print_table(model, args.output, (NATIVE_LENGTH, 2 * NATIVE_LENGTH), args.prompts)
+    run(args)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from typing import Any, TextIO
 import torch
 
 from hydra_mcore.compat.patching import Patch, original
+from hydra_mcore.files import replacing
 
 _STRATEGIES = "megatron.core.dist_checkpointing.strategies"
 _WRITER = f"{_STRATEGIES}.async_utils:PersistentAsyncCaller"
@@ -43,14 +44,12 @@ INDEX_CHECKSUM = "index_sha256"  # a key of metadata.json
 
 
 @contextlib.contextmanager
-def _write_whole(path: str | os.PathLike[str]) -> Iterator[TextIO]:
+def _write_whole(path: str | Path) -> Iterator[TextIO]:
     """A text file that appears under its name when it is written to the disk: beside, then rename."""
-    beside = f"{path}.partial"
-    with open(beside, "w") as file:
+    with replacing(path, alone=True) as beside, open(beside, "w") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 def _open(path: str | os.PathLike[str], mode: str = "r", **keywords: Any) -> Any:

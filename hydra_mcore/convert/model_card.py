@@ -12,6 +12,7 @@ from hydra_mcore.config import HydraOptions, ModelCard
 from hydra_mcore.convert.hydra_family import teacher_type
 from hydra_mcore.convert.tensor_table import is_teacher
 from hydra_mcore.errors import InputError
+from hydra_mcore.files import write_text
 from hydra_mcore.kinds import FA, KINDS
 
 CARD_FILE = "README.md"
@@ -77,7 +78,7 @@ def write_model_card(folder: Path, card: ModelCard, evaluation: str | Path | Non
             raise InputError(
                 f"evaluation {evaluation}: cannot be read ({error}); give the report.md that tools/evaluate.py wrote"
             ) from None
-    (folder / CARD_FILE).write_text(text, encoding="utf-8")
+    write_text(folder / CARD_FILE, text)
 
 
 def _layer_facts(card: ModelCard) -> dict[str, str | int]:

@@ -1,6 +1,9 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The Hugging Face hub: whether a name can be one of it, and whether it answers, before a library tries for minutes."""
+"""The Hugging Face hub: whether a name can be one of it, and whether it answers, before a library tries for minutes.
+
+``huggingface_hub`` is imported where it is asked: the workers that tokenize import this module, too, and stay small.
+"""
 
 from __future__ import annotations
 

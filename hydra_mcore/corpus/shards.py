@@ -38,7 +38,7 @@ from hydra_mcore.corpus.manifest import (
 from hydra_mcore.corpus.sources import Batch, Document, Source, batches
 from hydra_mcore.corpus.tokenize import Encoder, encode_batches, fingerprint
 from hydra_mcore.errors import InputError
-from hydra_mcore.files import replacing
+from hydra_mcore.files import write_text
 
 DECISIVE = ("tokenizers", "transformers", "datasets", "pyarrow")  # packages that stand between a text and its tokens
 
@@ -145,8 +145,7 @@ def _hold_out(source: Source, count: int, out: Path, skip_broken: bool) -> Any:
                 texts.append(document.text)
             if len(texts) == count:
                 break
-        with replacing(held_out_path(out)) as beside:
-            beside.write_text("\n\n".join(texts))
+        write_text(held_out_path(out), "\n\n".join(texts))
     return after
 
 

@@ -3,9 +3,8 @@
 """Documents out of text, JSON Lines and Parquet files, or out of a streamed Hugging Face dataset.
 
 A source gives its documents in a fixed order, each with the position after it: a JSON value from which the source goes
-    on
-with the next document, in another process too. What cannot be read as text is a document too, with its fault: whether
-that is an error is not for the source to say.
+on with the next document, in another process too. What cannot be read as text is a document too, with its fault:
+whether that is an error is not for the source to say.
 """
 
 from __future__ import annotations
@@ -21,6 +20,10 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import pyarrow
+import pyarrow.parquet
+from huggingface_hub import HfApi
 
 from hydra_mcore.corpus.folders import LINES, NAMED_LINES, PACKING, TEXT, find_files, is_kind, printable
 from hydra_mcore.corpus.hub import SILENCE, check_name, unreachable
@@ -110,8 +113,6 @@ class FileSource:
 
     def _read(self, path: Path, done: int) -> Iterator[tuple[Document, int]]:
         """A file's documents beyond the first ``done``, each with its number, counted from 1."""
-        import pyarrow
-
         reader = (
             _read_text if is_kind(path, TEXT) else _read_lines if is_kind(path, LINES + NAMED_LINES) else _read_parquet
         )
@@ -151,8 +152,6 @@ class DatasetSource:
     def facts(self) -> dict[str, Any]:
         """Raises InputError where the hub has no such dataset or does not answer, or for a file that cannot be read."""
         if not self.local and not _COMMIT.fullmatch(self.revision or ""):
-            from huggingface_hub import HfApi
-
             self._require_hub()
             try:
                 self.revision = HfApi().dataset_info(self.name, revision=self.revision, timeout=SILENCE).sha
@@ -171,7 +170,7 @@ class DatasetSource:
 
     @cached_property
     def _stream(self) -> IterableDataset:
-        from datasets import load_dataset, logging
+        from datasets import load_dataset, logging  # takes seconds: not for files
 
         logging.set_verbosity(logging.CRITICAL)  # it logs the traceback of an error that it raises as well
         if not self.local:
@@ -232,8 +231,6 @@ def _read_text(path: Path, done: int, text_key: str) -> Iterator[tuple[Document,
 
 
 def _read_lines(path: Path, done: int, text_key: str) -> Iterator[tuple[Document, int]]:
-    import pyarrow
-
     # opened here, since pyarrow takes no name that is not UTF-8
     with path.open("rb") as raw, io.BufferedReader(pyarrow.input_stream(raw, PACKING.get(path.suffix.lower()))) as file:
         for number, line in enumerate(itertools.islice(file, done, None), start=done + 1):
@@ -251,9 +248,6 @@ def _read_lines(path: Path, done: int, text_key: str) -> Iterator[tuple[Document
 
 
 def _read_parquet(path: Path, done: int, text_key: str) -> Iterator[tuple[Document, int]]:
-    import pyarrow
-    import pyarrow.parquet
-
     with path.open("rb") as raw, pyarrow.parquet.ParquetFile(raw) as file:
         if text_key not in file.schema_arrow.names:
             raise InputError(

@@ -25,12 +25,13 @@ from tokenizers import Tokenizer
 
 from hydra_mcore.commands import deaf_children
 from hydra_mcore.corpus.hub import check_name, unreachable
-from hydra_mcore.corpus.sources import Batch
 from hydra_mcore.errors import InputError
 from hydra_mcore.tokenizer import open_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from hydra_mcore.corpus.sources import Batch
 
 _encode_texts: BatchEncoder  # in a worker only
 AHEAD = 4  # batches a worker that are read before their turn to be written: what keeps memory flat

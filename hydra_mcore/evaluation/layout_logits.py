@@ -27,7 +27,7 @@ from hydra_mcore.compat import install
 from hydra_mcore.config import ModelCard
 from hydra_mcore.costs.batch_sizes import rows_a_forward
 from hydra_mcore.errors import InputError
-from hydra_mcore.files import write_json
+from hydra_mcore.files import replacing, write_json
 from hydra_mcore.model.build import load_model, model_config, transformer_config
 from hydra_mcore.model.forward import last_hidden
 from hydra_mcore.model.runtime import process_groups
@@ -177,9 +177,8 @@ def main() -> None:
             _, model = load_model(request["checkpoint"])
             logits = logits_of(model, rows)
             if torch.distributed.get_rank() == layout.ranks - 1:  # the last pipeline stage, whatever the other sizes
-                beside = _file(folder, layout).with_suffix(".partial")
-                save_file({name: x.contiguous() for name, x in logits.items()}, beside)
-                beside.replace(_file(folder, layout))
+                with replacing(_file(folder, layout), alone=True) as beside:
+                    save_file({name: x.contiguous() for name, x in logits.items()}, beside)
             del model, logits
             torch.distributed.barrier()  # a rank that is done early must not close the connections of the others
 

@@ -12,7 +12,7 @@ from matplotlib.ticker import ScalarFormatter
 from hydra_mcore.evaluation.log_scale import Trials, name_of
 from hydra_mcore.evaluation.report import table
 from hydra_mcore.figures import COLORS, GREY, empty, save
-from hydra_mcore.files import replacing, write_json
+from hydra_mcore.files import write_json, write_text
 
 JSON_NAME, TABLE_NAME, FIGURE_NAME = "log_scale.json", "log_scale.md", "log_scale.png"
 
@@ -30,8 +30,7 @@ def write_report(
     root = Path(out_dir)
     figure(root / FIGURE_NAME, trials, present)
     said = f"# Log-position scale of {settings['checkpoint']}\n\n{text}\n![loss against a]({FIGURE_NAME})\n"
-    with replacing(root / TABLE_NAME) as beside:
-        beside.write_text(said, encoding="utf-8")
+    write_text(root / TABLE_NAME, said)
     entries = []
     for base in trials.bases:
         gap, error = trials.difference(base, trials.best)

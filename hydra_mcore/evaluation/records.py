@@ -31,7 +31,7 @@ from hydra_mcore.errors import InputError, first_line
 from hydra_mcore.evaluation.models import ModelFacts
 from hydra_mcore.evaluation.perplexity import TextLoss
 from hydra_mcore.evaluation.scoring import Score
-from hydra_mcore.files import from_fields, is_name, read_json, replacing
+from hydra_mcore.files import from_fields, is_name, read_json, replacing, write_text
 from hydra_mcore.ruler.prompts import TASKS
 
 DAY_NAME = "today"  # file with the day that chat templates took for today, in whose prompts it stands
@@ -321,5 +321,4 @@ def check_folder(out: Path) -> None:
 
 
 def _write(path: Path, raw: dict[str, Any]) -> None:
-    with replacing(path) as beside:
-        beside.write_text(json.dumps(raw) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(raw) + "\n")

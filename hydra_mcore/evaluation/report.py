@@ -16,7 +16,7 @@ from hydra_mcore.evaluation.records import Records
 from hydra_mcore.evaluation.results import Results, comparable, groups_of, lengths_of, to_json, uneven
 from hydra_mcore.evaluation.scoring import Score
 from hydra_mcore.figures import short
-from hydra_mcore.files import read_json, replacing, shown
+from hydra_mcore.files import read_json, shown, write_text
 
 RESULTS_FORMAT = 2
 RESULTS_NAME, TABLE_NAME, ACCURACY_NAME, LOSS_NAME = "results.json", "report.md", "accuracy.png", "loss.png"
@@ -57,15 +57,10 @@ def write_report(out: Path, reference: str | None) -> str:
     if any(line.text for line in results):
         loss_figure(out / LOSS_NAME, results)
     day = records.day
-    with replacing(out / TABLE_NAME) as beside:
-        beside.write_text(markdown(results, compared, day), encoding="utf-8")
-    with replacing(out / RESULTS_NAME) as beside:
-        found = {
-            "format": RESULTS_FORMAT,
-            "date": None if day is None else str(day),
-            "models": to_json(results, compared),
-        }
-        beside.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_text(out / TABLE_NAME, markdown(results, compared, day))
+    said_of_day = None if day is None else str(day)
+    found = {"format": RESULTS_FORMAT, "date": said_of_day, "models": to_json(results, compared)}
+    write_text(out / RESULTS_NAME, json.dumps(found, indent=1) + "\n")  # as text: several jobs may write it at once
     return accuracy_tables(results)
 
 

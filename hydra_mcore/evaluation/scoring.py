@@ -24,8 +24,7 @@ from hydra_mcore.costs.batch_sizes import rows_a_forward
 from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.models import EvaluatedModel
 from hydra_mcore.files import LARGEST_INT
-from hydra_mcore.ruler.prompts import Prompt
-from hydra_mcore.selection.probes import EVALUATION_SEEDS
+from hydra_mcore.ruler.prompts import EVALUATION_SEEDS, Prompt
 
 Z95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
 

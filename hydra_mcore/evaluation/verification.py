@@ -26,7 +26,7 @@ from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.comparison import Agreement, Fact, Result, agreement
 from hydra_mcore.evaluation.layout_logits import Layout, logits_of
 from hydra_mcore.evaluation.subject import LAYOUTS, Skipped, Subject, hf_logits, load_hf
-from hydra_mcore.heads import HeadMap, in_words
+from hydra_mcore.heads import HeadMap, first_difference
 from hydra_mcore.model.build import build_model, load_model
 from hydra_mcore.model.streaming import StoredTensors
 
@@ -162,7 +162,8 @@ def same_heads(found: HeadMap, card: ModelCard) -> Fact:
         return Fact(False, f"{found.counts}, the card says {card.head_map.counts}")
     for layer_idx, (theirs, ours) in enumerate(zip(found.layers, card.head_map.layers, strict=True)):
         if theirs != ours:
-            return Fact(False, f"layer {layer_idx} has {in_words(theirs)}, the card says {in_words(ours)}")
+            kind, there, here = first_difference(theirs, ours)
+            return Fact(False, f"layer {layer_idx} has {kind} heads {there}, the card says {here}")
     if found.fingerprint not in ("", card.fingerprint):
         return same_fingerprint(found.fingerprint, card.fingerprint)
     return Fact(True, f"{found.num_fa} FA heads of {found.num_layers * found.num_heads}")

@@ -255,7 +255,8 @@ class HeadKind:
         core: what its core is called in profiles and tables.
         core_flops: of the core, for each token of a row of a length and each head.
         decode_flops: of the core, for one new token and head behind a number of tokens.
-        work: how much a rank's core computes, where heads do not all cost alike; the busiest rank is waited for.
+        work: how much a rank's core computes, in its own unit; the busiest rank is waited for. Where every token costs
+            the same, the tokens of its heads.
         kept: what training keeps of a token.
         working: bytes of a pass without gradients at its fullest moment.
         decoding: bytes of one step of decoding behind so many cached tokens of all rows; none where the state is small.
@@ -282,6 +283,6 @@ class HeadKind:
     working: Callable[[ModelShape, Options, Workload, HeadCount], float]
     sent: Callable[[ModelShape, Options, SequencePart, HeadCount, int, int], dict[str, Sent]]
     cached: Callable[[ModelShape, Options, HeadCount, float, int, int], float]
-    work: Callable[[SequencePart, HeadCount], int] | None = None
+    work: Callable[[SequencePart, HeadCount], int] = lambda part, heads: heads.own * part.num_tokens
     decoding: Callable[[ModelShape, Workload, HeadCount, float], float] = lambda *_: 0.0
     statistics: tuple[Statistic, ...] = ()

@@ -29,7 +29,7 @@ from hydra_mcore.compat.index import read_index
 from hydra_mcore.compat.saving import INDEX_CHECKSUM
 from hydra_mcore.config import ConfigError, ModelCard
 from hydra_mcore.errors import InputError, first_line
-from hydra_mcore.files import read_json, replacing
+from hydra_mcore.files import read_json, write_text
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _INDEX = ".metadata"
@@ -96,8 +96,7 @@ def check_complete(folder: Path) -> None:
 
 def write_tracker(checkpoint_dir: str | Path, iteration: int) -> None:
     """Name the checkpoint of ``iteration`` as the one that counts: beside, then rename."""
-    with replacing(Path(checkpoint_dir) / TRACKER) as beside:
-        beside.write_text(str(iteration))
+    write_text(Path(checkpoint_dir) / TRACKER, str(iteration))
 
 
 def trainings(card: ModelCard, checkpoint_dir: str | Path) -> list[dict[str, Any]]:

@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from hydra_mcore.errors import InputError
 from hydra_mcore.ruler.breaks import CHARACTER, NOTHING, SENTENCE, WORD, what_ends
 from hydra_mcore.ruler.pieces import Pieces
-from hydra_mcore.selection.probes import read_haystack as read_ids
 
 LONGEST_SENTENCE = 1000  # tokens on average: a text of longer ones counts as one without sentences
 ASTRAY = 0.025  # of a prompt: where no sentence ends within so much of a depth, a needle stands between words
@@ -35,6 +34,16 @@ class Haystack:
     """What the ids say: no answer may stand in it."""
     repeat: bool
     """Whether a prompt may be longer than the text."""
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, ids: np.ndarray, repeat: bool = False) -> Haystack:
+        """The text that int [n] token ids say."""
+        ids = ids.astype(np.int32)
+        ends = what_ends(Pieces(tokenizer), ids)
+        for smaller in (WORD, CHARACTER):
+            if np.count_nonzero(ends == SENTENCE) * LONGEST_SENTENCE < len(ids):
+                ends[ends == smaller] = SENTENCE
+        return cls(ids, ends, tokenizer.decode(ids, clean_up_tokenization_spaces=False), repeat)
 
     @cached_property
     def digest(self) -> str:
@@ -66,14 +75,30 @@ def read_haystack(tokenizer: Tokenizer, path: str | Path | None, repeat: bool = 
     Raises:
         InputError: the file cannot be read, is not UTF-8 or is empty.
     """
+    return None if path is None else Haystack.of(tokenizer, read_text(tokenizer, path), repeat)
+
+
+def read_text(tokenizer: Tokenizer, path: str | Path | None = None) -> np.ndarray:
+    """Token ids int64 [n] of a UTF-8 file, else of the language reference of this Python.
+
+    Raises:
+        InputError: the file cannot be read, is not UTF-8 or is empty.
+    """
     if path is None:
-        return None
-    ids = read_ids(tokenizer, path).astype(np.int32)
-    ends = what_ends(Pieces(tokenizer), ids)
-    for smaller in (WORD, CHARACTER):
-        if np.count_nonzero(ends == SENTENCE) * LONGEST_SENTENCE < len(ids):
-            ends[ends == smaller] = SENTENCE
-    return Haystack(ids, ends, tokenizer.decode(ids, clean_up_tokenization_spaces=False), repeat)
+        from pydoc_data.topics import topics  # half a megabyte of English prose that every Python brings along
+
+        text = "\n\n".join(topics[name] for name in sorted(topics))
+    else:
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"haystack {path}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise InputError(f"haystack {path}: not UTF-8 text") from None
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if not ids:
+        raise InputError(f"haystack {path}: no text in it")
+    return np.asarray(ids, dtype=np.int64)
 
 
 def repeated(line: str, pieces: Pieces) -> Haystack:

@@ -1,22 +1,31 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""RULER's eight needle tasks: find the values of keys that are hidden in noise, in text or among other needles."""
+"""RULER's eight needle tasks: find the values of keys that are hidden in noise, in text or among other needles.
+
+Head selection, the needle measurement of training and evaluation all ask these prompts.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from numpy.random import Generator
 
 from hydra_mcore.errors import InputError
-from hydra_mcore.ruler.haystack import Haystack, nearest, woven
+from hydra_mcore.ruler.haystack import nearest, woven
 from hydra_mcore.ruler.lexicon import compounds
 from hydra_mcore.ruler.prompts import TASKS, Prompt
 from hydra_mcore.ruler.source import Frame, Source
 from hydra_mcore.ruler.wording import fill
+
+# And no more: a model's own wording may have no such value.
+DRAWS = 10_000  # of values, for new ones
+TRIES = 1_000  # of new values, for one of as many tokens as another
 
 
 @dataclass(frozen=True)
@@ -62,15 +71,42 @@ def needle_prompt(task: str, length: int, source: Source, depths: Sequence[float
         InputError: the task needs text and there is none, or too little; too short a length; too few keys or values; a
             tokenizer that cannot write the pieces or splits the answer.
     """
-    plan, wording = PLANS[task], source.wording
-    haystack = source.haystack if plan.filler == "text" else source.noise
-    if haystack is None:
-        raise InputError(f"{task} hides its needles in text; give it some with --haystack FILE")
-    draw = _Draw(task, source, haystack, rng)
+    draw = _Draw(task, source, rng)
+    return _hidden(length, depths, draw, draw.placed())
+
+
+def needle_pair(
+    task: str, length: int, source: Source, depths: Sequence[float], rng: Generator
+) -> tuple[Prompt, Prompt]:
+    """The prompt that ``needle_prompt`` makes of the same arguments, and its counterfactual with another value.
+
+    Both have the same tokens but for those of the value, in the needle and in the answer, and of these equally many.
+    A number has no digit, a value of a model's own wording no piece in the same place as the other value.
+
+    Raises:
+        InputError: as ``needle_prompt``; a task that asks for several values; no other value of as many tokens.
+    """
+    if not TASKS[task].one_answer:
+        raise InputError(f"{task} asks for several values; a counterfactual replaces one")
+    draw = _Draw(task, source, rng)
     pairs = draw.placed()
+    prompt = _hidden(length, depths, draw, pairs)
+    (key, value), ((start, end),) = pairs[0], prompt.spans
+    for other in itertools.islice(draw.unlike(value), TRIES):
+        (needle,), frame = draw.needles([(key, other)]), _frame(task, length, source, [(key, other)])
+        if (len(needle), frame.room) == (end - start, prompt.room):
+            ids = prompt.ids.copy()
+            ids[start:end] = needle
+            answer_ids = np.asarray(frame.answer_ids, dtype=np.int32)
+            return prompt, dataclasses.replace(prompt, ids=ids, answers=frame.answers, answer_ids=answer_ids)
+    raise InputError(f"{task}: the wording {source.wording.name} has no value of as many tokens as {value.strip()!r}")
+
+
+def _hidden(length: int, depths: Sequence[float], draw: _Draw, pairs: Sequence[tuple[str, str]]) -> Prompt:
+    """The prompt that hides these (key, value), those asked for first."""
+    task, plan, source, rng, haystack = draw.task, draw.plan, draw.source, draw.rng, draw.haystack
     frame = _frame(task, length, source, pairs[: plan.asked])
-    gap = wording.text_gap if plan.filler == "text" else wording.line_gap
-    needles = draw.needles(pairs, gap)
+    needles = draw.needles(pairs)
     taken = sum(map(len, needles))
     frame.require(taken + (len(needles[0]) if plan.filler == "needles" else 1))
 
@@ -105,20 +141,24 @@ def _frame(task: str, length: int, source: Source, asked: Sequence[tuple[str, st
 class _Draw:
     """Draws the keys and values of one prompt, each once."""
 
-    def __init__(self, task: str, source: Source, haystack: Haystack, rng: Generator) -> None:
-        self._task, self._plan, self._source, self._own, self._rng = task, PLANS[task], source, source.wording.own, rng
-        self._text = haystack.text
+    def __init__(self, task: str, source: Source, rng: Generator) -> None:
+        self.task, self.plan, self.source, self.rng = task, PLANS[task], source, rng
+        in_text = self.plan.filler == "text"
+        if in_text and source.haystack is None:
+            raise InputError(f"{task} hides its needles in text; give it some with --haystack FILE")
+        self.haystack = source.haystack if in_text else source.noise
+        self._gap = source.wording.text_gap if in_text else source.wording.line_gap
+        self._own = source.wording.own
         self._keys = rng.permutation(self._own.keys).tolist() if self._own else []
         self._used: set[str] = set()
+        self._pieces: dict[str, tuple[str, ...]] = {}  # of each value
 
     def placed(self) -> list[tuple[str, str]]:
         """(key, value) of the needles whose depths are chosen, those asked for first."""
-        plan = self._plan
+        plan = self.plan
         keys = self._fresh_keys(wanted := 1 + plan.others if plan.one_key else plan.placed)
         if len(keys) < wanted:
-            raise InputError(
-                f"{self._task} needs {wanted} keys, the wording {self._source.wording.name} has {len(keys)}"
-            )
+            raise InputError(f"{self.task} needs {wanted} keys, the wording {self.source.wording.name} has {len(keys)}")
         keys = keys[:1] * plan.asked + keys[1:] if plan.one_key else keys
         return list(zip(keys, self._fresh_values(len(keys)), strict=True))
 
@@ -126,52 +166,66 @@ class _Draw:
         """Needles with other keys, as many as fit or as there are keys; about ``size`` tokens each."""
         found: list[list[int]] = []
         while keys := self._fresh_keys(space // size + 1):
-            for ids in self.needles(
-                list(zip(keys, self._fresh_values(len(keys)), strict=True)), self._source.wording.line_gap
-            ):
+            for ids in self.needles(list(zip(keys, self._fresh_values(len(keys)), strict=True))):
                 if len(ids) > space:
                     return found
                 found.append(ids)
                 space -= len(ids)
         return found
 
-    def needles(self, pairs: Sequence[tuple[str, str]], gap: str) -> list[list[int]]:
-        template = gap + self._source.wording.needle
-        kinds = "uuids" if self._plan.uuid_values else "numbers"
-        return self._source.pieces.batch([fill(template, key=key, value=value, kinds=kinds) for key, value in pairs])
+    def needles(self, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
+        template = self._gap + self.source.wording.needle
+        kinds = "uuids" if self.plan.uuid_values else "numbers"
+        return self.source.pieces.batch([fill(template, key=key, value=value, kinds=kinds) for key, value in pairs])
+
+    def unlike(self, value: str) -> Iterator[str]:
+        """New values with no piece of this one in its place, as many as ``DRAWS`` draws find."""
+        pieces = self._pieces[value]
+        for _ in range(DRAWS):
+            other = self._fresh_value()
+            if other and all(one != two for one, two in zip(pieces, self._pieces[other], strict=True)):
+                yield other
 
     def _fresh_keys(self, count: int) -> list[str]:
         """``count`` new keys, or as many as a model's own wording has left."""
         if self._own:
             keys, self._keys = self._keys[:count], self._keys[count:]
-        elif self._plan.uuid_keys:
+        elif self.plan.uuid_keys:
             keys = [self._uuid() for _ in range(count)]
         else:
-            keys = compounds(count, self._rng, self._used)
+            keys = compounds(count, self.rng, self._used)
         self._used.update(keys)
         return keys
 
     def _fresh_values(self, count: int) -> list[str]:
-        """``count`` new values that do not stand in the haystack's text."""
+        """``count`` new values."""
         found: list[str] = []
-        for _ in range(count + 10_000):  # and no more: a model's own wording may have no such value
+        for _ in range(count + DRAWS):
             if len(found) == count:
                 return found
-            value = self._value()
-            if value not in self._used and value.strip() not in self._text:
-                self._used.add(value)
+            if value := self._fresh_value():
                 found.append(value)
         raise InputError(
-            f"{self._task}: the wording {self._source.wording.name} has too few values that its haystack does not hold"
+            f"{self.task}: the wording {self.source.wording.name} has too few values that its haystack does not hold"
         )
 
-    def _value(self) -> str:
+    def _fresh_value(self) -> str | None:
+        """A value, unless the draw gives one that was there before or stands in the haystack's text."""
+        pieces = self._value()
+        value = "".join(pieces)
+        if value in self._used or value.strip() in self.haystack.text:
+            return None
+        self._used.add(value)
+        self._pieces[value] = pieces
+        return value
+
+    def _value(self) -> tuple[str, ...]:
+        """The pieces of a value: those of a model's own wording, the digits of a number, a whole uuid."""
         if self._own:
-            count = self._own.long_pieces if self._plan.uuid_values else self._own.short_pieces
-            return "".join(
-                self._own.value_pieces[i] for i in self._rng.integers(len(self._own.value_pieces), size=count)
-            )
-        return self._uuid() if self._plan.uuid_values else str(self._rng.integers(10**6, 10**7))
+            count = self._own.long_pieces if self.plan.uuid_values else self._own.short_pieces
+            drawn = self.rng.integers(len(self._own.value_pieces), size=count)
+            return tuple(self._own.value_pieces[i] for i in drawn)
+        return (self._uuid(),) if self.plan.uuid_values else tuple(str(self.rng.integers(10**6, 10**7)))
 
     def _uuid(self) -> str:
-        return str(uuid.UUID(bytes=self._rng.bytes(16), version=4))
+        return str(uuid.UUID(bytes=self.rng.bytes(16), version=4))

@@ -17,7 +17,7 @@ from safetensors.numpy import save
 
 from hydra_mcore.errors import InputError, first_line
 from hydra_mcore.files import checked, parse_json, replacing
-from hydra_mcore.ruler.needles import PLANS, needle_prompt
+from hydra_mcore.ruler.needles import PLANS, needle_pair, needle_prompt
 from hydra_mcore.ruler.prompts import TASKS, Prompt, PromptSet
 from hydra_mcore.ruler.source import Source
 from hydra_mcore.ruler.tracking import HOPS, chain_prompt
@@ -52,6 +52,26 @@ def prompt_set(
 
 def draw_prompts(task: str, length: int, count: int, seed: int, source: Source) -> Iterator[Prompt]:
     """The prompts of a set, one after the other, for who shows progress; see ``prompt_set``."""
+    for depths, rng in _draws(task, length, count, seed):
+        yield _draw(task, length, source, depths, rng)
+
+
+def draw_pairs(task: str, length: int, count: int, seed: int, source: Source) -> Iterator[tuple[Prompt, Prompt]]:
+    """The prompts of a set, each with its counterfactual: the same prompt with another value of as many tokens.
+
+    Raises:
+        InputError: as ``prompt_set`` and ``needle_pair``.
+    """
+    for depths, rng in _draws(task, length, count, seed):
+        yield needle_pair(task, length, source, depths, rng)
+
+
+def _draws(task: str, length: int, count: int, seed: int) -> Iterator[tuple[list[float], Generator]]:
+    """What decides about each prompt of a set: the depths of its needles, and the source of all other random choices.
+
+    Raises:
+        InputError: an unknown task, no prompts, no tokens, or a negative seed.
+    """
     if task not in TASKS:
         raise InputError(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
     if min(count, length, seed + 1) < 1:
@@ -64,8 +84,7 @@ def draw_prompts(task: str, length: int, count: int, seed: int, source: Source) 
     shuffle = np.random.default_rng(key)
     depths = [(shuffle.permutation(count) + 0.5) / count for _ in range(placed)]
     for number in range(count):
-        rng = np.random.default_rng([*key, number])
-        yield _draw(task, length, source, [float(each[number]) for each in depths], rng)
+        yield [float(each[number]) for each in depths], np.random.default_rng([*key, number])
 
 
 def _draw(task: str, length: int, source: Source, depths: Sequence[float], rng: Generator) -> Prompt:

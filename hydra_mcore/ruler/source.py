@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -52,6 +53,10 @@ class Source:
     def noise(self) -> Haystack:
         """Lines of noise, for the needle tasks."""
         return repeated(self.wording.line_gap + self.wording.noise, self.pieces)
+
+    def in_noise(self) -> Source:
+        """The same, with noise wherever a task hides its needles in text."""
+        return dataclasses.replace(self, haystack=self.noise)
 
     @cached_property
     def digest(self) -> str:

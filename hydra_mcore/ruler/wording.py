@@ -18,8 +18,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from hydra_mcore.errors import InputError
 from hydra_mcore.files import from_fields, is_name, read_json
 from hydra_mcore.ruler.chat import chat_around
-from hydra_mcore.selection.needles import NeedleFormat
-from hydra_mcore.selection.probes import load_format
+from hydra_mcore.ruler.needle_format import NeedleFormat
 
 
 def fill(template: str, **words: str) -> str:
@@ -149,9 +148,8 @@ def load_wording(
     """The wording that a user names.
 
     Args:
-        name_or_path: "ruler"; "chat", RULER's within the tokenizer's chat template, without thinking; a JSON file with
-            fields of ``Wording`` (RULER's where it has none) or with a needle format; None for the model's own
-            needles.json, else RULER's.
+        name_or_path: "ruler"; "chat", RULER's within the tokenizer's chat template, without thinking; a file, see
+            ``read_wording``; None for ``own_wording``.
         model_dir: a checkpoint, or the folder of its tokenizer.
         today: the day that chat templates take for today, asked where one names it.
 
@@ -162,33 +160,50 @@ def load_wording(
         return RULER
     if name_or_path == "chat":
         return dataclasses.replace(RULER, name="chat", chat=chat_around(tokenizer, today))
-    if name_or_path is not None:
-        return _from_file(Path(name_or_path))
+    if name_or_path is None:
+        return own_wording(model_dir)
+    if not Path(name_or_path).is_file():
+        raise InputError(f"wording {name_or_path}: No such file or directory; the built-in ones are ruler and chat")
+    return read_wording(Path(name_or_path))
+
+
+def own_wording(model_dir: Path) -> Wording:
+    """A model's own: that of its ``needles.json``, else RULER's.
+
+    Args:
+        model_dir: a checkpoint, or the folder of its tokenizer.
+
+    Raises:
+        InputError: the file is no needle format.
+    """
     for folder in (Path(model_dir) / "tokenizer", Path(model_dir)):
         if (folder / "needles.json").is_file():
-            return _from_format(load_format(model_dir, folder / "needles.json"))
+            return format_wording(NeedleFormat.load(folder / "needles.json"))
     return RULER
 
 
-def _from_format(fmt: NeedleFormat) -> Wording:
+def read_wording(path: Path) -> Wording:
+    """The wording of a JSON file with fields of ``Wording`` (RULER's where it has none), or with a needle format.
+
+    Raises:
+        InputError: the file is missing or neither.
+    """
+    fields = read_json(path, what="wording")
+    if not isinstance(fields, dict):
+        raise InputError(f"wording {path}: not a wording, which is a list of keys and values")
+    if "value_pieces" in fields:
+        return dataclasses.replace(format_wording(NeedleFormat.load(path)), name=path.stem)
+    ruler = dataclasses.asdict(RULER)
+    asks = {name: ruler[name] | fields[name] for name in _ASKS if isinstance(fields.get(name), dict)}
+    return from_fields(Wording, {**ruler, "name": path.stem, **fields, **asks}, f"wording {path}")
+
+
+def format_wording(fmt: NeedleFormat) -> Wording:
     """The needle tasks in a model's own words, which bring their own white space; the other tasks stay RULER's."""
     ask = Ask(fmt.intro, "", fmt.query.replace("{key}", "{query}"))
     return dataclasses.replace(
         RULER, name="needles", needle=fmt.needle, one=ask, many=ask, noise=fmt.noise, line_gap="", text_gap="", own=fmt
     )
-
-
-def _from_file(path: Path) -> Wording:
-    if not path.is_file():
-        raise InputError(f"wording {path}: No such file or directory; the built-in ones are ruler and chat")
-    fields = read_json(path, what="wording")
-    if not isinstance(fields, dict):
-        raise InputError(f"wording {path}: not a wording, which is a list of keys and values")
-    if "value_pieces" in fields:
-        return dataclasses.replace(_from_format(load_format(path.parent, path)), name=path.stem)
-    ruler = dataclasses.asdict(RULER)
-    asks = {name: ruler[name] | fields[name] for name in _ASKS if isinstance(fields.get(name), dict)}
-    return from_fields(Wording, {**ruler, "name": path.stem, **fields, **asks}, f"wording {path}")
 
 
 _ASKS = ("one", "many", "vt", "cwe", "fwe")

@@ -18,10 +18,11 @@ import numpy as np
 from numpy.random import Generator
 
 from hydra_mcore.selection.jsonl import Pair, encode
-from hydra_mcore.selection.needles import NeedleFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
+
+    from hydra_mcore.ruler.needle_format import NeedleFormat
 
 TRIES = 100  # draws a wanted pair: most of what is drawn may be unusable in a tokenizer
 
@@ -30,6 +31,13 @@ TRIES = 100  # draws a wanted pair: most of what is drawn may be unusable in a t
 COPYING_WORDS = 14
 LIST_SIZES = range(7, 11)
 ENOUGH_WORDS = 20  # that lists differ
+LIST_WORDS = (
+    "amber anchor apple arrow badge basket beacon bottle bridge button cabin candle canyon castle cedar compass"
+    " desert eagle engine falcon feather forest garden glacier hammer harbor island jacket kettle ladder lantern lemon"
+    " marble mirror mountain ocean orchard pebble pencil pillow planet rabbit ribbon river saddle shadow station tiger"
+    " tunnel violin window bold brisk calm clever crisp daring eager fierce frosty gentle giant golden green happy"
+    " hollow humble icy jolly lucky mellow misty noble proud quiet rapid salty scarlet silent swift"
+).split()
 
 _REGULAR = (
     "apple artist bird boat book bottle car chair cup dog doctor door engine farmer field flower friend garden girl"
@@ -52,13 +60,13 @@ class Texts(NamedTuple):
 
 
 def general_pairs(
-    probe: str, tokenizer: Tokenizer, fmt: NeedleFormat, length: int, pairs: int, seed: int
+    probe: str, tokenizer: Tokenizer, fmt: NeedleFormat | None, length: int, pairs: int, seed: int
 ) -> list[Pair]:
     """Different pairs of one probe; fewer, or none, where the tokenizer or the length leaves no more.
 
     Args:
         probe: name in ``GENERAL_PROBES``.
-        fmt: its words are what lists are made of.
+        fmt: a model's own needles, whose words lists are made of; None for ``LIST_WORDS``.
         length: the most tokens a prompt may have, the answer included.
         pairs: how many are wanted.
         seed: the same seed gives the same pairs.
@@ -76,7 +84,7 @@ def general_pairs(
 
 
 def _encode(tokenizer: Tokenizer, texts: Texts) -> Pair:
-    """A pair whose answer begins with the first token that tells it from its distractor; ValueError if there is none.
+    """The pair of four texts; ValueError if there is none.
 
     Prompt and answer are encoded together: a tokenizer may join them, or give the space between them its own token.
     """
@@ -90,23 +98,10 @@ def _encode(tokenizer: Tokenizer, texts: Texts) -> Pair:
     )
     if tokenizer.unk_token_id is not None and any(tokenizer.unk_token_id in ids for ids in (true, other, swapped)):
         raise ValueError("words that the tokenizer does not know")
-    start = _first_difference(true, other)
-    if not np.array_equal(true[start:], swapped[start:]):
-        raise ValueError("the two prompts have different lengths")
-    clean, corrupt, answer, distractor = true[:start], swapped[:start], true[start:], other[start:]
-    first = _first_difference(clean, corrupt)
-    last = first + len(answer)
-    parts = ((clean[first:last], answer), (corrupt[first:last], distractor), (clean[last:], corrupt[last:]))
-    copied = all(np.array_equal(*part) for part in parts)
-    return Pair(clean, corrupt, answer, distractor, np.arange(first, last) if copied else None)
+    return Pair.of(true, other, swapped)
 
 
-def _first_difference(one: np.ndarray, two: np.ndarray) -> int:
-    size = min(len(one), len(two))
-    return int(np.argmax(np.append(one[:size] != two[:size], True)))
-
-
-def _copying(tokenizer: Tokenizer, fmt: NeedleFormat, rng: Generator) -> Iterator[Texts]:
+def _copying(tokenizer: Tokenizer, fmt: NeedleFormat | None, rng: Generator) -> Iterator[Texts]:
     """A list of words, begun again: its next word is the answer, and the list of the corrupt prompt has another
     there.
     """
@@ -124,13 +119,14 @@ def _copying(tokenizer: Tokenizer, fmt: NeedleFormat, rng: Generator) -> Iterato
         )
 
 
-def _words(tokenizer: Tokenizer, fmt: NeedleFormat) -> list[str]:
+def _words(tokenizer: Tokenizer, fmt: NeedleFormat | None) -> list[str]:
     """Words of equally many tokens: the format's value pieces if they are words, which its model surely knows, else its
     keys'.
     """
-    words = [piece for piece in fmt.value_pieces if piece[:1].isspace()]
+    words = [piece for piece in fmt.value_pieces if piece[:1].isspace()] if fmt else []
     if len(set(words)) < ENOUGH_WORDS:
-        words = [f" {word}" for key in fmt.keys for word in re.findall(r"\w+", key)]
+        texts = fmt.keys if fmt else LIST_WORDS
+        words = [f" {word}" for word in re.findall(r"\w+", " ".join(texts))]
     by_tokens: dict[int, list[str]] = {}
     for word in dict.fromkeys(words):
         ids = encode(tokenizer, word)
@@ -139,7 +135,7 @@ def _words(tokenizer: Tokenizer, fmt: NeedleFormat) -> list[str]:
     return max(by_tokens.values(), key=len, default=[])
 
 
-def _agreement(tokenizer: Tokenizer, fmt: NeedleFormat, rng: Generator) -> Iterator[Texts]:
+def _agreement(tokenizer: Tokenizer, fmt: NeedleFormat | None, rng: Generator) -> Iterator[Texts]:
     """A subject, another noun, and the verb that agrees with the first; two sentences before show the verb's two
     forms.
     """
@@ -156,7 +152,7 @@ def _agreement(tokenizer: Tokenizer, fmt: NeedleFormat, rng: Generator) -> Itera
         yield Texts(clean, corrupt, f" {verb[number]}", f" {verb[1 - number]}")
 
 
-def _arithmetic(tokenizer: Tokenizer, fmt: NeedleFormat, rng: Generator) -> Iterator[Texts]:
+def _arithmetic(tokenizer: Tokenizer, fmt: NeedleFormat | None, rng: Generator) -> Iterator[Texts]:
     """A sum of two digits after three that are worked out; one operand of it is another in the corrupt prompt."""
     while True:
         first, second, other = rng.integers(1, 10, size=3).tolist()
@@ -168,7 +164,7 @@ def _arithmetic(tokenizer: Tokenizer, fmt: NeedleFormat, rng: Generator) -> Iter
         yield Texts(clean, corrupt, f" {first + second}", f" {sum(changed)}")
 
 
-GENERAL_PROBES: dict[str, Callable[[Tokenizer, NeedleFormat, Generator], Iterator[Texts]]] = {
+GENERAL_PROBES: dict[str, Callable[[Tokenizer, NeedleFormat | None, Generator], Iterator[Texts]]] = {
     "copying": _copying,
     "agreement": _agreement,
     "arithmetic": _arithmetic,

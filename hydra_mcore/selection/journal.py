@@ -40,7 +40,7 @@ def read_journal(folder: Path, run: dict[str, Any]) -> Pieces:
         found, wanted = parse_json(head, f"{path}, line 1"), json.loads(json.dumps(run))
         if not isinstance(found, dict):
             raise InputError(f"{path}, line 1: does not say which scoring this is; remove the file to score anew")
-        for name in {**found, **wanted}:
+        for name in {**wanted, **found}:
             if found.get(name) != wanted.get(name):
                 raise InputError(
                     f"{folder}: holds an unfinished scoring whose {shown(name)[1:-1]} is {shown(found.get(name))},"

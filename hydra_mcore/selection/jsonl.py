@@ -49,6 +49,33 @@ class Pair:
             if np.array_equal(ids, other_ids):
                 raise ValueError(f"{one} and {two} are the same tokens; make them differ")
 
+    @classmethod
+    def of(cls, true: np.ndarray, other: np.ndarray, swapped: np.ndarray) -> Pair:
+        """A pair whose answer begins with the first token that tells it from its distractor.
+
+        Args:
+            true: int64 [n], the clean prompt and its answer.
+            other: int64 [n], the clean prompt and the distractor.
+            swapped: int64 [n], the corrupt prompt and the clean one's answer.
+
+        Raises:
+            ValueError: the prompts have different lengths, or as the class.
+        """
+        start = _first_difference(true, other)
+        if not np.array_equal(true[start:], swapped[start:]):
+            raise ValueError("the two prompts have different lengths")
+        clean, corrupt, answer, distractor = true[:start], swapped[:start], true[start:], other[start:]
+        first = _first_difference(clean, corrupt)
+        last = first + len(answer)
+        parts = ((clean[first:last], answer), (corrupt[first:last], distractor), (clean[last:], corrupt[last:]))
+        copied = all(np.array_equal(*part) for part in parts)
+        return cls(clean, corrupt, answer, distractor, np.arange(first, last) if copied else None)
+
+
+def _first_difference(one: np.ndarray, two: np.ndarray) -> int:
+    size = min(len(one), len(two))
+    return int(np.argmax(np.append(one[:size] != two[:size], True)))
+
 
 def encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
     """Token ids [n] of a text, without special tokens and without warnings about its length."""

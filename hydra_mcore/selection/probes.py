@@ -4,7 +4,8 @@
 
 In the corrupt prompt a distractor of the same kind and length stands where the answer comes from; every other token,
 the teacher-forced answer included, stays (symmetric token replacement, paper section 2 point 1). Retrieval has the
-needle prompts, where the source is the queried value; general ability has ``general.py``; users bring files of pairs.
+needle prompts of ``ruler/``, where the source is the queried value; general ability has ``general.py``; users bring
+files of pairs.
 """
 
 from __future__ import annotations
@@ -19,16 +20,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from hydra_mcore.errors import InputError
+from hydra_mcore.ruler.prompts import EVALUATION_SEEDS, Prompt
+from hydra_mcore.ruler.sets import draw_pairs
+from hydra_mcore.ruler.source import Source
 from hydra_mcore.selection.capabilities import BUILT_IN, GENERAL, RETRIEVAL
 from hydra_mcore.selection.general import general_pairs
-from hydra_mcore.selection.jsonl import Pair, encode, load_pairs
-from hydra_mcore.selection.needles import RULER_FORMAT, TASKS, NeedleFormat, build_prompts
-from hydra_mcore.tokenizer import open_tokenizer
+from hydra_mcore.selection.jsonl import Pair, load_pairs
 
-EVALUATION_SEEDS = 1_000_000  # the first of them: selection stays below, so no map is chosen on prompts it is judged by
 TOKENS_A_FORWARD = 16_384  # pairs are cut into batches of about this many tokens
 
 
@@ -62,7 +62,7 @@ class ProbeBatch:
 
 
 def check_seed(seed: int) -> None:
-    """Raise InputError for a seed that belongs to evaluation."""
+    """Raise InputError for a seed of evaluation: no map is chosen on prompts that it is judged by."""
     if not 0 <= seed < EVALUATION_SEEDS:
         raise InputError(
             f"seed {seed}: selection uses 0 to {EVALUATION_SEEDS - 1}; larger ones are kept for evaluation"
@@ -70,9 +70,7 @@ def check_seed(seed: int) -> None:
 
 
 def build_probes(
-    tokenizer: Tokenizer,
-    fmt: NeedleFormat,
-    haystack_ids: np.ndarray | None,
+    source: Source,
     length: int,
     pairs: int,
     seed: int,
@@ -85,7 +83,7 @@ def build_probes(
     A general sub-probe that the tokenizer or the length leaves no pair is left out, with a line on stderr.
 
     Args:
-        haystack_ids: [n] real text, see ``read_haystack``; None for the format's noise wherever a task uses text.
+        source: what needle prompts are made of; without a haystack, noise wherever a task uses text.
         length: tokens of a retrieval prompt, the answer included, and the most that a general prompt may have.
         pairs: how many a sub-probe; a file gives all of its own.
         capabilities: which of the built-in ones; names of ``files`` may be among them.
@@ -103,10 +101,10 @@ def build_probes(
     _check_names(capabilities, files)
     found: dict[str, list[ProbeBatch]] = {}
     if RETRIEVAL in capabilities:
-        for task, needles in _needle_pairs(tokenizer, fmt, haystack_ids, length, pairs, seed).items():
+        for task, needles in _needle_pairs(source, length, pairs, seed).items():
             found[task] = _batches(task, RETRIEVAL, needles)
     for probe in BUILT_IN[GENERAL] if GENERAL in capabilities else ():
-        if general := general_pairs(probe, tokenizer, fmt, length, pairs, seed):
+        if general := general_pairs(probe, source.tokenizer, source.wording.own, length, pairs, seed):
             found[probe] = _batches(probe, GENERAL, general)
         else:
             print(
@@ -114,7 +112,7 @@ def build_probes(
                 file=sys.stderr,
             )
     for capability, path in files.items():
-        found[Path(path).stem] = _batches(Path(path).stem, capability, load_pairs(tokenizer, path))
+        found[Path(path).stem] = _batches(Path(path).stem, capability, load_pairs(source.tokenizer, path))
     if not found:
         raise InputError(
             f"no probe has a pair of at most {length} tokens; give a longer --length, or another capability"
@@ -140,29 +138,25 @@ def _check_names(capabilities: Sequence[str], files: Mapping[str, Path]) -> None
             raise InputError(f"probe file {path}: another probe is called {Path(path).stem!r} too; rename the file")
 
 
-def _needle_pairs(
-    tokenizer: Tokenizer, fmt: NeedleFormat, haystack_ids: np.ndarray | None, length: int, pairs: int, seed: int
-) -> dict[str, list[Pair]]:
-    """Retrieval: the pairs of every needle task; the source is the queried value in the haystack."""
-    if haystack_ids is None:
-        haystack_ids = np.resize(encode(tokenizer, fmt.noise), length)
-    elif len(haystack_ids) < length:
+def _needle_pairs(source: Source, length: int, pairs: int, seed: int) -> dict[str, list[Pair]]:
+    """Retrieval: the pairs of every needle task; the source of an answer is the queried value in the haystack."""
+    if source.haystack is None:
+        source = source.in_noise()
+    elif len(source.haystack.ids) < length:
         mend = "give a longer --haystack, a shorter --length, or --haystack noise"
-        raise InputError(f"the haystack has {len(haystack_ids)} tokens, a prompt {length}; {mend}")
-    found: dict[str, list[Pair]] = {}
-    for task in TASKS:
-        try:
-            prompts = build_prompts(task, fmt, tokenizer, haystack_ids, length, pairs, seed)
-        except ValueError as error:
-            raise InputError(
-                f"probe {task} with {length} tokens: {error}; give a longer --length or another --format"
-            ) from None
-        found[task] = []
-        for prompt in prompts:
-            clean, corrupt = (ids[: prompt.answer_start] for ids in (prompt.ids, prompt.with_value(prompt.distractor)))
-            ((first, last),) = prompt.value_spans
-            found[task].append(Pair(clean, corrupt, prompt.answer, prompt.distractor, np.arange(first, last)))
-    return found
+        raise InputError(f"the haystack has {len(source.haystack.ids)} tokens, a prompt {length}; {mend}")
+    try:
+        return {
+            task: [_needle_pair(*twins) for twins in draw_pairs(task, length, pairs, seed, source)]
+            for task in BUILT_IN[RETRIEVAL]
+        }
+    except InputError as error:
+        raise InputError(f"needle probe: {error}; give a longer --length or another --format") from None
+
+
+def _needle_pair(clean: Prompt, corrupt: Prompt) -> Pair:
+    ends = ((clean, clean), (clean, corrupt), (corrupt, clean))  # prompt, and the prompt whose answer is put behind it
+    return Pair.of(*(np.concatenate([one.ids, other.answer_ids]).astype(np.int64) for one, other in ends))
 
 
 def _batches(probe: str, capability: str, pairs: Sequence[Pair]) -> list[ProbeBatch]:
@@ -192,46 +186,3 @@ def _batches(probe: str, capability: str, pairs: Sequence[Pair]) -> list[ProbeBa
 
 def _stack(rows: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(rows))
-
-
-def load_tokenizer(checkpoint_dir: str | Path) -> Tokenizer:
-    """The tokenizer that import put beside a checkpoint; raises InputError when there is none that loads."""
-    folder = Path(checkpoint_dir) / "tokenizer"
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no tokenizer beside the checkpoint; copy the Hugging Face tokenizer files there")
-    return open_tokenizer(folder)
-
-
-def load_format(checkpoint_dir: str | Path, path: str | Path | None = None) -> NeedleFormat:
-    """The wording of needles: a file, else the checkpoint's own ``tokenizer/needles.json``, else RULER's.
-
-    Raises:
-        InputError: the file is missing or no needle format.
-    """
-    own = Path(checkpoint_dir) / "tokenizer" / "needles.json"
-    if path is None and not own.is_file():
-        return RULER_FORMAT
-    return NeedleFormat.load(path or own)
-
-
-def read_haystack(tokenizer: Tokenizer, path: str | Path | None = None) -> np.ndarray:
-    """Token ids [n] of the text that needles are hidden in: a UTF-8 file, else the language reference of this Python.
-
-    Raises:
-        InputError: the file cannot be read, is not UTF-8 or is empty.
-    """
-    if path is None:
-        from pydoc_data.topics import topics  # half a megabyte of English prose that every Python brings along
-
-        text = "\n\n".join(topics[name] for name in sorted(topics))
-    else:
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"haystack {path}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise InputError(f"haystack {path}: not UTF-8 text") from None
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if not ids:
-        raise InputError(f"haystack {path}: no text in it")
-    return np.asarray(ids, dtype=np.int64)

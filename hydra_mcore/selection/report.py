@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from hydra_mcore.figures import short
-from hydra_mcore.files import replacing
+from hydra_mcore.files import write_text
 from hydra_mcore.heads import Head
 from hydra_mcore.kinds import FA
 from hydra_mcore.selection import figures
@@ -71,8 +71,7 @@ def write_report(
         _origin(scores, choice),
     ]
     path = Path(folder) / REPORT_NAME
-    with replacing(path) as beside:
-        beside.write_text(page(f"Head selection: {model_name}", sections), encoding="utf-8")
+    write_text(path, page(f"Head selection: {model_name}", sections))
     return path
 
 

@@ -33,7 +33,7 @@ from hydra_mcore.compat.saving import stop_writer
 from hydra_mcore.config import ConfigError, ModelCard, StageOptions
 from hydra_mcore.errors import InputError
 from hydra_mcore.files import NO_ROOM, checked, read_json, write_json
-from hydra_mcore.heads import in_words
+from hydra_mcore.heads import first_difference
 from hydra_mcore.model.checkpoints import (
     TRACKER,
     CutShort,
@@ -146,7 +146,7 @@ def difference(there: ModelCard, here: ModelCard) -> str:
                 return f"{name} is {theirs[name]!r} there, {value!r} here"
     for layer_idx, (theirs, mine) in enumerate(zip(there.head_map.layers, here.head_map.layers, strict=True)):
         if theirs != mine:
-            return f"layer {layer_idx}: {in_words(theirs)} there, {in_words(mine)} here"
+            return "layer {}: {} heads {} there, {} here".format(layer_idx, *first_difference(theirs, mine))
     if there.fingerprint != here.fingerprint:
         return f"the teacher's weights are {there.fingerprint[:12]} there, {here.fingerprint[:12]} here"
     return "" if there == here else f"stage {there.stage} there, {here.stage} here"

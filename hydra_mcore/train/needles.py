@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,13 +18,14 @@ from hydra_mcore.config import ConfigError
 from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.parallel import ParallelModel
 from hydra_mcore.evaluation.scoring import Score, score_prompts
-from hydra_mcore.ruler.prompts import PromptSet
-from hydra_mcore.ruler.sets import Source, prompt_set
-from hydra_mcore.ruler.wording import load_wording
-from hydra_mcore.selection.probes import check_seed, load_tokenizer
+from hydra_mcore.ruler.prompts import EVALUATION_SEEDS, PromptSet
+from hydra_mcore.ruler.sets import prompt_set
+from hydra_mcore.ruler.source import Source
+from hydra_mcore.ruler.wording import own_wording
+from hydra_mcore.tokenizer import load_tokenizer
 
 TASKS = {"needle single-key": "niah_single_1", "needle multi-key": "niah_multikey_1"}  # panel -> task of RULER
-SEED = 500_000  # below evaluation's, so that published numbers are never looked at, and far from selection's own
+SEED = EVALUATION_SEEDS // 2  # of prompts that neither evaluation nor head selection has
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,8 @@ def make_panels(args: argparse.Namespace, checkpoint_dir: Path, vocab_size: int)
     """
     if not args.needle_interval:
         return None
-    check_seed(SEED)
     tokenizer, length = load_tokenizer(checkpoint_dir), args.needle_length or args.seq_length
-    source = Source(tokenizer, load_wording(None, tokenizer, checkpoint_dir), None)
-    source = dataclasses.replace(source, haystack=source.noise)  # where evaluation has text
+    source = Source(tokenizer, own_wording(checkpoint_dir), None).in_noise()
     try:
         sets = {panel: prompt_set(task, length, args.needle_prompts, SEED, source) for panel, task in TASKS.items()}
     except InputError as error:

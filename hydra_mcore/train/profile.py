@@ -28,7 +28,7 @@ from megatron.core.utils import unwrap_model
 from megatron.training import training
 from torch.profiler import ProfilerActivity, record_function
 
-from hydra_mcore.files import replacing, write_json
+from hydra_mcore.files import replacing, write_json, write_text
 from hydra_mcore.kinds import KINDS
 from hydra_mcore.model.branch import branch_class
 from hydra_mcore.model.fusion import Fusion
@@ -114,10 +114,10 @@ def recording(
             yield
             if with_gpu:
                 torch.cuda.synchronize()
-    trace.parent.mkdir(parents=True, exist_ok=True)
-    beside = trace.with_name("partial-" + trace.name)  # torch compresses by the name's end
-    profiler.export_chrome_trace(str(beside))
-    beside.replace(trace)
+    with replacing(trace) as beside, tempfile.TemporaryDirectory(dir=trace.parent) as folder:
+        written = Path(folder) / trace.name  # torch compresses by the name's end
+        profiler.export_chrome_trace(str(written))
+        written.replace(beside)
 
 
 def _parts(root: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str]]:
@@ -196,6 +196,5 @@ def _report(trace: Path, rank: int) -> None:
     table = read_table(trace)
     write_json(trace.with_name(f"parts-rank{rank}.json"), table.to_dict())
     text = table.to_markdown()
-    with replacing(trace.with_name(f"parts-rank{rank}.md")) as beside:
-        beside.write_text(text)
+    write_text(trace.with_name(f"parts-rank{rank}.md"), text)
     print(f"\nprofile of rank {rank} ({trace}):\n{text}", flush=True)

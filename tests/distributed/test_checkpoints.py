@@ -50,10 +50,10 @@ def disturbed(
 def _disturbed(rank: int, argv: list[str], at: int, act: Callable[[], None]) -> tuple[int, str]:
     from megatron.training import training
 
-    from hydra_mcore.train import run as door
+    from hydra_mcore.train import run as stage_run
     from hydra_mcore.train.__main__ import main
 
-    step, prepare = training.train_step, door._prepare_models
+    step, prepare = training.train_step, stage_run._prepare_models
     calls = iter(range(1, 100))
 
     def train_step(*args: Any, **keywords: Any) -> Any:
@@ -67,7 +67,7 @@ def _disturbed(rank: int, argv: list[str], at: int, act: Callable[[], None]) -> 
             act()
         return prepare(*args)
 
-    training.train_step, door._prepare_models = train_step, prepare_models
+    training.train_step, stage_run._prepare_models = train_step, prepare_models
     if at < 0:
         act()
     return ended(main, argv)

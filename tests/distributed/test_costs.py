@@ -240,6 +240,12 @@ def test_work_worked_by_hand() -> None:
     assert imbalance(HeadLayout(HeadsByKind.from_fa([], 8), 4, 4), "fa", part) == 1.0
 
 
+def test_recurrent_work_is_that_of_tokens() -> None:
+    """The other six heads on four ranks: two on those without an FA head, one on each of the others."""
+    layout, part = HeadLayout(HeadsByKind.from_fa([0, 3], 8), 4, 4), SequencePart(16, 2, 1)
+    assert core_work(layout, "gdn", part) == (8, 8, 16, 16) and imbalance(layout, "gdn", part) == 4 / 3
+
+
 def test_the_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tools.benchmarks.balance.RANDOM_MAPS", 2)
     main(["communication", "--cp", "2", "8", "--lengths", "4096", "--fa-heads", "4"])
@@ -253,9 +259,9 @@ def test_the_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
 
 
 def test_a_rank_alone_is_timed() -> None:
-    from tools.benchmarks.rank_seconds import measured
+    from tools.benchmarks.balance import rank_rows
 
-    rows = list(measured({1: [0], 5: [0, 1, 2, 5, 7]}, dataclasses.replace(SHAPE, hidden_size=32), 4, 32, 1))
+    rows = list(rank_rows({1: [0], 5: [0, 1, 2, 5, 7]}, dataclasses.replace(SHAPE, hidden_size=32), 4, 32, 1))
     assert [row[:2] for row in rows] == [[n, way] for n in (1, 5) for way in ("heads", "queries", "all by queries")]
     assert all(float(row[4]) >= 1.0 for row in rows) and rows[0][5] == "1.00"
 

@@ -24,7 +24,8 @@ from hydra_mcore.convert.hf_config import read_config
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.recipe import COMMAND_SECTIONS, STAGE_SECTIONS, Recipe, parse_with_recipe
 from tests.support.launch import model_parallel, run_ranks
-from tools import convert, evaluate, plan, prepare_data, select_heads
+from tools import convert, evaluate, prepare_data, select_heads
+from tools.plan.__main__ import main as plan
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -77,7 +78,7 @@ def _write_students(rank: int, folder: Path) -> None:
 
 
 def _dry_runs(rank: int, folder: Path) -> dict[Case, dict[str, Any]]:
-    from hydra_mcore.train import run as door
+    from hydra_mcore.train import run as stage_run
 
     found: dict[Case, dict[str, Any]] = {}
     for (model, overlays, ranks), stage in itertools.product(CASES, STAGE_SECTIONS):
@@ -93,8 +94,8 @@ def _dry_runs(rank: int, folder: Path) -> dict[Case, dict[str, Any]]:
         ]
         argv += ["--needle-interval", "0"]  # its prompts need the tokenizer
         seen: dict[str, Any] = {}
-        door.check_data = lambda args, seen=seen: seen.update(vars(args))
-        door.run_stage(argv)
+        stage_run.check_data = lambda args, seen=seen: seen.update(vars(args))
+        stage_run.run_stage(argv)
         found[model, overlays, ranks, stage] = {name: seen[name] for name in KEPT}
     return found
 
@@ -124,15 +125,15 @@ def test_every_recipe_file_is_tried() -> None:
         assert set(yaml.safe_load(Path(path).read_text())) & {*STAGE_SECTIONS}, path
 
 
-DOORS = {"prepare": prepare_data, "select": select_heads, "evaluate": evaluate}
+COMMANDS = {"prepare": prepare_data, "select": select_heads, "evaluate": evaluate}
 
 
 @pytest.mark.parametrize("section", COMMAND_SECTIONS)
 @pytest.mark.parametrize("model", SCHEDULES)
 def test_commands_know_the_keys_of_their_section(model: str, section: str) -> None:
     config = ["--config", *files(model, ())]
-    if section in DOORS:
-        found = vars(parse_with_recipe(DOORS[section].parser(), section, config))
+    if section in COMMANDS:
+        found = vars(parse_with_recipe(COMMANDS[section].parser(), section, config))
     else:
         found = vars(convert.parse_args([section, *config]))
     given = Recipe.load(files(model, ()), section).values
@@ -150,7 +151,7 @@ def test_the_walk_through_shows_cost_and_jobs(
     ).stdout
     assert said.count("Fits: ") == 3 and "| all |  | 15.00 |" in said
     monkeypatch.chdir(ROOT)
-    plan.main(evaluation.split()[1:])
+    plan(evaluation.split()[1:])
     said = capsys.readouterr().out
     assert said.count("Fits: ") == 1 and "| student, 524,288 |" in said
     said = subprocess.run(

@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The head selection door under a launcher: the same files as on one process, and one line for bad input."""
+"""The head selection command under a launcher: the same files as on one process, and one line for bad input."""
 
 from __future__ import annotations
 

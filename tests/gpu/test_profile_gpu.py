@@ -16,7 +16,7 @@ from hydra_mcore.config import ModelShape
 from hydra_mcore.model.fusion import Fusion
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.train.profile import profiled
-from tools.benchmarks.training_step import TeacherAndStudent, student_card
+from tools.benchmarks.micro_batch import TeacherAndStudent, student_card
 
 pytestmark = [
     pytest.mark.gpu,

@@ -17,7 +17,7 @@ from hydra_mcore.config import ModelShape, teacher_card
 from hydra_mcore.convert.families import SHAPE_KEYS
 from hydra_mcore.convert.tensor_table import tensor_rules
 
-DOOR = Path(__file__).parents[2] / "tools" / "convert.py"
+COMMAND = Path(__file__).parents[2] / "tools" / "convert.py"
 SHAPE = ModelShape(
     num_layers=20,
     hidden_size=2048,
@@ -50,8 +50,8 @@ def write_model(hf_dir: Path, layers_per_shard: int) -> None:
 
 
 def peak_bytes(*arguments: object) -> int:
-    """Peak resident memory of one run of the door, pages of mapped files included."""
-    process = subprocess.Popen([sys.executable, str(DOOR), *map(str, arguments)])
+    """Peak resident memory of one run of the command, pages of mapped files included."""
+    process = subprocess.Popen([sys.executable, str(COMMAND), *map(str, arguments)])
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0

@@ -30,7 +30,7 @@ from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.model.streaming import StoredTensors
 from tests.support.tiny_hf import random_tokens, tiny_model
 
-DOOR = Path(__file__).parents[2] / "tools" / "convert.py"
+COMMAND = Path(__file__).parents[2] / "tools" / "convert.py"
 # A layer with some FA heads, one with none, one with all; 6 heads in 2 kv groups.
 HEAD_MAP = HeadMap.from_fa(
     [(0, 1), (0, 5), *((2, h) for h in range(6))], 3, 6, 2, strategy="by hand", made_by={"seed": 3}
@@ -300,12 +300,12 @@ def test_targets_that_hold_something_are_refused_before_any_work(tmp_path):
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
 
 
-def run_door(*arguments: object, largest_file: int | None = None) -> subprocess.CompletedProcess:
+def run_command(*arguments: object, largest_file: int | None = None) -> subprocess.CompletedProcess:
     def limit() -> None:
         if largest_file is not None:  # the kernel refuses to write on, as a full disk does
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
 
-    command = [sys.executable, str(DOOR), *map(str, arguments)]
+    command = [sys.executable, str(COMMAND), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, preexec_fn=limit)
 
 
@@ -316,11 +316,13 @@ def last_line(done: subprocess.CompletedProcess) -> str:
 @pytest.mark.slow
 def test_a_disk_that_fills_up_half_way_leaves_nothing(tmp_path):
     tiny_model("qwen3", tmp_path / "hf", intermediate_size=4096)
-    done = run_door("import", "--hf", tmp_path / "hf", "--out", tmp_path / "out", largest_file=400_000)
+    done = run_command("import", "--hf", tmp_path / "hf", "--out", tmp_path / "out", largest_file=400_000)
     assert done.returncode == 2
     assert last_line(done) == f"convert: {tmp_path / 'out'}: cannot be written, File too large; nothing is left of it"
     import_hf(tmp_path / "hf", tmp_path / "checkpoint")
-    done = run_door("export", "--checkpoint", tmp_path / "checkpoint", "--out", tmp_path / "out", largest_file=400_000)
+    done = run_command(
+        "export", "--checkpoint", tmp_path / "checkpoint", "--out", tmp_path / "out", largest_file=400_000
+    )
     assert done.returncode == 2
     assert str(tmp_path / "out") in last_line(done) and "cannot be written" in last_line(done)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "hf"]
@@ -331,7 +333,7 @@ def test_a_killed_export_leaves_no_folder_of_the_targets_name(tmp_path):
     import_hf(tmp_path / "hf", tmp_path / "checkpoint")
     command = [
         sys.executable,
-        str(DOOR),
+        str(COMMAND),
         "export",
         "--checkpoint",
         str(tmp_path / "checkpoint"),

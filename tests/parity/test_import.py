@@ -29,7 +29,7 @@ from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.model.streaming import StoredTensors
 from tests.support.tiny_hf import random_tokens, tiny_model, tiny_qwen3
 
-DOOR = Path(__file__).parents[2] / "tools" / "convert.py"
+COMMAND = Path(__file__).parents[2] / "tools" / "convert.py"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -449,16 +449,16 @@ def test_parts_are_exactly_the_tensors_that_transformers_saves(tmp_path, family)
         assert set(file.keys()) == set(tensor_rules(read_config(tmp_path)))
 
 
-def run_door(*arguments: object) -> subprocess.CompletedProcess:
+def run_command(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, str(DOOR), *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, str(COMMAND), *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False
     )
 
 
-def test_door_refuses_in_one_line_with_status_2(tmp_path):
+def test_command_refuses_in_one_line_with_status_2(tmp_path):
     tiny_qwen3(tmp_path / "hf")
     edit_tensors(tmp_path / "hf", lambda t: put(t, O2, float("nan")))  # found last: the model has been built by then
-    done = run_door("import", "--hf", tmp_path / "hf", "--out", tmp_path / "out")
+    done = run_command("import", "--hf", tmp_path / "hf", "--out", tmp_path / "out")
     assert done.returncode == 2
     assert [line for line in done.stderr.splitlines() if "tensor/s" not in line and line.strip()] == [
         f"convert: {tmp_path / 'hf'}: tensor {O2} holds NaN or infinity"

@@ -4,7 +4,6 @@
 
 import dataclasses
 import json
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -26,8 +25,10 @@ from hydra_mcore.model.checkpoints import TRACKER
 from hydra_mcore.model.runtime import process_groups
 from tests.support import teachers
 from tests.support.tiny_hf import ODD, random_tokens, tiny_qwen3
+from tools.commands.convert import hybridize_from
+from tools.convert import parse_args
 
-DOOR = Path(__file__).parents[2] / "tools" / "convert.py"
+COMMAND = Path(__file__).parents[2] / "tools" / "convert.py"
 D, HEADS, GROUPS = ODD["head_dim"], ODD["num_attention_heads"], ODD["num_key_value_heads"]
 # Layer 0 mixes both groups, layer 1 has no FA head, layer 2 no GDN head.
 MIXED = HeadMap.from_fa([(0, 1), (0, 4), (0, 5), *((2, h) for h in range(HEADS))], 3, HEADS, GROUPS)
@@ -379,17 +380,17 @@ def test_a_student_is_no_teacher_and_a_target_is_written_once(source, tmp_path):
     assert (tmp_path / "student" / TRACKER).stat().st_mtime_ns == before and not (tmp_path / "other").exists()
 
 
-def run_door(*arguments: object) -> subprocess.CompletedProcess:
+def run_command(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, str(DOOR), *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, str(COMMAND), *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False
     )
 
 
-def test_door_hybridizes(source, tmp_path):
+def test_command_hybridizes(source, tmp_path):
     MIXED.save(tmp_path / "map.json")
     (tmp_path / "text").write_text("w1 w2 w3 w4 " * 50)
     out = tmp_path / "student"
-    done = run_door(
+    done = run_command(
         "hybridize", "--teacher", source[2], "--heads", tmp_path / "map.json", "--calibration-text", tmp_path / "text",
         "--out", out, "--gdn-conv-kernel", 0, "--fa-gate", "headwise",
     )  # fmt: skip
@@ -400,15 +401,15 @@ def test_door_hybridizes(source, tmp_path):
     torch.testing.assert_close(scale.double(), expected.double(), rtol=1e-5, atol=0)
 
 
-def test_door_refuses_a_broken_head_map_in_one_line(source, tmp_path):
+def test_command_refuses_a_broken_head_map_in_one_line(source, tmp_path):
     raw = MIXED.to_dict()
     raw["layers"][1]["gdn"].remove(3)
     (tmp_path / "map.json").write_text(json.dumps(raw))
-    done = run_door(
+    done = run_command(
         "hybridize", "--teacher", source[2], "--heads", tmp_path / "map.json", "--out", tmp_path / "student"
     )
     assert done.returncode == 2
-    assert done.stderr.splitlines() == ["convert: head map: layer 1 lacks head 3; give it a role, fa or gdn"]
+    assert done.stderr.splitlines() == ["convert: head map: layer 1 lacks head 3; give it a kind (of fa, gdn)"]
     assert not (tmp_path / "student").exists()
 
 
@@ -423,10 +424,9 @@ def test_door_refuses_a_broken_head_map_in_one_line(source, tmp_path):
     ],
     ids=["no text", "unused text", "no scale", "option", "pair of options"],
 )
-def test_door_refuses_flags_that_do_not_go_together(source, tmp_path, flags, words):
+def test_command_refuses_flags_that_do_not_go_together(source, tmp_path, flags, words):
     MIXED.save(tmp_path / "map.json")
-    door = runpy.run_path(str(DOOR))
     given = ["--teacher", source[2], "--heads", tmp_path / "map.json", "--out", tmp_path / "student"]
     with pytest.raises(InputError, match=words):
-        door["hybridize_from"](door["parse_args"](["hybridize", *map(str, given), *flags]))
+        hybridize_from(parse_args(["hybridize", *map(str, given), *flags]))
     assert not (tmp_path / "student").exists()

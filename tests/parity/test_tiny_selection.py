@@ -11,12 +11,16 @@ import pytest
 
 from hydra_mcore.model.build import load_model
 from hydra_mcore.model.runtime import process_groups
+from hydra_mcore.ruler.haystack import Haystack, read_text
+from hydra_mcore.ruler.source import Source
+from hydra_mcore.ruler.wording import own_wording
 from hydra_mcore.selection.evidence import likeness
 from hydra_mcore.selection.knock_out import knock_out
-from hydra_mcore.selection.probes import RETRIEVAL, build_probes, load_format, load_tokenizer, read_haystack
+from hydra_mcore.selection.probes import RETRIEVAL, build_probes
 from hydra_mcore.selection.score import HeadScores
 from hydra_mcore.selection.scoring import Scoring
 from hydra_mcore.selection.teacher import Teacher
+from hydra_mcore.tokenizer import load_tokenizer
 
 LENGTH = 256
 
@@ -35,8 +39,8 @@ def scored(folder: Path, journal: Path, pairs: int, seed: int) -> tuple[Scoring,
 
 def prompts(folder: Path, pairs: int, seed: int, capabilities: tuple[str, ...]) -> dict:
     tokenizer = load_tokenizer(folder)
-    haystack_ids = read_haystack(tokenizer)
-    return build_probes(tokenizer, load_format(folder), haystack_ids, LENGTH, pairs, seed, capabilities)
+    source = Source(tokenizer, own_wording(folder), Haystack.of(tokenizer, read_text(tokenizer)))
+    return build_probes(source, LENGTH, pairs, seed, capabilities)
 
 
 def test_a_twentieth_of_the_heads_by_score_breaks_retrieval_and_at_random_does_not(

@@ -332,7 +332,7 @@ def test_a_wrong_fingerprint_on_the_card(made: Made, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "value", "said"),
     [
-        (("layers", 1), {"fa": [0], "gdn": [1, 2, 3, 4, 5]}, "layer 1 keeps FA heads [0], the card says [4]"),
+        (("layers", 1), {"fa": [0], "gdn": [1, 2, 3, 4, 5]}, "layer 1 has FA heads 0, the card says 4"),
         (("fingerprint",), "1" * 64, "111111111111, the card says"),
     ],
     ids=["heads", "fingerprint"],

@@ -81,7 +81,6 @@ def test_a_step_is_the_same_on_every_layout_and_watched(made: Path) -> None:
         losses[name], statistics[name] = found["align loss"], {key for key in found if key.startswith("toy ")}
     assert losses["tp2"] == pytest.approx(losses["one"], rel=1e-5)
     assert losses["cp2"] == pytest.approx(losses["one"], rel=1e-5)
-    assert losses["one"][2] < losses["one"][1]
     assert statistics["one"] == statistics["tp2"] == statistics["cp2"] >= {"toy query size/all", "toy rms/layer 02"}
 
 

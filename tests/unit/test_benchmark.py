@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark's door: what it measures comes out alike as table, JSON and figure; no test looks at how long anything
+"""The benchmark: what it measures comes out alike as table, JSON and figure; no test looks at how long anything
 took.
 """
 
@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from tools.benchmark import DRAWN, TABLES, main
-from tools.benchmarks.delta_rules import ATTENTION, OURS, Rules
-from tools.benchmarks.layer import crossing
-from tools.benchmarks.layers import TEACHER
+from tools.benchmark import main
+from tools.benchmarks.delta_rule import ATTENTION, OURS, Rules
+from tools.benchmarks.flags import SECTIONS
+from tools.benchmarks.layer import TEACHER, crossing
 from tools.benchmarks.measure import in_turn, measured, peak_bytes
 from tools.benchmarks.report import Report, markdown
 
@@ -32,7 +32,7 @@ DECODE = (
 )
 
 
-def run_door(command: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+def run_command(command: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     """The JSON of a section, having checked that the tables on stdout are those in it, and that the figure is a
     picture.
     """
@@ -65,19 +65,19 @@ def column(table: dict[str, Any], name: str) -> list[str]:
     return [row[table["columns"].index(name)] for row in table["rows"]]
 
 
-@pytest.mark.parametrize("section", DRAWN + TABLES)
+@pytest.mark.parametrize("section", SECTIONS)
 def test_every_section_has_examples_and_the_common_flags(section: str, capsys: pytest.CaptureFixture[str]) -> None:
     name = section.replace("_", "-")
     with pytest.raises(SystemExit) as stop:
         main([name, "--help"])
     said = capsys.readouterr().out
     assert stop.value.code == 0 and f"python tools/benchmark.py {name}" in said.split("examples:")[1]
-    assert "--json FILE" in said and ("--figure FILE" in said) == (section in DRAWN)
+    assert "--json FILE" in said and ("--figure FILE" in said) == SECTIONS[section].figure
 
 
 def test_delta_rule(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tools.benchmarks.delta_rules.SLOW_TURNS", 100)
-    found = run_door(RULE, tmp_path, capsys)
+    monkeypatch.setattr("tools.benchmarks.delta_rule.SLOW_TURNS", 100)
+    found = run_command(RULE, tmp_path, capsys)
     trained, forward, kept, sweep, errors = found["tables"]
     contestants = [(n, name) for n in (96, 160) for name in (OURS, ATTENTION, "Megatron-Core", "transformers")]
     for table in (trained, forward, kept):
@@ -110,7 +110,7 @@ def test_a_wrong_rule_has_an_error() -> None:
 
 
 def test_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    table, where = run_door(LAYER, tmp_path, capsys)["tables"]
+    table, where = run_command(LAYER, tmp_path, capsys)["tables"]
     names, seconds = [TEACHER, "3:1", "7:1", "all GDN"], medians(table)
     assert list(seconds) == [(n, name) for n in (64, 128) for name in names]
     assert column(table, "of all FA") == [f"{taken / seconds[n, TEACHER]:.3f}" for (n, _), taken in seconds.items()]
@@ -134,7 +134,7 @@ def test_crossing(contestant: dict[int, float], words: str) -> None:
 
 
 def test_decode_with_prefill(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    decoded, prompts = run_door(DECODE, tmp_path, capsys)["tables"]
+    decoded, prompts = run_command(DECODE, tmp_path, capsys)["tables"]
     student, seconds = "25% FA in 50% of kv groups", medians(prompts)
     assert list(seconds) == [(n, name) for n in (24, 40) for name in ("teacher", student)]
     faster = [f"{seconds[n, 'teacher'] / seconds[n, name]:.2f}" for n, name in seconds]

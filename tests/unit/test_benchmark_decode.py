@@ -13,7 +13,7 @@ from hydra_mcore.config import ModelShape
 from tests.support.hf_model import random_model
 from tests.support.tiny_hf import tiny_qwen3
 from tools.benchmark import main
-from tools.benchmarks.decoders import measured, prefills, random_decoders
+from tools.benchmarks.decode import measured, prefills, random_decoders
 
 SHAPE = ModelShape(
     num_layers=2, hidden_size=48, num_heads=6, num_kv_groups=2, head_dim=16, ffn_hidden_size=80, vocab_size=64,

@@ -9,8 +9,8 @@ from hydra_mcore.config import ModelShape
 from hydra_mcore.model.runtime import process_groups
 from tools.benchmark import parser
 from tools.benchmarks import measure
+from tools.benchmarks.micro_batch import TeacherAndStudent, student_card
 from tools.benchmarks.step import REFERENCE, TEACHER, WHOLE, run
-from tools.benchmarks.training_step import TeacherAndStudent, student_card
 
 SHAPE = ModelShape(
     num_layers=2, hidden_size=24, num_heads=4, num_kv_groups=2, head_dim=8, ffn_hidden_size=20, vocab_size=96,

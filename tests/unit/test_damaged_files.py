@@ -33,15 +33,14 @@ from hydra_mcore.model.build import build_model
 from hydra_mcore.model.rotary import rotary_frequencies
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.ruler.prompts import Prompt
-from hydra_mcore.ruler.sets import _load, _save
-from hydra_mcore.ruler.wording import RULER, load_wording
+from hydra_mcore.ruler.sets import _load, _save, draw_pairs
+from hydra_mcore.ruler.source import Source
+from hydra_mcore.ruler.wording import RULER, load_wording, read_wording
 from hydra_mcore.selection.choose import choose_heads
 from hydra_mcore.selection.evidence import KnockOut
 from hydra_mcore.selection.figures import knock_out_curves
 from hydra_mcore.selection.journal import JournalWriter, read_journal
 from hydra_mcore.selection.jsonl import load_pairs
-from hydra_mcore.selection.needles import build_prompts
-from hydra_mcore.selection.probes import load_format
 from hydra_mcore.selection.report import write_report as write_selection_report
 from hydra_mcore.selection.score import HeadScores
 from hydra_mcore.tokenizer import open_tokenizer
@@ -53,7 +52,7 @@ from tests.support.small_tokenizers import small_tokenizer
 from tests.unit.test_config import FACTS, FINGERPRINT, card
 from tests.unit.test_evaluation_report import STUDENT, TEACHER, keep_all
 from tests.unit.test_selection_report import KNOCK_OUT, made_scores
-from tools.prepare_data import check_vocabulary
+from tools.commands.prepare_data import check_vocabulary
 
 PROMPTS = [
     Prompt(np.arange(9, dtype=np.int32), 2, ("a", "b\n"), np.ones(2, np.int32), ((1, 3),), (0.25,)) for _ in range(3)
@@ -115,11 +114,8 @@ def write_needles(folder: Path) -> Path:
 
 
 def use_needles(path: Path) -> None:
-    fmt = load_format(path.parent, path)
-    try:
-        build_prompts("niah_single_2", fmt, small_tokenizer("byte"), np.arange(2000) % 250, 700, 1, 0)
-    except ValueError as error:  # InputError in commands (``_needle_pairs``)
-        raise InputError(str(error)[:300]) from None
+    source = Source(small_tokenizer("byte"), read_wording(path), None).in_noise()
+    list(draw_pairs("niah_single_2", 700, 1, 0, source))
 
 
 def write_wording(folder: Path) -> Path:

@@ -295,9 +295,17 @@ def test_wrong_boundaries_are_refused(bounds: list[int], cause: str) -> None:
 
 def test_a_packed_batch_and_a_wrong_state_are_refused() -> None:
     with pytest.raises(ValueError, match="one row, got a batch of 2"):
-        packed([0, 70])(*make_inputs(b=2)[:5])
+        packed([0, 30, 70])(*make_inputs(b=2)[:5])
     with pytest.raises(ValueError, match=r"has shape \[1, 2, 8, 6\], needs \[2, 2, 8, 6\]"):
         packed([0, 30, 70])(*make_inputs())
+
+
+def test_what_is_not_of_the_part_is_refused() -> None:
+    inputs = make_inputs()
+    with pytest.raises(ValueError, match="70 tokens were given, the part has 35"):
+        ours(*inputs[:5], part=SequencePart(70, cp_size=2))
+    with pytest.raises(ValueError, match="initial state comes from the previous rank"):
+        ours(*inputs, part=SequencePart(140, cp_size=2))
 
 
 # The border to flash-linear-attention. The kernels themselves need a GPU: tests/gpu/test_fla_kernels_gpu.py

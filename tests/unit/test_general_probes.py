@@ -11,15 +11,13 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from hydra_mcore.selection import general, needles
+from hydra_mcore.ruler.needle_format import NeedleFormat
+from hydra_mcore.selection import general
 from hydra_mcore.selection.general import GENERAL_PROBES, NOUNS, VERBS, general_pairs
 from hydra_mcore.selection.jsonl import Pair
-from hydra_mcore.selection.needles import RULER_FORMAT, NeedleFormat
 
 TEACHER = Path(__file__).parents[2] / "examples" / "tiny" / "teacher"
-KNOWN = [
-    Path(module.__file__).read_text(encoding="utf-8") for module in (general, needles)
-]  # has every word of the probes
+KNOWN = [Path(general.__file__).read_text(encoding="utf-8")]  # has every word of the probes
 
 
 def byte_pairs() -> PreTrainedTokenizerFast:
@@ -48,7 +46,7 @@ def whole_words(digits: bool) -> PreTrainedTokenizerFast:
 def language(request: pytest.FixtureRequest) -> tuple:
     if request.param == "teacher":
         return PreTrainedTokenizerFast.from_pretrained(TEACHER), NeedleFormat.load(TEACHER / "needles.json")
-    return byte_pairs() if request.param == "byte pairs" else whole_words(digits=True), RULER_FORMAT
+    return byte_pairs() if request.param == "byte pairs" else whole_words(digits=True), None
 
 
 def sentences(tokenizer: PreTrainedTokenizerFast, pair: Pair) -> list[str]:
@@ -132,7 +130,7 @@ def test_length_is_never_exceeded(probe: str, language: tuple) -> None:
 
 def test_words_that_a_tokenizer_does_not_know_are_not_used() -> None:
     tokenizer = whole_words(digits=False)
-    drawn = {probe: general_pairs(probe, tokenizer, RULER_FORMAT, 256, 5, seed=1) for probe in GENERAL_PROBES}
+    drawn = {probe: general_pairs(probe, tokenizer, None, 256, 5, seed=1) for probe in GENERAL_PROBES}
     assert {probe: len(pairs) for probe, pairs in drawn.items()} == {"copying": 5, "agreement": 5, "arithmetic": 0}
 
 

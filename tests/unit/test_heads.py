@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hydra_mcore.config import ModelShape
 from hydra_mcore.errors import InputError
 from hydra_mcore.files import write_json
-from hydra_mcore.heads import HEAD_MAP_FORMAT, HeadMap, HeadMapError, HeadsByKind, in_words
+from hydra_mcore.heads import HEAD_MAP_FORMAT, HeadMap, HeadMapError, HeadsByKind, first_difference
 from hydra_mcore.kinds import KINDS
 from hydra_mcore.selection.choose import STRATEGIES
 
@@ -113,10 +113,10 @@ def broken(path: tuple, value) -> dict:
         (("format",), None, "format None, this version reads formats 2 and 3"),
         (("layers", 1, "gdn"), [0, 1, 2, 4], "layer 1 lists head 4; heads are 0 to 3"),
         (("layers", 1, "gdn"), [0, 1, 2, -1], "layer 1 lists head -1; heads are 0 to 3"),
-        (("layers", 1, "gdn"), [0, 1, 2, 3.5], r"layers\[1\]: gdn\[3\] is 3.5, which is no whole number"),
-        (("layers", 1, "gdn"), [0, 1, 2, [3]], r"layers\[1\]: gdn\[3\] is \[3\]; expected a whole number"),
-        (("layers", 1, "gdn"), [0, True, 2, 3], r"layers\[1\]: gdn\[1\] is True; expected a whole number"),
-        (("layers", 1, "gdn"), ["0", 1, 2, 3], r"layers\[1\]: gdn\[0\] is '0'; expected a whole number"),
+        (("layers", 1, "gdn"), [0, 1, 2, 3.5], r"layers\[1\]\['gdn'\]\[3\] is 3.5, which is no whole number"),
+        (("layers", 1, "gdn"), [0, 1, 2, [3]], r"layers\[1\]\['gdn'\]\[3\] is \[3\]; expected a whole number"),
+        (("layers", 1, "gdn"), [0, True, 2, 3], r"layers\[1\]\['gdn'\]\[1\] is True; expected a whole number"),
+        (("layers", 1, "gdn"), ["0", 1, 2, 3], r"layers\[1\]\['gdn'\]\[0\] is '0'; expected a whole number"),
         (("layers", 1, "fa"), [2], "layer 1 lists head 2 twice; give it one kind"),
         (("layers", 1, "gdn"), [0, 1, 2, 3, 3], "layer 1 lists head 3 twice; give it one kind"),
         (("layers", 0, "fa"), [], "layer 0 lacks head 1; give it a kind [(]of fa, gdn[)]"),
@@ -141,8 +141,8 @@ def broken(path: tuple, value) -> dict:
         (("model", "num_kv_groups"), 10**15, "4 heads do not divide into 1000000000000000 kv groups"),
         (("strategy",), "a\nb", "one short line"),
         (("strategy",), "a" * 201, "one short line"),
-        (("layers", 1, "gdn"), 3, r"layers\[1\]: gdn is 3; expected a list"),
-        (("layers", 1), 3, r"layers\[1\]: a list of keys and values is expected, not 3"),
+        (("layers", 1, "gdn"), 3, r"layers\[1\]\['gdn'\] is 3; expected a list"),
+        (("layers", 1), 3, r"layers\[1\] is 3; expected keys and values"),
         (("fingerprint",), 12, "fingerprint is 12; expected text"),
         (("layers", 0, "gdn"), None, "layer 0 lacks head 0; give it a kind [(]of fa, gdn[)]"),
         (("layers", 0, "kda"), [0], "layer 0: no kind of heads is called 'kda'; the kinds are fa, gdn$"),
@@ -202,9 +202,19 @@ def test_heads_by_kind_are_what_was_given_in_the_order_of_the_kinds():
     alone = HeadsByKind(fa=(), gdn=(0,))
     assert alone["fa"] == () and "fa" not in alone and "gdn" in alone and len(alone) == 1
     assert alone == HeadsByKind(gdn=(0,)) == pickle.loads(pickle.dumps(alone))
-    assert in_words(heads) == "FA heads 0, 3; GDN heads 1, 2"
     with pytest.raises(HeadMapError, match=r"^no kind of heads is called 'kda'; the kinds are fa, gdn$"):
         HeadsByKind(fa=(0,), kda=(1,))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "said"),
+    [
+        ({"fa": (0, 2), "gdn": (1, 3)}, {"gdn": (0, 1, 2, 3)}, ("FA", "0, 2", "none")),
+        ({"fa": (0, 2), "gdn": (1, 3)}, {"fa": (0, 2), "gdn": (3, 1)}, ("GDN", "1, 3", "3, 1")),
+    ],
+)
+def test_layers_that_differ_are_told_apart_by_their_first_kind_that_does(theirs, ours, said):
+    assert first_difference(HeadsByKind(**theirs), HeadsByKind(**ours)) == said
 
 
 def test_made_by_may_be_left_out():

@@ -106,6 +106,13 @@ def test_pieces_of_another_run_are_refused(tmp_path: Path, changes: dict[str, An
     assert str(tmp_path) in str(refused.value) and "\n" not in str(refused.value)
 
 
+def test_prompts_of_another_generator_are_named_as_such(tmp_path: Path) -> None:
+    """Before the digest of the prompts, which differs too."""
+    written(tmp_path, first=1)
+    with pytest.raises(InputError, match="whose generator is None, not 2; go on as it was begun"):
+        read_journal(tmp_path, {"generator": 2, **RUN, "seed": 4})
+
+
 def test_a_fact_that_only_the_journal_has_is_refused(tmp_path: Path) -> None:
     written(tmp_path, first=1)
     with pytest.raises(InputError, match="whose seed is 3, not None;"):

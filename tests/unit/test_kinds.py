@@ -50,5 +50,5 @@ def test_options_are_named_after_their_kind_and_say_where_they_are_from(kind: He
     docs = field_docs(kind.options)
     for item in dataclasses.fields(kind.options):
         assert item.name.startswith(f"{kind.name}_")
-        assert docs[item.name].rstrip(". ").endswith("]"), f"{item.name} lacks its source mark"
+        assert docs[item.name].rstrip(". \n").endswith("]"), f"{item.name} lacks its source mark"
         assert getattr(HydraOptions(), item.name) == item.default

@@ -15,8 +15,7 @@ import pytest
 from hydra_mcore.convert.hf_code import AUTO_MAP, CODE_FILES, check_model_code, copy_model_code
 from hydra_mcore.corpus.tokenize import load_encoder
 from hydra_mcore.errors import InputError
-from hydra_mcore.selection.probes import load_tokenizer
-from hydra_mcore.tokenizer import open_tokenizer
+from hydra_mcore.tokenizer import load_tokenizer, open_tokenizer
 
 ROOT = Path(__file__).parents[2]
 TEACHER = ROOT / "examples" / "tiny" / "teacher"

@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The planner's command line: recipes of the examples, what mends a layout that does not fit, bad input."""
+"""The planner's command line: recipes of the examples, what makes a layout fit that does not, bad input."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hydra_mcore.heads import HeadMap
-from tools.plan import main
+from tools.plan.__main__ import main
 
 ROOT = Path(__file__).parents[2]
 SMALL, LARGE = (str(ROOT / "examples" / name / "recipe.yaml") for name in ("qwen3-1.7b", "qwen3-8b"))
@@ -177,7 +177,7 @@ def test_a_recipe_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_help_needs_no_torch() -> None:
     code = (
-        "import sys; sys.argv = ['plan', '--help']\nimport tools.plan\ntry:\n    tools.plan.main()\nexcept"
+        "import sys; sys.argv = ['plan', '--help']\nfrom tools.plan.__main__ import main\ntry:\n    main()\nexcept"
         " SystemExit:\n    pass\n"
     )
     done = subprocess.run(

@@ -13,22 +13,19 @@ import pytest
 import torch
 
 from hydra_mcore.errors import InputError
+from hydra_mcore.ruler.haystack import Haystack, read_text
+from hydra_mcore.ruler.needle_format import NeedleFormat
+from hydra_mcore.ruler.prompts import EVALUATION_SEEDS
+from hydra_mcore.ruler.source import Source
+from hydra_mcore.ruler.wording import RULER, own_wording, read_wording
 from hydra_mcore.selection import probes
+from hydra_mcore.selection.capabilities import BUILT_IN, GENERAL, RETRIEVAL
 from hydra_mcore.selection.general import GENERAL_PROBES
-from hydra_mcore.selection.needles import RULER_FORMAT, TASKS, NeedleFormat
-from hydra_mcore.selection.probes import (
-    EVALUATION_SEEDS,
-    GENERAL,
-    RETRIEVAL,
-    ProbeBatch,
-    build_probes,
-    check_seed,
-    load_format,
-    load_tokenizer,
-    read_haystack,
-)
+from hydra_mcore.selection.probes import ProbeBatch, build_probes, check_seed
+from hydra_mcore.tokenizer import load_tokenizer
 
 TEACHER = Path(__file__).parents[2] / "examples" / "tiny" / "teacher"
+TASKS = BUILT_IN[RETRIEVAL]
 IDS = ("clean_bs", "corrupt_bs", "answer_bp", "distractor_bp")
 
 
@@ -41,11 +38,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def writer(checkpoint: Path) -> tuple:
+def source(checkpoint: Path) -> Source:
+    """The tiny teacher's needles in the source text of a module."""
     tokenizer = load_tokenizer(checkpoint)
-    source = Path(dataclasses.__file__).read_text(encoding="utf-8")
-    ids = np.asarray(tokenizer.encode(source, add_special_tokens=False), dtype=np.int64)
-    return tokenizer, load_format(checkpoint), ids
+    text = Path(dataclasses.__file__).read_text(encoding="utf-8")
+    ids = np.asarray(tokenizer.encode(text, add_special_tokens=False))
+    return Source(tokenizer, own_wording(checkpoint), Haystack.of(tokenizer, ids))
 
 
 @pytest.fixture
@@ -64,9 +62,9 @@ def tensors(batches: dict[str, list[ProbeBatch]]) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("text", [True, False], ids=["text", "noise"])
-def test_only_the_queried_value_differs(text: bool, writer: tuple) -> None:
-    tokenizer, fmt, ids = writer
-    found = build_probes(tokenizer, fmt, ids if text else None, length=160, pairs=6, seed=4, capabilities=[RETRIEVAL])
+def test_only_the_queried_value_differs(text: bool, source: Source) -> None:
+    source = source if text else dataclasses.replace(source, haystack=None)
+    found = build_probes(source, length=160, pairs=6, seed=4, capabilities=[RETRIEVAL])
     assert list(found) == list(TASKS)
     for task, (batch,) in found.items():
         assert (batch.probe, batch.capability) == (
@@ -83,31 +81,30 @@ def test_only_the_queried_value_differs(text: bool, writer: tuple) -> None:
         assert (batch.answer_bp != batch.distractor_bp).all()
 
 
-def test_noise_instead_of_text(writer: tuple) -> None:
-    tokenizer, fmt, _ = writer
-    batch = build_probes(tokenizer, fmt, None, length=128, pairs=1, seed=4)["niah_single_2"][0]
-    assert tokenizer.decode(batch.clean_bs[0]).count("The grass is green.") >= 2
+def test_noise_instead_of_text(source: Source) -> None:
+    batch = build_probes(dataclasses.replace(source, haystack=None), length=128, pairs=1, seed=4)["niah_single_2"][0]
+    assert source.tokenizer.decode(batch.clean_bs[0]).count("The grass is green.") >= 2
 
 
-def test_batches_bound_the_tokens_and_change_nothing(writer: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
-    (whole,) = build_probes(*writer, length=128, pairs=5, seed=4)["niah_single_2"]
+def test_batches_bound_the_tokens_and_change_nothing(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    (whole,) = build_probes(source, length=128, pairs=5, seed=4)["niah_single_2"]
     monkeypatch.setattr(probes, "TOKENS_A_FORWARD", 300)
-    parts = build_probes(*writer, length=128, pairs=5, seed=4)["niah_single_2"]
+    parts = build_probes(source, length=128, pairs=5, seed=4)["niah_single_2"]
     assert [len(part.clean_bs) for part in parts] == [2, 2, 1]
     for name in (*IDS, "source_bp"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
 
 
-def test_the_seed_decides(writer: tuple) -> None:
-    first, again, other = (tensors(build_probes(*writer, length=64, pairs=4, seed=seed)) for seed in (5, 5, 6))
+def test_the_seed_decides(source: Source) -> None:
+    first, again, other = (tensors(build_probes(source, length=64, pairs=4, seed=seed)) for seed in (5, 5, 6))
     assert all(map(torch.equal, first, again)) and len(first) == len(again)
     assert not any(
         one.shape == two.shape and torch.equal(one, two) for one, two in zip(first[::4], other[::4], strict=False)
     )
 
 
-def test_capabilities_and_files(writer: tuple, own_file: Path) -> None:
-    found = build_probes(*writer, length=128, pairs=3, seed=4, files={"coding": own_file})
+def test_capabilities_and_files(source: Source, own_file: Path) -> None:
+    found = build_probes(source, length=128, pairs=3, seed=4, files={"coding": own_file})
     assert list(found) == [*TASKS, *GENERAL_PROBES, "code"]
     for name, batches in found.items():
         capability = RETRIEVAL if name in TASKS else GENERAL if name in GENERAL_PROBES else "coding"
@@ -118,21 +115,21 @@ def test_capabilities_and_files(writer: tuple, own_file: Path) -> None:
             assert batch.answer_start + batch.answer_bp.shape[1] == batch.clean_bs.shape[1] <= 128
             assert (batch.source_bp is not None) == (name in TASKS or name == "copying")
             assert all(getattr(batch, ids).dtype == torch.int64 for ids in IDS)
-    assert list(build_probes(*writer, 128, 3, 4, capabilities=["coding"], files={"coding": own_file})) == ["code"]
-    assert list(build_probes(*writer, 128, 3, 4, capabilities=[GENERAL])) == list(GENERAL_PROBES)
+    assert list(build_probes(source, 128, 3, 4, capabilities=["coding"], files={"coding": own_file})) == ["code"]
+    assert list(build_probes(source, 128, 3, 4, capabilities=[GENERAL])) == list(GENERAL_PROBES)
 
 
-def test_a_general_probe_that_does_not_fit_is_left_out(writer: tuple, capsys: pytest.CaptureFixture[str]) -> None:
-    assert list(build_probes(*writer, length=14, pairs=2, seed=0, capabilities=[GENERAL])) == ["copying"]
+def test_a_general_probe_that_does_not_fit_is_left_out(source: Source, capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(build_probes(source, length=14, pairs=2, seed=0, capabilities=[GENERAL])) == ["copying"]
     reason = "this tokenizer leaves it no pair of at most 14 tokens"
     assert capsys.readouterr().err.splitlines() == [
         f"probe {name} is left out: {reason}" for name in ("agreement", "arithmetic")
     ]
     with pytest.raises(InputError, match="no probe has a pair of at most 13 tokens; give a longer --length"):
-        build_probes(*writer, length=13, pairs=2, seed=0, capabilities=[GENERAL])
+        build_probes(source, length=13, pairs=2, seed=0, capabilities=[GENERAL])
 
 
-def test_names_that_clash_or_that_nobody_knows(writer: tuple, own_file: Path, tmp_path: Path) -> None:
+def test_names_that_clash_or_that_nobody_knows(source: Source, own_file: Path, tmp_path: Path) -> None:
     (tmp_path / "copying.jsonl").write_bytes(own_file.read_bytes())
     (tmp_path / "twin").mkdir()
     (tmp_path / "twin" / "code.jsonl").write_bytes(own_file.read_bytes())
@@ -144,9 +141,9 @@ def test_names_that_clash_or_that_nobody_knows(writer: tuple, own_file: Path, tm
         ({"files": {"mine": tmp_path / "none.jsonl"}}, "none.jsonl: No such file"),
     ):
         with pytest.raises(InputError, match=message):
-            build_probes(*writer, length=64, pairs=2, seed=0, **changes)
+            build_probes(source, length=64, pairs=2, seed=0, **changes)
     mine = {"mine": tmp_path / "copying.jsonl"}
-    assert build_probes(*writer, 128, 2, 0, capabilities=[RETRIEVAL], files=mine)["copying"][0].capability == "mine"
+    assert build_probes(source, 128, 2, 0, capabilities=[RETRIEVAL], files=mine)["copying"][0].capability == "mine"
 
 
 def test_seeds_of_evaluation_are_refused() -> None:
@@ -159,7 +156,7 @@ def test_seeds_of_evaluation_are_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"length": 5}, "probe niah_single_1 with 5 tokens: .*; give a longer --length"),
+        ({"length": 5}, "needle probe: niah_single_1 with 5 tokens: too short.*; give a longer --length"),
         ({"length": 0}, "0 tokens a prompt"),
         (
             {"length": 10**7},
@@ -172,33 +169,37 @@ def test_seeds_of_evaluation_are_refused() -> None:
         ({"seed": 10**6}, "seed"),
     ],
 )
-def test_prompts_that_cannot_be_built(changes: dict, message: str, writer: tuple) -> None:
+def test_prompts_that_cannot_be_built(changes: dict, message: str, source: Source) -> None:
     with pytest.raises(InputError, match=message) as caught:
-        build_probes(*writer, **{"length": 64, "pairs": 2, "seed": 0, **changes})
+        build_probes(source, **{"length": 64, "pairs": 2, "seed": 0, **changes})
     assert "\n" not in str(caught.value)
 
 
-def test_format_is_the_files_then_the_teachers_then_rulers(checkpoint: Path, tmp_path: Path) -> None:
-    assert load_format(checkpoint) == NeedleFormat.load(TEACHER / "needles.json")
-    assert load_format(tmp_path) == RULER_FORMAT
-    RULER_FORMAT.save(tmp_path / "own.json")
-    assert load_format(checkpoint, tmp_path / "own.json") == RULER_FORMAT
-    (tmp_path / "bad.json").write_text("{}")
+def test_wording_is_the_files_then_the_teachers_then_rulers(checkpoint: Path, tmp_path: Path) -> None:
+    fmt = NeedleFormat.load(TEACHER / "needles.json")
+    assert own_wording(checkpoint).own == own_wording(TEACHER).own == fmt
+    assert own_wording(tmp_path) == RULER
+    dataclasses.replace(fmt, noise=" Rain.").save(tmp_path / "own.json")
+    assert read_wording(tmp_path / "own.json").own == dataclasses.replace(fmt, noise=" Rain.")
+    (tmp_path / "bad.json").write_text('{"value_pieces": []}')
+    (tmp_path / "needles.json").write_text("{}")
     for name, message in (("none.json", "No such file"), ("bad.json", "key 'needle' is missing")):
         with pytest.raises(InputError, match=message):
-            load_format(checkpoint, tmp_path / name)
+            read_wording(tmp_path / name)
+    with pytest.raises(InputError, match="key 'needle' is missing"):
+        own_wording(tmp_path)
 
 
-def test_haystack(writer: tuple, tmp_path: Path) -> None:
-    tokenizer = writer[0]
-    assert len(read_haystack(tokenizer)) > 50_000
+def test_haystack(source: Source, tmp_path: Path) -> None:
+    tokenizer = source.tokenizer
+    assert len(read_text(tokenizer)) > 50_000
     (tmp_path / "a.txt").write_text("plain words")
-    assert tokenizer.decode(read_haystack(tokenizer, tmp_path / "a.txt")) == "plain words"
+    assert tokenizer.decode(read_text(tokenizer, tmp_path / "a.txt")) == "plain words"
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\xff")
     for name, message in (("none.txt", "No such file"), ("empty.txt", "no text in it"), ("binary.txt", "not UTF-8")):
         with pytest.raises(InputError, match=message):
-            read_haystack(tokenizer, tmp_path / name)
+            read_text(tokenizer, tmp_path / name)
 
 
 def test_a_checkpoint_without_a_tokenizer(tmp_path: Path) -> None:

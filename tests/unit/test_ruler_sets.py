@@ -19,11 +19,11 @@ from transformers import AutoTokenizer
 from hydra_mcore.errors import InputError
 from hydra_mcore.ruler import sets
 from hydra_mcore.ruler.haystack import read_haystack
+from hydra_mcore.ruler.needle_format import NeedleFormat
 from hydra_mcore.ruler.needles import PLANS
 from hydra_mcore.ruler.sets import prompt_set
 from hydra_mcore.ruler.source import Source, tokenizer_fingerprint
 from hydra_mcore.ruler.wording import RULER, load_wording
-from hydra_mcore.selection.needles import NeedleFormat
 from tests.support.small_tokenizers import KINDS, haystack, small_tokenizer
 
 TEACHER = Path(__file__).parents[2] / "examples" / "tiny" / "teacher"
@@ -39,8 +39,7 @@ def source() -> Source:
 def own() -> Source:
     """The tiny teacher's own needles."""
     tokenizer = AutoTokenizer.from_pretrained(TEACHER)
-    bare = Source(tokenizer, load_wording(None, tokenizer, TEACHER), None)
-    return dataclasses.replace(bare, haystack=bare.noise)
+    return Source(tokenizer, load_wording(None, tokenizer, TEACHER), None).in_noise()
 
 
 def test_the_same_arguments_give_the_same_set_in_any_process(source: Source) -> None:

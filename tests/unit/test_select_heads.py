@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The head selection door: its files, re-used scores, runs that were stopped, and one clear line for what it cannot
+"""The head selection command: its files, re-used scores, runs that were stopped, and one clear line for what it cannot
 use.
 """
 
@@ -20,10 +20,11 @@ import pytest
 
 from hydra_mcore.config import ModelCard
 from hydra_mcore.heads import HeadMap
+from hydra_mcore.ruler.needle_format import NeedleFormat
 from hydra_mcore.selection.evidence import spearman
 from hydra_mcore.selection.journal import JournalWriter, read_journal
 from hydra_mcore.selection.score import HeadScores
-from tools.head_scoring import identity, probes
+from tools.commands.head_scoring import identity, needle_source, probes
 from tools.select_heads import main, parser
 
 ROOT = Path(__file__).parents[2]
@@ -97,7 +98,7 @@ def test_the_report_tells_what_was_found(selected: Path) -> None:
 def test_scores_serve_other_choices_without_the_model(
     tiny_teacher: Path, selected: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tools.head_scoring.load_model", None)
+    monkeypatch.setattr("tools.commands.head_scoring.load_model", None)
     known = ("--scores", str(selected / "scores.json"))
     scores = scores_of(selected)
     two = run(tiny_teacher, tmp_path / "two", "--budget", "2", "--strategy", "global", *known)
@@ -117,7 +118,7 @@ def test_scores_serve_other_choices_without_the_model(
 def test_random_and_layer_wise_maps_need_no_scores(
     tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tools.head_scoring.load_model", None)
+    monkeypatch.setattr("tools.commands.head_scoring.load_model", None)
     out = run(tiny_teacher, tmp_path / "random", "--strategy", "layer_random", "--seed", "7")
     assert sorted(file.name for file in out.iterdir()) == ["figures", "head_map.json"]
     assert HeadMap.load(out / "head_map.json").made_by == {"tool": "select_heads", "seed": 7, "ratio": "3:1"}
@@ -126,8 +127,6 @@ def test_random_and_layer_wise_maps_need_no_scores(
 
 
 def test_a_capability_of_ones_own(tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from hydra_mcore.selection.needles import NeedleFormat
-
     words = NeedleFormat.load(TINY / "needles.json").value_pieces[:12]
     line = "".join(words[:8])
     pairs = [(line + line[: line.index(words[at])], words[at], words[at + 4]) for at in range(4, 8)]
@@ -164,8 +163,10 @@ def test_what_makes_a_scoring_run_another_one(tiny_teacher: Path, tmp_path: Path
         args = parser().parse_args(
             ["--teacher", str(tiny_teacher), "--out", str(tmp_path), "--capabilities", "--probe", f"mine={file}"]
         )
-        found.add(identity(args, card, probes(args, 64), 64)["prompts_sha256"])
+        found.add(identity(args, card, probes(args, needle_source(args), 64), 64)["prompts_sha256"])
     assert len(found) == 2
+    facts = list(identity(args, card, {}, 64))
+    assert facts.index("generator") < facts.index("prompts_sha256")  # so that it is what a journal says first
 
 
 @pytest.mark.slow
@@ -243,7 +244,7 @@ def test_a_stopped_run_goes_on_and_loses_no_finished_piece(tiny_teacher: Path, s
         (["--length", "128", "--also-lengths", "128"], "--also-lengths 128: is scored already"),
         (["--knock-out", "-1"], "--knock-out -1: give a number"),
         (["--haystack", "nowhere.txt"], "haystack nowhere.txt: No such file"),
-        (["--format", "nowhere.json"], "needle format nowhere.json: No such file"),
+        (["--format", "nowhere.json"], "wording nowhere.json: No such file"),
         (["--probe", "law"], "--probe law: write the name"),
         (["--probe", "law=nowhere.jsonl"], "nowhere.jsonl: No such file"),
         (["--weight", "retrieval=much"], "--weight retrieval=much: write a capability and a number"),

@@ -1,5 +1,3 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The sections of ``tools/benchmark.py``: each a module with HELP, EXAMPLES, ``add_options`` and ``run``, light to
-import.
-"""
+"""The sections of ``tools/benchmark.py``: their flags in ``flags.py``, what each measures in a module of its name."""

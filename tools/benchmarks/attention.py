@@ -11,35 +11,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import warnings
 from collections.abc import Callable
 from functools import partial
 
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
 from hydra_mcore.errors import InputError
-from tools.benchmarks.measure import measured
-from tools.benchmarks.options import QWEN3, add_machine, chosen_machine, positive
+from tools.benchmarks.measure import chosen_machine, measured
 from tools.benchmarks.report import Report
 
-HELP = "seconds and memory of causal attention by torch's kernels, keys and values copied per head or shared in a group"
-EXAMPLES = """\
-  the kernels that FA heads could take, at Qwen3-1.7B's heads
-      python tools/benchmark.py attention --device cuda --lengths 16384 131072
-"""
 COLUMNS = ("tokens", "kernel", "s (least..most)", "times torch's choice", "TFLOP/s", "peak MiB")
 CHOICE = "torch's choice"
 LENGTHS = {"cpu": [512, 2048], "cuda": [2048, 16_384, 131_072]}
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--lengths", nargs="+", type=positive, metavar="N", help="tokens (default 512 2048; 2048 16384 131072 on a GPU)"
-    )
-    parser.add_argument("--heads", type=positive, default=QWEN3.num_heads, metavar="N", help="query heads (default 16)")
-    parser.add_argument(
-        "--kv-groups", type=positive, default=QWEN3.num_kv_groups, metavar="N", help="default 8; divides the heads"
-    )
-    parser.add_argument("--head-dim", type=positive, default=QWEN3.head_dim, metavar="N", help="default 128")
-    parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="the median counts (default 5)")
-    add_machine(parser)
 
 
 def run(args: argparse.Namespace) -> Report:
@@ -72,9 +58,6 @@ def run(args: argparse.Namespace) -> Report:
 
 def _calls(args: argparse.Namespace, length: int, device: str, dtype: str) -> dict[str, Callable[[], None]]:
     """A call of each kernel, by name."""
-    import torch
-    import torch.nn.functional as F
-    from torch.nn.attention import SDPBackend, sdpa_kernel
 
     def made(heads: int) -> torch.Tensor:
         return torch.randn(
@@ -106,8 +89,6 @@ def _calls(args: argparse.Namespace, length: int, device: str, dtype: str) -> di
 
 def _refusal(call: Callable[[], None]) -> str:
     """Why a kernel does not take such tensors here; empty where it does."""
-    import warnings
-
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch tells all the reasons of all kernels

@@ -9,46 +9,19 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from tools.benchmarks.options import QWEN3, positive, spread_heads
+from hydra_mcore.config import HydraOptions
+from hydra_mcore.costs.communication import cp_bytes, megatron_accepts, megatron_gdn_bytes, summed, total
+from hydra_mcore.heads import HeadLayout, HeadsByKind
+from hydra_mcore.kinds import DEFAULT_LINEAR, FA
+from hydra_mcore.sequence import SequencePart
 from tools.benchmarks.report import Report
+from tools.benchmarks.shapes import QWEN3, spread_heads
 
-HELP = "MiB that a rank sends for a layer, by context parallel size and length"
-EXAMPLES = """\
-  bytes sent under context parallelism by a layer of Qwen3-1.7B, beside Megatron's all-to-all
-      python tools/benchmark.py communication
-      python tools/benchmark.py communication --fa-heads 2 --cp 2 4 --lengths 32768
-"""
 COLUMNS = ("CP", "tokens", "GDN heads", "FA heads", "both", "Megatron, GDN heads", "ratio")
 VALUE_BYTES = 2  # bf16
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--fa-heads", type=int, default=4, metavar="N", help="FA heads of the layer's 16 (default 4, that is 3:1)"
-    )
-    parser.add_argument(
-        "--cp",
-        nargs="+",
-        type=positive,
-        default=[2, 4, 8, 16],
-        metavar="N",
-        help="context parallel sizes (default 2 4 8 16)",
-    )
-    parser.add_argument("--tp", type=positive, default=1, metavar="N", help="tensor parallel size (default 1)")
-    lengths = [2**power for power in range(14, 20)]
-    parser.add_argument(
-        "--lengths",
-        nargs="+",
-        type=positive,
-        default=lengths,
-        metavar="N",
-        help="tokens a row (default 16384 ... 524288)",
-    )
-
-
 def run(args: argparse.Namespace) -> Report:
-    from hydra_mcore.costs.communication import megatron_accepts
-
     num_gdn = QWEN3.num_heads - args.fa_heads
     rows = [_sent(args, cp_size, length) for cp_size in args.cp for length in args.lengths]
     title = "MiB sent for one layer, forward and backward, by the rank that sends most"
@@ -69,12 +42,6 @@ def run(args: argparse.Namespace) -> Report:
 
 def _sent(args: argparse.Namespace, cp_size: int, length: int) -> list[Any]:
     """A row of the table, for the rank that sends most."""
-    from hydra_mcore.config import HydraOptions
-    from hydra_mcore.costs.communication import cp_bytes, megatron_accepts, megatron_gdn_bytes, summed, total
-    from hydra_mcore.heads import HeadLayout, HeadsByKind
-    from hydra_mcore.kinds import DEFAULT_LINEAR, FA
-    from hydra_mcore.sequence import SequencePart
-
     layout = HeadLayout(
         HeadsByKind.from_fa(spread_heads(args.fa_heads, QWEN3), QWEN3.num_heads), QWEN3.num_kv_groups, args.tp
     )

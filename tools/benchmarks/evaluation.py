@@ -9,45 +9,37 @@ runs them.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import tempfile
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from tools.benchmarks.options import positive
+import torch
+
+from hydra_mcore.config import HydraOptions, ModelCard, ModelShape
+from hydra_mcore.evaluation.parallel import ParallelModel
+from hydra_mcore.heads import HeadMap
+from hydra_mcore.model.build import build_model
+from hydra_mcore.model.runtime import process_groups
+from hydra_mcore.ruler.haystack import read_haystack
+from hydra_mcore.ruler.prompts import TASKS
+from hydra_mcore.ruler.sets import draw_prompts
+from hydra_mcore.ruler.source import Source
+from hydra_mcore.ruler.wording import RULER
+from hydra_mcore.tokenizer import open_tokenizer
+from tools.benchmarks.data import train_tokenizer, write_corpus
 from tools.benchmarks.report import Report
 
-HELP = "prompts/s of the generators by task, time a token of models, by length"
-EXAMPLES = """\
-  how fast evaluation makes prompts, and how fast models read them (minutes)
-      python tools/benchmark.py evaluation --lengths 4096 131072 1048576 --read 4096 65536
-"""
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    whose = "folder with a tokenizer (default: one of 32768 words, trained on the text)"
-    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help=whose)
-    lengths = [4096, 32_768, 131_072]
-    parser.add_argument(
-        "--lengths", nargs="+", type=positive, default=lengths, metavar="N", help="tokens (default 4096 32768 131072)"
-    )
-    parser.add_argument(
-        "--prompts", type=positive, default=10, metavar="N", help="of each task and length (default 10)"
-    )
-    read = [2**power for power in range(12, 17)]
-    parser.add_argument(
-        "--read",
-        nargs="+",
-        type=positive,
-        default=read,
-        metavar="N",
-        help="tokens that models read (default 4096 ... 65536)",
-    )
+SEED = 1_000_000
+ANSWER = 16  # tokens whose predictions are looked at
+FA_HEADS = {"all heads FA": 8, "3:1": 2, "no FA heads": 0}  # of the 8 in each layer
 
 
 def run(args: argparse.Namespace) -> Report:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    from tools.benchmarks.prompts import prompt_rows, reading_rows
-
     with tempfile.TemporaryDirectory() as folder:
         speeds = list(prompt_rows(args.tokenizer, args.lengths, args.prompts, Path(folder)))
     notes = "4 layers x 8 heads of 16 channels: flat where time is linear in length."
@@ -55,3 +47,50 @@ def run(args: argparse.Namespace) -> Report:
     reading = Report("Microseconds a token of one prompt", notes, columns, list(reading_rows(args.read)))
     notes = f"{args.prompts} of each task and length."
     return Report("Prompts a second of one core", notes, ("task", *map(str, args.lengths)), speeds, more=(reading,))
+
+
+def prompt_rows(tokenizer: Path | None, lengths: Sequence[int], prompts: int, folder: Path) -> Iterator[list[Any]]:
+    """Table rows, one a task: prompts a second of one core at each length, the first prompt's tables included.
+
+    Without a tokenizer, it is one of 32,768 words trained on Python's library, which is the haystack, too, over and
+    over.
+    """
+    corpus, text = write_corpus(folder / "library.jsonl", megabytes=4), folder / "library.txt"
+    text.write_text("\n\n".join(json.loads(line)["text"] for line in corpus.open()), encoding="utf-8")
+    known = open_tokenizer(tokenizer or train_tokenizer(corpus, folder / "tokenizer"))
+    haystack = read_haystack(known, text, repeat=True)
+    for task in TASKS:
+        source = Source(known, RULER, haystack)
+        yield [task, *(_speed(task, length, prompts, source) for length in lengths)]
+
+
+def _speed(task: str, length: int, prompts: int, source: Source) -> str:
+    start = time.process_time()
+    for _ in draw_prompts(task, length, prompts, SEED, source):
+        pass
+    return f"{prompts / (time.process_time() - start):.3g}"
+
+
+def reading_rows(lengths: Sequence[int]) -> Iterator[list[Any]]:
+    """Table rows, one a model of the tiny teacher's shape: microseconds a token of one prompt, by length."""
+    shape = ModelShape(
+        num_layers=4, hidden_size=128, num_heads=8, num_kv_groups=4, head_dim=16, ffn_hidden_size=384, vocab_size=1024,
+        native_length=512
+    )  # fmt: skip
+    with process_groups():
+        for name, count in FA_HEADS.items():
+            kept = [(layer, head) for layer in range(shape.num_layers) for head in range(count)]
+            head_map = HeadMap.from_fa(kept, shape.num_layers, shape.num_heads, shape.num_kv_groups)
+            options = HydraOptions.teacher() if count == shape.num_heads else HydraOptions()
+            card = ModelCard(shape=shape, head_map=head_map, options=options, fingerprint="")
+            model = ParallelModel([build_model(card).eval()])
+            _micros_a_token(model, min(lengths))  # the first one warms up
+            micros = [_micros_a_token(model, length) for length in lengths]
+            yield [name, *(f"{each:.0f}" for each in micros), f"{micros[-1] / micros[0]:.2f}"]
+
+
+def _micros_a_token(model: ParallelModel, length: int) -> float:
+    ids_bs = torch.randint(model.chunks[0].vocab_size, (1, length))
+    start = time.perf_counter()
+    model.predicted(ids_bs, length - ANSWER)
+    return 1e6 * (time.perf_counter() - start) / length

@@ -7,52 +7,41 @@ ratios.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
-from hydra_mcore.config import ModelShape
-from tools.benchmarks.measure import Point, gemm_speed
-from tools.benchmarks.options import QWEN3, add_machine, chosen_machine, positive
-from tools.benchmarks.parts import add_profile
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+from tqdm import tqdm
+
+from hydra_mcore.config import HydraOptions, ModelShape
+from hydra_mcore.costs.flops import attention_block
+from hydra_mcore.heads import HeadMap, HeadsByKind
+from hydra_mcore.kinds import FA, KINDS
+from hydra_mcore.model.attention_plan import AttentionPlan
+from hydra_mcore.model.build import transformer_config
+from hydra_mcore.model.hydra_attention import HydraAttention
+from hydra_mcore.model.runtime import process_groups
+from tools.benchmarks.measure import Point, chosen_machine, gemm_speed, measured
+from tools.benchmarks.profile_table import parts_report
 from tools.benchmarks.report import Report
+from tools.benchmarks.shapes import BLOCKS, spread_heads
 
-HELP = "seconds and memory of an attention block by length: all heads FA beside HydraHead at 3:1, 7:1 and all GDN"
-EXAMPLES = """\
-  one attention block forward and backward, the teacher's beside HydraHead's, and where they cross (minutes)
-      python tools/benchmark.py layer --json layer.json --figure layer.png
-  the shape of Qwen3-1.7B on a GPU, to 512K tokens
-      python tools/benchmark.py layer --device cuda
-  which part of each block takes how long at 16K tokens
-      python tools/benchmark.py layer --lengths 16384 --profile
-"""
 COLUMNS = ("tokens", "heads", "s (least..most)", "of all FA", "limit, s", "limit, of all FA", "peak MiB", "KiB a token")
 CROSSING_COLUMNS = ("heads", "faster than all FA from, tokens")
-SIZES = {
-    "cpu": {"heads": 8, "kv_groups": 4, "head_dim": 128, "hidden": 1024},
-    "cuda": {
-        "heads": QWEN3.num_heads, "kv_groups": QWEN3.num_kv_groups, "head_dim": QWEN3.head_dim,
-        "hidden": QWEN3.hidden_size,
-    },
-}  # fmt: skip
 LENGTHS = {"cpu": [2**power for power in range(11, 16)], "cuda": [2**power for power in range(11, 20)]}
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    lengths = "tokens (default 2048 ... 32768, on a GPU ... 524288)"
-    parser.add_argument("--lengths", nargs="+", type=positive, metavar="N", help=lengths)
-    for name, on_cpu in SIZES["cpu"].items():
-        what = f"default {on_cpu}, on a GPU {SIZES['cuda'][name]}"
-        parser.add_argument("--" + name.replace("_", "-"), type=positive, metavar="N", help=what)
-    parser.add_argument("--repeats", type=positive, default=3, metavar="N", help="the median counts (default 3)")
-    add_profile(parser)
-    add_machine(parser)
+TEACHER = "all FA (teacher)"
+FLA = "flash-linear-attention's own layer"
+SHARES = {"3:1": 1 / 4, "7:1": 1 / 8, "all GDN": 0.0}  # of heads that are FA
 
 
 def run(args: argparse.Namespace) -> Report:
-    from tools.benchmarks.layers import TEACHER, limits, measured_layers
-
     device, dtype = chosen_machine(args)
-    sizes = {name: getattr(args, name) or default for name, default in SIZES[device].items()}
+    sizes = {name: getattr(args, name) or default for name, default in BLOCKS[device].items()}
     lengths = sorted(args.lengths or LENGTHS[device])
     shape = ModelShape(
         num_layers=1, num_heads=sizes["heads"], num_kv_groups=sizes["kv_groups"], head_dim=sizes["head_dim"],
@@ -104,3 +93,91 @@ def crossing(reference: Mapping[int, float], contestant: Mapping[int, float]) ->
 
 def _medians(points: Sequence[Point], name: str) -> dict[int, float]:
     return {point.length: point.median for point in points if point.name == name}
+
+
+def measured_layers(
+    shape: ModelShape, lengths: Sequence[int], repeats: int, device: str, dtype: str, profile: bool
+) -> tuple[list[Point], list[Report]]:
+    """The points of every length, and where ``profile`` asks for them tables by part, at the last length."""
+    points = []
+    with process_groups():
+        blocks = _blocks(shape, device, dtype)
+        for length in tqdm(lengths, desc="layer", unit="length"):
+            x_sbm = torch.randn(
+                length, 1, shape.hidden_size, device=device, dtype=getattr(torch, dtype)
+            ).requires_grad_()
+            rotary = RotaryEmbedding(shape.head_dim, 1.0, rotary_base=shape.rope_theta).get_emb(length).to(device)
+            calls = {name: partial(_step, block, x_sbm, rotary) for name, block in blocks.items()}
+            points += measured(calls, length, repeats, device)
+        parts = [parts_report(name, length, calls[name], [block]) for name, block in blocks.items()] if profile else []
+    return points, parts
+
+
+def limits(shape: ModelShape, teachers: Mapping[int, float], speed: float) -> dict[str, dict[int, float]]:
+    """What HydraHead's blocks need at least: name -> length -> seconds.
+
+    The share of FA heads of what the teacher takes beyond its projections, and all else at the speed of matrix
+    products.
+
+    Args:
+        teachers: seconds of the teacher's block by length.
+        speed: operations a second of matrix products.
+    """
+    everyone = HeadsByKind.from_fa(range(shape.num_heads), shape.num_heads)
+    found: dict[str, dict[int, float]] = {}
+    for name, fa in _fa_heads(shape).items():
+        heads, found[name] = HeadsByKind.from_fa(fa, shape.num_heads), {}
+        for length, seconds in teachers.items():
+            attention = KINDS[FA].core_flops(shape, HydraOptions(), length).total
+            projections = (
+                attention_block(shape, HydraOptions.teacher(), everyone, length).total - shape.num_heads * attention
+            )
+            linear = attention_block(shape, HydraOptions(), heads, length).total - len(fa) * attention
+            fa_seconds = len(fa) / shape.num_heads * (seconds - length * projections / speed)
+            found[name][length] = fa_seconds + length * linear / speed
+    return found
+
+
+def _fa_heads(shape: ModelShape) -> dict[str, list[int]]:
+    return {name: spread_heads(round(share * shape.num_heads), shape) for name, share in SHARES.items()}
+
+
+def _blocks(shape: ModelShape, device: str, dtype: str) -> dict[str, torch.nn.Module]:
+    """By name; every weight has a gradient that the next one adds to, as in training."""
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    config = transformer_config(shape, getattr(torch, dtype))
+
+    def block(fa: Sequence[int], options: HydraOptions) -> HydraAttention:
+        head_map = HeadMap.from_fa([(0, head) for head in fa], 1, shape.num_heads, shape.num_kv_groups)
+        return HydraAttention(config, 1, AttentionPlan(head_map, options, options.log_scale_in("distill")), groups)
+
+    blocks: dict[str, torch.nn.Module] = {TEACHER: block(range(shape.num_heads), HydraOptions.teacher())}
+    blocks |= {name: block(fa, HydraOptions()) for name, fa in _fa_heads(shape).items()}
+    if device == "cuda" and importlib.util.find_spec("fla"):
+        blocks[FLA] = _FlaLayer(shape).to(getattr(torch, dtype))
+    for module in blocks.values():
+        for parameter in module.to(device).parameters():
+            parameter.grad = torch.zeros_like(parameter)
+    return blocks
+
+
+class _FlaLayer(torch.nn.Module):
+    """Gated DeltaNet as flash-linear-attention has it, of our shape and without an output gate, called as our blocks
+    are.
+    """
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        from fla.layers import GatedDeltaNet
+
+        sizes = {"hidden_size": shape.hidden_size, "num_heads": shape.num_heads, "head_dim": shape.head_dim}
+        self.layer = GatedDeltaNet(**sizes, expand_v=1.0, use_gate=False)
+
+    def forward(self, x_sbm: Tensor, *, rotary_pos_emb: Tensor) -> tuple[Tensor, None]:
+        return self.layer(x_sbm.transpose(0, 1))[0].transpose(0, 1), None
+
+
+def _step(block: Callable[..., tuple[Tensor, None]], x_sbm: Tensor, rotary: Tensor) -> None:
+    out_sbm, _ = block(x_sbm, rotary_pos_emb=rotary)
+    x_sbm.grad = None
+    out_sbm.backward(x_sbm.detach())

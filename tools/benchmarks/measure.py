@@ -4,10 +4,17 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+import torch
+
+from hydra_mcore.errors import InputError
+from tools.benchmarks.shapes import DTYPES
+from tools.tracked_memory import tracked_peak
 
 Call = Callable[[], object]
 
@@ -32,6 +39,19 @@ class Point:
     def spread(self) -> str:
         """Seconds as tables show them: median (least..most)."""
         return f"{self.median:.3g} ({min(self.seconds):.3g}..{max(self.seconds):.3g})"
+
+
+def chosen_machine(args: argparse.Namespace) -> tuple[str, str]:
+    """Device ("cpu" or "cuda") and torch's name of the dtype.
+
+    Raises:
+        InputError: cuda, and torch sees no GPU.
+    """
+    available = torch.cuda.is_available()
+    if args.device == "cuda" and not available:
+        raise InputError("--device cuda: torch sees no GPU; leave it out to measure on the CPU")
+    device = args.device or ("cuda" if available else "cpu")
+    return device, args.dtype or DTYPES[device]
 
 
 def timed(call: Call, device: str) -> float:
@@ -66,13 +86,9 @@ def peak_bytes(call: Call, device: str) -> int:
     GPU.
     """
     if device == "cpu":
-        from tools.tracked_memory import tracked_peak
-
         with tracked_peak() as memory:
             call()
         return memory.peak_bytes
-    import torch
-
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     call()
@@ -92,8 +108,6 @@ def gemm_speed(device: str, dtype: str) -> float:
     Args:
         dtype: torch's name, such as "bfloat16".
     """
-    import torch
-
     rows = GEMM_ROWS[device]
     a, b = torch.randn(2, rows, rows, device=device, dtype=getattr(torch, dtype)).unbind()
     return 2 * rows**3 / min(in_turn({"": lambda: a @ b}, GEMM_REPEATS, device)[""])
@@ -101,6 +115,4 @@ def gemm_speed(device: str, dtype: str) -> float:
 
 def _finish(device: str) -> None:
     if device == "cuda":
-        import torch
-
         torch.cuda.synchronize()

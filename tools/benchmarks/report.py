@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a section of the benchmark found: markdown tables on stdout, a JSON file; figure.py draws it."""
+"""What a section of the benchmark found, as markdown tables and as JSON."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from hydra_mcore.files import write_json
 from tools.benchmarks.measure import Point
@@ -77,8 +79,6 @@ def save_json(path: Path, command: Sequence[str], report: Report) -> None:
 
 def machine() -> dict[str, Any]:
     """The processors and the versions that a time depends on."""
-    import torch
-
     on_gpu = torch.cuda.is_available()
     return {
         "cpu": _processor(),

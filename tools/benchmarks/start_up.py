@@ -17,19 +17,15 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from hydra_mcore.heads import HeadMap
 from tools.benchmarks.measure import Point, in_turn
-from tools.benchmarks.options import positive
 from tools.benchmarks.report import Report
 
-HELP = "seconds from a command to its --help, and to the first training step of the tiny example"
-EXAMPLES = """\
-  how long every command takes to its --help, and training to its first step (a minute or two)
-      python tools/benchmark.py start-up
-"""
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "examples" / "tiny"
-NO_DOORS = {"hydra_mcore.evaluation.layout_logits"}  # tools/verify.py starts it, under torchrun
+NO_COMMANDS = {"hydra_mcore.evaluation.layout_logits"}  # tools/verify.py starts it, under torchrun
 # What training prints, and what has been done by then.
 MARKS = {"before the start of training step": "ready for the first step", "iteration        1/": "first step done"}
 STEP_NOTES = (
@@ -38,25 +34,20 @@ STEP_NOTES = (
 )
 
 
-def doors() -> list[str]:
+def commands() -> list[str]:
     """Every command line of the project, as ``python -m`` takes it."""
     scripts = (path for top in ("hydra_mcore", "examples", "tools") for path in (ROOT / top).rglob("*.py"))
     mains = (path for path in scripts if '\nif __name__ == "__main__":\n' in path.read_text(encoding="utf-8"))
     return sorted(
-        {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__") for path in mains} - NO_DOORS
+        {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__") for path in mains}
+        - NO_COMMANDS
     )
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--repeats", type=positive, default=3, metavar="N", help="the median counts (default 3)")
 
 
 def run(args: argparse.Namespace) -> Report:
     """Two tables: the first training step, and --help."""
-    import torch
-
-    seconds = in_turn({door: partial(_start, door, "--help") for door in doors()}, args.repeats, "cpu")
-    points = [Point(door, 0, times) for door, times in seconds.items()]
+    seconds = in_turn({command: partial(_start, command, "--help") for command in commands()}, args.repeats, "cpu")
+    points = [Point(command, 0, times) for command, times in seconds.items()]
     helps = Report("--help", "Goal: 1.5 s.", ("python -m", "seconds"), [[point.name, point.spread] for point in points])
     with tempfile.TemporaryDirectory() as parent:
         _prepare(Path(parent))
@@ -66,14 +57,14 @@ def run(args: argparse.Namespace) -> Report:
     return Report("From the command to the first training step", notes, ("until", "seconds"), rows, more=(helps,))
 
 
-def _start(door: str, *flags: str) -> None:
+def _start(command: str, *flags: str) -> None:
     """Run a command to its end; what it says appears only if it fails."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-m", door, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-m", command, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise RuntimeError(f"{door} ended with exit status {done.returncode}:\n{done.stderr[-2000:]}")
+        raise RuntimeError(f"{command} ended with exit status {done.returncode}:\n{done.stderr[-2000:]}")
 
 
 def _prepare(folder: Path) -> None:

@@ -9,40 +9,21 @@ import dataclasses
 import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING
 
-from hydra_mcore.config import ModelShape
+import torch
+
+from hydra_mcore.config import ModelCard, teacher_card
+from hydra_mcore.costs.flops import model_flops, step_flops
+from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.stages import STAGES
-from tools.benchmarks.measure import Point, gemm_speed, measured
-from tools.benchmarks.options import QWEN3, add_machine, chosen_machine, positive
-from tools.benchmarks.parts import add_profile, parts_report
+from tools.benchmarks.measure import Point, chosen_machine, gemm_speed, measured
+from tools.benchmarks.micro_batch import TeacherAndStudent, student_card
+from tools.benchmarks.profile_table import parts_report
 from tools.benchmarks.report import Report
+from tools.benchmarks.shapes import QWEN3, SMALL, STEP_SIZES
 
-if TYPE_CHECKING:
-    from hydra_mcore.config import ModelCard
-    from tools.benchmarks.training_step import TeacherAndStudent
-
-HELP = "seconds and memory of a micro-batch of align, distill and extend, beside teacher forward + student step alone"
-EXAMPLES = """\
-  a micro-batch of every stage beside teacher forward + student step alone (a small model; minutes)
-      python tools/benchmark.py step
-      python tools/benchmark.py step --lengths 512 2048 --layers 8 --hidden 1024 --heads 16 --ffn 3072
-  the same at the size of Qwen3-1.7B
-      python tools/benchmark.py step --device cuda --lengths 2048 16384 --json step.json --figure step.png
-  which part of the model takes how long in every stage
-      python tools/benchmark.py step --lengths 2048 --profile
-"""
-SMALL = ModelShape(
-    num_layers=4, hidden_size=512, num_heads=8, num_kv_groups=4, head_dim=64, ffn_hidden_size=1536, vocab_size=32_768,
-    native_length=8192
-)  # fmt: skip
 SHAPES = {"cpu": SMALL, "cuda": QWEN3}
 LENGTHS = {"cpu": [512, 2048, 8192], "cuda": [2048, 8192, 32_768]}
-SIZES = {
-    "layers": "num_layers", "hidden": "hidden_size", "heads": "num_heads", "kv_groups": "num_kv_groups",
-    "head_dim": "head_dim",
-    "ffn": "ffn_hidden_size", "vocabulary": "vocab_size",
-}  # fmt: skip
 TEACHER, REFERENCE, WHOLE = "teacher forward", "teacher forward + student step", "distill, whole logits"
 COLUMNS = (
     "one micro-batch",
@@ -64,40 +45,15 @@ NOTES = (
 )
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--lengths",
-        nargs="+",
-        type=positive,
-        metavar="N",
-        help="tokens (default 512 2048 8192; 2048 8192 32768 on a GPU)",
-    )
-    parser.add_argument("--repeats", type=positive, default=3, metavar="N", help="the median counts (default 3)")
-    longest = "tokens up to which distill is run from whole logits too, some 24 bytes a token and word (default 2048)"
-    parser.add_argument("--whole-logits", type=int, default=2048, metavar="N", help=longest)
-    add_profile(parser)
-    add_machine(parser)
-    model = parser.add_argument_group("model (default: a small one; on a GPU that of Qwen3-1.7B)")
-    model.add_argument("--fa-heads", type=int, metavar="N", help="FA heads of every layer (default: a quarter)")
-    for name, field in SIZES.items():
-        default = f"default {getattr(SMALL, field)}, on a GPU {getattr(QWEN3, field)}"
-        model.add_argument("--" + name.replace("_", "-"), type=positive, metavar="N", help=default)
-
-
 def run(args: argparse.Namespace) -> Report:
     """Every stage and its reference at every length.
 
     Raises:
         InputError: no such device, or more FA heads than heads.
     """
-    import torch
-
-    from hydra_mcore.model.runtime import process_groups
-    from tools.benchmarks.training_step import TeacherAndStudent, student_card
-
     device, dtype = chosen_machine(args)
     shape = dataclasses.replace(
-        SHAPES[device], **{field: getattr(args, name) for name, field in SIZES.items() if getattr(args, name)}
+        SHAPES[device], **{field: getattr(args, name) for name, field in STEP_SIZES.items() if getattr(args, name)}
     )
     fa_heads = shape.num_heads // 4 if args.fa_heads is None else args.fa_heads
     card = student_card(shape, fa_heads)
@@ -160,9 +116,6 @@ def _rows(card: ModelCard, found: list[Point], speed: float) -> Iterator[list[st
 
 
 def _operations(card: ModelCard, name: str, length: int) -> float:
-    from hydra_mcore.config import teacher_card
-    from hydra_mcore.costs.flops import model_flops, step_flops
-
     if name == TEACHER:
         return model_flops(teacher_card(card.shape, ""), length).forward * length
     return step_flops(

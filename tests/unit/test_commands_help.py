@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from tools.benchmarks.start_up import doors
+from tools.benchmarks.start_up import commands
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "megatron", "transformers", "datasets", "matplotlib", "wandb"}
 WAYS = {f"tools.convert {way}" for way in ("import", "hybridize", "export")}  # each has examples of its own
-DOORS = sorted({*doors(), *WAYS} - {"tools.convert"})
+COMMANDS = sorted({*commands(), *WAYS} - {"tools.convert"})
 RUN = f"""
 import runpy, sys
 try:
@@ -25,15 +25,15 @@ finally:
 """
 
 
-def test_the_doors_are_found() -> None:
-    assert {"tools.benchmark", "tools.doctor", "hydra_mcore.train", "examples.tiny.demo"} < set(DOORS)
+def test_the_commands_are_found() -> None:
+    assert {"tools.benchmark", "tools.doctor", "hydra_mcore.train", "examples.tiny.demo"} < set(COMMANDS)
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_help_has_examples_and_is_light(door: str) -> None:
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples_and_is_light(command: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", RUN, *door.split(), "--help"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    call = [sys.executable, "-c", RUN, *command.split(), "--help"]
+    done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr[-2000:]
     assert re.search("examples?:", done.stdout, re.IGNORECASE)
     assert done.stdout.endswith("heavy: []\n"), done.stdout[-200:]

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def folders(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A teacher with a tokenizer, a student without one."""
-    root, shape = tmp_path_factory.mktemp("door"), ModelCard.load(tiny_teacher).shape
+    root, shape = tmp_path_factory.mktemp("command"), ModelCard.load(tiny_teacher).shape
     head_map = HeadMap.from_fa([(0, 1)], shape.num_layers, shape.num_heads, shape.num_kv_groups)
     with process_groups():
         hybridize(tiny_teacher, head_map, HydraOptions(), root / "student")

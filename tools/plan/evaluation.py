@@ -2,11 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory and time of an evaluation, by model and length, from the section evaluate of a recipe.
 
-    seconds of a prompt = forward FLOPs / (tensor x context-parallel ranks x peak x efficiency)
-
-Pipeline stages wait for each other, since prompts go through one batch after the other: they save memory, not time.
-    Replicas
-share the prompts out. Left out: communication, the steps of decoding, the loss on held-out text.
+Replicas share the prompts out. Left out: communication, the steps of decoding, the loss on held-out text.
 """
 
 from __future__ import annotations
@@ -19,15 +15,15 @@ from typing import Any
 from hydra_mcore.config import ModelCard, teacher_card
 from hydra_mcore.costs.batch_sizes import rows_a_forward
 from hydra_mcore.costs.evaluation_memory import EvaluationMemory, Forward, fullest_rank
-from hydra_mcore.costs.flops import model_flops
+from hydra_mcore.costs.machine import MEMORY_SHARE, Machine
+from hydra_mcore.costs.seconds import prompt_seconds
 from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.evaluate import named_tasks
 from hydra_mcore.heads import HeadLayout
 from hydra_mcore.recipe import parse_with_recipe
 from hydra_mcore.ruler.prompts import TASKS
 from tools.evaluate import parser
-from tools.plan_estimate import MEMORY_SHARE, Machine
-from tools.plan_report import GIB, table
+from tools.plan.report import GIB, table
 
 ANSWER_TOKENS = 128  # of room for an answer, the most that RULER gives one
 
@@ -61,7 +57,6 @@ def examinations(card: ModelCard, flags: list[str], machine: Machine) -> list[Ex
         args.scoring is None and not all(TASKS[task].one_answer for task in tasks)
     )
     replicas = machine.gpus // (tp_size * pp_size * cp_size)
-    rate = tp_size * cp_size * machine.gpu.bf16_tflops * 1e12 * machine.efficiency
     found = []
     for name, model in (("teacher", teacher_card(card.shape, fingerprint="")), ("student", card)):
         for length in args.lengths:
@@ -75,7 +70,7 @@ def examinations(card: ModelCard, flags: list[str], machine: Machine) -> list[Ex
                 cp_size=cp_size,
             )
             memory = fullest_rank(model, run)
-            seconds = model_flops(model, length, with_output=False).forward * length / rate
+            seconds = prompt_seconds(model, run, machine)
             hours = seconds * len(tasks) * -(-args.prompts // replicas) / 3600
             found.append(Examination(name, run, replicas, memory, memory.total <= machine.usable_bytes, seconds, hours))
     return found

@@ -21,7 +21,8 @@ from hydra_mcore.evaluation.models import EvaluatedModel, ModelFacts
 from hydra_mcore.evaluation.perplexity import text_windows
 from hydra_mcore.evaluation.records import Contestant, Piece, Records
 from hydra_mcore.model.runtime import process_groups
-from hydra_mcore.selection.probes import load_tokenizer, read_haystack
+from hydra_mcore.ruler.haystack import read_text
+from hydra_mcore.tokenizer import load_tokenizer
 from tests.support.contestants import write_contestants
 from tools.evaluate import main
 
@@ -95,7 +96,7 @@ def test_agreement_is_the_share_of_equal_likeliest_tokens(runs: Path, tmp_path: 
     assert [text["length"] for text in found] == [160, 192, 256] and found[2]["agreement"][
         "share"
     ] is None  # beyond the native length
-    windows_bs = text_windows(read_haystack(tokenizer, runs / "text.txt"), 192)
+    windows_bs = text_windows(read_text(tokenizer, runs / "text.txt"), 192)
     with process_groups():
         models = [open_model(describe(runs / name), torch.float32) for name in ("teacher", "student")]
         teacher_bs, student_bs = (
@@ -202,7 +203,7 @@ def test_models_of_different_tokenizers_stand_in_one_report(runs: Path, tmp_path
     text = (tmp_path / "report.md").read_text()
     assert "different tokenizers" in text and "Bits per byte" in text
     tokenizer = load_tokenizer(runs / "other")
-    windows_bs = text_windows(read_haystack(tokenizer, runs / "text.txt"), 512)
+    windows_bs = text_windows(read_text(tokenizer, runs / "text.txt"), 512)
     size = sum(len(tokenizer.decode(ids_s[1:]).encode()) for ids_s in windows_bs)
     found = other["text"][0]
     assert found["bits_per_byte"] == pytest.approx(
@@ -220,7 +221,7 @@ def test_dry_run_says_what_would_run(
     call(runs, tmp_path, "--dry-run", "--yarn", "teacher")
     lines = capsys.readouterr().out.splitlines()
     text = sum(
-        text_windows(read_haystack(load_tokenizer(runs / "teacher"), runs / "text.txt"), n).numel() for n in (192, 256)
+        text_windows(read_text(load_tokenizer(runs / "teacher"), runs / "text.txt"), n).numel() for n in (192, 256)
     )
     assert lines[0].startswith("teacher: 4 of 8 pieces to run")
     assert (

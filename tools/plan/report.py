@@ -10,10 +10,13 @@ from collections.abc import Iterable, Sequence
 from hydra_mcore.config import ModelCard, teacher_card
 from hydra_mcore.costs.activations import Run
 from hydra_mcore.costs.flops import one_head
+from hydra_mcore.costs.machine import MEMORY_SHARE, Machine
 from hydra_mcore.costs.parameters import PARTS, rank_parameters
+from hydra_mcore.costs.step_communication import fa_imbalances, layer_cp_bytes
 from hydra_mcore.costs.training_memory import stage_parameters
 from hydra_mcore.kinds import FA, KINDS
-from tools.plan_estimate import MEMORY_SHARE, Changes, Estimate, Machine, as_flags, balance, layer_cp_bytes
+from tools.plan.estimate import Estimate
+from tools.plan.layouts import Changes, as_flags
 
 LENGTHS = (2048, 16_384, 65_536, 262_144)
 GIB = 2**30
@@ -62,7 +65,7 @@ def layout_name(run: Run) -> str:
 
 
 def stage_section(card: ModelCard, at: Estimate, machine: Machine, change: tuple[Changes, Estimate] | None) -> str:
-    """One stage in its layout: memory, communication, balance, time, and what mends it when it does not fit."""
+    """One stage in its layout: memory, communication, balance, time, and what would make it fit when it does not."""
     run = at.run
     held = [stage_parameters(card, run, pp, tp).total() for pp in range(run.pp_size) for tp in range(run.tp_size)]
     memory = [[part, f"{value / GIB:.2f}"] for part, value in dataclasses.asdict(at.memory).items()]
@@ -76,7 +79,7 @@ def stage_section(card: ModelCard, at: Estimate, machine: Machine, change: tuple
             f"{min(held):,} to {max(held):,} parameters a rank; {at.flops:.3g} FLOPs a step"
         ),
         table(["memory of the fullest rank", "GiB"], memory),
-        ("Fits: " if at.fits else "DOES NOT FIT: ") + usable + ("" if at.fits else _mending(change)),
+        ("Fits: " if at.fits else "DOES NOT FIT: ") + usable + ("" if at.fits else _fix(change)),
         table(["time", "s"], seconds),
         _communication(card, at),
         f"{at.hours:.1f} h, {at.gpu_hours:,.0f} GPU-hours",
@@ -84,7 +87,7 @@ def stage_section(card: ModelCard, at: Estimate, machine: Machine, change: tuple
     return "\n\n".join(lines)
 
 
-def _mending(change: tuple[Changes, Estimate] | None) -> str:
+def _fix(change: tuple[Changes, Estimate] | None) -> str:
     if change is None:
         return "; no change of up to three settings mends it: more GPUs, or larger ones"
     changes, at = change
@@ -101,9 +104,9 @@ def _communication(card: ModelCard, at: Estimate) -> str:
     if run.cp_size > 1:
         lines.append(f"context parallelism, a layer and micro-batch: {layer_cp_bytes(card, run) / 2**20:.1f} MiB")
     if run.tp_size > 1:
-        factors = balance(card, run)
+        factors = fa_imbalances(card, run)
         other = "queries" if run.fa_balance == "heads" else "heads"
-        even = balance(card, dataclasses.replace(run, fa_balance=other))
+        even = fa_imbalances(card, dataclasses.replace(run, fa_balance=other))
         lines.append(
             f"FA work of the busiest tensor-parallel rank over the mean: {sum(factors) / len(factors):.3f}, worst layer"
             f" {max(factors):.3f} (with --fa-balance {other}: {sum(even) / len(even):.3f}, {max(even):.3f})"

@@ -20,22 +20,21 @@ from hydra_mcore.config import ModelCard
 from hydra_mcore.errors import InputError
 from hydra_mcore.files import write_json
 from hydra_mcore.model.build import load_model
+from hydra_mcore.ruler.haystack import Haystack, read_text
+from hydra_mcore.ruler.prompts import EVALUATION_SEEDS
+from hydra_mcore.ruler.sets import VERSION
+from hydra_mcore.ruler.source import Source
+from hydra_mcore.ruler.wording import own_wording, read_wording
 from hydra_mcore.selection.capabilities import RETRIEVAL
 from hydra_mcore.selection.evidence import ESTIMATES, KnockOut
 from hydra_mcore.selection.knock_out import FRACTIONS, RANDOM_ORDERS, knock_out
-from hydra_mcore.selection.probes import (
-    EVALUATION_SEEDS,
-    ProbeBatch,
-    build_probes,
-    load_format,
-    load_tokenizer,
-    read_haystack,
-)
+from hydra_mcore.selection.probes import ProbeBatch, build_probes
 from hydra_mcore.selection.receivers import forward_flops, receiver_flops
 from hydra_mcore.selection.score import CRITICAL, MIN_GAP, MIN_SHARE, HeadScores
 from hydra_mcore.selection.scoring import Scoring
 from hydra_mcore.selection.senders import sender_flops
 from hydra_mcore.selection.teacher import DECAY, Teacher
+from hydra_mcore.tokenizer import load_tokenizer
 
 KNOCK_OUT_FILE = "knock_out.json"
 Probes = dict[str, list[ProbeBatch]]
@@ -43,9 +42,9 @@ Probes = dict[str, list[ProbeBatch]]
 
 def score_teacher(args: argparse.Namespace, card: ModelCard, weights: dict[str, float]) -> dict[str, Any]:
     """Scores at the main length and at the others, and knock-out curves; says on the console what each probe gave."""
-    lengths = [main_length(args, card), *args.also_lengths]
-    prompts = {length: probes(args, length) for length in lengths}  # bad input shows before the model is loaded
-    silencing = knock_out_prompts(args, lengths[0])
+    lengths, source = [main_length(args, card), *args.also_lengths], needle_source(args)
+    prompts = {length: probes(args, source, length) for length in lengths}  # bad input shows before the model is loaded
+    silencing = knock_out_prompts(args, source, lengths[0])
     _, model = load_model(args.teacher, torch.bfloat16 if args.bf16 else torch.float32)
     teacher, found, curves = Teacher(model), {}, None
     for length in lengths:
@@ -100,31 +99,29 @@ def main_length(args: argparse.Namespace, card: ModelCard) -> int:
     return length
 
 
-def probes(args: argparse.Namespace, length: int) -> Probes:
+def needle_source(args: argparse.Namespace) -> Source:
+    """What needle prompts are made of; without a haystack for noise."""
+    tokenizer = load_tokenizer(args.teacher)
+    wording = read_wording(args.format) if args.format else own_wording(args.teacher)
+    haystack = None if args.haystack == "noise" else Haystack.of(tokenizer, read_text(tokenizer, args.haystack))
+    return Source(tokenizer, wording, haystack)
+
+
+def probes(args: argparse.Namespace, source: Source, length: int) -> Probes:
     """The pairs of every sub-probe."""
-    return _built(args, length, args.pairs, args.seed, tuple(args.capabilities), parse_probes(args.probe))
+    files = parse_probes(args.probe)
+    return build_probes(source, length, args.pairs, args.seed, tuple(args.capabilities), files)
 
 
-def knock_out_prompts(args: argparse.Namespace, length: int) -> list[ProbeBatch]:
+def knock_out_prompts(args: argparse.Namespace, source: Source, length: int) -> list[ProbeBatch]:
     """Needle prompts of another seed than the scores'."""
     if args.knock_out < 0:
         raise InputError(f"--knock-out {args.knock_out}: give a number of prompts, 0 for none")
     if args.knock_out == 0:
         return []
-    built = _built(
-        args, length, args.knock_out, (args.seed + EVALUATION_SEEDS // 2) % EVALUATION_SEEDS, (RETRIEVAL,), {}
-    )
+    seed = (args.seed + EVALUATION_SEEDS // 4) % EVALUATION_SEEDS  # half of the range is training's
+    built = build_probes(source, length, args.knock_out, seed, (RETRIEVAL,))
     return [batch for batches in built.values() for batch in batches]
-
-
-def _built(
-    args: argparse.Namespace, length: int, pairs: int, seed: int, capabilities: tuple[str, ...], files: dict[str, Path]
-) -> Probes:
-    tokenizer = load_tokenizer(args.teacher)
-    haystack_ids = None if args.haystack == "noise" else read_haystack(tokenizer, args.haystack)
-    return build_probes(
-        tokenizer, load_format(args.teacher, args.format), haystack_ids, length, pairs, seed, capabilities, files
-    )
 
 
 def parse_probes(texts: list[str]) -> dict[str, Path]:
@@ -150,7 +147,7 @@ def identity(args: argparse.Namespace, card: ModelCard, prompts: Probes, length:
     return {
         "teacher": card.fingerprint, "method": args.method, "roles": args.roles or "both",
         "dtype": "bf16" if args.bf16 else "float32", "length": length, "pairs": args.pairs, "seed": args.seed,
-        "probes": list(prompts), "prompts_sha256": digest.hexdigest(),
+        "generator": VERSION, "probes": list(prompts), "prompts_sha256": digest.hexdigest(),
         "decay": DECAY, "critical": CRITICAL, "min_gap": MIN_GAP, "min_share": MIN_SHARE,
     }  # fmt: skip
 
@@ -189,10 +186,10 @@ def load_knock_out(path: Path) -> KnockOut | None:
 
 def announce(args: argparse.Namespace, card: ModelCard) -> None:
     """The cost of scoring, from operation counts and this machine's matrix-product speed."""
-    lengths = [main_length(args, card), *args.also_lengths]
+    lengths, source = [main_length(args, card), *args.also_lengths], needle_source(args)
     work, pairs = {"receivers and gradients": 0.0, "senders, a round": 0.0, "knock-out": 0.0}, 0
     for length in lengths:
-        for batch in (batch for batches in probes(args, length).values() for batch in batches):
+        for batch in (batch for batches in probes(args, source, length).values() for batch in batches):
             count, tokens = batch.clean_bs.shape
             pairs += count
             work["receivers and gradients"] += 6 * count * forward_flops(card.shape, tokens)
@@ -200,7 +197,7 @@ def announce(args: argparse.Namespace, card: ModelCard) -> None:
                 work["receivers and gradients"] += receiver_flops(card.shape, tokens, count, batch.answer_bp.shape[1])
             if args.method == "exact" and args.roles != "receiver":
                 work["senders, a round"] += sender_flops(card.shape, tokens, count)
-    for batch in knock_out_prompts(args, lengths[0]):
+    for batch in knock_out_prompts(args, source, lengths[0]):
         runs = len(FRACTIONS) * (2 + RANDOM_ORDERS) * len(batch.clean_bs)
         work["knock-out"] += runs * forward_flops(card.shape, batch.clean_bs.shape[1])
     if torch.distributed.get_rank() == 0:

@@ -17,7 +17,7 @@ from hydra_mcore.stages import STAGES
 from hydra_mcore.train.data import MicroBatch
 from hydra_mcore.train.losses import token_loss
 from hydra_mcore.train.step import forward_step
-from tools.benchmarks.options import spread_heads
+from tools.benchmarks.shapes import spread_heads
 
 CHUNK_ELEMENTS = token_loss.__kwdefaults__["chunk_elements"]
 

@@ -35,7 +35,7 @@ def recipe(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     "command", [name for name in COMMANDS if name != "evaluate"]
-)  # it looks at every piece: test_evaluate_door.py
+)  # it looks at every piece: test_evaluate_command.py
 def test_what_is_there_is_not_made_again(command: str, recipe: Path, capsys: pytest.CaptureFixture) -> None:
     main, argv, mark = COMMANDS[command]
     (recipe.parent / "out" / mark).touch()

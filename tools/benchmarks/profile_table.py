@@ -4,20 +4,12 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
+import torch
+
+from hydra_mcore.train.profile import profiled
 from tools.benchmarks.report import Report
-
-if TYPE_CHECKING:
-    import torch
-
-
-def add_profile(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--profile", action="store_true", help="also a table by part of every contestant, at the last length"
-    )
 
 
 def parts_report(
@@ -28,8 +20,6 @@ def parts_report(
     teachers: Iterable[torch.nn.Module] = (),
 ) -> Report:
     """The table of one more call, which has been warmed up; see ``hydra_mcore.train.profile.profiled``."""
-    from hydra_mcore.train.profile import profiled
-
     table = profiled(call, models, teachers)
     notes = (
         f"Milliseconds of {table.device.upper()} time in one call of {1000 * table.wall_seconds:.2f} ms, the profiler's"

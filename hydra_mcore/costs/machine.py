@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Facts about GPUs, as their makers publish them.
+"""Facts about GPUs, as their makers publish them, and how much of them a model can use.
 
 Memory is what torch.cuda reports, in whole GiB (an "80 GB" card has a little over 79). bf16 is dense tensor-core peak,
 without sparsity. NVLink and network are one direction of one GPU; the network is that of the maker's own 8-GPU machine.
@@ -33,3 +33,23 @@ GPUS = {
     "mi300x-192gb": Gpu(191, 1307, 448, 50),
 }
 GPUS_PER_NODE = 8
+# Of a GPU's memory; the rest is for the CUDA context, NCCL's buffers and the allocator's waste [assumed].
+MEMORY_SHARE = 0.92
+LINK_SHARE = 0.7  # of a link's published bandwidth that collectives reach [assumed]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """So many GPUs of a kind, of whose peak computing reaches ``efficiency``."""
+
+    gpu: Gpu
+    gpus: int
+    efficiency: float
+
+    @property
+    def usable_bytes(self) -> float:
+        return self.gpu.memory_gib * 2**30 * MEMORY_SHARE
+
+    def bandwidth(self, span: int) -> float:
+        """Bytes a second between ranks of which ``span`` stand side by side, from the first to the last of a group."""
+        return (self.gpu.nvlink_gbs if span <= GPUS_PER_NODE else self.gpu.network_gbs) * 1e9 * LINK_SHARE

@@ -1,0 +1,89 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The demo's steps, from the flags of ``examples/tiny/demo.py``."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+from examples.tiny.data import write_data
+from examples.tiny.demo_report import write_report
+from examples.tiny.students import EVALUATION_SEED, Student, folder, make_students, run_command, train_all
+
+STUDENTS = (
+    Student("selected 3:1", "3:1", "global_c", ("align", "distill", "extend")),
+    Student("random 3:1", "3:1", "global_random"),
+    Student("selected 15:1", "15:1", "global"),
+    Student("random 15:1", "15:1", "global_random"),
+)
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.out.exists():
+        if not (args.out / "report.md").exists() and not (args.out / "teacher").exists():
+            sys.exit(f"demo: {args.out} is not empty and no demo of ours; choose another --out")
+        shutil.rmtree(args.out)
+    args.out.mkdir(parents=True)
+    begin = time.monotonic()
+    with tqdm(total=6 + len(STUDENTS), desc="demo", unit="step", position=0) as steps:
+        write_data(args.out, args.seed, steps)
+        make_students(args.out, STUDENTS, args.seed, steps)
+        train_students(args.out, steps)
+        evaluate(args, steps)
+        hf_dir = export(args.out, steps)
+    write_report(args.out, STUDENTS, time.monotonic() - begin)
+    print((args.out / "report.md").read_text().split("\n## ")[0])
+    print(f"report: {args.out / 'report.md'}")
+    print(f"model for transformers: {hf_dir}")
+
+
+def train_students(out: Path, steps: tqdm) -> None:
+    """Two students on two ranks each, the first through all stages; the others on one rank, side by side."""
+    first, *pair, last = STUDENTS
+    for student in (first, last):
+        train_all(out, student, ranks=2, position=1)
+        steps.update()
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(train_all, out, student, 1, position) for position, student in enumerate(pair, 1)]:
+            done.result()
+            steps.update()
+
+
+def evaluate(args: argparse.Namespace, steps: tqdm) -> None:
+    """Teacher and students answer the same prompts, at the native length and at twice that."""
+    models = [f"teacher={args.out / 'teacher'}"]
+    models += [
+        f"{student.name}, {student.stages[-1]}={folder(args.out, student) / student.stages[-1]}" for student in STUDENTS
+    ]
+    lengths = ("--lengths", "512", "1024", "--prompts", str(args.prompts), "--seed", str(EVALUATION_SEED + args.seed))
+    steps.set_postfix_str("evaluating")
+    text = ("--haystack", str(args.out / "held_out.txt"))
+    run_command(
+        args.out,
+        "evaluate",
+        "tools/evaluate.py",
+        "--models",
+        *models,
+        *lengths,
+        *text,
+        "--out",
+        str(args.out / "evaluation"),
+    )
+    steps.update()
+
+
+def export(out: Path, steps: tqdm) -> Path:
+    """The student that went through all stages as a Hugging Face directory, with the evaluation in its model card."""
+    student = folder(out, STUDENTS[0])
+    report = ("--evaluation", str(out / "evaluation" / "report.md"))
+    checkpoint = ("--checkpoint", str(student / STUDENTS[0].stages[-1]))
+    run_command(out, "export", "tools/convert.py", "export", *checkpoint, *report, "--out", str(student / "hf"))
+    steps.update()
+    return student / "hf"

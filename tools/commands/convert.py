@@ -1,0 +1,65 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Import, hybridize and export, from the flags of ``tools/convert.py``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+import torch
+from transformers.utils.logging import set_verbosity_error
+
+from hydra_mcore.config import HydraOptions
+from hydra_mcore.convert.calibration import calibration_tokens
+from hydra_mcore.convert.hf_export import export_hf
+from hydra_mcore.convert.hf_import import import_hf
+from hydra_mcore.convert.inherit import SCALED_FUSIONS, hybridize
+from hydra_mcore.errors import InputError
+from hydra_mcore.heads import HeadMap
+from hydra_mcore.model.runtime import process_groups
+
+
+def run(args: argparse.Namespace) -> None:
+    """The command that was given; raises InputError for what cannot be used."""
+    set_verbosity_error()  # a command has its own output, and its refusals are one line
+    commands = {"import": import_from, "hybridize": hybridize_from, "export": export_from}
+    with process_groups(seed=args.seed):
+        commands[args.command](args)
+
+
+def hybridize_from(args: argparse.Namespace) -> None:
+    """The hybridize command; raises InputError for anything given that cannot be used."""
+    options = HydraOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(HydraOptions)})
+    head_map = HeadMap.load(args.heads)
+    calibrated = args.fusion_scale == "calibrated" and options.fusion in SCALED_FUSIONS
+    if calibrated and args.calibration_text is None:
+        raise InputError("the fusion scales need --calibration-text FILE; or start them at 1 with --fusion-scale one")
+    if args.calibration_text is not None and not calibrated:
+        raise InputError("--calibration-text has no use here: the fusion scales are not calibrated; leave it out")
+    tokens_bs = calibration_tokens(args.calibration_text, args.teacher) if calibrated else None
+    card = hybridize(args.teacher, head_map, options, args.out, tokens_bs, getattr(torch, args.dtype))
+    num_heads = head_map.num_layers * head_map.num_heads
+    print(f"student with {head_map.num_fa} FA heads of {num_heads}, teacher {card.fingerprint[:12]}: {args.out}")
+
+
+def import_from(args: argparse.Namespace) -> None:
+    """The import command; raises InputError for a directory that cannot be used."""
+    card = import_hf(args.hf, args.out, args.dtype and getattr(torch, args.dtype))
+    print(
+        f"{card.stage} {card.fingerprint[:12]}, {card.shape.num_layers} layers x {card.shape.num_heads} heads:"
+        f" {args.out}"
+    )
+
+
+def export_from(args: argparse.Namespace) -> None:
+    """The export command; raises InputError for a checkpoint that cannot be exported."""
+    if not args.max_shard_size > 0:
+        raise InputError(f"--max-shard-size is {args.max_shard_size}; it counts GB, so it must exceed 0")
+    card = export_hf(
+        args.checkpoint, args.out, args.dtype and getattr(torch, args.dtype), args.max_shard_size * 1e9, args.evaluation
+    )
+    print(
+        f"{card.stage} with {card.head_map.num_fa} FA heads of {card.shape.num_layers * card.shape.num_heads}:"
+        f" {args.out}"
+    )

@@ -1,0 +1,72 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The plan of a recipe, from the flags of ``tools/plan.py``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from hydra_mcore.costs.machine import GPUS, Machine
+from hydra_mcore.errors import InputError
+from hydra_mcore.files import write_json
+from hydra_mcore.train.arguments import model_flags, recipe_flags
+from tools.plan import evaluation
+from tools.plan.__main__ import EVALUATE, STAGES
+from tools.plan.estimate import as_json, estimate
+from tools.plan.layouts import as_flags, layouts, smallest_change
+from tools.plan.recipe_model import model_card
+from tools.plan.report import layout_table, model_section, stage_section, summary
+
+
+def run(args: argparse.Namespace, flags: list[str]) -> None:
+    """Plan the stages, or the evaluation, and print; raises InputError for bad input."""
+    (plan_evaluation if args.stage == EVALUATE else plan_stages)(args, flags)
+
+
+def plan_stages(args: argparse.Namespace, flags: list[str]) -> None:
+    """Plan the stages and print; raises InputError for bad input."""
+    machine = machine_of(args)
+    planned: dict[str, Any] = {}
+    for stage in STAGES if args.stage == "all" else (args.stage,):
+        argv = ["--stage", stage, *flags]
+        flag_parser, given, options = recipe_flags(argv, with_gpu=True)
+        card, source = model_card(args, options)
+        known, _ = model_flags(flag_parser, given, argv, card, machine.gpus)
+        if not planned:
+            print(model_section(card, source, args.config))
+        if args.layouts:
+            found = layouts(card, known, machine)
+            print(layout_table(stage, machine, found[: args.layouts]))
+            planned[stage] = [{"flags": as_flags(change)} | as_json(at) for change, at in found[: args.layouts]]
+            continue
+        at = estimate(card, known, machine)
+        change = None if at.fits else smallest_change(card, known, machine)
+        print(stage_section(card, at, machine, change))
+        planned[stage] = at
+    if not args.layouts:
+        print(summary(planned, machine, args.price))
+        planned = {stage: as_json(at) for stage, at in planned.items()}
+    if args.json:
+        write_json(args.json, {"gpu": args.gpu, "gpus": args.gpus, "efficiency": args.efficiency, "stages": planned})
+
+
+def plan_evaluation(args: argparse.Namespace, flags: list[str]) -> None:
+    """Plan the recipe's evaluation and print; raises InputError for bad input."""
+    machine = machine_of(args)
+    _, _, options = recipe_flags(["--stage", "extend", "--config", *args.config], with_gpu=True)
+    card, source = model_card(args, options)
+    found = evaluation.examinations(card, flags, machine)
+    print(model_section(card, source, args.config))
+    print(evaluation.evaluation_section(found, machine))
+    if args.json:
+        settings = {"gpu": args.gpu, "gpus": args.gpus, "efficiency": args.efficiency}
+        write_json(args.json, settings | {EVALUATE: [evaluation.as_json(at) for at in found]})
+
+
+def machine_of(args: argparse.Namespace) -> Machine:
+    if args.gpu not in GPUS:
+        raise InputError(f"unknown GPU {args.gpu!r}; choose one of {', '.join(GPUS)}")
+    if args.gpus < 1 or not 0 < args.efficiency <= 1 or (args.layouts is not None and args.layouts < 1):
+        raise InputError("--gpus and --layouts must be at least 1, --efficiency above 0 and at most 1")
+    return Machine(GPUS[args.gpu], args.gpus, args.efficiency)

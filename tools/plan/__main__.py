@@ -1,0 +1,73 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Memory, time and cost of a recipe, worked out without a GPU, weights or data."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from hydra_mcore.commands import one_line_errors
+from hydra_mcore.costs.machine import GPUS  # facts only, so that --help is quick
+
+STAGES = ("align", "distill", "extend")
+EVALUATE = "evaluate"
+EXAMPLES = """\
+Any flag of Megatron or of hydra_mcore.train may follow; it wins over the recipe, as it does in training. The formulas
+and what they leave out: docs/planning.md.
+
+The model is that of run-dir/student or of the teacher's folder, where they exist. Otherwise its shape comes from a
+config.json (--hf, or beside the recipe), and its heads from --head-map, or, before they are selected, from an even
+spread at --ratio.
+
+examples:
+  what does the recipe need on one node?
+      python tools/plan.py --config examples/qwen3-1.7b/recipe.yaml --gpus 8
+  on eight nodes, at 64K, with a price
+      python tools/plan.py --config examples/qwen3-1.7b/recipe.yaml examples/qwen3-1.7b/extend-64k.yaml \\
+          --stage extend --gpus 64 --gpu h200-141gb --price 2.5
+  another layout
+      python tools/plan.py --config recipe.yaml --stage extend --tensor-model-parallel-size 2 --sequence-parallel
+  the fastest layouts that fit
+      python tools/plan.py --config recipe.yaml --gpus 64 --layouts 5
+  the evaluation at each of its lengths; flags are then those of tools/evaluate.py
+      python tools/plan.py --config recipe.yaml --stage evaluate --lengths 131072 524288 --context-parallel-size 8
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    layout = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(
+        prog="plan", description=__doc__, epilog=EXAMPLES, formatter_class=layout, allow_abbrev=False
+    )
+    p.add_argument("--config", nargs="+", required=True, metavar="YAML", help="recipe files; a later one wins")
+    p.add_argument("--stage", choices=(*STAGES, "all", EVALUATE), default="all", help="default: all three of training")
+    p.add_argument("--gpus", type=int, default=8, metavar="N", help="how many (default 8)")
+    p.add_argument("--gpu", default="h100-80gb", metavar="NAME", help=f"one of {', '.join(GPUS)} (default h100-80gb)")
+    share = "share of the GPU's bf16 peak that computing reaches; communication and bubbles come on top (default 0.35)"
+    p.add_argument("--efficiency", type=float, default=0.35, metavar="X", help=share)
+    p.add_argument("--price", type=float, metavar="P", help="of one GPU for one hour, in any currency")
+    p.add_argument("--hf", type=Path, metavar="DIR", help="folder with the model's config.json")
+    p.add_argument("--head-map", type=Path, metavar="FILE", help="heads that tools/select_heads.py chose")
+    p.add_argument(
+        "--ratio",
+        metavar="GDN:FA",
+        help="heads to assume instead (default: that of the recipe's select section, else 3:1)",
+    )
+    p.add_argument(
+        "--layouts", type=int, metavar="N", help="list the N fastest layouts that fit, instead of the recipe's own"
+    )
+    p.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
+    return p
+
+
+@one_line_errors("plan")
+def main(argv: list[str] | None = None) -> None:
+    args, flags = parser().parse_known_args(argv)
+    from tools.commands.plan import run  # takes seconds: not for --help
+
+    run(args, ["--config", *args.config, *flags])
+
+
+if __name__ == "__main__":
+    main()
