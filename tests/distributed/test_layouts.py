@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from hydra_mcore.config import HydraOptions, ModelCard
-from hydra_mcore.train import watch
+from hydra_mcore.train import training_log
 from tests.support.launch import model_parallel, run_ranks
 from tests.support.stages import SHAPE, gradients, make_run, run_stage
 
@@ -85,7 +85,7 @@ CASES += [
 def quick_pictures() -> Iterator[None]:
     """The statistics of heads are compared here, not looked at: their pictures are a third of a run's time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(watch, "statistic_maps", lambda path, *_: Image.new("RGB", (1, 1)).save(path))
+        patch.setattr(training_log, "statistic_maps", lambda path, *_: Image.new("RGB", (1, 1)).save(path))
         yield
 
 
