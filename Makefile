@@ -1,5 +1,8 @@
 # Every target sets up .venv by itself; a second run installs nothing.
 PYTHON_VENV := .venv/bin/python
+# A free worker takes the next file, so that what a file's tests share is made once. In their order: the long files of
+# tests/distributed come first and the short ones of tests/unit last, and the workers end together.
+PYTEST := $(PYTHON_VENV) -m pytest --numprocesses=logical --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 
 .PHONY: help env demo test test-all gpu-check checks clean
 help:           ## this list
@@ -12,10 +15,10 @@ demo: env       ## the whole pipeline, small, on this machine
 	@$(PYTHON_VENV) -m examples.tiny.demo
 
 test: env       ## the tests that need no GPU, without the slow ones
-	@$(PYTHON_VENV) -m pytest -m "not slow and not gpu"
+	@$(PYTEST) -m "not slow and not gpu"
 
 test-all: env   ## all tests that need no GPU
-	@$(PYTHON_VENV) -m pytest -m "not gpu"
+	@$(PYTEST) -m "not gpu"
 
 gpu-check:      ## the tests and benchmarks that need a GPU, on its machine (tools/gpu_check.sh --help)
 	@tools/gpu_check.sh

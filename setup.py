@@ -43,7 +43,14 @@ setup(
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.10", "flash-linear-attention>=0.6"],
         "eval": ["lm-eval>=0.4.10", "accelerate>=1.1"],  # not lm-eval[hf]: it adds peft, for adapters
-        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "jsonschema>=4.20", "ruff>=0.12"],
+        "test": [
+            "pytest>=8.0",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "jsonschema>=4.20",
+            "ruff>=0.12",
+        ],
     },
     classifiers=[
         "Development Status :: 4 - Beta",

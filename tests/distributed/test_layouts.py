@@ -5,13 +5,16 @@
 import dataclasses
 import itertools
 import shutil
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from hydra_mcore.config import HydraOptions, ModelCard
+from hydra_mcore.train import training_log
 from tests.support.launch import model_parallel, run_ranks
 from tests.support.stages import SHAPE, gradients, make_run, run_stage
 
@@ -76,6 +79,14 @@ BIASED = [("tp2-cp1-pp1-dp1-shared", "align"), ("tp2-cp2-pp2-dp1", "distill"), (
 CASES += [
     pytest.param(name, stage, "biased", marks=pytest.mark.slow if stage == "distill" else ()) for name, stage in BIASED
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_pictures() -> Iterator[None]:
+    """The statistics of heads are compared here, not looked at: their pictures are a third of a run's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_log, "statistic_maps", lambda path, *_: Image.new("RGB", (1, 1)).save(path))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -162,8 +162,9 @@ def test_align_logs_every_layer(folder: Path) -> None:
 
 
 def test_statistics_are_those_of_all_ranks(folder: Path) -> None:
-    one = run_stage(folder, "distill", 1, "--exit-interval", "1", run="stats-1")
-    two = run_stage(folder, "distill", 2, "--exit-interval", "1", "--tensor-model-parallel-size", "2", run="stats-2")
+    flags = ("--exit-interval", "1", "--head-statistics-interval", "1")
+    one = run_stage(folder, "distill", 1, *flags, run="stats-1")
+    two = run_stage(folder, "distill", 2, *flags, "--tensor-model-parallel-size", "2", run="stats-2")
     for name in (*(f"{name}/all" for name in BY_HEAD), "kl", "ce"):
         assert two[name][1] == pytest.approx(one[name][1], rel=1e-5), name
 

@@ -2,12 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random tiny models and data, and the stages of the transfer run on forked ranks."""
 
+import argparse
 import dataclasses
+import functools
+import inspect
 from pathlib import Path
 
 import numpy as np
 import torch
+from megatron.training.arguments import add_megatron_arguments
 
+import hydra_mcore.train.run  # noqa: F401  here, so that forked ranks find it imported
 from hydra_mcore.config import HydraOptions, ModelShape
 from hydra_mcore.heads import HeadMap
 from tests.support.launch import model_parallel, run_ranks
@@ -53,7 +58,13 @@ FLAGS = [
     "--save-interval",
     "1000",
     "--no-save-rng",
+    "--head-statistics-interval",
+    "0",  # their picture takes a second: tests of them ask for them
 ]
+
+# Every start makes several parsers, and Megatron's find their help by parsing its source: once for all forked ranks.
+inspect.getsource = functools.cache(inspect.getsource)
+add_megatron_arguments(argparse.ArgumentParser())
 
 
 def make_run(
