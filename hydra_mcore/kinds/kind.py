@@ -245,7 +245,6 @@ class HeadKind:
         name: in head maps, in the names of options and parameters.
         label, title: short in tables, long in prose.
         colour: in pictures.
-        help: one line.
         branch: module and class of its branch, resolved when a layer is built.
         exported: file of its branch in exported models, below the package.
         options: a dataclass of its options, each named after the kind and documented with its source.
@@ -269,7 +268,6 @@ class HeadKind:
     label: str
     title: str
     colour: str
-    help: str
     branch: str
     exported: str
     options: type
