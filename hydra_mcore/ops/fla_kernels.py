@@ -46,7 +46,7 @@ def kernels() -> Kernels | None:
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
     except ImportError as error:
         warnings.warn(
-            f"recurrent heads: no flash-linear-attention 0.6 ({error}); torch functions run on the GPU instead, slower. "
+            f"recurrent heads: no flash-linear-attention 0.6 ({error}); torch functions run on the GPU, slower. "
             "Mend: pip install 'flash-linear-attention>=0.6'",
             stacklevel=3,
         )

@@ -49,7 +49,7 @@ class Choice:
 
 
 def parse_ratio(text: str, total: int) -> int:
-    """The number of FA heads at a ratio of linear to FA heads such as "3:1": total * FA / (linear + FA), to the nearest whole head.
+    """The number of FA heads at a ratio of linear to FA heads such as "3:1", to the nearest whole head.
 
     Raises:
         InputError: not of the form LINEAR:FA, or it leaves no FA head.

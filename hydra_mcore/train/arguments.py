@@ -229,7 +229,8 @@ def check_settings(known: argparse.Namespace, card: ModelCard, ranks: int) -> No
         )
     if known.reset_position_ids or known.reset_attention_mask:
         raise ConfigError(
-            "reset-position-ids and reset-attention-mask do not reach recurrent heads; use packed-documents, which does both"
+            "reset-position-ids and reset-attention-mask do not reach recurrent heads; use packed-documents, which does"
+            " both"
         )
     if known.calculate_per_token_loss and STAGES[known.stage].fits_layers:
         raise ConfigError(
