@@ -108,7 +108,7 @@ def run(command: Callable[[list[str]], Any], *words: object) -> None:
 def test_head_maps_and_cards_are_read(golden: Path) -> None:
     chosen = HeadMap.load(GOLDEN / "heads" / "head_map.json")
     assert [list(layer["fa"]) for layer in chosen.layers] == FA
-    assert [list(layer.gdn) for layer in chosen.layers] == [[h for h in range(4) if h not in fa] for fa in FA]
+    assert [list(layer["gdn"]) for layer in chosen.layers] == [[h for h in range(4) if h not in fa] for fa in FA]
     assert (chosen.strategy, chosen.made_by["seed"], chosen.num_fa) == ("global_random", 46, 6)
     teacher = ModelCard.load(golden / "teacher")
     teacher.check_head_map(chosen)
