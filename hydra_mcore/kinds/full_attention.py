@@ -161,7 +161,6 @@ FULL_ATTENTION = HeadKind(
     label="FA",
     title="full attention",
     colour="#d1495b",
-    help="causal softmax attention over all earlier tokens, with a cache of keys and values",
     branch="hydra_mcore.model.fa_heads:FullAttentionHeads",
     exported="convert/hf_model/fa_heads_hydra_head.py",
     options=FullAttentionOptions,

@@ -49,16 +49,16 @@ class Choice:
 
 
 def parse_ratio(text: str, total: int) -> int:
-    """The number of FA heads at a GDN:FA ratio such as "3:1": total * FA / (GDN + FA), to the nearest whole head.
+    """The number of FA heads at a ratio of linear to FA heads such as "3:1", to the nearest whole head.
 
     Raises:
-        InputError: not of the form GDN:FA, or it leaves no FA head.
+        InputError: not of the form LINEAR:FA, or it leaves no FA head.
     """
     match = re.fullmatch(r"(\d+):(\d+)", text.strip())
     if not match or int(match[2]) == 0:
-        raise InputError(f"ratio {text!r}: write GDN heads to FA heads as in 3:1")
-    gdn, fa = int(match[1]), int(match[2])
-    budget = round(total * fa / (gdn + fa))
+        raise InputError(f"ratio {text!r}: write linear heads to FA heads as in 3:1")
+    linear, fa = int(match[1]), int(match[2])
+    budget = round(total * fa / (linear + fa))
     if budget == 0:
         raise InputError(f"ratio {text!r} keeps none of {total} heads; choose a smaller one")
     return budget

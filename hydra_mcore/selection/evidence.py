@@ -256,7 +256,7 @@ def kept_share(scores: HeadScores) -> np.ndarray:
 class Cost:
     """What a budget costs against the teacher; shares, by context in tokens where they depend on it."""
 
-    ratio: str  # GDN:FA
+    ratio: str  # linear heads to FA heads
     num_fa: int
     kept: float  # share of the score
     kv_fraction: float  # kv groups with an FA head: what is left of the K/V cache

@@ -116,10 +116,10 @@ class HeadStatistics:
         return {name: _value(name, pairs_lh) for name, pairs_lh in zip(STATISTICS, self.table, strict=True)}
 
     def by_layer(self) -> dict[str, float]:
-        """Means over the heads of one kind, of each layer and of the whole model: "gdn half-life/layer 03", "fa
+        """Means over the heads of one kind, of each layer and of the whole model: "KIND half-life/layer 03", "fa
         gate/all".
 
-        The mean half-life is that of the mean decay, the mean size that of the mean square. "gdn to fa rms" is the
+        The mean half-life is that of the mean decay, the mean size that of the mean square. "KIND to fa rms" is the
         ratio of another kind's size to that of FA heads (paper Fig 5), in layers that have both.
         """
         found: dict[str, float] = {}

@@ -232,7 +232,7 @@ def test_a_stopped_run_goes_on_and_loses_no_finished_piece(tiny_teacher: Path, s
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--ratio", "3"], "ratio '3': write GDN heads to FA heads"),
+        (["--ratio", "3"], "ratio '3': write linear heads to FA heads"),
         (["--budget", "33", "--strategy", "global"], "budget 33: choose 0 to 32 heads"),
         (["--ratio", "31:1"], "global_c keeps one in each of 4 layers"),
         (["--seed", "1000000"], "seed 1000000"),
