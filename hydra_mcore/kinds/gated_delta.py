@@ -204,5 +204,6 @@ GATED_DELTA = HeadKind(
     working=working,
     sent=sent,
     cached=cached,
+    looks_back=lambda options: max(0, options.gdn_conv_kernel - 1),
     statistics=(Statistic("half-life", lambda mean: math.log(2.0) / -mean, log_scale=True), Statistic("write gate")),
 )

@@ -261,6 +261,7 @@ class HeadKind:
         decoding: bytes of one step of decoding behind so many cached tokens of all rows; none where the state is small.
         sent: bytes under context parallelism of one layer, by purpose.
         cached: bytes that decoding remembers of one layer, after ``tokens`` of all rows.
+        looks_back: tokens of the previous context-parallel part that it needs to see; no part may be shorter.
         statistics: what is watched beside gate, scale and size; its branch says where they are read.
     """
 
@@ -283,4 +284,5 @@ class HeadKind:
     cached: Callable[[ModelShape, Options, HeadCount, float, int, int], float]
     work: Callable[[SequencePart, HeadCount], int] = lambda part, heads: heads.own * part.num_tokens
     decoding: Callable[[ModelShape, Workload, HeadCount, float], float] = lambda *_: 0.0
+    looks_back: Callable[[Options], int] = lambda _: 0
     statistics: tuple[Statistic, ...] = ()
