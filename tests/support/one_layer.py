@@ -44,7 +44,7 @@ def one_layer(heads: HeadsByKind = HEADS, log_scale: bool = False, **changes: An
     return OneLayer(transformer_config(shape, torch.float64), plan, plan.layout(0, tp_size=1))
 
 
-def scrambled[M: torch.nn.Module](module: M) -> M:
+def scrambled[T: torch.nn.Module](module: T) -> T:
     """A module whose parameters, also those that start alike, are all different."""
     generator = torch.Generator().manual_seed(0)
     for parameter in module.parameters():
