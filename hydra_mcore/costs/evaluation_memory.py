@@ -28,6 +28,7 @@ Not counted: the CUDA context, NCCL's buffers, the allocator's waste (tools/plan
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 
 from hydra_mcore.config import ModelCard
@@ -78,7 +79,7 @@ class EvaluationMemory:
 
 def fullest_rank(card: ModelCard, run: Forward) -> EvaluationMemory:
     """The memory of the rank that needs most."""
-    ranks = ((pp_rank, tp_rank) for pp_rank in range(run.pp_size) for tp_rank in range(run.tp_size))
+    ranks = itertools.product(range(run.pp_size), range(run.tp_size))
     return max((rank_memory(card, run, *rank) for rank in ranks), key=lambda memory: memory.total)
 
 

@@ -70,7 +70,7 @@ def statistic_maps(path: str | Path, title: str, values: Mapping[str, np.ndarray
     """
     layers, heads = head_map.num_layers, head_map.num_heads
     panel = max(2.6, 1.2 + min(0.13 * heads, 6)), max(1.9, 0.7 + min(0.1 * layers, 6))
-    counts = {kind: sum(len(layer[kind]) for layer in head_map.layers) for kind in KINDS}
+    counts = {kind: len(head_map.heads_of(kind)) for kind in KINDS}
     dotted = [kind for kind, count in counts.items() if 0 < count < max(counts.values())] or [FA]
     meaning = ", ".join(KINDS[kind].title for kind in dotted)
     title_below = f"dot = {meaning}; grey = a head without such a value"

@@ -7,6 +7,7 @@ Every sentence with a number is made from the numbers at hand; none is written f
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -145,8 +146,8 @@ def _pairs(scores: HeadScores) -> str:
 def _roles(pictures: Path, scores: HeadScores, choice: Choice, evidence: Evidence) -> str:
     critical_lh, convertible_lh = evidence.critical_lh, evidence.convertible_lh
     kept_lh = np.zeros(critical_lh.shape, dtype=bool)
-    for layer_idx, layer in enumerate(choice.head_map.layers):
-        kept_lh[layer_idx, list(layer[FA])] = True
+    for head in choice.head_map.heads_of(FA):
+        kept_lh[head] = True
     receives_lh = np.any([effect_lh >= CRITICAL for effect_lh in role_effects(scores)["receiver"].values()], axis=0)
     text = [
         (
@@ -285,11 +286,11 @@ def _by_layer(pictures: Path, evidence: Evidence) -> str:
 def _costs(pictures: Path, evidence: Evidence) -> str:
     contexts = list(evidence.costs[0].decode)
     rows = [[cost.ratio, cost.num_fa, _share(cost.kept), _share(cost.kv_fraction)] for cost in evidence.costs]
-    flops = [
-        [cost.ratio, *(_share(part[context]) for part in (cost.decode, cost.prefill) for context in contexts)]
-        for cost in evidence.costs
-    ]  # fmt: skip
-    names = [f"{part} {short(context)}" for part in ("decode", "prefill") for context in contexts]
+    flops = []
+    for cost in evidence.costs:
+        parts = itertools.product((cost.decode, cost.prefill), contexts)
+        flops.append([cost.ratio, *(_share(part[context]) for part, context in parts)])
+    names = [f"{part} {short(context)}" for part, context in itertools.product(("decode", "prefill"), contexts)]
     return section(
         "What each budget keeps and costs",
         paragraph(

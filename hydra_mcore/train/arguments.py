@@ -288,7 +288,8 @@ def _check_layout(known: argparse.Namespace, card: ModelCard, ranks: int) -> Non
     for kind in KINDS.values():
         if cp_size > 1 and part < (looked_at := kind.looks_back(card.options)):
             raise ConfigError(
-                f"{part} tokens a context-parallel rank are fewer than the {looked_at} that {kind.label} heads look back"
+                f"{part} tokens a context-parallel rank are fewer than the {looked_at} that {kind.label} heads look"
+                " back"
             )
 
 

@@ -131,7 +131,7 @@ def test_an_export_runs_only_with_our_code_to_the_byte(tmp_path):
         path = tmp_path / Path(name).name
         ours = path.read_bytes()
         path.write_bytes(ours + b"\nimport os\n")
-        with pytest.raises(InputError, match=f"{path.name}: not the code of this version"):
+        with pytest.raises(InputError, match=f"{path.name}: not the code of this package"):
             check_model_code(tmp_path, AUTO_MAP)
         path.write_bytes(ours)
     for auto_map in (None, [], {**AUTO_MAP, "AutoModelForCausalLM": "someone/else--modeling.Evil"}):

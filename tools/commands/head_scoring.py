@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -121,7 +122,7 @@ def knock_out_prompts(args: argparse.Namespace, source: Source, length: int) -> 
         return []
     seed = (args.seed + EVALUATION_SEEDS // 4) % EVALUATION_SEEDS  # half of the range is training's
     built = build_probes(source, length, args.knock_out, seed, (RETRIEVAL,))
-    return [batch for batches in built.values() for batch in batches]
+    return list(itertools.chain.from_iterable(built.values()))
 
 
 def parse_probes(texts: list[str]) -> dict[str, Path]:
@@ -189,7 +190,7 @@ def announce(args: argparse.Namespace, card: ModelCard) -> None:
     lengths, source = [main_length(args, card), *args.also_lengths], needle_source(args)
     work, pairs = {"receivers and gradients": 0.0, "senders, a round": 0.0, "knock-out": 0.0}, 0
     for length in lengths:
-        for batch in (batch for batches in probes(args, source, length).values() for batch in batches):
+        for batch in itertools.chain.from_iterable(probes(args, source, length).values()):
             count, tokens = batch.clean_bs.shape
             pairs += count
             work["receivers and gradients"] += 6 * count * forward_flops(card.shape, tokens)
