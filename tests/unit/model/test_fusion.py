@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -52,12 +50,9 @@ def naive_fusion(fusion: Fusion) -> Tensor:
     return torch.stack(heads, dim=2)
 
 
-@pytest.mark.parametrize(
-    ("fusion", "gate_order", "fusion_norm_weight"),
-    list(
-        itertools.product(("scale", "norm", "none", "competition"), ("before_norm", "after_norm"), ("branch", "none"))
-    ),
-)
+@pytest.mark.parametrize("fusion", ["scale", "norm", "none", "competition"])
+@pytest.mark.parametrize("gate_order", ["before_norm", "after_norm"])
+@pytest.mark.parametrize("fusion_norm_weight", ["branch", "none"])
 def test_equals_a_loop_over_heads(
     one_rank: ProcessGroupCollection, fusion: str, gate_order: str, fusion_norm_weight: str
 ) -> None:
