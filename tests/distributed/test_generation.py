@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hydra_mcore.config import HydraOptions, ModelCard
+from hydra_mcore.sequence import SequencePart
 from tests.distributed.test_evaluation_layouts import build
 from tests.support.launch import model_parallel, run_ranks
 from tests.support.naive_decoding import naive_decoding
@@ -147,14 +148,14 @@ def _check_parts(rank: int) -> None:
         inputs, mine = (q, k, v, log_decay, write), slice(rank * s, (rank + 1) * s)
         expected, _ = gated_delta_rule(*inputs)
         _, state = gated_delta_rule(*(x[:, : mine.stop] for x in inputs))
-        part = tuple(x[:, mine] for x in inputs)
-        found = gated_delta_rule(*part, cp_group=group, state_of_part=True)
+        mine_only, part = [x[:, mine] for x in inputs], SequencePart(3 * s, 3, rank)
+        found = gated_delta_rule(*mine_only, part=part, cp_group=group, state_of_part=True)
         torch.testing.assert_close(found, (expected[:, mine], state), rtol=0, atol=2e-6)
         fla_kernels.kernels = lambda: fla_kernels.Kernels(
             chunked=kernel, recurrent=None, conv=None, l2norm=None
         )  # in this process
         fla_kernels.serve = lambda x: x.numel() > 0
-        found = gated_delta_rule(*part, cp_group=group, state_of_part=True)
+        found = gated_delta_rule(*mine_only, part=part, cp_group=group, state_of_part=True)
         torch.testing.assert_close(found, (expected[:, mine], state), rtol=0, atol=2e-6)
         score, value = (
             300 * torch.randn(2, 4, 5, 3 * s, dtype=torch.float64),

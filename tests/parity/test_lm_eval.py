@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from examples.lm_eval.make_needles import DOCUMENTS, needle_documents
+from examples.lm_eval.needle_documents import DOCUMENTS, needle_documents
 from hydra_mcore.config import HydraOptions
 from hydra_mcore.convert.hf_export import export_hf
 from hydra_mcore.convert.inherit import hybridize
