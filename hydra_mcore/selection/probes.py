@@ -143,8 +143,8 @@ def _needle_pairs(material: PromptMaterial, length: int, pairs: int, seed: int) 
     if material.haystack is None:
         material = material.in_noise()
     elif len(material.haystack.ids) < length:
-        mend = "give a longer --haystack, a shorter --length, or --haystack noise"
-        raise InputError(f"the haystack has {len(material.haystack.ids)} tokens, a prompt {length}; {mend}")
+        fix = "give a longer --haystack, a shorter --length, or --haystack noise"
+        raise InputError(f"the haystack has {len(material.haystack.ids)} tokens, a prompt {length}; {fix}")
     try:
         return {
             task: [_needle_pair(*twins) for twins in draw_pairs(task, length, pairs, seed, material)]
