@@ -32,6 +32,11 @@ READ_FORMATS = (2, HEAD_MAP_FORMAT)  # in format 2 every layer lists fa and gdn,
 Head = tuple[int, int]  # (layer_idx, head_idx)
 
 
+def every_head(num_layers: int, num_heads: int) -> list[Head]:
+    """All heads of a model, layer by layer."""
+    return list(itertools.product(range(num_layers), range(num_heads)))
+
+
 class HeadMapError(InputError):
     """A head map that cannot be used."""
 
@@ -169,7 +174,14 @@ class HeadMap:
     @property
     def num_fa(self) -> int:
         """How many heads of the whole model keep full attention (the budget)."""
-        return sum(len(layer[FA]) for layer in self.layers)
+        return len(self.heads_of(FA))
+
+    def heads_of(self, kind: str) -> list[Head]:
+        """All heads of a kind, layer by layer."""
+        heads: list[Head] = []
+        for layer_idx, layer in enumerate(self.layers):
+            heads += [(layer_idx, head_idx) for head_idx in layer[kind]]
+        return heads
 
     def to_dict(self) -> dict[str, Any]:
         return {

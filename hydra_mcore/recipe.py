@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import difflib
+import itertools
 import re
 import sys
 import unicodedata
@@ -77,7 +78,7 @@ class Recipe:
         for key, value in self.values.items():
             found = self._flag(parser, str(key), value)
             flags |= {} if value is None else found
-        return [word for words in flags.values() for word in words]
+        return list(itertools.chain.from_iterable(flags.values()))
 
     def _flag(self, parser: argparse.ArgumentParser, key: str, value: Any) -> dict[str, list[str]]:
         known = parser._option_string_actions  # argparse offers no public list of its options
@@ -141,7 +142,7 @@ class _Loader(yaml.SafeLoader):
         line = self.peek_event().start_mark.line + 1
         self._aliases += self.check_event(yaml.AliasEvent)
         node = super().compose_node(parent, index)
-        parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        parts = list(itertools.chain.from_iterable(node.value)) if isinstance(node, yaml.MappingNode) else node.value
         levels = (
             0 if isinstance(node, yaml.ScalarNode) else 1 + max((self._levels[id(part)] for part in parts), default=0)
         )

@@ -119,7 +119,9 @@ class SequencePart:
         if shares == 1:
             return tuple((half,) for half in self.halves)
         rounds = PACKED_ROUNDS if self.packed else 1
-        pieces = [turn * 2 * shares + piece for turn in range(rounds) for piece in (share, 2 * shares - 1 - share)]
+        pieces: list[int] = []
+        for first in range(0, 2 * shares * rounds, 2 * shares):
+            pieces += [first + share, first + 2 * shares - 1 - share]
         rows = []
         for start, end in self.halves:
             cut = [start + (end - start) * piece // (2 * shares * rounds) for piece in range(2 * shares * rounds + 1)]

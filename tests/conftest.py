@@ -61,8 +61,9 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of the tiny example's teacher; not to be written to."""
     from hydra_mcore.convert.hf_import import import_hf
     from hydra_mcore.model.runtime import process_groups
+    from tests.support.paths import TINY_TEACHER
 
     folder = tmp_path_factory.mktemp("tiny") / "teacher"
     with process_groups():
-        import_hf(Path(__file__).parents[1] / "examples" / "tiny" / "teacher", folder)
+        import_hf(TINY_TEACHER, folder)
     return folder

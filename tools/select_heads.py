@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dry-run", action="store_true", help="say what would be run and how long it may take, and stop")
     choice = p.add_argument_group("choice")
     budget = choice.add_mutually_exclusive_group()
-    budget.add_argument("--ratio", metavar="GDN:FA", help="gated-delta heads to full-attention heads (default 3:1)")
+    budget.add_argument("--ratio", metavar="LINEAR:FA", help="linear heads to full-attention heads (default 3:1)")
     budget.add_argument("--budget", type=int, metavar="K", help="number of full-attention heads, instead of a ratio")
     named = "; ".join(f"{name}: {text}" for name, text in STRATEGIES.items())
     choice.add_argument("--strategy", choices=list(STRATEGIES), default="global_c", help=f"{named} (default global_c)")

@@ -239,9 +239,8 @@ def prepare() -> None:
 def _keep_freed_memory() -> None:
     """Have glibc keep blocks of over 32 MiB when they are freed, as torch does on a GPU.
 
-    By default each goes back to the system, and the next operation pays for every page of its result again: GDN heads
-        read
-    a prompt of 64K tokens 2.4 times slower.
+    By default each goes back to the system, and the next operation pays for every page of its result again: recurrent
+    heads read a prompt of 64K tokens 2.4 times slower.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL("libc.so.6")

@@ -65,9 +65,16 @@ _CLASSES = {
     "pathlib": ("PosixPath",),
     "pathlib._local": ("PosixPath",),  # as Python 3.13 calls it
 }  # fmt: skip
-_KNOWN: dict[tuple[str, str], Any] = {
-    (module, name): type(name, (_Record,), {"__slots__": ()}) for module, names in _CLASSES.items() for name in names
-}
+
+
+def _stand_ins() -> dict[tuple[str, str], Any]:
+    found: dict[tuple[str, str], Any] = {}
+    for module, names in _CLASSES.items():
+        found |= {(module, name): type(name, (_Record,), {"__slots__": ()}) for name in names}
+    return found
+
+
+_KNOWN = _stand_ins()
 _KNOWN |= {("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 _KNOWN["torch", "Size"] = _Size
 

@@ -23,7 +23,10 @@ _STATE = ("params", "step", "lr", "weight_decay")  # what is not a setting; the 
 
 def _owned(optimizer: Any) -> list[tuple[dict[str, Any], torch.Tensor]]:
     """Return the (group, main parameter shard) pairs that this rank updates."""
-    return [(group, shard) for group in optimizer.param_groups for shard in group["params"]]
+    owned = []
+    for group in optimizer.param_groups:
+        owned += [(group, shard) for shard in group["params"]]
+    return owned
 
 
 def _make_state_dict(original: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:

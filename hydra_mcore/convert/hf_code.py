@@ -6,6 +6,7 @@ hydra_mcore.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import shutil
 import sys
@@ -27,6 +28,16 @@ CODE_FILES = (
     EXPORTED_TABLE,
     "convert/hf_model/modeling_hydra_head.py",
 )
+# The files that exports had before kinds of heads stood in files of their own, and what they hashed to, one after the
+# other: b3fdb5e, 4fc5003.
+FORMER_FILES = (
+    *("configuration_hydra_head.py", "cache_hydra_head.py", "heads_hydra_head.py", "modeling_hydra_head.py"),
+    "chunked_delta_rule.py",
+)
+FORMER_CODE = (
+    "ffd99223cf4bc3235f0cc4803feddbe98f325cd876bb25281d90a815f9c4ccec",
+    "3ca2a17a9dbff89af0b0a6f070760f549a536b444c4eb3823990e81921cd5a9c",
+)
 # For config.json: where transformers' Auto classes find theirs.
 AUTO_MAP = {
     "AutoConfig": "configuration_hydra_head.HydraHeadConfig",
@@ -43,14 +54,20 @@ def copy_model_code(target_dir: str | Path) -> None:
 
 
 def check_model_code(folder: str | Path, auto_map: Any) -> None:
-    """Raise InputError unless an export's code, where its config.json says it is, is this package's own to the byte."""
+    """Raise InputError unless an export's code, where its config.json says it is, is this package's own to the byte, of
+    this version or of a former one.
+    """
     if auto_map != AUTO_MAP:
         raise InputError(f"{folder}: its config.json names other code than an export has; export the checkpoint anew")
+    former = [Path(folder) / name for name in FORMER_FILES]
+    code = b"".join(path.read_bytes() for path in former if path.is_file())
+    if hashlib.sha256(code).hexdigest() in FORMER_CODE:
+        return
     for name in CODE_FILES:
         path = Path(folder) / Path(name).name
         if not path.is_file() or path.read_bytes() != (PACKAGE / name).read_bytes():
             raise InputError(
-                f"{path}: not the code of this version, which alone is run here; export the checkpoint anew"
+                f"{path}: not the code of this package, which alone is run here; export the checkpoint anew"
             )
 
 

@@ -131,7 +131,8 @@ def difference(left: PreTrainedTokenizerBase, right: PreTrainedTokenizerBase) ->
     """How two tokenizers differ: on a text of many scripts, on all added tokens, in what they say of themselves; empty
     if they do not.
     """
-    added = [token.content for tokenizer in (left, right) for token in tokenizer.added_tokens_decoder.values()]
+    tokens = [*left.added_tokens_decoder.values(), *right.added_tokens_decoder.values()]
+    added = [token.content for token in tokens]
     for text in (TEXT, " ".join(added), "".join(f"a{token}b {token} " for token in added)):
         ids = [tokenizer(text, verbose=False)["input_ids"] for tokenizer in (left, right)]
         if ids[0] != ids[1]:

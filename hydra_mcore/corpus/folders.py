@@ -115,7 +115,10 @@ def _found(given: str, left_out: Counter[str]) -> list[Path]:
     """What one input stands for."""
     here: Counter[str] = Counter()
     matches = [Path(given)] if given and os.path.lexists(given) else _matches(given)
-    paths = _once([path for match in matches for path in _expanded(match, here)], here)
+    expanded: list[Path] = []
+    for match in matches:
+        expanded += _expanded(match, here)
+    paths = _once(expanded, here)
     if not paths:
         others = f" (left out: {listed(here)})" if here else ""
         raise InputError(
@@ -153,9 +156,11 @@ def _matches(pattern: str) -> list[Path]:
     tops = [Path(match) for match in sorted(glob.glob(str(Path(*parts[:start]))))]
     if start == len(parts) - 1:
         return tops
-    folders = [top for top in tops if top.is_dir()]
-    below = [(top, path) for top in folders for path in files_below(top, Counter())]
-    return sorted((path for top, path in below if _fits(path.relative_to(top).parts, parts[start:])), key=str)
+    found: list[Path] = []
+    for top in filter(Path.is_dir, tops):
+        below = files_below(top, Counter())
+        found += [path for path in below if _fits(path.relative_to(top).parts, parts[start:])]
+    return sorted(found, key=str)
 
 
 def _fits(names: Sequence[str], parts: Sequence[str]) -> bool:

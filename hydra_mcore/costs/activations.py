@@ -3,7 +3,8 @@
 """What the layers of a micro-batch keep for their backward pass, worked out without running them.
 
 Every term is a tensor that autograd saves, in bytes a token. p is the size of an activation, d of a head, m of the
-model, C the rows of a chunk. Found by listing saved tensors; ``tests/unit/test_activations.py`` compares with them.
+model, C the rows of a chunk. Found by listing saved tensors; ``tests/unit/costs/test_activations.py`` compares
+with them.
 
 There are two sets of kernels. Without a GPU, torch's own: RMSNorm keeps float32 copies of its input and of its result
 before the weight, SwiGLU five values for each of its width, and the delta rule five C x C matrices a chunk. On a GPU

@@ -10,14 +10,14 @@ the MLP's width:
     each);
                           those of the row by FA head (2d); queries with what rotary or norm makes of them, or
                           attention's result
-    recurrent heads       the short convolution (16d a token and head of GDN), or inside the recurrence, beside the
+    recurrent heads       the short convolution (16d a token and head), or inside the recurrence, beside the
                           results of the kinds before
     an MLP                five values for each of its width
     logits are made       ``batch_sizes.LOGITS_AT_ONCE`` of them at most, whatever the length
 
 All but the last stand beside three hidden states (the stage's input, the layer's, and that normed; four in the MLP) and
 the rotary angles of the row. Generation also keeps every FA layer's keys and values of this rank's part, and of every
-GDN head its state; a decoding step reads the keys and values by head in float32. The fusion of heads is never the
+recurrent head its state; a decoding step reads the keys and values by head in float32. The fusion of heads is never the
 fullest moment.
 
 Not counted: the CUDA context, NCCL's buffers, the allocator's waste (tools/plan.py sets a part of the memory aside).
@@ -28,6 +28,7 @@ Not counted: the CUDA context, NCCL's buffers, the allocator's waste (tools/plan
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 
 from hydra_mcore.config import ModelCard
@@ -78,7 +79,7 @@ class EvaluationMemory:
 
 def fullest_rank(card: ModelCard, run: Forward) -> EvaluationMemory:
     """The memory of the rank that needs most."""
-    ranks = ((pp_rank, tp_rank) for pp_rank in range(run.pp_size) for tp_rank in range(run.tp_size))
+    ranks = itertools.product(range(run.pp_size), range(run.tp_size))
     return max((rank_memory(card, run, *rank) for rank in ranks), key=lambda memory: memory.total)
 
 

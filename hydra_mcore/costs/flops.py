@@ -9,8 +9,8 @@ ranks compute alike (keys and values of split kv groups, states under context pa
 depend on the
 layout: it is the numerator of a model-FLOPs utilisation.
 
-A row is taken as one document; packed documents make causal attention cheaper. ``tests/unit/test_flops.py`` counts the
-products that real models run.
+A row is taken as one document; packed documents make causal attention cheaper. ``tests/unit/costs/test_flops.py``
+counts the products that real models run.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ CPU and measures; the formula stays within 10%.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
 from dataclasses import dataclass
 
@@ -68,7 +69,7 @@ class TrainingMemory:
 
 def fullest_rank(card: ModelCard, run: Run) -> TrainingMemory:
     """The memory of the rank that needs most."""
-    ranks = ((pp_rank, tp_rank) for pp_rank in range(run.pp_size) for tp_rank in range(run.tp_size))
+    ranks = itertools.product(range(run.pp_size), range(run.tp_size))
     return max((rank_memory(card, run, *rank) for rank in ranks), key=lambda memory: memory.total)
 
 

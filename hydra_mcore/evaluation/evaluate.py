@@ -7,6 +7,7 @@ done.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -92,7 +93,7 @@ def named_tasks(names: Sequence[str]) -> tuple[str, ...]:
     for name in names:
         if name not in known:
             raise InputError(f"--tasks {name}: unknown; choose from {', '.join(known)}")
-    chosen = {task for name in names for task in known[name]}
+    chosen = set(itertools.chain.from_iterable(known[name] for name in names))
     return tuple(task for task in TASKS if task in chosen)
 
 
@@ -115,11 +116,11 @@ class Papers:
         tokenizer = from_first_rank(partial(self._read, facts))
         if tokenizer not in self._pieces:
             tasks = (*self.exam.tasks, *((TEXT,) if self.exam.text else ()))
-            asked = [(task, length) for length in self.exam.lengths for task in tasks]
+            asked = list(itertools.product(self.exam.lengths, tasks))
             # one by one, since ranks that wait for very long are taken for dead
             bar = tqdm(asked, desc="prompts", unit="set", disable=_hidden())
             self._pieces[tokenizer] = [
-                from_first_rank(partial(self._piece, tokenizer, task, length)) for task, length in bar
+                from_first_rank(partial(self._piece, tokenizer, task, length)) for length, task in bar
             ]
         pieces = self._pieces[tokenizer]
         if (largest := max((piece.max_id for piece in pieces), default=0)) >= facts.vocab_size:
@@ -176,7 +177,7 @@ def take_exam(papers: Papers, todo: Mapping[Contestant, Sequence[Piece]], record
     Raises:
         InputError: a layout that cannot hold a model, or weights that do not fit it.
     """
-    tokens = sum(piece.count * piece.length for pieces in todo.values() for piece in pieces)
+    tokens = sum(piece.count * piece.length for piece in itertools.chain.from_iterable(todo.values()))
     with tqdm(total=tokens, unit="tok", unit_scale=True, disable=_hidden()) as bar:
         for contestant, pieces in todo.items():
             if not pieces:

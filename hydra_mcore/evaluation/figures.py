@@ -7,6 +7,7 @@ Each function writes one PNG, atomically.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,7 +56,7 @@ def loss_figure(path: Path, results: Sequence[Results]) -> None:
     """Loss against position in each model's longest windows, with a band of one standard error."""
     figure = _figure(8.4, 4.4, len(results))
     axes = figure.subplots()
-    longest = max(length for line in results for length in line.text)
+    longest = max(itertools.chain.from_iterable(line.text for line in results))
     for index, line in enumerate(results):
         if not line.text:
             continue
@@ -66,11 +67,12 @@ def loss_figure(path: Path, results: Sequence[Results]) -> None:
         if all(part.error is not None for part in bins):
             low, high = ([part.nll + sign * part.error for part in bins] for sign in (-1, 1))
             axes.fill_between(ends, low, high, color=look["color"], alpha=0.15, linewidth=0)
-    highest = max(line.text[max(line.text)].by_position[0].nll for line in results if line.text)
+    first_bins = [line.text[max(line.text)].by_position[0] for line in results if line.text]
+    highest = max(part.nll for part in first_bins)
     axes.set_ylim(
         top=min(axes.get_ylim()[1], HIGHEST * highest)
     )  # a model lost beyond its native length would flatten the others
-    shortest = min(bins.end for line in results if line.text for bins in line.text[max(line.text)].by_position[:1])
+    shortest = min(part.end for part in first_bins)
     ticks = [shortest * 2**power for power in range(int(math.log2(longest / shortest)) + 1)]
     _length_axis(axes, ticks, results)
     axes.set_xlabel("tokens before the predicted one (upper edge of each bin)")

@@ -45,7 +45,7 @@ def describe(folder: str | Path, yarn: float | None = None) -> ModelFacts:
             f"{folder}: neither a checkpoint of hydra_mcore ({CARD_NAME}) nor a Hugging Face directory ({CONFIG_NAME})"
         )
     config = load_config(folder, yarn)
-    weights = [path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern)]
+    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
     if not weights:
         raise HuggingFaceError(f"{folder}: no weights beside its {CONFIG_NAME}; copy them there")
     files = [folder / CONFIG_NAME, *weights]

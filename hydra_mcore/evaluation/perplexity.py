@@ -58,9 +58,8 @@ class TextLoss:
         bins = len(edges(self.length))
         if any(len(window) != bins for window in self.by_window):
             raise InputError(f"a window of {self.length} tokens has {bins} mean losses")
-        if not all(
-            abs(loss) <= LARGEST_LOSS for window in self.by_window for loss in window
-        ):  # so written, NaN is refused too
+        losses = itertools.chain.from_iterable(self.by_window)
+        if not all(abs(loss) <= LARGEST_LOSS for loss in losses):  # so written, NaN is refused too
             raise InputError(
                 f"the loss on windows of {self.length} tokens is not finite, or beyond {LARGEST_LOSS}: the model is"
                 " broken"
@@ -72,9 +71,9 @@ class TextLoss:
 
     @property
     def nll(self) -> float:
-        sizes = [end - start for start, end in edges(self.length)]
-        total = math.fsum(size * nll for window in self.by_window for size, nll in zip(sizes, window, strict=True))
-        return total / self.tokens
+        sizes = [end - start for start, end in edges(self.length)] * len(self.by_window)
+        losses = itertools.chain.from_iterable(self.by_window)
+        return math.fsum(size * nll for size, nll in zip(sizes, losses, strict=True)) / self.tokens
 
     @property
     def perplexity(self) -> float:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
 import os
 import sys
@@ -219,7 +220,8 @@ class Records:
 
     def check_wording(self, asked: Sequence[Piece]) -> None:
         """Raise InputError where prompts of a tokenizer are there in another wording: a report must not mix them."""
-        known = {piece.tokenizer: piece.wording for row in self.rows() for piece in row.scores}
+        answered = itertools.chain.from_iterable(row.scores for row in self.rows())
+        known = {piece.tokenizer: piece.wording for piece in answered}
         for piece in asked:
             if piece.task != TEXT and (there := known.get(piece.tokenizer, piece.wording)) != piece.wording:
                 raise InputError(

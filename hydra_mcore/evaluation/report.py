@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
 from datetime import date
@@ -12,8 +13,8 @@ from pathlib import Path
 from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.figures import accuracy_figure, loss_figure
 from hydra_mcore.evaluation.perplexity import TextLoss
-from hydra_mcore.evaluation.records import Records
-from hydra_mcore.evaluation.results import Results, comparable, groups_of, lengths_of, to_json, uneven
+from hydra_mcore.evaluation.records import Piece, Records
+from hydra_mcore.evaluation.results import Results, answered, comparable, groups_of, lengths_of, to_json, uneven
 from hydra_mcore.evaluation.scoring import Score
 from hydra_mcore.figures import short
 from hydra_mcore.files import read_json, shown, write_text
@@ -91,7 +92,9 @@ def accuracy_tables(results: Sequence[Results]) -> str:
 
 
 def _how_scored(results: Sequence[Results], day: date | None) -> str:
-    pieces = [piece for line in results for (task, length) in line.scores if (piece := line.pieces[task, length])]
+    pieces: list[Piece] = []
+    for line in results:
+        pieces += [line.pieces[key] for key in line.scores]
     counts, seeds = (sorted({getattr(piece, name) for piece in pieces}) for name in ("count", "seed"))
     generated = sorted({piece.task for piece in pieces if piece.scoring == "generation"})
     said = (
@@ -172,9 +175,8 @@ def _short_context(results: Sequence[Results], reference: Results) -> list[str]:
 
 
 def _every_task(results: Sequence[Results]) -> str:
-    keys = sorted(
-        {key for line in results for key in line.scores}, key=lambda key: (key[1], [*_tasks(results)].index(key[0]))
-    )
+    tasks = _tasks(results)
+    keys = sorted(answered(results), key=lambda key: (key[1], tasks.index(key[0])))
     rows = (
         [task, short(length), *(_percent(line.scores.get((task, length))) for line in results)] for task, length in keys
     )
@@ -182,11 +184,11 @@ def _every_task(results: Sequence[Results]) -> str:
 
 
 def _tasks(results: Sequence[Results]) -> list[str]:
-    return [task for tasks in groups_of(results).values() for task in tasks]
+    return list(itertools.chain.from_iterable(groups_of(results).values()))
 
 
 def _by_window(results: Sequence[Results], cell: Callable[[Results, int], str]) -> str:
-    lengths = sorted({length for line in results for length in line.text})
+    lengths = sorted(set(itertools.chain.from_iterable(line.text for line in results)))
     rows = (
         [line.name, *(cell(line, length) if length in line.text else NONE for length in lengths)] for line in results
     )

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ class Results:
 
 def comparable(rows: Sequence[Row]) -> list[Results]:
     """What each model shows: of several sets for a task and length the one that most models took, then the largest."""
-    takers = Counter(piece for row in rows for piece in (*row.scores, *row.text))
+    takers = Counter(itertools.chain.from_iterable((*row.scores, *row.text) for row in rows))
 
     def weight(piece: Piece) -> tuple[Any, ...]:
         return takers[piece], piece.count, piece.scoring, piece.seed, piece.digest
@@ -77,14 +78,19 @@ def comparable(rows: Sequence[Row]) -> list[Results]:
     return results
 
 
+def answered(results: Sequence[Results]) -> set[tuple[str, int]]:
+    """The (task, length) of all prompts that some model took."""
+    return set(itertools.chain.from_iterable(line.scores for line in results))
+
+
 def lengths_of(results: Sequence[Results]) -> list[int]:
     """Of prompts, shortest first."""
-    return sorted({length for line in results for _, length in line.scores})
+    return sorted({length for _, length in answered(results)})
 
 
 def groups_of(results: Sequence[Results]) -> dict[str, tuple[str, ...]]:
     """The task groups that were asked, each with those of its tasks that some model took."""
-    taken = {task for line in results for task, _ in line.scores}
+    taken = {task for task, _ in answered(results)}
     groups = {group: tuple(task for task in tasks if task in taken) for group, tasks in TASK_GROUPS.items()}
     return {group: tasks for group, tasks in groups.items() if tasks}
 
@@ -109,7 +115,9 @@ def to_json(results: Sequence[Results], reference: Results) -> dict[str, Any]:
 def _entry(line: Results, reference: Results, groups: dict[str, tuple[str, ...]]) -> dict[str, Any]:
     facts, contestant = line.contestant.facts, line.contestant
     lengths = lengths_of([line])
-    by_group = {(group, length): line.group(tasks, length) for length in lengths for group, tasks in groups.items()}
+    by_group = {}
+    for length in lengths:
+        by_group |= {(group, length): line.group(tasks, length) for group, tasks in groups.items()}
     names = (
         "fingerprint",
         "lineage",

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -148,7 +149,8 @@ def sent(
 
 def _second_half(part: SequencePart, share: int, shares: int) -> int:
     """Queries of a head that a rank exchanges with its mirror."""
-    return sum(end - start for half in part.query_rows(share, shares)[1:] for start, end in half)
+    runs = itertools.chain.from_iterable(part.query_rows(share, shares)[1:])
+    return sum(end - start for start, end in runs)
 
 
 def cached(shape: ModelShape, options: Options, heads: HeadCount, tokens: float, rows: int, value_bytes: int) -> float:
@@ -161,7 +163,6 @@ FULL_ATTENTION = HeadKind(
     label="FA",
     title="full attention",
     colour="#d1495b",
-    help="causal softmax attention over all earlier tokens, with a cache of keys and values",
     branch="hydra_mcore.model.fa_heads:FullAttentionHeads",
     exported="convert/hf_model/fa_heads_hydra_head.py",
     options=FullAttentionOptions,

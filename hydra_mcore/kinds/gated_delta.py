@@ -191,7 +191,6 @@ GATED_DELTA = HeadKind(
     label="GDN",
     title="Gated DeltaNet",
     colour="#2a6f9e",
-    help="the gated delta rule on a state of constant size",
     branch="hydra_mcore.model.gdn_heads:GatedDeltaHeads",
     exported="convert/hf_model/gdn_heads_hydra_head.py",
     options=GatedDeltaOptions,
@@ -205,5 +204,6 @@ GATED_DELTA = HeadKind(
     working=working,
     sent=sent,
     cached=cached,
+    looks_back=lambda options: max(0, options.gdn_conv_kernel - 1),
     statistics=(Statistic("half-life", lambda mean: math.log(2.0) / -mean, log_scale=True), Statistic("write gate")),
 )

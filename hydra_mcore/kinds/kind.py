@@ -245,7 +245,6 @@ class HeadKind:
         name: in head maps, in the names of options and parameters.
         label, title: short in tables, long in prose.
         colour: in pictures.
-        help: one line.
         branch: module and class of its branch, resolved when a layer is built.
         exported: file of its branch in exported models, below the package.
         options: a dataclass of its options, each named after the kind and documented with its source.
@@ -262,6 +261,7 @@ class HeadKind:
         decoding: bytes of one step of decoding behind so many cached tokens of all rows; none where the state is small.
         sent: bytes under context parallelism of one layer, by purpose.
         cached: bytes that decoding remembers of one layer, after ``tokens`` of all rows.
+        looks_back: tokens of the previous context-parallel part that it needs to see; no part may be shorter.
         statistics: what is watched beside gate, scale and size; its branch says where they are read.
     """
 
@@ -269,7 +269,6 @@ class HeadKind:
     label: str
     title: str
     colour: str
-    help: str
     branch: str
     exported: str
     options: type
@@ -285,4 +284,5 @@ class HeadKind:
     cached: Callable[[ModelShape, Options, HeadCount, float, int, int], float]
     work: Callable[[SequencePart, HeadCount], int] = lambda part, heads: heads.own * part.num_tokens
     decoding: Callable[[ModelShape, Workload, HeadCount, float], float] = lambda *_: 0.0
+    looks_back: Callable[[Options], int] = lambda _: 0
     statistics: tuple[Statistic, ...] = ()

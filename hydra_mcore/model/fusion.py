@@ -21,8 +21,9 @@ from hydra_mcore.ops.tiles import in_tiles
 class Fusion(MegatronModule):
     """Brings heads of all kinds to one scale: gate, RMSNorm over each head, one learned factor a head, side by side.
 
-    GDN outputs are several times larger than FA outputs in deep layers (paper Fig 5), while the inherited output
-    projection expects the teacher's magnitudes: the norm removes the one, the factor restores the other.
+    In deep layers outputs of recurrent heads are several times larger than those of FA heads (paper Fig 5), while the
+    inherited output projection expects the teacher's magnitudes. The norm removes the one, the factor restores the
+    other.
     """
 
     def __init__(

@@ -46,7 +46,7 @@ def kernels() -> Kernels | None:
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
     except ImportError as error:
         warnings.warn(
-            f"GDN heads: no flash-linear-attention 0.6 ({error}); torch functions run on the GPU instead, slower. "
+            f"recurrent heads: no flash-linear-attention 0.6 ({error}); torch functions run on the GPU, slower. "
             "Fix: pip install 'flash-linear-attention>=0.6'",
             stacklevel=3,
         )
@@ -58,7 +58,7 @@ def serve(x: Tensor) -> bool:
     """Whether the kernels take such a tensor: on a GPU, of up to 32 bits (float32 products then run in TF32), not
     empty.
 
-    An empty grid is an error to a kernel; tensor-parallel ranks may own no GDN head of a layer.
+    An empty grid is an error to a kernel; tensor-parallel ranks may own no head of a kind.
     """
     return x.is_cuda and x.dtype != torch.float64 and x.numel() > 0 and kernels() is not None
 

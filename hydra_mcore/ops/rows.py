@@ -24,7 +24,7 @@ def positions(part: SequencePart, device: torch.device) -> Tensor:
 
 def take_rows(x_s: Tensor, rows: Rows) -> Tensor:
     """The given runs of axis 0, joined; the tensor itself where they are all of it."""
-    runs = [run for half in rows for run in half]
+    runs = list(itertools.chain.from_iterable(rows))
     if all(end == start for (_, end), (start, _) in itertools.pairwise(runs)):
         return x_s[runs[0][0] : runs[-1][1]]
     return torch.cat([x_s[start:end] for start, end in runs])

@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -63,6 +65,11 @@ class Prompt:
     """Where in the haystack each span stands: 0 at its start, 1 at its end."""
 
 
+def all_ids(prompts: Iterable[Prompt]) -> list[np.ndarray]:
+    """Token ids of every prompt and of its answer, in turn."""
+    return list(itertools.chain.from_iterable((prompt.ids, prompt.answer_ids) for prompt in prompts))
+
+
 @dataclass(frozen=True, eq=False)
 class PromptSet:
     """Prompts of one task and length that every compared model with this tokenizer answers."""
@@ -84,4 +91,4 @@ class PromptSet:
     @cached_property
     def max_id(self) -> int:
         """The largest token id, which a model's vocabulary must hold."""
-        return max(int(ids.max()) for prompt in self.prompts for ids in (prompt.ids, prompt.answer_ids) if len(ids))
+        return max(int(ids.max()) for ids in all_ids(self.prompts) if len(ids))

@@ -19,7 +19,7 @@ from hydra_mcore.errors import InputError, first_line
 from hydra_mcore.files import checked, parse_json, replacing
 from hydra_mcore.ruler.material import PromptMaterial
 from hydra_mcore.ruler.needles import NEEDLE_TASKS, needle_pair, needle_prompt
-from hydra_mcore.ruler.prompts import TASKS, Prompt, PromptSet
+from hydra_mcore.ruler.prompts import TASKS, Prompt, PromptSet, all_ids
 from hydra_mcore.ruler.tracking import HOPS, chain_prompt
 from hydra_mcore.ruler.words import common_words, frequent_words
 
@@ -108,7 +108,7 @@ def _save(path: Path, prompts: Sequence[Prompt]) -> None:
         [len(prompt.ids), len(prompt.answer_ids), prompt.room, prompt.answers, prompt.spans, prompt.depths]
         for prompt in prompts
     ]
-    ids = np.concatenate([ids for prompt in prompts for ids in (prompt.ids, prompt.answer_ids)])
+    ids = np.concatenate(all_ids(prompts))
     about = json.dumps(facts)
     with replacing(path) as beside:
         beside.write_bytes(save({"ids": ids, "sha256": _checksum(ids, about)}, {"facts": about}))

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import random
 import re
@@ -14,7 +15,7 @@ from typing import Any
 
 from hydra_mcore.config import ModelShape
 from hydra_mcore.errors import InputError
-from hydra_mcore.heads import Head, HeadMap
+from hydra_mcore.heads import Head, HeadMap, every_head
 from hydra_mcore.selection.optimise import best_in_blocks, best_in_groups, worths
 
 STRATEGIES = {
@@ -49,16 +50,16 @@ class Choice:
 
 
 def parse_ratio(text: str, total: int) -> int:
-    """The number of FA heads at a GDN:FA ratio such as "3:1": total * FA / (GDN + FA), to the nearest whole head.
+    """The number of FA heads at a ratio of linear to FA heads such as "3:1", to the nearest whole head.
 
     Raises:
-        InputError: not of the form GDN:FA, or it leaves no FA head.
+        InputError: not of the form LINEAR:FA, or it leaves no FA head.
     """
     match = re.fullmatch(r"(\d+):(\d+)", text.strip())
     if not match or int(match[2]) == 0:
-        raise InputError(f"ratio {text!r}: write GDN heads to FA heads as in 3:1")
-    gdn, fa = int(match[1]), int(match[2])
-    budget = round(total * fa / (gdn + fa))
+        raise InputError(f"ratio {text!r}: write linear heads to FA heads as in 3:1")
+    linear, fa = int(match[1]), int(match[2])
+    budget = round(total * fa / (linear + fa))
     if budget == 0:
         raise InputError(f"ratio {text!r} keeps none of {total} heads; choose a smaller one")
     return budget
@@ -116,7 +117,7 @@ def choose_heads(
     layers, heads, groups = shape.num_layers, shape.num_heads, shape.num_kv_groups
     order = list(ranking)
     if strategy.endswith("_random"):
-        order = _every_head(shape)
+        order = every_head(layers, heads)
         random.Random(seed).shuffle(order)
     picks: dict[str, Callable[[], list[Head]]] = {
         "global": lambda: order[:budget],
@@ -138,10 +139,6 @@ def choose_heads(
 def kv_groups_alive(shape: ModelShape, kept: Iterable[Head]) -> int:
     """How many kv groups of all layers a kept head reads."""
     return len({(layer, head * shape.num_kv_groups // shape.num_heads) for layer, head in kept})
-
-
-def _every_head(shape: ModelShape) -> list[Head]:
-    return [(layer, head) for layer in range(shape.num_layers) for head in range(shape.num_heads)]
 
 
 def _fewest_groups(shape: ModelShape, heads: int) -> int:
@@ -200,12 +197,13 @@ def _check_multiple(budget: int, unit: int, problem: str) -> None:
 def _check_scores(
     strategy: str, shape: ModelShape, scores: Sequence[Sequence[float]] | None, ranking: Sequence[Head]
 ) -> None:
-    layers, heads, everything = shape.num_layers, shape.num_heads, _every_head(shape)
+    layers, heads = shape.num_layers, shape.num_heads
+    everything = every_head(layers, heads)
     if (strategy in SCORED and sorted(ranking) != everything) or (strategy in OPTIMISED and scores is None):
         raise InputError(f"strategy {strategy} needs a score for every one of the {len(everything)} heads")
     if scores is not None:
         whole = [len(row) for row in scores] == [heads] * layers
-        if not (whole and all(math.isfinite(value) for row in scores for value in row)):
+        if not (whole and all(map(math.isfinite, itertools.chain.from_iterable(scores)))):
             raise InputError(f"scores: give every head a finite number, {layers} layers x {heads} heads")
 
 
@@ -224,7 +222,7 @@ def _objective(strategy: str, shape: ModelShape, budget: int, kv_budget: int, tp
 
 def _shares(kept: Sequence[Head], scores: Sequence[Sequence[float]] | None) -> tuple[float, float]:
     """``kept`` and ``given_up`` of a Choice; sums are rounded once (fsum), so that equal choices give up exactly 0."""
-    values = [] if scores is None else sorted((float(value) for row in scores for value in row), reverse=True)
+    values = [] if scores is None else sorted(map(float, itertools.chain.from_iterable(scores)), reverse=True)
     if not values or values[-1] < 0:
         return math.nan, math.nan
     held = math.fsum(scores[layer][head] for layer, head in kept)
@@ -257,11 +255,11 @@ def _even(order: Sequence[Head], budget: int, layers: int) -> list[Head]:
 
 
 def _first_heads(budget: int, layers: int) -> list[Head]:
-    return [
-        (layer, head)
-        for layer in range(layers)
-        for head in range((layer + 1) * budget // layers - layer * budget // layers)
-    ]
+    chosen: list[Head] = []
+    for layer in range(layers):
+        count = (layer + 1) * budget // layers - layer * budget // layers
+        chosen += [(layer, head) for head in range(count)]
+    return chosen
 
 
 def _whole_layers(full: int, layers: int, heads: int, every: int | None) -> list[Head]:
@@ -269,4 +267,4 @@ def _whole_layers(full: int, layers: int, heads: int, every: int | None) -> list
     can be.
     """
     chosen = [(at + 1) * every - 1 if every else (at + 1) * layers // full - 1 for at in range(full)]
-    return [(layer, head) for layer in chosen for head in range(heads)]
+    return list(itertools.product(chosen, range(heads)))

@@ -6,6 +6,7 @@ alone.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -141,7 +142,8 @@ def _by_count(draw: Callable[[int], Likeness], most: int, draws: int) -> dict[in
 
 def pair_counts(most: int) -> list[int]:
     """1, 2, 3, 4, 6, 8, 12, 16, ... below ``most``, then ``most``; empty for 0."""
-    steps = {size << power for power in range(most.bit_length()) for size in (1, 3)}
+    powers = range(most.bit_length())
+    steps = {1 << power for power in powers} | {3 << power for power in powers}
     return sorted({step for step in steps if step < most} | {most} - {0})
 
 
@@ -256,7 +258,7 @@ def kept_share(scores: HeadScores) -> np.ndarray:
 class Cost:
     """What a budget costs against the teacher; shares, by context in tokens where they depend on it."""
 
-    ratio: str  # GDN:FA
+    ratio: str  # linear heads to FA heads
     num_fa: int
     kept: float  # share of the score
     kv_fraction: float  # kv groups with an FA head: what is left of the K/V cache
@@ -314,7 +316,7 @@ class KnockOut:
     prompts: int
 
     def __post_init__(self) -> None:
-        curves = [curve for draws in self.accuracy.values() for curve in draws]
+        curves = list(itertools.chain.from_iterable(self.accuracy.values()))
         if (
             not self.fractions
             or not curves
@@ -323,7 +325,7 @@ class KnockOut:
             raise InputError("every curve needs one accuracy for each fraction of heads")
         if not all(self.accuracy.values()) or not self.accuracy.keys() <= set(KNOCK_OUT_ORDERS):
             raise InputError(f"curves are needed for orders among {', '.join(KNOCK_OUT_ORDERS)}")
-        shares = [*self.fractions, *(share for curve in curves for share in curve)]
+        shares = [*self.fractions, *itertools.chain.from_iterable(curves)]
         if not all(0 <= share <= 1 for share in shares) or min(*self.heads, self.prompts) < 0:
             raise InputError("fractions and accuracies go from 0 to 1, heads and prompts from 0 on")
 

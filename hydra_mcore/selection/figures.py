@@ -17,12 +17,12 @@ from matplotlib.patches import Rectangle
 
 from hydra_mcore.figures import GREY, LIGHT, empty, plain, save, short
 from hydra_mcore.heads import HeadMap
-from hydra_mcore.kinds import FA
+from hydra_mcore.kinds import FA, KINDS
 from hydra_mcore.selection.choose import STRATEGIES
 from hydra_mcore.selection.evidence import Evidence, KnockOut, LikenessSpread, Spread, role_effects
 from hydra_mcore.selection.score import CRITICAL, HeadScores
 
-MAP, FRAME, BLUE = "Blues", "#d1495b", "#2a6f9e"
+MAP, FRAME, BLUE = "Blues", KINDS[FA].colour, "#2a6f9e"
 SURE = 0.95  # chance of being kept from which a head counts as sure
 
 
@@ -64,19 +64,23 @@ def heat_map(path: str | Path, head_map: HeadMap, scores: HeadScores | None, mod
 
 
 def statistic_maps(path: str | Path, title: str, values: Mapping[str, np.ndarray], head_map: HeadMap) -> None:
-    """A panel for each statistic of the heads, [layers, heads] with NaN where a head has none; FA heads carry a dot."""
+    """A panel for each statistic of the heads, [layers, heads] with NaN where a head has none.
+
+    Heads carry a dot in the colour of their kind, but those of the commonest kind.
+    """
     layers, heads = head_map.num_layers, head_map.num_heads
     panel = max(2.6, 1.2 + min(0.13 * heads, 6)), max(1.9, 0.7 + min(0.1 * layers, 6))
-    figure = _figure(
-        panel[0] * len(values), panel[1], title, "dot = full attention; grey = a head without such a value"
-    )
-    fa = np.array(
-        [(layer_idx, head_idx) for layer_idx, layer in enumerate(head_map.layers) for head_idx in layer[FA]]
-    ).reshape(-1, 2)
+    counts = {kind: len(head_map.heads_of(kind)) for kind in KINDS}
+    dotted = [kind for kind, count in counts.items() if 0 < count < max(counts.values())] or [FA]
+    meaning = ", ".join(KINDS[kind].title for kind in dotted)
+    title_below = f"dot = {meaning}; grey = a head without such a value"
+    figure = _figure(panel[0] * len(values), panel[1], title, title_below)
     for axes, (name, values_lh) in zip(figure.subplots(1, len(values), squeeze=False)[0], values.items(), strict=True):
         image = _cells(axes, np.ma.masked_invalid(values_lh), grid=False)
         axes.set_facecolor(LIGHT)
-        axes.scatter(fa[:, 1], fa[:, 0], s=6, color=FRAME, lw=0)
+        for kind in dotted:
+            for layer_idx, layer in enumerate(head_map.layers):
+                axes.scatter(layer[kind], [layer_idx] * len(layer[kind]), s=6, color=KINDS[kind].colour, lw=0)
         axes.set_title(name, fontsize=9, loc="left", parse_math=False)
         axes.set_xlabel("head", fontsize=8)
         axes.set_ylabel("layer", fontsize=8)
@@ -301,7 +305,7 @@ def half_of(share: np.ndarray) -> int:
 
 
 def budgets(path: str | Path, evidence: Evidence) -> None:
-    """Score kept, KV cache left and FA heads, by GDN:FA ratio."""
+    """Score kept, KV cache left and FA heads, by the ratio of linear to FA heads."""
     costs, total = evidence.costs, evidence.critical_lh.size
     near = min(costs, key=lambda cost: abs(cost.num_fa - evidence.budget))
     title = (
@@ -320,7 +324,7 @@ def budgets(path: str | Path, evidence: Evidence) -> None:
             place, [100 * value for value in values], color=color, marker=marker, markersize=5, lw=1.8, label=label
         )
     axes.set_xticks(place, [f"{cost.ratio}\n{cost.num_fa}" for cost in costs])
-    axes.set_xlabel("GDN heads to FA heads, and number of FA heads")
+    axes.set_xlabel("linear heads to FA heads, and number of FA heads")
     axes.set_ylabel("share of the teacher's (%)")
     axes.set_ylim(0, 104)
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))

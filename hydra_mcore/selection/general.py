@@ -158,7 +158,8 @@ def _arithmetic(tokenizer: Tokenizer, fmt: NeedleFormat | None, rng: Generator) 
         first, second, other = rng.integers(1, 10, size=3).tolist()
         changed = (other, second) if rng.random() < 0.5 else (first, other)
         asked = {(first, second), changed}
-        sums = [(a, b) for a in range(1, 10) for b in range(1, 10) if {(a, b), (b, a)}.isdisjoint(asked)]
+        pairs = itertools.product(range(1, 10), repeat=2)
+        sums = [(a, b) for a, b in pairs if {(a, b), (b, a)}.isdisjoint(asked)]
         shown = "".join(f"{a} + {b} = {a + b}\n" for a, b in rng.permutation(sums)[:3])
         clean, corrupt = (f"{shown}{a} + {b} =" for a, b in ((first, second), changed))
         yield Texts(clean, corrupt, f" {first + second}", f" {sum(changed)}")

@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import random
 from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from hydra_mcore.heads import Head
 from hydra_mcore.selection.evidence import KnockOut
 from hydra_mcore.selection.probes import ProbeBatch
 from hydra_mcore.selection.receivers import answer_positions
-from hydra_mcore.selection.scoring import Scoring
+from hydra_mcore.selection.scoring import Piece, Scoring
 from hydra_mcore.selection.teacher import Teacher
 
 FRACTIONS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
@@ -35,17 +37,13 @@ def knock_out(scoring: Scoring, batches: Sequence[ProbeBatch], ranking: Sequence
     shuffled = [random.Random(seed + draw).sample(ranking, len(ranking)) for draw in range(RANDOM_ORDERS)]
     orders = {"best first": [list(ranking)], "worst first": [list(ranking)[::-1]], "random": shuffled}
     counts = sorted({round(fraction * len(ranking)) for fraction in FRACTIONS})
-    points = {
-        _name(order[:count]): frozenset(order[:count])
-        for curves in orders.values()
-        for order in curves
-        for count in counts
-    }
-    pieces = {
-        f"{name} {index}": lambda silent=silent, batch=batch: _answered(scoring.teacher, batch, silent)
-        for name, silent in points.items()
-        for index, batch in enumerate(batches)
-    }
+    points: dict[str, frozenset[Head]] = {}
+    for order in itertools.chain.from_iterable(orders.values()):
+        points |= {_name(order[:count]): frozenset(order[:count]) for count in counts}
+    pieces: dict[str, Piece] = {}
+    for name, silent in points.items():
+        for index, batch in enumerate(batches):
+            pieces[f"{name} {index}"] = partial(_answered, scoring.teacher, batch, silent)
     results = iter(scoring.run("knock-out", pieces))
     accuracy: dict[str, float] = {}
     prompts = sum(len(batch.clean_bs) for batch in batches)

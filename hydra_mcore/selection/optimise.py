@@ -103,4 +103,7 @@ def best_in_blocks(worth_lh: np.ndarray, budget: int, block: int) -> list[Head]:
     blocks = np.take_along_axis(worth_lh, order_lh, axis=1).reshape(layers * heads // block, block).sum(axis=1)
     best = np.argsort(-blocks, kind="stable")[: budget // block].tolist()
     members = order_lh.reshape(layers * heads // block, block).tolist()
-    return [(at * block // heads, head) for at in best for head in members[at]]
+    kept: list[Head] = []
+    for at in best:
+        kept += [(at * block // heads, head) for head in members[at]]
+    return kept

@@ -11,6 +11,7 @@ files of pairs.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -131,7 +132,7 @@ def _check_names(capabilities: Sequence[str], files: Mapping[str, Path]) -> None
     for name, path in files.items():
         if name in BUILT_IN:
             raise InputError(f"capability {name!r} of {path} is built in; give the file's capability another name")
-    probes = Counter(probe for name in set(capabilities) for probe in BUILT_IN.get(name, ()))
+    probes = Counter(itertools.chain.from_iterable(BUILT_IN.get(name, ()) for name in set(capabilities)))
     probes.update(Path(path).stem for path in files.values())
     for path in files.values():
         if probes[Path(path).stem] > 1:

@@ -7,6 +7,7 @@ Every sentence with a number is made from the numbers at hand; none is written f
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from hydra_mcore.figures import short
 from hydra_mcore.files import write_text
 from hydra_mcore.heads import Head
-from hydra_mcore.kinds import FA
+from hydra_mcore.kinds import DEFAULT_LINEAR, FA, KINDS
 from hydra_mcore.selection import figures
 from hydra_mcore.selection.choose import Choice
 from hydra_mcore.selection.evidence import ESTIMATES, Evidence, KnockOut, gather, gini, role_effects
@@ -97,8 +98,8 @@ def _chosen(pictures: Path, scores: HeadScores, choice: Choice) -> str:
     return "\n".join(
         (
             paragraph(
-                f"{kept} of {total} attention heads keep full attention (FA); the other {total - kept} become Gated"
-                " DeltaNet (GDN) heads.",
+                f"{kept} of {total} attention heads keep full attention (FA); the other {total - kept} become"
+                f" {KINDS[DEFAULT_LINEAR].title} ({KINDS[DEFAULT_LINEAR].label}) heads.",
                 "A head's score says how much of the answer it carries: its output is replaced by the one that it"
                 " gives when another answer stands in the prompt, and the change of the answer's logits is measured,"
                 f" directly (receiver){senders}.",
@@ -145,8 +146,8 @@ def _pairs(scores: HeadScores) -> str:
 def _roles(pictures: Path, scores: HeadScores, choice: Choice, evidence: Evidence) -> str:
     critical_lh, convertible_lh = evidence.critical_lh, evidence.convertible_lh
     kept_lh = np.zeros(critical_lh.shape, dtype=bool)
-    for layer_idx, layer in enumerate(choice.head_map.layers):
-        kept_lh[layer_idx, list(layer[FA])] = True
+    for head in choice.head_map.heads_of(FA):
+        kept_lh[head] = True
     receives_lh = np.any([effect_lh >= CRITICAL for effect_lh in role_effects(scores)["receiver"].values()], axis=0)
     text = [
         (
@@ -285,25 +286,25 @@ def _by_layer(pictures: Path, evidence: Evidence) -> str:
 def _costs(pictures: Path, evidence: Evidence) -> str:
     contexts = list(evidence.costs[0].decode)
     rows = [[cost.ratio, cost.num_fa, _share(cost.kept), _share(cost.kv_fraction)] for cost in evidence.costs]
-    flops = [
-        [cost.ratio, *(_share(part[context]) for part in (cost.decode, cost.prefill) for context in contexts)]
-        for cost in evidence.costs
-    ]  # fmt: skip
-    names = [f"{part} {short(context)}" for part in ("decode", "prefill") for context in contexts]
+    flops = []
+    for cost in evidence.costs:
+        parts = itertools.product((cost.decode, cost.prefill), contexts)
+        flops.append([cost.ratio, *(_share(part[context]) for part, context in parts)])
+    names = [f"{part} {short(context)}" for part, context in itertools.product(("decode", "prefill"), contexts)]
     return section(
         "What each budget keeps and costs",
         paragraph(
-            "For the best heads of the whole model at each ratio of GDN to FA heads, as shares of the teacher's."
+            "For the best heads of the whole model at each ratio of linear to FA heads, as shares of the teacher's."
         ),
         picture(pictures / "budgets.png", "score kept and KV cache left by ratio"),
-        table(["GDN:FA", "FA heads", "score kept", "KV cache left"], rows),
+        table(["linear:FA", "FA heads", "score kept", "KV cache left"], rows),
         paragraph(
             "Attention FLOPs a token, predicted by counting: 4 d n for an FA head at the end of a context of n tokens"
-            " and 2 d n on average over a prompt of n, 7 d d for a GDN head at any length (d: dimension of a head)."
+            " and 2 d n on average over a prompt of n, 7 d d for a linear head at any length (d: dimension of a head)."
             " Left out is what no context makes larger: projections, gates and MLPs, and in the KV cache the states of"
-            " GDN heads."
+            " linear heads."
         ),
-        table(["GDN:FA", *names], flops),
+        table(["linear:FA", *names], flops),
     )
 
 

@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike
 from hydra_mcore.config import ModelCard, ModelShape
 from hydra_mcore.errors import InputError
 from hydra_mcore.files import from_fields, is_name, read_json, shown, write_json
-from hydra_mcore.heads import Head
+from hydra_mcore.heads import Head, every_head
 
 SCORES_FORMAT = 2
 CRITICAL = 0.01  # |IE| from which a head counts in a sub-probe (paper section 2)
@@ -164,9 +164,7 @@ class HeadScores:
 
     def ranking(self) -> list[Head]:
         """All (layer_idx, head_idx), best first: by score, then effect, then place, so the order is always the same."""
-        layers, heads = self.scores_lh.shape
-        every = [(layer, head) for layer in range(layers) for head in range(heads)]
-        return sorted(every, key=lambda at: (-self.scores_lh[at], -self.effects_lh[at], at))
+        return sorted(every_head(*self.scores_lh.shape), key=lambda at: (-self.scores_lh[at], -self.effects_lh[at], at))
 
     def take(self, pairs: Mapping[str, ArrayLike]) -> HeadScores:
         """The scores that these pairs of each probe give (subsets, or resamples with repeats)."""

@@ -9,7 +9,9 @@ purpose; a finished piece goes to the journal, and to all ranks before the next 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,17 +81,19 @@ class Scoring:
         """Scores [l, h] that only look, averaged over the pairs of the probes whose answer is copied; none without
         such.
         """
-        pieces = {
-            f"{name} observed {index}": lambda batch=batch: {"scores": observed_scores(self.teacher, batch)}
-            for name, batches in self.probes.items()
-            for index, batch in enumerate(batches)
-            if batch.source_bp is not None
-        }
+        pieces: dict[str, Piece] = {}
+        for name, batches in self.probes.items():
+            for index, batch in enumerate(batches):
+                if batch.source_bp is not None:
+                    pieces[f"{name} observed {index}"] = partial(self._observed, batch)
         if not pieces:
             return {}
         results = self.run("observed scores", pieces)
         mean_nlh = np.concatenate([result["scores"] for result in results], axis=-1).mean(-1)
         return dict(zip(OBSERVED, mean_nlh, strict=True))
+
+    def _observed(self, batch: ProbeBatch) -> dict[str, Tensor]:
+        return {"scores": observed_scores(self.teacher, batch)}
 
     def _receivers(self, name: str) -> ProbeEffects:
         pieces = {
@@ -152,19 +156,15 @@ class Scoring:
             return None if effects_hb is None else {"effects": effects_hb}
 
         layers = range(max(layer for layer, _ in receivers))
+        places = list(itertools.product([index for index, pairs in kept.items() if pairs], layers))
         pieces = {
-            f"{name} senders {number} {index} {layer_idx}": lambda index=index, layer_idx=layer_idx: piece(
-                index, layer_idx
-            )
-            for index in kept
-            if kept[index]
-            for layer_idx in layers
+            f"{name} senders {number} {index} {layer_idx}": partial(piece, index, layer_idx)
+            for index, layer_idx in places
         }
         results = iter(self.run(f"{name}: senders, round {number}", pieces))
         round_lhb = np.zeros(effects.effects_rlhb.shape[1:])
-        for index, pairs in kept.items():
-            for layer_idx in layers if pairs else ():
-                round_lhb[layer_idx][:, starts[index] + np.array(pairs)] = next(results)["effects"]
+        for index, layer_idx in places:
+            round_lhb[layer_idx][:, starts[index] + np.array(kept[index])] = next(results)["effects"]
         return round_lhb
 
     def run(self, label: str, pieces: dict[str, Piece]) -> list[dict[str, np.ndarray]]:

@@ -20,6 +20,7 @@ from hydra_mcore.config import CARD_NAME, ConfigError, ModelCard, StageOptions, 
 from hydra_mcore.corpus.manifest import expand_blend
 from hydra_mcore.files import check_writable
 from hydra_mcore.heads import HeadLayout
+from hydra_mcore.kinds import KINDS
 from hydra_mcore.model.checkpoints import TRACKER, latest_iteration, trainings
 from hydra_mcore.recipe import Recipe
 from hydra_mcore.sequence import SequencePart
@@ -229,7 +230,8 @@ def check_settings(known: argparse.Namespace, card: ModelCard, ranks: int) -> No
         )
     if known.reset_position_ids or known.reset_attention_mask:
         raise ConfigError(
-            "reset-position-ids and reset-attention-mask do not reach GDN heads; use packed-documents, which does both"
+            "reset-position-ids and reset-attention-mask do not reach recurrent heads; use packed-documents, which does"
+            " both"
         )
     if known.calculate_per_token_loss and STAGES[known.stage].fits_layers:
         raise ConfigError(
@@ -283,11 +285,12 @@ def _check_layout(known: argparse.Namespace, card: ModelCard, ranks: int) -> Non
             f"sequence parallelism: {part} tokens a rank do not divide by tensor parallel size {tp_size}; change"
             " seq-length"
         )
-    if cp_size > 1 and part < card.options.gdn_conv_kernel - 1:
-        raise ConfigError(
-            f"{part} tokens a context-parallel rank are fewer than the short convolution of"
-            f" {card.options.gdn_conv_kernel} taps looks back"
-        )
+    for kind in KINDS.values():
+        if cp_size > 1 and part < (looked_at := kind.looks_back(card.options)):
+            raise ConfigError(
+                f"{part} tokens a context-parallel rank are fewer than the {looked_at} that {kind.label} heads look"
+                " back"
+            )
 
 
 def _shard_flags(known: argparse.Namespace) -> list[str]:

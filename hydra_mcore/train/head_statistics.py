@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 
@@ -21,8 +22,8 @@ from hydra_mcore.model.hydra_attention import HydraAttention
 # Of every head: its output gate's mean; the learned factor of the fusion; the root mean square of its output as the
 # fusion's norm meets it. Kinds add their own.
 COMMON = (Statistic("gate"), Statistic("scale"), Statistic("rms", np.sqrt))
-OF_KINDS = {statistic.name: statistic for kind in KINDS.values() for statistic in kind.statistics}
-STATISTICS = {statistic.name: statistic for statistic in COMMON} | OF_KINDS
+_ALL = [*COMMON, *itertools.chain.from_iterable(kind.statistics for kind in KINDS.values())]
+STATISTICS = {statistic.name: statistic for statistic in _ALL}
 
 
 class HeadMonitor:
@@ -116,17 +117,17 @@ class HeadStatistics:
         return {name: _value(name, pairs_lh) for name, pairs_lh in zip(STATISTICS, self.table, strict=True)}
 
     def by_layer(self) -> dict[str, float]:
-        """Means over the heads of one kind, of each layer and of the whole model: "gdn half-life/layer 03", "fa
+        """Means over the heads of one kind, of each layer and of the whole model: "KIND half-life/layer 03", "fa
         gate/all".
 
-        The mean half-life is that of the mean decay, the mean size that of the mean square. "gdn to fa rms" is the
+        The mean half-life is that of the mean decay, the mean size that of the mean square. "KIND to fa rms" is the
         ratio of another kind's size to that of FA heads (paper Fig 5), in layers that have both.
         """
         found: dict[str, float] = {}
         for kind in KINDS:
             mine_lh = np.zeros(self.table.shape[1:3], dtype=bool)
-            for layer_idx, layer in enumerate(self.head_map.layers):
-                mine_lh[layer_idx, list(layer[kind])] = True
+            for head in self.head_map.heads_of(kind):
+                mine_lh[head] = True
             for name, pairs_lh in zip(STATISTICS, self.table, strict=True):
                 pairs_l = np.where(mine_lh[..., None], pairs_lh, 0.0).sum(axis=1)
                 if pairs_l[:, 1].any():

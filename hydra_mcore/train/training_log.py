@@ -116,12 +116,11 @@ class TrainingLog:
         if (writer := get_tensorboard_writer()) is not None:
             writer.add_image("heads", np.asarray(Image.open(picture).convert("RGB")), iteration, dataformats="HWC")
         if (wandb := get_wandb_writer()) is not None:
-            rows = [
-                (layer_idx, head_idx, kind, *(float(values_lh[layer_idx, head_idx]) for values_lh in by_head.values()))
-                for layer_idx, layer in enumerate(self.card.head_map.layers)
-                for kind, heads in layer.items()
-                for head_idx in heads
-            ]
+            values = np.stack(list(by_head.values()), axis=-1).tolist()
+            rows: list[tuple[Any, ...]] = []
+            for layer_idx, layer in enumerate(self.card.head_map.layers):
+                for kind, heads in layer.items():
+                    rows += [(layer_idx, head_idx, kind, *values[layer_idx][head_idx]) for head_idx in heads]
             wandb.log_figure("heads", picture, iteration, ("layer", "head", "role", *by_head), rows)
 
     def needles(self, model: list[torch.nn.Module], optimizer: Any, iteration: int) -> None:

@@ -14,7 +14,7 @@ from hydra_mcore.train.resume import SETTINGS
 from tests.support.launch import run_ranks
 from tests.support.stages import FLAGS, logged, make_run
 
-pytestmark = pytest.mark.slow  # tests/unit/test_resume_settings.py has the quick part
+pytestmark = pytest.mark.slow  # tests/unit/train/test_resume_settings.py has the quick part
 STOP, STEPS = 3, 6
 SCHEDULE = (
     "--train-iters",

@@ -11,9 +11,7 @@ from pathlib import Path
 import pytest
 
 from hydra_mcore.config import ModelCard
-
-ROOT = Path(__file__).parents[2]
-TEACHER = ROOT / "examples" / "tiny" / "teacher"
+from tests.support.paths import ROOT, TINY_TEACHER
 
 
 def run(*command: str) -> str:
@@ -49,7 +47,7 @@ def _write_data(folder: Path) -> None:
     from transformers import AutoTokenizer
 
     builder = IndexedDatasetBuilder(str(folder / "data.bin"), dtype=np.uint16)
-    ids = AutoTokenizer.from_pretrained(TEACHER).encode((folder / "corpus.txt").read_text())
+    ids = AutoTokenizer.from_pretrained(TINY_TEACHER).encode((folder / "corpus.txt").read_text())
     builder.add_document(torch.tensor(ids), [len(ids)])
     builder.finalize(str(folder / "data.idx"))
 
@@ -57,7 +55,7 @@ def _write_data(folder: Path) -> None:
 def test_readme_commands_from_import_to_report(run_dir: Path) -> None:
     teacher, heads, student = run_dir / "teacher", run_dir / "heads", run_dir / "student"
     text = str(run_dir / "corpus.txt")
-    run("tools/convert.py", "import", "--hf", str(TEACHER), "--out", str(teacher))
+    run("tools/convert.py", "import", "--hf", str(TINY_TEACHER), "--out", str(teacher))
     select = ("tools/select_heads.py", "--teacher", str(teacher), "--ratio", "3:1", "--pairs", "2", "--length", "128")
     assert "rounds of senders" in run(*select, "--out", str(heads), "--dry-run")
     run(*select, "--out", str(heads))
@@ -95,7 +93,7 @@ def test_readme_commands_from_import_to_report(run_dir: Path) -> None:
         "--teacher",
         str(teacher),
         "--hf",
-        str(TEACHER),
+        str(TINY_TEACHER),
         "--length",
         "64",
     )

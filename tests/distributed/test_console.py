@@ -17,7 +17,7 @@ import torch
 from tests.support.launch import run_ranks
 from tests.support.stages import FLAGS, SHAPE, gradients, logged, make_run
 
-pytestmark = pytest.mark.slow  # tests/unit/test_resume_settings.py has the quick part
+pytestmark = pytest.mark.slow  # tests/unit/train/test_resume_settings.py has the quick part
 LINE = re.compile(r" iteration +(\d+)/.* extend loss: (\S+) ")
 
 

@@ -14,11 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.corpora import TOKENIZER, make_texts, write_lines
+from tests.support.corpora import make_texts, write_lines
+from tests.support.paths import ROOT, TINY_TEACHER
 
-ROOT = Path(__file__).parents[2]
-TINY = ROOT / "examples" / "tiny" / "teacher"
-IMPORT = ("tools/convert.py", "import", "--hf", str(TINY), "--out", "OUT/teacher")
+IMPORT = ("tools/convert.py", "import", "--hf", str(TINY_TEACHER), "--out", "OUT/teacher")
 
 
 def begin(tmp_path: Path, *command: str) -> subprocess.Popen:
@@ -89,7 +88,7 @@ def test_prepare_data_with_workers(tmp_path: Path, moment: str) -> None:
         "--input",
         "OUT/in.jsonl",
         "--tokenizer",
-        str(TOKENIZER),
+        str(TINY_TEACHER),
         "--workers",
         "2",
         "--out",

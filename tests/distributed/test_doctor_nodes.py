@@ -16,11 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.paths import ROOT
 from tools.doctor import meeting, nodes
 from tools.doctor.lines import Line, ok
 from tools.doctor.meeting import Peer, Place
-
-ROOT = Path(__file__).parents[2]
 
 
 def start(

@@ -24,10 +24,10 @@ from hydra_mcore.convert.hf_config import read_config
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.recipe import COMMAND_SECTIONS, STAGE_SECTIONS, Recipe, parse_with_recipe
 from tests.support.launch import model_parallel, run_ranks
+from tests.support.paths import ROOT
 from tools import convert, evaluate, prepare_data, select_heads
 from tools.plan.__main__ import main as plan
 
-ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 SCHEDULES = {"qwen3-1.7b": [(), ("paper-2.3b",), ("optimised-5.8b",)], "qwen3-8b": [()]}
 LAYOUTS = {(): 8, ("64gpu",): 64, ("extend-64k",): 8, ("64gpu", "extend-64k"): 64}

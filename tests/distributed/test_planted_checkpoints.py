@@ -21,10 +21,10 @@ from hydra_mcore.model.checkpoints import latest_iteration
 from hydra_mcore.model.runtime import process_groups
 from tests.support.commands import training_ended
 from tests.support.launch import run_ranks
+from tests.support.paths import ROOT
 from tests.support.planted_code import INDEX, plant
 from tests.support.stages import FLAGS, make_run
 
-ROOT = Path(__file__).parents[2]
 TENSOR = "decoder.layers.0.mlp.linear_fc1.weight"
 SAVING = [flag for flag in FLAGS if flag != "--no-save-rng"]
 

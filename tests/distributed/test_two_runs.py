@@ -17,9 +17,9 @@ import pytest
 
 from hydra_mcore.model.checkpoints import TRACKER, check_complete, latest_iteration
 from tests.support.launch import run_ranks
+from tests.support.paths import ROOT
 from tests.support.stages import FLAGS, make_run
 
-ROOT = Path(__file__).parents[2]
 STEPS = 400
 SCHEDULE = ("--train-iters", str(STEPS), "--micro-batch-size", "1", "--log-interval", "1")
 

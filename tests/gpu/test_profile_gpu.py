@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table by part of GPU time.
 
-Not yet run on a GPU; tests/unit/test_profile_table.py reads traces written by hand.
+Not yet run on a GPU; tests/unit/train/test_profile_table.py reads traces written by hand.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.build import build_model
 from hydra_mcore.model.checkpoints import save_weights
 from hydra_mcore.model.runtime import process_groups
+from tests.support.paths import ROOT
 from tests.support.stages import FLAGS, logged, randomise, write_data
 
 pytestmark = [
@@ -32,7 +33,6 @@ SHAPE = ModelShape(
 HEAD_MAP = HeadMap.from_fa([(1, 0), (2, 0), (2, 3)], SHAPE.num_layers, SHAPE.num_heads, SHAPE.num_kv_groups)
 STAGES = ("align", "distill", "extend")
 STEPS = 6
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from hydra_mcore.config import ModelShape, teacher_card
 from hydra_mcore.convert.families import SHAPE_KEYS
 from hydra_mcore.convert.tensor_table import tensor_rules
+from tests.support.paths import ROOT
 
-COMMAND = Path(__file__).parents[2] / "tools" / "convert.py"
+COMMAND = ROOT / "tools" / "convert.py"
 SHAPE = ModelShape(
     num_layers=20,
     hidden_size=2048,

@@ -25,10 +25,10 @@ from hydra_mcore.evaluation import hugging_face, parallel
 from hydra_mcore.evaluation.loading import describe, open_model
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.runtime import process_groups
+from tests.support.paths import TINY_TEACHER
 from tests.support.tiny_hf import ODD, random_tokens, tiny_model
 
 HEAD_MAP = HeadMap.from_fa([(0, 1), (0, 5), *((2, h) for h in range(6))], 3, 6, 2, strategy="by hand")
-ROOT = Path(__file__).parents[2]
 YARN = 4.0
 
 
@@ -225,7 +225,7 @@ def test_models_that_yarn_cannot_stretch(folders: dict[str, Path], tmp_path: Pat
             assert "it must exceed 1" in refusal(folders[name], factor)
     scaled = {"rope_parameters": {**ODD["rope_parameters"], "rope_type": "linear", "factor": 2.0}}
     tiny_model("llama", tmp_path / "scaled", **scaled)
-    shutil.copy(ROOT / "examples" / "tiny" / "teacher" / "tokenizer.json", tmp_path / "scaled")
+    shutil.copy(TINY_TEACHER / "tokenizer.json", tmp_path / "scaled")
     import_hf(tmp_path / "scaled", tmp_path / "checkpoint")
     for folder in (tmp_path / "scaled", tmp_path / "checkpoint"):
         assert "scaled already ('linear')" in refusal(folder, YARN)

@@ -28,9 +28,10 @@ from hydra_mcore.model.build import load_model
 from hydra_mcore.model.checkpoints import load_weights, save_weights
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.model.streaming import StoredTensors
+from tests.support.paths import ROOT
 from tests.support.tiny_hf import random_tokens, tiny_model
 
-COMMAND = Path(__file__).parents[2] / "tools" / "convert.py"
+COMMAND = ROOT / "tools" / "convert.py"
 # A layer with some FA heads, one with none, one with all; 6 heads in 2 kv groups.
 HEAD_MAP = HeadMap.from_fa(
     [(0, 1), (0, 5), *((2, h) for h in range(6))], 3, 6, 2, strategy="by hand", made_by={"seed": 3}

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from hydra_mcore.config import ModelCard
+from hydra_mcore.convert.hf_code import check_model_code
+from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.loading import describe, open_model
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.build import load_model
@@ -106,7 +108,7 @@ def run(command: Callable[[list[str]], Any], *words: object) -> None:
 def test_head_maps_and_cards_are_read(golden: Path) -> None:
     chosen = HeadMap.load(GOLDEN / "heads" / "head_map.json")
     assert [list(layer["fa"]) for layer in chosen.layers] == FA
-    assert [list(layer.gdn) for layer in chosen.layers] == [[h for h in range(4) if h not in fa] for fa in FA]
+    assert [list(layer["gdn"]) for layer in chosen.layers] == [[h for h in range(4) if h not in fa] for fa in FA]
     assert (chosen.strategy, chosen.made_by["seed"], chosen.num_fa) == ("global_random", 46, 6)
     teacher = ModelCard.load(golden / "teacher")
     teacher.check_head_map(chosen)
@@ -174,6 +176,20 @@ def test_an_export_is_read_with_todays_code(golden: Path, tmp_path: Path, studen
     run(convert.main, "import", "--hf", golden / name, "--out", tmp_path / "back")
     assert ModelCard.load(tmp_path / "back").head_map == HeadMap.load(golden / name / "head_map.json")
     same_logits(logits(tmp_path / "back"), f"{student}-stopped")
+
+
+@pytest.mark.parametrize("student", make.STUDENTS)
+def test_the_code_of_an_old_export_may_run(golden: Path, student: str) -> None:
+    """As ``verify --export`` asks; with one byte more it may not."""
+    folder = golden / f"{student}-export"
+    auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
+    check_model_code(folder, auto_map)
+    changed = golden / f"{student}-changed"
+    shutil.copytree(folder, changed)
+    with (changed / "heads_hydra_head.py").open("a") as file:
+        file.write("\n")
+    with pytest.raises(InputError, match="not the code of this package"):
+        check_model_code(changed, auto_map)
 
 
 @pytest.mark.parametrize(("student", "stage"), STOPPED)

@@ -27,9 +27,10 @@ from hydra_mcore.model.build import load_model
 from hydra_mcore.model.checkpoints import TRACKER
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.model.streaming import StoredTensors
+from tests.support.paths import ROOT, TINY_TEACHER
 from tests.support.tiny_hf import random_tokens, tiny_model, tiny_qwen3
 
-COMMAND = Path(__file__).parents[2] / "tools" / "convert.py"
+COMMAND = ROOT / "tools" / "convert.py"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -109,7 +110,7 @@ def test_fingerprint_names_the_values_not_their_layout(tmp_path):
 def test_tokenizer_files_travel_and_others_do_not(tmp_path):
     tiny_qwen3(tmp_path / "hf")
     for name in ("tokenizer.json", "needles.json"):
-        shutil.copy(Path(__file__).parents[2] / "examples" / "tiny" / "teacher" / name, tmp_path / "hf")
+        shutil.copy(TINY_TEACHER / name, tmp_path / "hf")
     (tmp_path / "hf" / "notes.txt").write_text("notes")
     import_hf(tmp_path / "hf", tmp_path / "out")
     folder = tmp_path / "out" / "tokenizer"

@@ -24,11 +24,12 @@ from hydra_mcore.model.build import build_model, load_model
 from hydra_mcore.model.checkpoints import TRACKER
 from hydra_mcore.model.runtime import process_groups
 from tests.support import teachers
+from tests.support.paths import ROOT
 from tests.support.tiny_hf import ODD, random_tokens, tiny_qwen3
 from tools.commands.convert import hybridize_from
 from tools.convert import parse_args
 
-COMMAND = Path(__file__).parents[2] / "tools" / "convert.py"
+COMMAND = ROOT / "tools" / "convert.py"
 D, HEADS, GROUPS = ODD["head_dim"], ODD["num_attention_heads"], ODD["num_key_value_heads"]
 # Layer 0 mixes both groups, layer 1 has no FA head, layer 2 no GDN head.
 MIXED = HeadMap.from_fa([(0, 1), (0, 4), (0, 5), *((2, h) for h in range(HEADS))], 3, HEADS, GROUPS)

@@ -24,8 +24,8 @@ from hydra_mcore.convert.inherit import hybridize
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.build import load_model
 from hydra_mcore.model.runtime import process_groups
+from tests.support.paths import ROOT, TINY_TEACHER
 
-ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r"^```\n(.*?)^```$", (ROOT / "docs" / "lm_eval.md").read_text(), re.MULTILINE | re.DOTALL)
 (COMMAND,) = (block.strip() for block in BLOCKS if "examples/lm_eval" in block)
 WRITTEN, CHOSEN = "tiny_needle", "tiny_needle_choice"
@@ -141,7 +141,7 @@ def test_loglikelihoods_are_the_checkpoints_own(
     evaluated: dict[tuple[str, int], Evaluation], checkpoints: dict[str, Path], name: str
 ) -> None:
     """Against the Megatron model, one text at a time: export, tokens and padding together."""
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / "tiny" / "teacher")
+    tokenizer = AutoTokenizer.from_pretrained(TINY_TEACHER)
     _, model = load_model(checkpoints[name])
     expected = []
     for sample in evaluated[name, 4].samples[CHOSEN]:

@@ -33,11 +33,11 @@ from hydra_mcore.model.build import load_model
 from hydra_mcore.model.checkpoints import save_weights
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.sequence import SequencePart
+from tests.support.paths import ROOT
 from tests.support.stages import randomise
 from tests.support.tiny_hf import ODD, tiny_qwen3
 from tools.verify import main
 
-ROOT = Path(__file__).parents[2]
 LAYERS, HEADS, GROUPS = 4, ODD["num_attention_heads"], ODD["num_key_value_heads"]
 SIZES = {"num_hidden_layers": LAYERS, "vocab_size": 64}  # which two ranks can share
 # No FA head, one, some of uneven groups, all.

@@ -20,11 +20,10 @@ import pytest
 import torch
 
 from tests.slurm.cluster import Cluster, processes, wait_for
+from tests.support.paths import ROOT, TINY_TEACHER
 from tests.support.stages import logged
 
 pytestmark = pytest.mark.timeout(1500)  # the first test waits for the jobs of all
-ROOT = Path(__file__).parents[2]
-TEACHER = ROOT / "examples" / "tiny" / "teacher"
 STEPS = {"align": 40, "distill": 40, "extend": 4}
 SAVE_INTERVAL = 7
 # --nodes=2 with one rank each; the layout is data parallel
@@ -119,7 +118,7 @@ class Pipeline:
 def make_pipeline(cluster: Cluster, folder: Path, name: str) -> Pipeline:
     run = folder / name
     run.mkdir()
-    values = {"run": run, "data": folder, "hf": TEACHER, "save_interval": SAVE_INTERVAL, **STEPS}
+    values = {"run": run, "data": folder, "hf": TINY_TEACHER, "save_interval": SAVE_INTERVAL, **STEPS}
     (run / "recipe.yaml").write_text(RECIPE.format(**values))
     return Pipeline(cluster, run)
 
@@ -129,7 +128,7 @@ def write_data(folder: Path) -> None:
     from transformers import AutoTokenizer
 
     (folder / "corpus.txt").write_text((ROOT / "hydra_mcore" / "heads.py").read_text() * 4)
-    ids = AutoTokenizer.from_pretrained(TEACHER).encode((folder / "corpus.txt").read_text())
+    ids = AutoTokenizer.from_pretrained(TINY_TEACHER).encode((folder / "corpus.txt").read_text())
     builder = IndexedDatasetBuilder(str(folder / "data.bin"), dtype=np.uint16)
     builder.add_document(torch.tensor(ids), [len(ids)])
     builder.finalize(str(folder / "data.idx"))

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import wait_for
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
 JOBS = {
     "prepare": ["tools/prepare_data.py --config"],

@@ -18,8 +18,8 @@ from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.build import build_model
 from hydra_mcore.model.checkpoints import save_weights
 from hydra_mcore.model.runtime import process_groups
+from tests.support.paths import TINY_TEACHER
 
-TINY = Path(__file__).parents[2] / "examples" / "tiny" / "teacher"
 SHAPE = ModelShape(
     num_layers=2,
     hidden_size=32,
@@ -49,7 +49,7 @@ def write_contestants(root: Path) -> Path:
             save_weights([model], card, root / name)
             (root / name / "tokenizer").mkdir()
             for file in ("tokenizer.json", "tokenizer_config.json", "needles.json") if name != "other" else ():
-                shutil.copyfile(TINY / file, root / name / "tokenizer" / file)
+                shutil.copyfile(TINY_TEACHER / file, root / name / "tokenizer" / file)
     byte_level(text).save_pretrained(root / "other" / "tokenizer")
     return root
 

@@ -16,8 +16,6 @@ from hydra_mcore.corpus import shards, sources
 from hydra_mcore.corpus.sources import Batch
 from hydra_mcore.corpus.tokenize import BatchEncoder, Encoder
 
-TOKENIZER = Path(__file__).parents[2] / "examples" / "tiny" / "teacher"
-
 
 def make_texts() -> list[str]:
     """Documents of very different lengths, in several scripts."""

@@ -11,9 +11,9 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tests.support.paths import ROOT
 from tools.doctor.lines import Check, Line, examine
 
-ROOT = Path(__file__).parents[2]
 DOCTOR = ROOT / "tools" / "doctor.py"
 
 

@@ -80,7 +80,6 @@ TOY = HeadKind(
     label="Toy",
     title="decayed linear attention",
     colour="#8a8a8a",
-    help="a state that forgets at a fixed rate",
     branch="tests.toy_kind.branch:ToyHeads",
     exported=EXPORTED,
     options=ToyOptions,

@@ -18,10 +18,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from tests.support.paths import ROOT
 from tests.support.stages import FLAGS, logged, write_data
 from tests.support.tiny_hf import tiny_qwen3
 
-ROOT = Path(__file__).parents[2]
 WORDS = 64
 # All three kinds in a layer, none of FA, toy heads alone.
 LAYERS = [{"fa": [1, 4], "gdn": [0, 5], "toy": [2, 3]}, {"gdn": [0, 1, 3], "toy": [2, 4, 5]}, {"toy": list(range(6))}]

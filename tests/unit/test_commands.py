@@ -19,8 +19,8 @@ import pytest
 
 from hydra_mcore.commands import one_line_errors, sole_writer
 from hydra_mcore.errors import InputError
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 HOLD = """
 import sys, time
 from hydra_mcore.commands import sole_writer

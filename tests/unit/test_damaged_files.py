@@ -46,18 +46,18 @@ from hydra_mcore.selection.score import HeadScores
 from hydra_mcore.tokenizer import open_tokenizer
 from hydra_mcore.train.checkpoint_care import VERSIONS, note_versions
 from hydra_mcore.train.wandb_run import _run_record
-from tests.support.contestants import TINY
 from tests.support.damage import ODD, as_text, damaged_bytes, damaged_texts, outcome, survey
+from tests.support.paths import ROOT, TINY_TEACHER
 from tests.support.small_tokenizers import small_tokenizer
+from tests.unit.evaluation.test_evaluation_report import STUDENT, TEACHER, keep_all
+from tests.unit.selection.test_selection_report import KNOCK_OUT, made_scores
 from tests.unit.test_config import FACTS, FINGERPRINT, card
-from tests.unit.test_evaluation_report import STUDENT, TEACHER, keep_all
-from tests.unit.test_selection_report import KNOCK_OUT, made_scores
 from tools.commands.prepare_data import check_vocabulary
 
 PROMPTS = [
     Prompt(np.arange(9, dtype=np.int32), 2, ("a", "b\n"), np.ones(2, np.int32), ((1, 3),), (0.25,)) for _ in range(3)
 ]
-SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "head_map.schema.json").read_text())
+SCHEMA = json.loads((ROOT / "docs" / "head_map.schema.json").read_text())
 QUICK = 20  # damaged forms of a file
 
 every_amount = pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def use_card(path: Path) -> None:
 
 
 def write_needles(folder: Path) -> Path:
-    return Path(shutil.copyfile(TINY / "needles.json", folder / "needles.json"))
+    return Path(shutil.copyfile(TINY_TEACHER / "needles.json", folder / "needles.json"))
 
 
 def use_needles(path: Path) -> None:
@@ -459,7 +459,7 @@ def test_damaged_sets_of_prompts_are_made_again(tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 def test_damaged_tokenizers_are_one_line(tmp_path: Path, name: str, sample: int | None) -> None:
     for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(TINY / file, tmp_path / file)
+        shutil.copyfile(TINY_TEACHER / file, tmp_path / file)
     text = (tmp_path / name).read_text()
     contents = [
         *list(damaged_bytes(text.encode(), count=4 if sample else 100)),

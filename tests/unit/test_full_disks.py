@@ -33,11 +33,11 @@ from hydra_mcore.ruler.sets import _save
 from hydra_mcore.selection.figures import heat_map
 from hydra_mcore.selection.journal import JournalWriter
 from hydra_mcore.train.checkpoint_care import note_versions
-from tests.support.contestants import TINY
+from tests.support.paths import TINY_TEACHER
 from tests.unit import test_damaged_files as damaged
+from tests.unit.evaluation.test_evaluation_report import TEACHER, keep_all, text_loss, text_piece
+from tests.unit.selection.test_selection_report import made_scores
 from tests.unit.test_config import card
-from tests.unit.test_evaluation_report import TEACHER, keep_all, text_loss, text_piece
-from tests.unit.test_selection_report import made_scores
 
 
 @contextlib.contextmanager
@@ -60,7 +60,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "card": lambda folder: card().save(folder),
     "tracker": lambda folder: write_tracker(folder, 10**60),
     "versions": note_versions,
-    "needles": lambda folder: NeedleFormat.load(TINY / "needles.json").save(folder / "needles.json"),
+    "needles": lambda folder: NeedleFormat.load(TINY_TEACHER / "needles.json").save(folder / "needles.json"),
     "scores": lambda folder: made_scores().save(folder / "scores.json"),
     "figure of heads": lambda folder: heat_map(folder / "heads.png", card().head_map, None, "x"),
     "manifest": lambda folder: Manifest({"source": {}}).save(folder / "data.json"),

@@ -8,7 +8,6 @@ import copy
 import dataclasses
 import json
 import pickle
-from pathlib import Path
 
 import jsonschema
 import pytest
@@ -21,6 +20,7 @@ from hydra_mcore.files import write_json
 from hydra_mcore.heads import HEAD_MAP_FORMAT, HeadMap, HeadMapError, HeadsByKind, first_difference
 from hydra_mcore.kinds import KINDS
 from hydra_mcore.selection.choose import STRATEGIES
+from tests.support.paths import ROOT
 
 LAYERS, HEADS, GROUPS = 3, 4, 2
 
@@ -37,7 +37,7 @@ MODEL = dataclasses.asdict(
         native_length=8,
     )
 )
-SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "head_map.schema.json").read_text())
+SCHEMA = json.loads((ROOT / "docs" / "head_map.schema.json").read_text())
 
 
 def some_map() -> HeadMap:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from hydra_mcore.convert.hf_code import CODE_FILES
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 # From the ground up. A package may import the layers below and, in its own layer, what stands before it.
 LAYERS = [
     [

@@ -16,9 +16,8 @@ from hydra_mcore.convert.hf_code import AUTO_MAP, CODE_FILES, check_model_code, 
 from hydra_mcore.corpus.tokenize import load_encoder
 from hydra_mcore.errors import InputError
 from hydra_mcore.tokenizer import load_tokenizer, open_tokenizer
+from tests.support.paths import ROOT, TINY_TEACHER
 
-ROOT = Path(__file__).parents[2]
-TEACHER = ROOT / "examples" / "tiny" / "teacher"
 FILES = sorted(path for top in ("hydra_mcore", "tools", "examples") for path in (ROOT / top).rglob("*.py"))
 LOADERS = {"from_pretrained", "from_config", "pipeline"}
 # Calls of other kinds: of this package's own classes, of classes that read no code, of one that checks the code it
@@ -78,9 +77,9 @@ def plant(folder: Path, where: dict[str, dict]) -> Path:
     """A folder with a tokenizer whose code leaves a mark; returns the mark."""
     folder.mkdir(parents=True)
     mark = folder / "mark"
-    (folder / "tokenizer.json").write_bytes((TEACHER / "tokenizer.json").read_bytes())
+    (folder / "tokenizer.json").write_bytes((TINY_TEACHER / "tokenizer.json").read_bytes())
     for name in ("tokenizer_config.json", "config.json"):
-        (folder / name).write_text(json.dumps({**json.loads((TEACHER / name).read_text()), **where.get(name, {})}))
+        (folder / name).write_text(json.dumps({**json.loads((TINY_TEACHER / name).read_text()), **where.get(name, {})}))
     (folder / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass Evil:\n    model_type = 'evil'\n")
     return mark
 
@@ -132,7 +131,7 @@ def test_an_export_runs_only_with_our_code_to_the_byte(tmp_path):
         path = tmp_path / Path(name).name
         ours = path.read_bytes()
         path.write_bytes(ours + b"\nimport os\n")
-        with pytest.raises(InputError, match=f"{path.name}: not the code of this version"):
+        with pytest.raises(InputError, match=f"{path.name}: not the code of this package"):
             check_model_code(tmp_path, AUTO_MAP)
         path.write_bytes(ours)
     for auto_map in (None, [], {**AUTO_MAP, "AutoModelForCausalLM": "someone/else--modeling.Evil"}):

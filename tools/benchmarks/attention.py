@@ -80,11 +80,12 @@ def _calls(args: argparse.Namespace, length: int, device: str, dtype: str) -> di
             out = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=shared)
             torch.autograd.grad(out.permute(2, 0, 1, 3), (q, k, v), grad_out)
 
-    return {
-        name + (", shared" if shared else ""): partial(call, kernel, shared)
-        for name, kernel in kernels.items()
-        for shared in ((False, True) if times > 1 else (False,))
-    }
+    calls = {}
+    for name, kernel in kernels.items():
+        calls[name] = partial(call, kernel, False)
+        if times > 1:
+            calls[f"{name}, shared"] = partial(call, kernel, True)
+    return calls
 
 
 def _refusal(call: Callable[[], None]) -> str:

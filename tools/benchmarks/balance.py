@@ -23,7 +23,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hydra_mcore.config import HydraOptions, ModelShape
 from hydra_mcore.costs.communication import imbalance
-from hydra_mcore.heads import HeadLayout, HeadMap
+from hydra_mcore.heads import Head, HeadLayout, HeadMap
 from hydra_mcore.kinds import FA
 from hydra_mcore.model.attention_plan import AttentionPlan
 from hydra_mcore.model.build import transformer_config
@@ -58,7 +58,9 @@ def _timed(args: argparse.Namespace) -> Report:
 
 def _counted(args: argparse.Namespace) -> Report:
     length = args.length or 16384
-    rows = [row for name, maps in _head_maps(args.head_map) for row in _imbalances(name, maps, args.tp, length)]
+    rows: list[list[Any]] = []
+    for name, maps in _head_maps(args.head_map):
+        rows += _imbalances(name, maps, args.tp, length)
     title = f"Causal query-key products of the busiest tensor-parallel rank over the mean of ranks, {length} tokens"
     return Report(title, "One document; mean and worst of the layers that have FA heads.", COUNTED, rows)
 
@@ -78,11 +80,9 @@ def _head_maps(paths: Sequence[Path]) -> Iterator[tuple[str, list[HeadMap]]]:
 
 def _random_map(rng: random.Random) -> HeadMap:
     heads = range(QWEN3.num_heads)
-    chosen = [
-        (layer, head)
-        for layer in range(QWEN3.num_layers)
-        for head in rng.sample(heads, rng.randint(0, QWEN3.num_heads))
-    ]
+    chosen: list[Head] = []
+    for layer in range(QWEN3.num_layers):
+        chosen += [(layer, head) for head in rng.sample(heads, rng.randint(0, QWEN3.num_heads))]
     return HeadMap.from_fa(chosen, QWEN3.num_layers, QWEN3.num_heads, QWEN3.num_kv_groups)
 
 
@@ -91,14 +91,17 @@ def _imbalances(name: str, maps: Sequence[HeadMap], tp_sizes: Sequence[int], len
     for tp_size in tp_sizes:
         row: list[Any] = [name, tp_size]
         for way in ("heads", "queries"):
-            found = [
-                imbalance(HeadLayout(layer, head_map.num_kv_groups, tp_size, layer_idx, way), FA, part)
-                for head_map in maps
-                for layer_idx, layer in enumerate(head_map.layers)
-                if layer[FA]
-            ]
+            found = [imbalance(layout, FA, part) for layout in _layouts_with_fa(maps, tp_size, way)]
             row += [f"{sum(found) / len(found):.3f}", f"{max(found):.3f}"] if found else ["-", "-"]
         yield row
+
+
+def _layouts_with_fa(maps: Sequence[HeadMap], tp_size: int, way: str) -> Iterator[HeadLayout]:
+    """Of every layer that has FA heads."""
+    for head_map in maps:
+        for layer_idx, layer in enumerate(head_map.layers):
+            if layer[FA]:
+                yield HeadLayout(layer, head_map.num_kv_groups, tp_size, layer_idx, way)
 
 
 def rank_rows(

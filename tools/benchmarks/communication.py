@@ -7,6 +7,7 @@ hydra_mcore/costs/communication.py.
 from __future__ import annotations
 
 import argparse
+import itertools
 from typing import Any
 
 from hydra_mcore.config import HydraOptions
@@ -23,7 +24,7 @@ VALUE_BYTES = 2  # bf16
 
 def run(args: argparse.Namespace) -> Report:
     num_gdn = QWEN3.num_heads - args.fa_heads
-    rows = [_sent(args, cp_size, length) for cp_size in args.cp for length in args.lengths]
+    rows = [_sent(args, cp_size, length) for cp_size, length in itertools.product(args.cp, args.lengths)]
     title = "MiB sent for one layer, forward and backward, by the rank that sends most"
     notes = (
         f"Qwen3-1.7B, {args.fa_heads} FA heads in different kv groups (the worst case), {num_gdn} GDN heads, head_dim"
@@ -48,8 +49,7 @@ def _sent(args: argparse.Namespace, cp_size: int, length: int) -> list[Any]:
     parts = [SequencePart(length, cp_size, rank) for rank in range(cp_size)]
     ranks = [
         cp_bytes(QWEN3, HydraOptions(), layout, tp_rank, part, VALUE_BYTES, rows=1)
-        for part in parts
-        for tp_rank in range(args.tp)
+        for part, tp_rank in itertools.product(parts, range(args.tp))
     ]
     ours = max(ranks, key=lambda by_kind: total(by_kind).total)
     linear, fa = (summed(ours.get(kind, {})).total for kind in (DEFAULT_LINEAR, FA))

@@ -114,9 +114,9 @@ def encode_batch_speed(folder: Path, corpus: Path) -> float:
         [document.text for document in batch.documents] for batch in batches(FileSource([str(corpus)], "text"), None)
     ]
     start = time.process_time()
-    tokens = sum(
-        len(encoding) for texts in work for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)
-    )
+    tokens = 0
+    for texts in work:
+        tokens += sum(map(len, tokenizer.encode_batch(texts, add_special_tokens=False)))
     return tokens / (time.process_time() - start)
 
 

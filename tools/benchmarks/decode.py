@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> Report:
     decoders = _decoders(args, device, dtype)
     found = list(measured(decoders, args.lengths, args.steps))
     prompts = prefills(decoders, args.lengths, args.prompts)
-    steps = [point for points in found for point in points]
+    steps = list(itertools.chain.from_iterable(found))
     weights = ", ".join(f"{decoder.weight_bytes / MIB:.1f} ({decoder.name})" for decoder in decoders)
     # Linux counts in KiB.
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> Report:
         title="Decoding one token",
         notes=notes,
         columns=COLUMNS,
-        rows=[row for points in found for row in rows(points)],
+        rows=list(itertools.chain.from_iterable(map(rows, found))),
         points=[Point(step.name, step.length, step.seconds, step.cache_bytes) for step in steps],
         memory="cache",
         more=(_prefill_report(prompts, args.prompts),),
@@ -112,9 +112,10 @@ def _decoders(args: argparse.Namespace, device: str, dtype: str) -> list[Decoder
         head_dim=args.head_dim,
         ffn_hidden_size=args.ffn, vocab_size=args.vocabulary, native_length=max(args.lengths),
     )  # fmt: skip
-    return random_decoders(
-        shape, [heads for n in args.fa_heads for heads in (range(n), spread_heads(n, shape))], device, dtype
-    )
+    fa_heads: list[Sequence[int]] = []
+    for count in args.fa_heads:
+        fa_heads += [range(count), spread_heads(count, shape)]
+    return random_decoders(shape, fa_heads, device, dtype)
 
 
 @dataclass(frozen=True)
@@ -171,8 +172,9 @@ class Decoder:
 
     def _held_bytes(self) -> int:
         """Of all storages behind the cache's tensors: a view that keeps more alive than it shows counts in full."""
-        tensors = (x for part in (self.cache, *self.cache.layers) for x in vars(part).values() if isinstance(x, Tensor))
-        return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+        held = itertools.chain.from_iterable(vars(part).values() for part in (self.cache, *self.cache.layers))
+        storages = [x.untyped_storage() for x in held if isinstance(x, Tensor)]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     @property
     def weight_bytes(self) -> int:
@@ -227,7 +229,7 @@ def random_decoders(shape: ModelShape, maps: Sequence[Sequence[int]], device: st
 
 def _student_config(shape: ModelShape, fa: Sequence[int], dtype: str) -> PretrainedConfig:
     """As an export writes it."""
-    pairs = [(layer_idx, head_idx) for layer_idx in range(shape.num_layers) for head_idx in fa]
+    pairs = itertools.product(range(shape.num_layers), fa)
     head_map = HeadMap.from_fa(pairs, shape.num_layers, shape.num_heads, shape.num_kv_groups)
     card = ModelCard(shape=shape, head_map=head_map, options=HydraOptions(), fingerprint="")
     try:

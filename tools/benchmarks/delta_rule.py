@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import importlib.util
 import inspect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> Report:
     lengths = sorted(args.lengths)
     ways = (GRADIENT, FORWARD, KEPT) if device == "cpu" else (GRADIENT, FORWARD)
     points: dict[str, list[Point]] = {way: [] for way in ways}
-    for way, length in tqdm([(way, length) for way in ways for length in lengths], desc="delta-rule"):
+    for way, length in tqdm(list(itertools.product(ways, lengths)), desc="delta-rule"):
         if way == KEPT:
             install()
         points[way] += rules.points(length, args.repeats, way != FORWARD, length <= args.slow_limit)

@@ -9,6 +9,7 @@ runs them.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import tempfile
@@ -79,7 +80,7 @@ def reading_rows(lengths: Sequence[int]) -> Iterator[list[Any]]:
     )  # fmt: skip
     with process_groups():
         for name, count in FA_HEADS.items():
-            kept = [(layer, head) for layer in range(shape.num_layers) for head in range(count)]
+            kept = itertools.product(range(shape.num_layers), range(count))
             head_map = HeadMap.from_fa(kept, shape.num_layers, shape.num_heads, shape.num_kv_groups)
             options = HydraOptions.teacher() if count == shape.num_heads else HydraOptions()
             card = ModelCard(shape=shape, head_map=head_map, options=options, fingerprint="")

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,8 @@ DASHES = (0, (5, 3))
 def save_figure(path: Path, report: Report) -> None:
     """Write a PNG: for every table with points time against length, and memory beside it where it was measured."""
     tables = [table for table in report.tables if table.points]
-    names = dict.fromkeys(point.name for table in tables for point in table.points)
+    points = itertools.chain.from_iterable(table.points for table in tables)
+    names = dict.fromkeys(point.name for point in points)
     styles = {name: figures.style(index) for index, name in enumerate(names)}
     lines = math.ceil((len(names) + 1) / 4)
     figure = figures.empty(11, 4.0 * len(tables) + 0.4 + 0.24 * lines, dpi=110)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +29,7 @@ def student_card(shape: ModelShape, fa_heads: int) -> ModelCard:
     Raises:
         InputError: more heads than a layer has.
     """
-    pairs = [
-        (layer_idx, head_idx) for layer_idx in range(shape.num_layers) for head_idx in spread_heads(fa_heads, shape)
-    ]
+    pairs = itertools.product(range(shape.num_layers), spread_heads(fa_heads, shape))
     head_map = HeadMap.from_fa(pairs, shape.num_layers, shape.num_heads, shape.num_kv_groups)
     return dataclasses.replace(
         teacher_card(shape, "f" * 64), head_map=head_map, options=HydraOptions(), stage="student"

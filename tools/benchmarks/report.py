@@ -55,9 +55,10 @@ class Report:
 
 def markdown(report: Report) -> str:
     """All tables of a report with their titles and notes."""
-    return "\n\n".join(
-        part for table in report.tables for part in (f"**{table.title}**", table.notes, _table(table)) if part
-    )
+    parts: list[str] = []
+    for table in report.tables:
+        parts += [f"**{table.title}**", table.notes, _table(table)]
+    return "\n\n".join(filter(None, parts))
 
 
 def save_json(path: Path, command: Sequence[str], report: Report) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from hydra_mcore.config import ModelShape, teacher_card
 from hydra_mcore.errors import InputError
-from hydra_mcore.heads import Head
+from hydra_mcore.heads import Head, every_head
 from hydra_mcore.model.build import build_model
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.selection.attribution import attributed_effects
@@ -62,7 +62,9 @@ def run(args: argparse.Namespace) -> Report:
         " more; the median of the heads run stands for all. Difference: between both ways, the largest, over the"
         " largest score."
     )
-    found = [row for shape in shapes for row in rows(shape, prompts, args.naive_heads, args.naive_senders)]
+    found: list[list[Any]] = []
+    for shape in shapes:
+        found += rows(shape, prompts, args.naive_heads, args.naive_senders)
     return Report("Seconds of the scores of all heads", notes, COLUMNS, found)
 
 
@@ -271,7 +273,7 @@ def _forward(teacher: Teacher, batch: ProbeBatch) -> None:
 
 
 def _sample(layers: int, heads: int, count: int) -> list[Head]:
-    everyone = [(layer_idx, head_idx) for layer_idx in range(layers) for head_idx in range(heads)]
+    everyone = every_head(layers, heads)
     return random.Random(0).sample(everyone, min(count, len(everyone)))
 
 

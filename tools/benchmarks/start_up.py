@@ -7,6 +7,7 @@ example.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shutil
 import subprocess
@@ -36,7 +37,7 @@ STEP_NOTES = (
 
 def commands() -> list[str]:
     """Every command line of the project, as ``python -m`` takes it."""
-    scripts = (path for top in ("hydra_mcore", "examples", "tools") for path in (ROOT / top).rglob("*.py"))
+    scripts = itertools.chain.from_iterable((ROOT / top).rglob("*.py") for top in ("hydra_mcore", "examples", "tools"))
     mains = (path for path in scripts if '\nif __name__ == "__main__":\n' in path.read_text(encoding="utf-8"))
     return sorted(
         {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__") for path in mains}

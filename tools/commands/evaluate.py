@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 
 import torch
@@ -87,7 +88,7 @@ def check_request(args: argparse.Namespace, records: Records) -> dict[str, Model
 def missing(records: Records, asked: dict[Contestant, list[Piece]]) -> dict[Contestant, list[Piece]]:
     """What each model has not answered yet; raises InputError where the folder is one of other models or wordings."""
     records.check_names(list(asked))
-    records.check_wording([piece for pieces in asked.values() for piece in pieces])
+    records.check_wording(list(itertools.chain.from_iterable(asked.values())))
     return {who: [piece for piece in pieces if not records.holds(who, piece)] for who, pieces in asked.items()}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -123,7 +124,7 @@ def knock_out_prompts(args: argparse.Namespace, material: PromptMaterial, length
         return []
     seed = (args.seed + EVALUATION_SEEDS // 4) % EVALUATION_SEEDS  # half of the range is training's
     built = build_probes(material, length, args.knock_out, seed, (RETRIEVAL,))
-    return [batch for batches in built.values() for batch in batches]
+    return list(itertools.chain.from_iterable(built.values()))
 
 
 def parse_probes(texts: list[str]) -> dict[str, Path]:
@@ -191,7 +192,7 @@ def announce(args: argparse.Namespace, card: ModelCard) -> None:
     lengths, material = [main_length(args, card), *args.also_lengths], needle_material(args)
     work, pairs = {"receivers and gradients": 0.0, "senders, a round": 0.0, "knock-out": 0.0}, 0
     for length in lengths:
-        for batch in (batch for batches in probes(args, material, length).values() for batch in batches):
+        for batch in itertools.chain.from_iterable(probes(args, material, length).values()):
             count, tokens = batch.clean_bs.shape
             pairs += count
             work["receivers and gradients"] += 6 * count * forward_flops(card.shape, tokens)

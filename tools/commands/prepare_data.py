@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from hydra_mcore.config import CARD_NAME, ModelCard
@@ -88,10 +88,8 @@ def announce(args: argparse.Namespace, source: Source, encoder: Encoder, limits:
     start = time.perf_counter()
     tokens = sum(len(encode(some)[0]) for some in texts)
     speed = tokens / (time.perf_counter() - start)
-    print(
-        f"speed: {speed:.0f} tokens/s a worker on the first"
-        f" {sum(len(text) for some in texts for text in some) / 1e6:.1f}M characters"
-    )
+    characters = sum(map(len, chain.from_iterable(texts)))
+    print(f"speed: {speed:.0f} tokens/s a worker on the first {characters / 1e6:.1f}M characters")
     if args.tokens:
         hours = (args.tokens - done) / speed / args.workers / 3600
         print(

@@ -14,6 +14,7 @@ from typing import Any
 from hydra_mcore.commands import sole_writer
 from hydra_mcore.config import ModelCard
 from hydra_mcore.errors import InputError
+from hydra_mcore.heads import every_head
 from hydra_mcore.model.runtime import from_first_rank, process_groups
 from hydra_mcore.selection.choose import SCORED, Choice, choose_heads, hybrid_budget, parse_ratio
 from hydra_mcore.selection.figures import heat_map
@@ -120,7 +121,7 @@ def choose(args: argparse.Namespace, card: ModelCard, budget: int, scores: HeadS
     for name in ("ratio", "kv_groups", "ranks", "every"):
         if getattr(args, name) is not None:
             made_by[name] = getattr(args, name)
-    ranking, table = [(layer, head) for layer in range(layers) for head in range(heads)], None
+    ranking, table = every_head(layers, heads), None
     if scores is not None:
         ranking, table = scores.ranking(), scores.scores_lh.tolist()
         if args.strategy in SCORED:

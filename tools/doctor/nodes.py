@@ -4,6 +4,7 @@
 
 import contextlib
 import fcntl
+import itertools
 import os
 import socket
 import time
@@ -102,7 +103,8 @@ def arrivals(peers: dict[int, Peer], place: Place, port: int, limit_s: float) ->
 def same_everywhere(reports: dict[int, list[Entry]], place: Place) -> Iterator[Line]:
     """Versions and GPUs of all nodes against those of the first."""
     nodes_with: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    names = {line.what for lines in reports.values() for topic, line in lines if topic in SAME_TOPICS}
+    entries = itertools.chain.from_iterable(reports.values())
+    names = {line.what for topic, line in entries if topic in SAME_TOPICS}
     for node, lines in reports.items():
         found = {line.what: line.found for topic, line in lines if topic in SAME_TOPICS}
         for what in names:

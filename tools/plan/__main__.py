@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--head-map", type=Path, metavar="FILE", help="heads that tools/select_heads.py chose")
     p.add_argument(
         "--ratio",
-        metavar="GDN:FA",
+        metavar="LINEAR:FA",
         help="heads to assume instead (default: that of the recipe's select section, else 3:1)",
     )
     p.add_argument(

@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
+import operator
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -26,11 +28,10 @@ def smallest_change(card: ModelCard, known: argparse.Namespace, machine: Machine
     """
     knobs = list(_knobs(known))
     for count in (1, 2, 3):
-        changes = (
-            dict(itertools.chain.from_iterable(change.items() for change in chosen))
-            for some in itertools.combinations(knobs, count)
-            for chosen in itertools.product(*some)
+        chosen = itertools.chain.from_iterable(
+            itertools.product(*some) for some in itertools.combinations(knobs, count)
         )
+        changes = (functools.reduce(operator.or_, some) for some in chosen)
         if found := fitting(card, known, machine, changes):
             return found[0]
     return None

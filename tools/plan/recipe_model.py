@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 from pathlib import Path
 
 from hydra_mcore.config import CARD_NAME, ConfigError, HydraOptions, ModelCard, ModelShape, StageOptions
@@ -64,5 +65,5 @@ def even_map(shape: ModelShape, ratio: str) -> HeadMap:
     first = by_group[: shape.num_kv_groups : step] + [
         head for head in by_group if head not in by_group[: shape.num_kv_groups : step]
     ]
-    pairs = [(layer_idx, head) for layer_idx in range(shape.num_layers) for head in first[:num_fa]]
+    pairs = itertools.product(range(shape.num_layers), first[:num_fa])
     return HeadMap.from_fa(pairs, shape.num_layers, shape.num_heads, shape.num_kv_groups, strategy="assumed")

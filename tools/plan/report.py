@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 
 from hydra_mcore.config import ModelCard, teacher_card
@@ -67,7 +68,8 @@ def layout_name(run: Run) -> str:
 def stage_section(card: ModelCard, at: Estimate, machine: Machine, change: tuple[Changes, Estimate] | None) -> str:
     """One stage in its layout: memory, communication, balance, time, and what would make it fit when it does not."""
     run = at.run
-    held = [stage_parameters(card, run, pp, tp).total() for pp in range(run.pp_size) for tp in range(run.tp_size)]
+    ranks = itertools.product(range(run.pp_size), range(run.tp_size))
+    held = [stage_parameters(card, run, pp_rank, tp_rank).total() for pp_rank, tp_rank in ranks]
     memory = [[part, f"{value / GIB:.2f}"] for part, value in dataclasses.asdict(at.memory).items()]
     memory.append(["all", f"{at.memory.total / GIB:.2f}"])
     seconds = [[cause, f"{value:.2f}"] for cause, value in at.seconds.items()] + [["a step", f"{at.step_seconds:.2f}"]]

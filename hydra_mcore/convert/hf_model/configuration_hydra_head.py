@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -155,7 +156,7 @@ class HydraHeadConfig(PretrainedConfig):
         if len(self.heads) != self.num_hidden_layers:
             raise ValueError(f"heads lists {len(self.heads)} layers, the model has {self.num_hidden_layers}")
         for layer_idx, by_kind in enumerate(self.heads):
-            listed = [head for owned in by_kind.values() for head in owned]
+            listed = list(itertools.chain.from_iterable(by_kind.values()))
             for head in listed:
                 if not isinstance(head, int) or not 0 <= head < self.num_attention_heads:
                     raise ValueError(

@@ -20,20 +20,20 @@ from hydra_mcore.ruler.prompts import TASKS, Prompt
 from hydra_mcore.ruler.sets import draw_pairs, draw_prompts
 from hydra_mcore.ruler.wording import format_wording
 from hydra_mcore.tokenizer import open_tokenizer
+from tests.support.paths import TINY_TEACHER
 
-TEACHER = Path(__file__).parents[2] / "examples" / "tiny" / "teacher"
 ONE_ANSWER = [task for task in NEEDLE_TASKS if TASKS[task].one_answer]
 
 
 @pytest.fixture(scope="module")
 def fmt() -> NeedleFormat:
-    return NeedleFormat.load(TEACHER / "needles.json")
+    return NeedleFormat.load(TINY_TEACHER / "needles.json")
 
 
 @pytest.fixture(scope="module")
 def source(fmt: NeedleFormat) -> PromptMaterial:
     """The tiny teacher's needles in the source text of a module."""
-    tokenizer = open_tokenizer(TEACHER)
+    tokenizer = open_tokenizer(TINY_TEACHER)
     text = Path(dataclasses.__file__).read_text(encoding="utf-8")
     ids = np.asarray(tokenizer.encode(text, add_special_tokens=False))
     return PromptMaterial(tokenizer, format_wording(fmt), Haystack.of(tokenizer, ids))

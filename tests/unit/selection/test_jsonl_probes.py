@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from hydra_mcore.errors import InputError
 from hydra_mcore.selection.jsonl import load_pairs
+from tests.support.paths import TINY_TEACHER
 
-TEACHER = Path(__file__).parents[2] / "examples" / "tiny" / "teacher"
 GOOD = {"clean": "The dog", "corrupt": "The cat", "answer": " barks", "distractor": " meows"}
 
 
@@ -50,7 +50,7 @@ def test_all_lines_are_taken(words: PreTrainedTokenizerFast, tmp_path: Path) -> 
 
 
 def test_prompt_and_answer_are_encoded_separately(tmp_path: Path) -> None:
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(TEACHER)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(TINY_TEACHER)
     (tmp_path / "own.jsonl").write_text(
         json.dumps({"clean": "an = 11\u2028", "corrupt": "an = 22\u2028", "answer": "1", "distractor": "2"})
     )

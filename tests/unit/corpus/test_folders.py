@@ -21,7 +21,8 @@ import pytest
 from hydra_mcore.corpus.folders import find_files
 from hydra_mcore.corpus.sources import FileSource, file_facts
 from hydra_mcore.errors import InputError
-from tests.support.corpora import TOKENIZER, encode_in_this_process
+from tests.support.corpora import encode_in_this_process
+from tests.support.paths import TINY_TEACHER
 from tools.prepare_data import main
 
 LINE = b'{"text": "line"}\n'
@@ -265,7 +266,7 @@ def test_the_command_says_what_it_left_out(
     """And the facts of files without oddities are those of ever, so that data goes on being valid."""
     encode_in_this_process(monkeypatch)
     tree(tmp_path, "in/b.jsonl", "in/a-b/c.jsonl", "in/a/d.jsonl", "in/x.json", "in/.git/e.jsonl")
-    flags = ["--tokenizer", str(TOKENIZER), "--out", str(tmp_path / "out"), "--workers", "1"]
+    flags = ["--tokenizer", str(TINY_TEACHER), "--out", str(tmp_path / "out"), "--workers", "1"]
     main(["--input", str(tmp_path / "in"), *flags])
     said = capsys.readouterr().out
     assert "left out of the folders: .json (1), hidden (1)\n" in said and "3 documents" in said
@@ -277,7 +278,7 @@ def test_the_command_says_what_it_left_out(
 def test_a_name_with_a_newline_does_not_break_the_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder := tmp_path / "a\nb\x1b[31m\udcff").mkdir()
     with pytest.raises(SystemExit) as stop:
-        main(["--input", str(folder), "--tokenizer", str(TOKENIZER), "--out", str(tmp_path / "out")])
+        main(["--input", str(folder), "--tokenizer", str(TINY_TEACHER), "--out", str(tmp_path / "out")])
     assert stop.value.code == 2
     assert (
         capsys.readouterr().err

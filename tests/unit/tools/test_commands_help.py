@@ -6,13 +6,12 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests.support.paths import ROOT
 from tools.benchmarks.start_up import commands
 
-ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "megatron", "transformers", "datasets", "matplotlib", "wandb"}
 WAYS = {f"tools.convert {way}" for way in ("import", "hybridize", "export")}  # each has examples of its own
 COMMANDS = sorted({*commands(), *WAYS} - {"tools.convert"})

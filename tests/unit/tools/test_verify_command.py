@@ -16,9 +16,8 @@ from hydra_mcore.convert.inherit import hybridize
 from hydra_mcore.evaluation.verification import NAMES
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.runtime import process_groups
+from tests.support.paths import ROOT
 from tools.verify import main
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from hydra_mcore.corpus.manifest import Manifest
-from tests.support.corpora import TOKENIZER, encode_in_this_process, make_texts, write_lines, written
+from tests.support.corpora import encode_in_this_process, make_texts, write_lines, written
+from tests.support.paths import ROOT, TINY_TEACHER
 from tools.benchmark import main as benchmark
 from tools.prepare_data import main, parser
 
-ROOT = Path(__file__).parents[2]
 BROKEN = {
     "not JSON": b'{"text": "cut off',
     "not UTF-8": b'{"text": "\xff\xfe"}',
@@ -44,7 +44,7 @@ def test_kill_9_of_the_command_ends_its_workers_and_it_goes_on(tmp_path: Path, t
         "--input",
         str(tmp_path / "in.jsonl"),
         "--tokenizer",
-        str(TOKENIZER),
+        str(TINY_TEACHER),
         "--shard-tokens",
         "2e5",
         "--tokens",
@@ -89,7 +89,7 @@ def test_broken_lines_are_named_and_skipped_only_when_asked(
         "--input",
         str(tmp_path / "in.jsonl"),
         "--tokenizer",
-        str(TOKENIZER),
+        str(TINY_TEACHER),
         "--out",
         str(tmp_path / "out"),
         "--workers",
@@ -167,7 +167,7 @@ def test_bad_input_is_one_line(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
     given = flags.replace("{}", str(tmp_path)).split()
-    defaults = {"--tokenizer": str(TOKENIZER), "--out": str(tmp_path / "out" / "data"), "--workers": "1"}
+    defaults = {"--tokenizer": str(TINY_TEACHER), "--out": str(tmp_path / "out" / "data"), "--workers": "1"}
     line = refusal(
         capsys, *given, *(word for flag, value in defaults.items() if flag not in given for word in (flag, value))
     )
@@ -178,10 +178,10 @@ def test_bad_input_is_one_line(
 def test_dry_run_writes_nothing(tmp_path: Path, texts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     write_lines(tmp_path / "in.jsonl", texts)
     (tmp_path / "recipe.yaml").write_text(
-        f"prepare: {{input: [{tmp_path / 'in.jsonl'}], tokenizer: {TOKENIZER}, out: {tmp_path / 'x' / 'out'}, tokens:"
-        " 15e9}\n"
+        f"prepare: {{input: [{tmp_path / 'in.jsonl'}], tokenizer: {TINY_TEACHER}, out: {tmp_path / 'x' / 'out'}, "
+        "tokens: 15e9}\n"
     )
-    main(["--config", str(tmp_path / "recipe.yaml"), "--model", str(TOKENIZER), "--dry-run"])
+    main(["--config", str(tmp_path / "recipe.yaml"), "--model", str(TINY_TEACHER), "--dry-run"])
     said = capsys.readouterr().out
     assert "1024 words, end of document 0, stored as uint16" in said and "1.5e+10 tokens, 0 of them done" in said
     assert not (tmp_path / "x").exists()
@@ -203,7 +203,7 @@ def test_documented_commands(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_benchmark_measures_speed_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
-    benchmark(["data", "--megabytes", "1", "--repeats", "1", "--workers", "1", "--tokenizers", str(TOKENIZER)])
+    benchmark(["data", "--megabytes", "1", "--repeats", "1", "--workers", "1", "--tokenizers", str(TINY_TEACHER)])
     cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[-1].strip("|").split("|")]
     assert cells[0] == "1024" and int(cells[1]) > 10**6
     assert int(cells[4].removesuffix("%")) > 40  # a machine with other work; docs/data.md has what a quiet one gives

@@ -27,14 +27,15 @@ from hydra_mcore.corpus.shards import Limits, prepare
 from hydra_mcore.corpus.sources import Batch, DatasetSource, Document, FileSource
 from hydra_mcore.corpus.tokenize import BatchEncoder, Encoder, encode_batches, fingerprint, load_encoder
 from hydra_mcore.errors import InputError
-from tests.support.corpora import TOKENIZER, encode_in_this_process, make_texts, write_lines, written
+from tests.support.corpora import encode_in_this_process, make_texts, write_lines, written
+from tests.support.paths import ROOT, TINY_TEACHER
 
 END = 0  # end of document of the tokenizer
 
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
-    return load_encoder(TOKENIZER)
+    return load_encoder(TINY_TEACHER)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def test_every_kind_of_source_gives_its_documents_in_order(
     kind: str, tmp_path: Path, texts: list[str], encoder: Encoder, serial: None
 ) -> None:
     manifest = prepare(source_of(kind, tmp_path, texts), encoder, Limits(shard_tokens=3000), tmp_path / "out", 1)
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    tokenizer = AutoTokenizer.from_pretrained(TINY_TEACHER)
     expected = [[*tokenizer.encode(text, add_special_tokens=False), END] for text in texts]
     assert documents_of(manifest, tmp_path) == expected
     assert (manifest.documents, manifest.tokens) == (len(texts), sum(map(len, expected)))
@@ -262,7 +263,7 @@ def test_two_processes_do_not_write_the_same_data(tmp_path: Path, encoder: Encod
         " print(flush=True); sys.stdin.read()"
     )
     command, pipe = [sys.executable, "-c", held, str(tmp_path / "out")], subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, cwd=Path(__file__).parents[2]) as holder:
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, cwd=ROOT) as holder:
         holder.stdout.readline()
         with pytest.raises(InputError, match=f"is being written by process {holder.pid} on "):
             prepare(FileSource([str(tmp_path)], "text"), encoder, Limits(), tmp_path / "out", 1)
@@ -297,7 +298,7 @@ def test_a_blend_of_prepared_data_is_its_shards_by_tokens(
 
 
 def test_fingerprint_is_of_what_decides_the_ids(tmp_path: Path, encoder: Encoder) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    tokenizer = AutoTokenizer.from_pretrained(TINY_TEACHER)
     tokenizer.save_pretrained(tmp_path / "model" / "tokenizer")
     assert load_encoder(tmp_path / "model") == encoder  # as it stands beside a checkpoint
     tokenizer.backend_tokenizer.enable_truncation(8)

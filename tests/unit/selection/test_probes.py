@@ -23,8 +23,8 @@ from hydra_mcore.selection.capabilities import BUILT_IN, GENERAL, RETRIEVAL
 from hydra_mcore.selection.general import GENERAL_PROBES
 from hydra_mcore.selection.probes import ProbeBatch, build_probes, check_seed
 from hydra_mcore.tokenizer import load_tokenizer
+from tests.support.paths import TINY_TEACHER
 
-TEACHER = Path(__file__).parents[2] / "examples" / "tiny" / "teacher"
 TASKS = BUILT_IN[RETRIEVAL]
 IDS = ("clean_bs", "corrupt_bs", "answer_bp", "distractor_bp")
 
@@ -33,7 +33,7 @@ IDS = ("clean_bs", "corrupt_bs", "answer_bp", "distractor_bp")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder as far as probes look: the tokenizer's."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    (folder / "tokenizer").symlink_to(TEACHER)
+    (folder / "tokenizer").symlink_to(TINY_TEACHER)
     return folder
 
 
@@ -178,8 +178,8 @@ def test_prompts_that_cannot_be_built(changes: dict, message: str, source: Promp
 
 
 def test_wording_is_the_files_then_the_teachers_then_rulers(checkpoint: Path, tmp_path: Path) -> None:
-    fmt = NeedleFormat.load(TEACHER / "needles.json")
-    assert own_wording(checkpoint).own == own_wording(TEACHER).own == fmt
+    fmt = NeedleFormat.load(TINY_TEACHER / "needles.json")
+    assert own_wording(checkpoint).own == own_wording(TINY_TEACHER).own == fmt
     assert own_wording(tmp_path) == RULER
     dataclasses.replace(fmt, noise=" Rain.").save(tmp_path / "own.json")
     assert read_wording(tmp_path / "own.json").own == dataclasses.replace(fmt, noise=" Rain.")

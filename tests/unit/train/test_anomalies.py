@@ -5,14 +5,12 @@
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from hydra_mcore.train.anomalies import DataTimeout, LossSpikes
-
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
 
 
 def alerts(losses: np.ndarray) -> list[int]:

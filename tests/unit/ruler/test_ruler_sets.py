@@ -24,9 +24,9 @@ from hydra_mcore.ruler.needle_format import NeedleFormat
 from hydra_mcore.ruler.needles import NEEDLE_TASKS
 from hydra_mcore.ruler.sets import prompt_set
 from hydra_mcore.ruler.wording import RULER, load_wording
+from tests.support.paths import ROOT, TINY_TEACHER
 from tests.support.small_tokenizers import KINDS, haystack, small_tokenizer
 
-TEACHER = Path(__file__).parents[2] / "examples" / "tiny" / "teacher"
 SEED = 1_000_000
 
 
@@ -38,8 +38,8 @@ def source() -> PromptMaterial:
 @pytest.fixture(scope="module")
 def own() -> PromptMaterial:
     """The tiny teacher's own needles."""
-    tokenizer = AutoTokenizer.from_pretrained(TEACHER)
-    return PromptMaterial(tokenizer, load_wording(None, tokenizer, TEACHER), None).in_noise()
+    tokenizer = AutoTokenizer.from_pretrained(TINY_TEACHER)
+    return PromptMaterial(tokenizer, load_wording(None, tokenizer, TINY_TEACHER), None).in_noise()
 
 
 def test_the_same_arguments_give_the_same_set_in_any_process(source: PromptMaterial) -> None:
@@ -56,7 +56,7 @@ def test_the_same_arguments_give_the_same_set_in_any_process(source: PromptMater
         text=True,
         check=True,
         env={"PYTHONHASHSEED": "7"},
-        cwd=TEACHER.parents[2],
+        cwd=ROOT,
     )
     bare = dataclasses.replace(source, haystack=None)
     assert run.stdout.strip() == str(
@@ -159,7 +159,7 @@ def test_a_bos_counts_and_comes_once() -> None:
 
 @pytest.mark.parametrize("task", NEEDLE_TASKS)
 def test_a_models_own_needles(task: str, own: PromptMaterial) -> None:
-    fmt = NeedleFormat.load(TEACHER / "needles.json")
+    fmt = NeedleFormat.load(TINY_TEACHER / "needles.json")
     pieces = fmt.long_pieces if NEEDLE_TASKS[task].uuid_values else fmt.short_pieces
     for prompt in prompt_set(task, 1500, 3, SEED, own).prompts:
         text = own.tokenizer.decode(prompt.ids)
@@ -203,10 +203,12 @@ def test_a_wording_of_ones_own(tmp_path: Path, source: PromptMaterial) -> None:
         and text.endswith(f"\n{key}? {key} has")
         and f"\n{key} has {prompt.answers[0]}.\n" in text
     )
-    assert load_wording(str(TEACHER / "needles.json"), source.tokenizer, tmp_path).own == NeedleFormat.load(
-        TEACHER / "needles.json"
+    assert load_wording(str(TINY_TEACHER / "needles.json"), source.tokenizer, tmp_path).own == NeedleFormat.load(
+        TINY_TEACHER / "needles.json"
     )
-    assert load_wording(None, source.tokenizer, tmp_path) is load_wording("ruler", source.tokenizer, TEACHER) is RULER
+    assert (
+        load_wording(None, source.tokenizer, tmp_path) is load_wording("ruler", source.tokenizer, TINY_TEACHER) is RULER
+    )
 
 
 @pytest.mark.parametrize(

@@ -28,15 +28,15 @@ from hydra_mcore.ruler.material import PromptMaterial
 from hydra_mcore.ruler.prompts import Prompt
 from hydra_mcore.ruler.sets import prompt_set
 from hydra_mcore.ruler.wording import load_wording
+from tests.support.paths import TINY_TEACHER
 
-TEACHER = Path(__file__).parents[2] / "examples" / "tiny" / "teacher"
 SEED, VOCAB, LENGTH = 1_000_000, 1024, 64
 ROWS = rows_a_forward(LENGTH)
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast.from_pretrained(TEACHER)
+    return PreTrainedTokenizerFast.from_pretrained(TINY_TEACHER)
 
 
 class Rule:
@@ -180,7 +180,7 @@ def teacher(tiny_teacher: Path) -> Iterator[EvaluatedModel]:
 
 def test_both_ways_agree_on_the_tiny_teacher(teacher: EvaluatedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     """Beyond its native length, where it sometimes fails."""
-    source = PromptMaterial(tokenizer, load_wording(None, tokenizer, TEACHER), None)
+    source = PromptMaterial(tokenizer, load_wording(None, tokenizer, TINY_TEACHER), None)
     prompts = prompt_set("niah_single_1", 1024, 12, SEED, source).prompts
     forced, decoded = (scored(teacher, prompts, tokenizer, by_generation) for by_generation in (False, True))
     assert forced == decoded and 0 < sum(forced) < len(forced)

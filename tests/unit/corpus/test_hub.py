@@ -27,7 +27,8 @@ from hydra_mcore.corpus.manifest import Manifest
 from hydra_mcore.corpus.sources import DatasetSource
 from hydra_mcore.corpus.tokenize import load_fast_tokenizer
 from hydra_mcore.errors import InputError
-from tests.support.corpora import TOKENIZER, encode_in_this_process, make_texts, write_lines
+from tests.support.corpora import encode_in_this_process, make_texts, write_lines
+from tests.support.paths import TINY_TEACHER
 from tools.prepare_data import main
 
 HTTP_ERROR = HfHubHTTPError.__mro__[1]  # of the library that this huggingface_hub takes: httpx, then httpx2
@@ -159,7 +160,7 @@ def test_without_a_network_the_line_comes_within_seconds(
         use_endpoint("http://nowhere.invalid", monkeypatch)
     out = ("--out", str(tmp_path / "out"))
     start = time.monotonic()
-    assert said in complaint("--dataset", "nobody/nothing", "--tokenizer", str(TOKENIZER), *out, capsys=capsys)
+    assert said in complaint("--dataset", "nobody/nothing", "--tokenizer", str(TINY_TEACHER), *out, capsys=capsys)
     line = complaint("--input", str(tmp_path / "a.txt"), "--tokenizer", "nobody/nothing", *out, capsys=capsys)
     assert said in line and line.endswith("give a folder with its files")
     assert time.monotonic() - start < 30
@@ -189,7 +190,7 @@ def test_whatever_a_hub_answers_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     answering(status, body, monkeypatch)
-    flags = ("--dataset", "nobody/nothing", "--tokenizer", str(TOKENIZER), "--out", str(tmp_path / "out"))
+    flags = ("--dataset", "nobody/nothing", "--tokenizer", str(TINY_TEACHER), "--out", str(tmp_path / "out"))
     assert "dataset nobody/nothing: cannot be opened (" in complaint(*flags, capsys=capsys)
 
 
@@ -240,7 +241,16 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     encode_in_this_process(monkeypatch)
     (tmp_path / "set").mkdir()
     write_lines(tmp_path / "set" / "a.jsonl", make_texts())
-    rest = ["--tokenizer", str(TOKENIZER), "--out", str(tmp_path / "out"), "--workers", "1", "--shard-tokens", "3000"]
+    rest = [
+        "--tokenizer",
+        str(TINY_TEACHER),
+        "--out",
+        str(tmp_path / "out"),
+        "--workers",
+        "1",
+        "--shard-tokens",
+        "3000",
+    ]
     main(["--dataset", str(tmp_path / "set"), *rest])
     manifest = Manifest.load(tmp_path / "out.json")
     manifest.run["source"] = {
@@ -291,9 +301,9 @@ def test_a_tokenizer_in_the_cache_needs_no_hub(online: None, silent: None, tmp_p
     here = tmp_path / "cache" / "models--nobody--tokenizer"
     (here / "refs").mkdir(parents=True)
     (here / "refs" / "main").write_text(COMMIT)
-    shutil.copytree(TOKENIZER, here / "snapshots" / COMMIT, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(TINY_TEACHER, here / "snapshots" / COMMIT, ignore=shutil.ignore_patterns("*.safetensors"))
     start = time.monotonic()
-    assert load_fast_tokenizer("nobody/tokenizer").get_vocab() == load_fast_tokenizer(TOKENIZER).get_vocab()
+    assert load_fast_tokenizer("nobody/tokenizer").get_vocab() == load_fast_tokenizer(TINY_TEACHER).get_vocab()
     assert time.monotonic() - start < 20
 
 

@@ -21,8 +21,8 @@ from hydra_mcore.recipe import STAGE_SECTIONS, Recipe
 from hydra_mcore.stages import default_flags
 from hydra_mcore.train.arguments import ENGINE, ENGINE_CPU, ENGINE_GPU
 from hydra_mcore.train.flags import UNUSED, FlagParser, check_values, flag_name, refusal, unused
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 SHAPE = ModelShape(
     num_layers=4,
     hidden_size=32,

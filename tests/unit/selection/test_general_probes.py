@@ -15,8 +15,8 @@ from hydra_mcore.ruler.needle_format import NeedleFormat
 from hydra_mcore.selection import general
 from hydra_mcore.selection.general import GENERAL_PROBES, NOUNS, VERBS, general_pairs
 from hydra_mcore.selection.jsonl import Pair
+from tests.support.paths import TINY_TEACHER
 
-TEACHER = Path(__file__).parents[2] / "examples" / "tiny" / "teacher"
 KNOWN = [Path(general.__file__).read_text(encoding="utf-8")]  # has every word of the probes
 
 
@@ -45,7 +45,7 @@ def whole_words(digits: bool) -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="module", params=["teacher", "byte pairs", "whole words"])
 def language(request: pytest.FixtureRequest) -> tuple:
     if request.param == "teacher":
-        return PreTrainedTokenizerFast.from_pretrained(TEACHER), NeedleFormat.load(TEACHER / "needles.json")
+        return PreTrainedTokenizerFast.from_pretrained(TINY_TEACHER), NeedleFormat.load(TINY_TEACHER / "needles.json")
     return byte_pairs() if request.param == "byte pairs" else whole_words(digits=True), None
 
 

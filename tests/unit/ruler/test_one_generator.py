@@ -22,9 +22,9 @@ from hydra_mcore.selection.probes import build_probes
 from hydra_mcore.tokenizer import open_tokenizer
 from hydra_mcore.train.needle_panels import TASKS as PANELS
 from hydra_mcore.train.needle_panels import make_panels
+from tests.support.paths import TINY_TEACHER
 from tests.support.small_tokenizers import KINDS, haystack, small_tokenizer
 
-TEACHER = Path(__file__).parents[2] / "examples" / "tiny" / "teacher"
 WORDINGS = ["tiny", *KINDS]  # the tiny teacher's own, and RULER's for tokenizers of every kind
 ONE_ANSWER = [task for task in NEEDLE_TASKS if TASKS[task].one_answer]
 LENGTH, COUNT, SEED = 1500, 4, 7
@@ -32,8 +32,8 @@ LENGTH, COUNT, SEED = 1500, 4, 7
 
 @pytest.fixture(scope="module")
 def sources() -> dict[str, PromptMaterial]:
-    tokenizer = open_tokenizer(TEACHER)
-    tiny = PromptMaterial(tokenizer, own_wording(TEACHER), Haystack.of(tokenizer, read_text(tokenizer)[:20_000]))
+    tokenizer = open_tokenizer(TINY_TEACHER)
+    tiny = PromptMaterial(tokenizer, own_wording(TINY_TEACHER), Haystack.of(tokenizer, read_text(tokenizer)[:20_000]))
     return {"tiny": tiny, **{kind: PromptMaterial(small_tokenizer(kind), RULER, haystack(kind)) for kind in KINDS}}
 
 
@@ -57,7 +57,7 @@ def test_selection_asks_what_evaluation_asks(kind: str, sources: dict[str, Promp
 
 
 def test_training_asks_what_evaluation_asks(sources: dict[str, PromptMaterial], tmp_path: Path) -> None:
-    (tmp_path / "tokenizer").symlink_to(TEACHER)
+    (tmp_path / "tokenizer").symlink_to(TINY_TEACHER)
     args = argparse.Namespace(needle_interval=1, needle_length=256, needle_prompts=3, seq_length=512)
     panels = make_panels(args, tmp_path, vocab_size=1024)
     assert {panel: asked.task for panel, asked in panels.sets.items()} == PANELS

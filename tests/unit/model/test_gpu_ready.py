@@ -32,6 +32,7 @@ from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.ops import fla_kernels
 from hydra_mcore.sequence import SequencePart
 from tests.support.hf_model import random_model, random_tokens
+from tests.support.paths import ROOT
 
 SHAPE = ModelShape(
     num_layers=2, hidden_size=32, num_heads=4, num_kv_groups=2, head_dim=8, ffn_hidden_size=48, vocab_size=64,
@@ -169,7 +170,7 @@ def test_pieces_compile_without_a_break(name: str, options: dict[str, str], monk
 
 
 def test_the_gpu_suite_says_what_it_would_run() -> None:
-    script = Path(__file__).parents[2] / "tools" / "gpu_check.sh"
+    script = ROOT / "tools" / "gpu_check.sh"
     dry = subprocess.run(
         [script, "--dry-run"], env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True, check=True
     )

@@ -24,11 +24,10 @@ from hydra_mcore.ruler.needle_format import NeedleFormat
 from hydra_mcore.selection.evidence import spearman
 from hydra_mcore.selection.journal import JournalWriter, read_journal
 from hydra_mcore.selection.score import HeadScores
+from tests.support.paths import ROOT, TINY_TEACHER
 from tools.commands.head_scoring import identity, needle_material, probes
 from tools.select_heads import main, parser
 
-ROOT = Path(__file__).parents[2]
-TINY = ROOT / "examples" / "tiny" / "teacher"
 SMALL = ["--length", "128", "--pairs", "2"]
 
 
@@ -127,7 +126,7 @@ def test_random_and_layer_wise_maps_need_no_scores(
 
 
 def test_a_capability_of_ones_own(tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = NeedleFormat.load(TINY / "needles.json").value_pieces[:12]
+    words = NeedleFormat.load(TINY_TEACHER / "needles.json").value_pieces[:12]
     line = "".join(words[:8])
     pairs = [(line + line[: line.index(words[at])], words[at], words[at + 4]) for at in range(4, 8)]
     file = tmp_path / "mine.jsonl"
@@ -233,7 +232,7 @@ def test_a_stopped_run_goes_on_and_loses_no_finished_piece(tiny_teacher: Path, s
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--ratio", "3"], "ratio '3': write GDN heads to FA heads"),
+        (["--ratio", "3"], "ratio '3': write linear heads to FA heads"),
         (["--budget", "33", "--strategy", "global"], "budget 33: choose 0 to 32 heads"),
         (["--ratio", "31:1"], "global_c keeps one in each of 4 layers"),
         (["--seed", "1000000"], "seed 1000000"),

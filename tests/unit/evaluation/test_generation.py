@@ -26,8 +26,8 @@ from hydra_mcore.model.forward import last_hidden
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.sequence import SequencePart
 from tests.support.naive_decoding import naive_decoding
+from tests.support.paths import TINY_TEACHER
 
-TINY_TEACHER = Path(__file__).parents[2] / "examples" / "tiny" / "teacher"
 SHAPE = ModelShape(
     num_layers=4,
     hidden_size=32,

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from hydra_mcore.heads import HeadMap
+from tests.support.paths import ROOT
 from tools.plan.__main__ import main
 
-ROOT = Path(__file__).parents[2]
 SMALL, LARGE = (str(ROOT / "examples" / name / "recipe.yaml") for name in ("qwen3-1.7b", "qwen3-8b"))
 
 
