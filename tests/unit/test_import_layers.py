@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The layers of the package: who may import whom, how long things may be, what must not be required."""
+"""The layers of the package: who may import whom, how long things may be, how loops read, what must not be required."""
 
 import ast
 import subprocess
@@ -100,6 +100,12 @@ def test_files_and_functions_are_short(path: Path) -> None:
     assert len(text.splitlines()) < 400
     functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     assert [f.name for f in functions if f.end_lineno - f.lineno + 1 >= 60] == []
+
+
+@each_file
+def test_no_comprehension_has_two_loops(path: Path) -> None:
+    nodes = ast.walk(ast.parse(path.read_text()))
+    assert [node.lineno for node in nodes if len(getattr(node, "generators", ())) > 1] == []
 
 
 @each_file

@@ -28,9 +28,8 @@ def smallest_change(card: ModelCard, known: argparse.Namespace, machine: Machine
     """
     knobs = list(_knobs(known))
     for count in (1, 2, 3):
-        chosen = itertools.chain.from_iterable(
-            itertools.product(*some) for some in itertools.combinations(knobs, count)
-        )
+        combinations = itertools.combinations(knobs, count)
+        chosen = itertools.chain.from_iterable(itertools.product(*some) for some in combinations)
         changes = (functools.reduce(operator.or_, some) for some in chosen)
         if found := fitting(card, known, machine, changes):
             return found[0]
