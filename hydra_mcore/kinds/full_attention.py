@@ -110,12 +110,12 @@ def kept(shape: ModelShape, options: Options, load: Workload, heads: HeadCount) 
 
 
 def working(shape: ModelShape, options: Options, load: Workload, heads: HeadCount) -> float:
-    """Keys and values of the kv groups, of the part and, gathered, of the row, and by head of the row; queries with
-    what rotary or norm makes of them, or attention's result.
+    """Keys and values of the kv groups, of the part and, gathered, of the row; beside them queries with what rotary or
+    norm makes of them, or keys and values of the row by head and attention's result.
     """
     d, p, row = shape.head_dim, load.value_bytes, load.rows * load.length
     rope, gated = options.fa_position == "rope", options.fa_gate != "none"
-    keys_values = 2 * d * p * (heads.groups * (load.tokens + row) + heads.own * row)
+    keys_values, by_head = 2 * d * p * heads.groups * (load.tokens + row), 2 * d * p * heads.own * row
     normed = norm_working(load) if shape.qk_norm else 0
     queries = d * heads.own * max(normed, 4 * p if rope else 0, 3 * p if gated else 2 * p)
     queries += 2 * d * p if rope else 0  # cosines and sines
@@ -124,7 +124,8 @@ def working(shape: ModelShape, options: Options, load: Workload, heads: HeadCoun
     if swapped and not load.fused:  # of half a part's queries: as booleans and as what is added to the scores
         masks = load.tokens / load.rows / 2 * load.length * (1 + p)
     copies = 1 + swapped + (1 if masks else 2) + gate_width(options.fa_gate, d) / d
-    return keys_values + max(load.tokens * queries, heads.own * d * p * load.tokens * copies + masks)
+    attended = by_head + heads.own * d * p * load.tokens * copies + masks
+    return keys_values + max(load.tokens * queries, attended)
 
 
 def decoding(shape: ModelShape, load: Workload, heads: HeadCount, tokens: float) -> float:

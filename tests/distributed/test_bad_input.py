@@ -79,7 +79,7 @@ def test_flags(folder: Path, flags: tuple[str, ...], said: str) -> None:
         (
             2,
             ("--context-parallel-size", "2", "--seq-length", "4"),
-            "2 tokens a context-parallel rank are fewer than the short convolution",
+            "2 tokens a context-parallel rank are fewer than the 3 that GDN heads look back",
         ),
         (
             4,

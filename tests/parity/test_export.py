@@ -222,7 +222,7 @@ def poison(checkpoint: Path) -> None:
 def claim_more_heads(checkpoint: Path, layer_idx: int) -> None:
     raw = json.loads((checkpoint / "model.json").read_text())
     layer = raw["head_map"]["layers"][layer_idx]
-    layer["fa"], layer["gdn"] = [*layer["fa"], layer["gdn"][0]], layer["gdn"][1:]
+    layer["fa"], layer["gdn"] = [*layer.get("fa", []), layer["gdn"][0]], layer["gdn"][1:]
     raw["head_map"]["budget"] += 1
     (checkpoint / "model.json").write_text(json.dumps(raw))
 

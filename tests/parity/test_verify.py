@@ -29,10 +29,10 @@ from hydra_mcore.convert.inherit import hybridize
 from hydra_mcore.evaluation import layout_logits, subject, verification
 from hydra_mcore.evaluation.verification import NAMES
 from hydra_mcore.heads import HeadMap
+from hydra_mcore.model import fa_heads
 from hydra_mcore.model.build import load_model
 from hydra_mcore.model.checkpoints import save_weights
 from hydra_mcore.model.runtime import process_groups
-from hydra_mcore.sequence import SequencePart
 from tests.support.paths import ROOT
 from tests.support.stages import randomise
 from tests.support.tiny_hf import ODD, tiny_qwen3
@@ -228,7 +228,11 @@ def test_broken_code_in_the_export(made: Made, tmp_path: Path, name: str) -> Non
 def test_code_that_raises_is_a_failure_not_a_traceback(made: Made, tmp_path: Path) -> None:
     old = "        if padding is not None:\n            x_bsc = "
     export = edited_export(
-        made, tmp_path / "raising", "heads_hydra_head.py", old, old.replace("x_bsc = ", "raise ValueError('planted')#")
+        made,
+        tmp_path / "raising",
+        "gdn_heads_hydra_head.py",
+        old,
+        old.replace("x_bsc = ", "raise ValueError('planted')#"),
     )
     found = results(tmp_path, made.student, "--export", export)
     assert failed(found) == {("padding", "left"), ("padding", "right")}
@@ -258,7 +262,7 @@ def test_an_export_that_was_rounded_says_so(made: Made, tmp_path: Path) -> None:
 
 def test_documents_that_see_each_other(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Positions that go on over the end of a document: the log-position scale of FA queries shows them."""
-    monkeypatch.setattr(SequencePart, "positions", lambda part, device: torch.arange(part.num_tokens, device=device))
+    monkeypatch.setattr(fa_heads, "positions", lambda part, device: torch.arange(part.num_tokens, device=device))
     assert failed(results(tmp_path, made.student, "--export", made.export)) == {("packed", "")}
 
 

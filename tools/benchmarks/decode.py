@@ -172,8 +172,7 @@ class Decoder:
 
     def _held_bytes(self) -> int:
         """Of all storages behind the cache's tensors: a view that keeps more alive than it shows counts in full."""
-        held = itertools.chain.from_iterable(vars(part).values() for part in (self.cache, *self.cache.layers))
-        storages = [x.untyped_storage() for x in held if isinstance(x, Tensor)]
+        storages = [x.untyped_storage() for x in _tensors([vars(part) for part in (self.cache, *self.cache.layers)])]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     @property
@@ -181,6 +180,14 @@ class Decoder:
         """All weights but an embedding that is no output layer too: of that, a token reads one row."""
         skipped = 0 if self.model.config.tie_word_embeddings else self.model.get_input_embeddings().weight.nbytes
         return sum(parameter.nbytes for parameter in self.model.parameters()) - skipped
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """All tensors within lists and mappings."""
+    if isinstance(value, Tensor):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return list(itertools.chain.from_iterable(map(_tensors, items)))
 
 
 def cache_bytes(config: PretrainedConfig, tokens: int, itemsize: int) -> int:

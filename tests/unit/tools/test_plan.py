@@ -108,9 +108,9 @@ def test_an_evaluation_by_hand(tmp_path: Path) -> None:
     assert memory["weights"] == 2 * 1_720_574_976 and memory["kept"] == 0
     around = 3 * part * 2048 * 2 + (length + part) * 128 * 4
     keys_values = 2 * 128 * 2 * (8 * (length + part) + 16 * length)
-    queries = part * 128 * 2 * (4 * 16 + 2)
+    attended = part * 128 * 2 * (4 * 16)  # more than queries with rotary, as by head keys and values stand beside it
     token_ids = 3 * 8 * length + 2 * 8 * part
-    assert memory["forward"] == around + keys_values + queries + token_ids
+    assert memory["forward"] == around + keys_values + attended + token_ids
     attention = 28 * 16 * 2 * 2 * 128 * length * (length + 1) / 2
     products = 2 * length * 28 * 2048 * (2 * 2048 + 2 * 1024 + 3 * 6144)
     assert teacher["seconds"] == pytest.approx((attention + products) / (8 * 989e12 * 0.5))
