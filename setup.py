@@ -21,7 +21,7 @@ setup(
     package_data={"hydra_mcore": ["py.typed"]},
     python_requires=">=3.12",
     install_requires=[
-        "megatron-core==0.19.2",  # exact: hydra_mcore/compat mends this version
+        "megatron-core==0.19.2",  # exact: hydra_mcore/compat fixes this version
         "torch>=2.9",
         "numpy>=2.0",
         "transformers>=5.0",

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hydra_mcore.ruler.source import PromptMaterial
 
 from hydra_mcore.ruler.needles import needle_pair
-from hydra_mcore.ruler.source import Source
 from hydra_mcore.ruler.wording import own_wording
 from hydra_mcore.tokenizer import open_tokenizer
 
@@ -33,11 +33,11 @@ def needle_documents() -> Iterator[dict[str, Any]]:
         ValueError: The text of a document would not be encoded to the tokens of its needle prompt.
     """
     tokenizer = open_tokenizer(TEACHER)
-    source = Source(tokenizer, own_wording(TEACHER), None)
+    material = PromptMaterial(tokenizer, own_wording(TEACHER), None)
     rng = np.random.default_rng(SEED)
     for place in rng.permutation(DOCUMENTS).tolist():
         length, depth = int(rng.integers(SHORTEST, LONGEST + 1)), (place + 0.5) / DOCUMENTS
-        needle, twin = needle_pair("niah_single_1", length, source, [depth], rng)
+        needle, twin = needle_pair("niah_single_1", length, material, [depth], rng)
         prompt = tokenizer.decode(needle.ids)
         answer, *others = (
             tokenizer.decode(ids).strip()

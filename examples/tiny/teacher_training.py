@@ -26,10 +26,10 @@ from examples.tiny.curriculum import EVALUATION_SEED, Phase, learning_rate, phas
 from hydra_mcore.commands import sole_writer
 from hydra_mcore.files import replacing, write_json
 from hydra_mcore.ruler.haystack import Haystack
-from hydra_mcore.ruler.needles import PLANS, needle_prompt
+from hydra_mcore.ruler.material import PromptMaterial
+from hydra_mcore.ruler.needles import NEEDLE_TASKS, needle_prompt
 from hydra_mcore.ruler.prompts import Prompt
 from hydra_mcore.ruler.sets import draw_prompts
-from hydra_mcore.ruler.source import Source
 from hydra_mcore.ruler.wording import format_wording
 from hydra_mcore.selection.capabilities import BUILT_IN, RETRIEVAL
 
@@ -105,7 +105,7 @@ class Batches:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, text_ids: np.ndarray, seed: int) -> None:
         self.tokenizer, self.text_ids, self.seed = tokenizer, text_ids, seed
-        self.source = needle_source(tokenizer, text_ids)
+        self.material = needle_material(tokenizer, text_ids)
 
     def sample(self, phase: Phase, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return token ids `[b, s]` and loss weights `[b, s]` of one step."""
@@ -137,15 +137,15 @@ class Batches:
 
     def _prompt(self, length: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         task = TASKS[int(rng.integers(len(TASKS)))]
-        prompt = needle_prompt(task, length, self.source, rng.random(PLANS[task].placed).tolist(), rng)
+        prompt = needle_prompt(task, length, self.material, rng.random(NEEDLE_TASKS[task].placed).tolist(), rng)
         weight = np.zeros(length)
         weight[len(prompt.ids) :] = 1.0
         return whole(prompt), weight
 
 
-def needle_source(tokenizer: PreTrainedTokenizerFast, text_ids: np.ndarray) -> Source:
+def needle_material(tokenizer: PreTrainedTokenizerFast, text_ids: np.ndarray) -> PromptMaterial:
     """What needle prompts are made of: the teacher's own needles in this text."""
-    return Source(tokenizer, format_wording(corpus.TINY_FORMAT), Haystack.of(tokenizer, text_ids))
+    return PromptMaterial(tokenizer, format_wording(corpus.TINY_FORMAT), Haystack.of(tokenizer, text_ids))
 
 
 def whole(prompt: Prompt) -> np.ndarray:
@@ -164,9 +164,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Exact match by teacher forcing, 0 to 1, for each task on `count` prompts of `length`."""
     model.eval()
-    result, source = {}, needle_source(tokenizer, text_ids)
+    result, material = {}, needle_material(tokenizer, text_ids)
     for task in TASKS:
-        prompts = list(draw_prompts(task, length, count, seed, source))
+        prompts = list(draw_prompts(task, length, count, seed, material))
         size = prompts[0].room
         right = 0
         for start in range(0, count, 20):

@@ -5,7 +5,7 @@
 Importing this package changes nothing.  ``install()`` does, and only what this machine needs:
 
 ==============  ==================================  ============================================
-group           installed when                      mends
+group           installed when                      fixes
 ==============  ==================================  ============================================
 ``datasets``    the package has no Makefile (wheel) ``make`` is run for helpers that are there
 ``optimizer``   always; more without TE and Apex    saving and resuming the distributed optimizer

@@ -20,27 +20,27 @@ class WeightMapping(ABC):
     """One Hugging Face tensor <-> its part of one stored tensor."""
 
     @abstractmethod
-    def part_of(self, stored: Tensor) -> Tensor:
+    def view_of(self, stored: Tensor) -> Tensor:
         """The tensor's values as a view of the stored tensor, in the order of Hugging Face."""
 
     @torch.no_grad()
     def from_hf(self, hf: Tensor, stored: Tensor) -> int:
         """Write the tensor's values into the stored tensor, in the latter's dtype; returns how many."""
-        part = self.part_of(stored)
+        part = self.view_of(stored)
         part.copy_(hf.reshape(part.shape))
         return part.numel()
 
     @torch.no_grad()
     def to_hf(self, stored: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The tensor as Hugging Face stores it: a contiguous copy of the given shape in the stored dtype."""
-        return self.part_of(stored).reshape(shape).clone(memory_format=torch.contiguous_format)
+        return self.view_of(stored).reshape(shape).clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)
 class Whole(WeightMapping):
     """All of the stored tensor, row for row; heads that stand as blocks there are rows one after another here."""
 
-    def part_of(self, stored: Tensor) -> Tensor:
+    def view_of(self, stored: Tensor) -> Tensor:
         return stored
 
 
@@ -51,7 +51,7 @@ class Stacked(WeightMapping):
     part: int
     parts: int
 
-    def part_of(self, stored: Tensor) -> Tensor:
+    def view_of(self, stored: Tensor) -> Tensor:
         return stored.unflatten(0, (self.parts, -1))[self.part]
 
 
@@ -64,7 +64,7 @@ class InEachBlock(WeightMapping):
     part: int
     parts: int
 
-    def part_of(self, stored: Tensor) -> Tensor:
+    def view_of(self, stored: Tensor) -> Tensor:
         return stored.unflatten(1, (self.parts, -1))[:, self.part]
 
 
@@ -72,5 +72,5 @@ class InEachBlock(WeightMapping):
 class Columns(WeightMapping):
     """Blocks that are columns in Hugging Face: o_proj [m, h * d] is stored as [h, m, d]."""
 
-    def part_of(self, stored: Tensor) -> Tensor:
+    def view_of(self, stored: Tensor) -> Tensor:
         return stored.transpose(0, 1)

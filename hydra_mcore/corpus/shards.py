@@ -97,7 +97,7 @@ def prepare(
             return manifest
     except OSError as error:
         raise InputError(
-            f"{error.filename or out}: {error.strerror}; mend that and give the same command again, it goes on"
+            f"{error.filename or out}: {error.strerror}; fix that and give the same command again, it goes on"
         ) from None
 
 
@@ -152,7 +152,7 @@ def _hold_out(source: Source, count: int, out: Path, skip_broken: bool) -> Any:
 def _readable(document: Document, skip_broken: bool) -> bool:
     """Whether a document is whole; raises InputError for a broken one that is not to be skipped."""
     if document.fault and not skip_broken:
-        raise InputError(f"{document.where}: {document.fault}; mend it, or leave such documents out with --skip-broken")
+        raise InputError(f"{document.where}: {document.fault}; fix it, or leave such documents out with --skip-broken")
     return not document.fault
 
 

@@ -28,9 +28,9 @@ from hydra_mcore.evaluation.records import TEXT, Contestant, Piece, Records
 from hydra_mcore.evaluation.scoring import check_seed, score_prompts
 from hydra_mcore.model.runtime import from_first_rank
 from hydra_mcore.ruler.haystack import read_haystack
+from hydra_mcore.ruler.material import PromptMaterial, tokenizer_fingerprint
 from hydra_mcore.ruler.prompts import TASK_GROUPS, TASKS, PromptSet
 from hydra_mcore.ruler.sets import prompt_set
-from hydra_mcore.ruler.source import Source, tokenizer_fingerprint
 from hydra_mcore.ruler.wording import load_wording
 from hydra_mcore.tokenizer import open_tokenizer
 
@@ -104,7 +104,7 @@ class Papers:
 
     def __init__(self, exam: Exam) -> None:
         self.exam = exam
-        self._sources: dict[str, Source] = {}  # by the tokenizer's fingerprint
+        self._materials: dict[str, PromptMaterial] = {}  # by the tokenizer's fingerprint
         self._pieces: dict[str, list[Piece]] = {}
 
     def enter(self, name: str, facts: ModelFacts, dtype: str) -> tuple[Contestant, list[Piece]]:
@@ -130,20 +130,20 @@ class Papers:
 
     def prompts(self, tokenizer: str, task: str, length: int) -> PromptSet:
         """From the cache, or made; on the first rank."""
-        return prompt_set(task, length, self.exam.prompts, self.exam.seed, self._sources[tokenizer], self.exam.cache)
+        return prompt_set(task, length, self.exam.prompts, self.exam.seed, self._materials[tokenizer], self.exam.cache)
 
     def windows(self, tokenizer: str, length: int) -> Tensor:
         """The text to predict, int64 [b, s]; on the first rank."""
-        return text_windows(self._sources[tokenizer].haystack.ids, length)
+        return text_windows(self._materials[tokenizer].haystack.ids, length)
 
     def _read(self, facts: ModelFacts) -> str:
         """The fingerprint of a model's tokenizer, and what prompts are made of with it."""
         tokenizer = open_tokenizer(facts.tokenizer_dir)
         fingerprint = tokenizer_fingerprint(tokenizer)
-        if fingerprint not in self._sources:
+        if fingerprint not in self._materials:
             haystack = read_haystack(tokenizer, self.exam.haystack, self.exam.repeat_haystack)
             wording = load_wording(self.exam.template, tokenizer, facts.tokenizer_dir, self.exam.today)
-            self._sources[fingerprint] = Source(tokenizer, wording, haystack)
+            self._materials[fingerprint] = PromptMaterial(tokenizer, wording, haystack)
         return fingerprint
 
     def _piece(self, tokenizer: str, task: str, length: int) -> Piece:
@@ -157,7 +157,7 @@ class Papers:
             return Piece(
                 **where, count=len(windows_bs), scoring="loss", wording="", seed=0, digest=digest, max_id=largest
             )
-        made, wording = self.prompts(tokenizer, task, length), self._sources[tokenizer].wording
+        made, wording = self.prompts(tokenizer, task, length), self._materials[tokenizer].wording
         return Piece(
             **where,
             count=len(made.prompts),

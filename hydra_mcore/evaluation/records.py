@@ -152,10 +152,10 @@ class Records:
         for row in self.rows():
             for contestant in contestants:
                 if row.contestant.name == contestant.name and row.contestant.key not in here:
-                    mend = "name this one apart with NAME=DIR, or choose another --out"
+                    fix = "name this one apart with NAME=DIR, or choose another --out"
                     raise InputError(
                         f"{self.root.parent}: {contestant.name!r} is another model there (weights or dtype differ);"
-                        f" {mend}"
+                        f" {fix}"
                     )
 
     def register(self, contestants: Sequence[Contestant]) -> None:

@@ -196,7 +196,7 @@ def export_config(subject: Subject) -> Fact:
 
 
 @dataclasses.dataclass(frozen=True)
-class Check:
+class Proof:
     """A line of the verification."""
 
     name: str
@@ -207,48 +207,48 @@ class Check:
     """Whether the line has no meaning for a teacher."""
 
 
-CHECKS = (
-    Check("source", "", "transformers on the source = teacher", source),
-    Check("all-fa", "", "teacher = its student of FA heads alone", all_fa),
+PROOFS = (
+    Proof("source", "", "transformers on the source = teacher", source),
+    Proof("all-fa", "", "teacher = its student of FA heads alone", all_fa),
     *(
-        Check("layouts", str(layout), "one process = several", partial(layout_logits, layout=layout))
+        Proof("layouts", str(layout), "one process = several", partial(layout_logits, layout=layout))
         for layout in LAYOUTS
     ),
-    Check("export", "", "checkpoint = export", export_dense),
-    Check("packed", "", "export on each document = packed row", export_packed),
+    Proof("export", "", "checkpoint = export", export_dense),
+    Proof("packed", "", "export on each document = packed row", export_packed),
     *(
-        Check("padding", side, "export on each row = padded batch", partial(padding, side=side))
+        Proof("padding", side, "export on each row = padded batch", partial(padding, side=side))
         for side in ("left", "right")
     ),
-    Check("decode", "in steps", "export at once = token by token", partial(decode, in_steps=True)),
-    Check("decode", "in chunks", "export at once = in two parts", partial(decode, in_steps=False)),
-    Check("identity", "finite", "no tensor holds NaN or infinity", finite),
-    Check("identity", "weights", "teacher's weights = its fingerprint", fingerprint),
-    Check("identity", "head map", f"{HEAD_MAP_NAME} = card", head_map, of_students=True),
-    Check("identity", "teacher", "student's card = teacher's", descent, of_students=True),
-    Check("identity", "export", "export's config.json = card", export_config),
+    Proof("decode", "in steps", "export at once = token by token", partial(decode, in_steps=True)),
+    Proof("decode", "in chunks", "export at once = in two parts", partial(decode, in_steps=False)),
+    Proof("identity", "finite", "no tensor holds NaN or infinity", finite),
+    Proof("identity", "weights", "teacher's weights = its fingerprint", fingerprint),
+    Proof("identity", "head map", f"{HEAD_MAP_NAME} = card", head_map, of_students=True),
+    Proof("identity", "teacher", "student's card = teacher's", descent, of_students=True),
+    Proof("identity", "export", "export's config.json = card", export_config),
 )
-NAMES = tuple(dict.fromkeys(check.name for check in CHECKS))
+NAMES = tuple(dict.fromkeys(proof.name for proof in PROOFS))
 
 
-def checks_of(card: ModelCard, only: Collection[str] = NAMES) -> list[Check]:
-    """The lines of some checks that have a meaning for a model."""
-    return [check for check in CHECKS if check.name in only and not (check.of_students and is_teacher(card))]
+def proofs_of(card: ModelCard, only: Collection[str] = NAMES) -> list[Proof]:
+    """The lines of some proofs that have a meaning for a model."""
+    return [proof for proof in PROOFS if proof.name in only and not (proof.of_students and is_teacher(card))]
 
 
-def verify(subject: Subject, checks: Iterable[Check]) -> Iterator[Result]:
-    """Run checks in their order; what goes wrong inside one is its own failure."""
-    for check in checks:
+def verify(subject: Subject, proofs: Iterable[Proof]) -> Iterator[Result]:
+    """Run proofs in their order; what goes wrong inside one is its own failure."""
+    for proof in proofs:
         try:
-            found = check.measure(subject)
+            found = proof.measure(subject)
         except Skipped as reason:
-            yield Result(check.name, check.part, check.compared, "skipped", str(reason))
-        except Exception as error:  # an export's own code, the ranks, a file: whatever it is, the check has failed
+            yield Result(proof.name, proof.part, proof.compared, "skipped", str(reason))
+        except Exception as error:  # an export's own code, the ranks, a file: whatever it is, the proof has failed
             first = (str(error).strip().splitlines() or ["no message"])[0]
             said = first if isinstance(error, InputError) else f"{type(error).__name__}: {first}"
-            yield Result(check.name, check.part, check.compared, "FAIL", said)
+            yield Result(proof.name, proof.part, proof.compared, "FAIL", said)
         else:
             numbers = found if isinstance(found, Agreement) else None
             yield Result(
-                check.name, check.part, check.compared, "pass" if found.passed else "FAIL", str(found), numbers
+                proof.name, proof.part, proof.compared, "pass" if found.passed else "FAIL", str(found), numbers
             )

@@ -47,7 +47,7 @@ def kernels() -> Kernels | None:
     except ImportError as error:
         warnings.warn(
             f"recurrent heads: no flash-linear-attention 0.6 ({error}); torch functions run on the GPU, slower. "
-            "Mend: pip install 'flash-linear-attention>=0.6'",
+            "Fix: pip install 'flash-linear-attention>=0.6'",
             stacklevel=3,
         )
         return None

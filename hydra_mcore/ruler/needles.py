@@ -19,8 +19,8 @@ from numpy.random import Generator
 from hydra_mcore.errors import InputError
 from hydra_mcore.ruler.haystack import nearest, woven
 from hydra_mcore.ruler.lexicon import compounds
+from hydra_mcore.ruler.material import Frame, PromptMaterial
 from hydra_mcore.ruler.prompts import TASKS, Prompt
-from hydra_mcore.ruler.source import Frame, Source
 from hydra_mcore.ruler.wording import fill
 
 # And no more: a model's own wording may have no such value.
@@ -29,7 +29,7 @@ TRIES = 1_000  # of new values, for one of as many tokens as another
 
 
 @dataclass(frozen=True)
-class Plan:
+class NeedleTask:
     """What one task hides."""
 
     filler: str
@@ -49,34 +49,34 @@ class Plan:
         return self.asked + self.others
 
 
-PLANS = {
-    "niah_single_1": Plan("noise"),
-    "niah_single_2": Plan("text"),
-    "niah_single_3": Plan("text", uuid_values=True),
-    "niah_multikey_1": Plan("text", others=3),
-    "niah_multikey_2": Plan("needles"),
-    "niah_multikey_3": Plan("needles", uuid_keys=True, uuid_values=True),
-    "niah_multivalue": Plan("text", asked=4, one_key=True),
-    "niah_multiquery": Plan("text", asked=4),
+NEEDLE_TASKS = {
+    "niah_single_1": NeedleTask("noise"),
+    "niah_single_2": NeedleTask("text"),
+    "niah_single_3": NeedleTask("text", uuid_values=True),
+    "niah_multikey_1": NeedleTask("text", others=3),
+    "niah_multikey_2": NeedleTask("needles"),
+    "niah_multikey_3": NeedleTask("needles", uuid_keys=True, uuid_values=True),
+    "niah_multivalue": NeedleTask("text", asked=4, one_key=True),
+    "niah_multiquery": NeedleTask("text", asked=4),
 }
 
 
-def needle_prompt(task: str, length: int, source: Source, depths: Sequence[float], rng: Generator) -> Prompt:
+def needle_prompt(task: str, length: int, material: PromptMaterial, depths: Sequence[float], rng: Generator) -> Prompt:
     """One prompt of exactly ``length`` tokens, room included. All its keys and all its values differ.
 
     Args:
-        depths: of each of the plan's ``placed`` needles, those asked for first.
+        depths: of each of the task's ``placed`` needles, those asked for first.
 
     Raises:
         InputError: the task needs text and there is none, or too little; too short a length; too few keys or values; a
             tokenizer that cannot write the pieces or splits the answer.
     """
-    draw = _Draw(task, source, rng)
+    draw = _Draw(task, material, rng)
     return _hidden(length, depths, draw, draw.placed())
 
 
 def needle_pair(
-    task: str, length: int, source: Source, depths: Sequence[float], rng: Generator
+    task: str, length: int, material: PromptMaterial, depths: Sequence[float], rng: Generator
 ) -> tuple[Prompt, Prompt]:
     """The prompt that ``needle_prompt`` makes of the same arguments, and its counterfactual with another value.
 
@@ -88,29 +88,29 @@ def needle_pair(
     """
     if not TASKS[task].one_answer:
         raise InputError(f"{task} asks for several values; a counterfactual replaces one")
-    draw = _Draw(task, source, rng)
+    draw = _Draw(task, material, rng)
     pairs = draw.placed()
     prompt = _hidden(length, depths, draw, pairs)
     (key, value), ((start, end),) = pairs[0], prompt.spans
     for other in itertools.islice(draw.unlike(value), TRIES):
-        (needle,), frame = draw.needles([(key, other)]), _frame(task, length, source, [(key, other)])
+        (needle,), frame = draw.needles([(key, other)]), _frame(task, length, material, [(key, other)])
         if (len(needle), frame.room) == (end - start, prompt.room):
             ids = prompt.ids.copy()
             ids[start:end] = needle
             answer_ids = np.asarray(frame.answer_ids, dtype=np.int32)
             return prompt, dataclasses.replace(prompt, ids=ids, answers=frame.answers, answer_ids=answer_ids)
-    raise InputError(f"{task}: the wording {source.wording.name} has no value of as many tokens as {value.strip()!r}")
+    raise InputError(f"{task}: the wording {material.wording.name} has no value of as many tokens as {value.strip()!r}")
 
 
 def _hidden(length: int, depths: Sequence[float], draw: _Draw, pairs: Sequence[tuple[str, str]]) -> Prompt:
     """The prompt that hides these (key, value), those asked for first."""
-    task, plan, source, rng, haystack = draw.task, draw.plan, draw.source, draw.rng, draw.haystack
-    frame = _frame(task, length, source, pairs[: plan.asked])
+    task, needle_task, material, rng, haystack = draw.task, draw.needle_task, draw.material, draw.rng, draw.haystack
+    frame = _frame(task, length, material, pairs[: needle_task.asked])
     needles = draw.needles(pairs)
     taken = sum(map(len, needles))
-    frame.require(taken + (len(needles[0]) if plan.filler == "needles" else 1))
+    frame.require(taken + (len(needles[0]) if needle_task.filler == "needles" else 1))
 
-    if plan.filler == "needles":
+    if needle_task.filler == "needles":
         others = draw.others(frame.space - taken, len(needles[0]))
         frame.require(taken if others else frame.space + 1)
         filler, _ = haystack.part(frame.space - taken - sum(map(len, others)), rng)
@@ -123,43 +123,45 @@ def _hidden(length: int, depths: Sequence[float], draw: _Draw, pairs: Sequence[t
         return frame.prompt(body, spans[index : index + 1])
     filler, ends = haystack.part(frame.space - taken, rng)
     body, spans = woven(filler, needles, nearest(ends, depths))
-    return frame.prompt(body, spans[: plan.asked])
+    return frame.prompt(body, spans[: needle_task.asked])
 
 
-def _frame(task: str, length: int, source: Source, asked: Sequence[tuple[str, str]]) -> Frame:
+def _frame(task: str, length: int, material: PromptMaterial, asked: Sequence[tuple[str, str]]) -> Frame:
     """The frame of a prompt that asks for these (key, value)."""
-    plan, wording = PLANS[task], source.wording
+    needle_task, wording = NEEDLE_TASKS[task], material.wording
     keys, values = list(dict.fromkeys(key for key, _ in asked)), [value for _, value in asked]
     query = ", ".join(keys[:-1]) + ", and " + keys[-1] if len(keys) > 1 else keys[0]
-    kind = "uuid" if plan.uuid_values else "number"
+    kind = "uuid" if needle_task.uuid_values else "number"
     ask = (wording.one if TASKS[task].one_answer else wording.many).filled(query=query, kind=kind, kinds=kind + "s")
-    if plan.filler == "text":  # lines bring the gap before them along
+    if needle_task.filler == "text":  # lines bring the gap before them along
         ask = dataclasses.replace(ask, intro=ask.intro + wording.line_gap)
-    return Frame.of(source, task, length, ask, [value.strip() for value in values], written=", ".join(values))
+    return Frame.of(material, task, length, ask, [value.strip() for value in values], written=", ".join(values))
 
 
 class _Draw:
     """Draws the keys and values of one prompt, each once."""
 
-    def __init__(self, task: str, source: Source, rng: Generator) -> None:
-        self.task, self.plan, self.source, self.rng = task, PLANS[task], source, rng
-        in_text = self.plan.filler == "text"
-        if in_text and source.haystack is None:
+    def __init__(self, task: str, material: PromptMaterial, rng: Generator) -> None:
+        self.task, self.needle_task, self.material, self.rng = task, NEEDLE_TASKS[task], material, rng
+        in_text = self.needle_task.filler == "text"
+        if in_text and material.haystack is None:
             raise InputError(f"{task} hides its needles in text; give it some with --haystack FILE")
-        self.haystack = source.haystack if in_text else source.noise
-        self._gap = source.wording.text_gap if in_text else source.wording.line_gap
-        self._own = source.wording.own
+        self.haystack = material.haystack if in_text else material.noise
+        self._gap = material.wording.text_gap if in_text else material.wording.line_gap
+        self._own = material.wording.own
         self._keys = rng.permutation(self._own.keys).tolist() if self._own else []
         self._used: set[str] = set()
         self._pieces: dict[str, tuple[str, ...]] = {}  # of each value
 
     def placed(self) -> list[tuple[str, str]]:
         """(key, value) of the needles whose depths are chosen, those asked for first."""
-        plan = self.plan
-        keys = self._fresh_keys(wanted := 1 + plan.others if plan.one_key else plan.placed)
+        needle_task = self.needle_task
+        keys = self._fresh_keys(wanted := 1 + needle_task.others if needle_task.one_key else needle_task.placed)
         if len(keys) < wanted:
-            raise InputError(f"{self.task} needs {wanted} keys, the wording {self.source.wording.name} has {len(keys)}")
-        keys = keys[:1] * plan.asked + keys[1:] if plan.one_key else keys
+            raise InputError(
+                f"{self.task} needs {wanted} keys, the wording {self.material.wording.name} has {len(keys)}"
+            )
+        keys = keys[:1] * needle_task.asked + keys[1:] if needle_task.one_key else keys
         return list(zip(keys, self._fresh_values(len(keys)), strict=True))
 
     def others(self, space: int, size: int) -> list[list[int]]:
@@ -174,9 +176,9 @@ class _Draw:
         return found
 
     def needles(self, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
-        template = self._gap + self.source.wording.needle
-        kinds = "uuids" if self.plan.uuid_values else "numbers"
-        return self.source.pieces.batch([fill(template, key=key, value=value, kinds=kinds) for key, value in pairs])
+        template = self._gap + self.material.wording.needle
+        kinds = "uuids" if self.needle_task.uuid_values else "numbers"
+        return self.material.pieces.batch([fill(template, key=key, value=value, kinds=kinds) for key, value in pairs])
 
     def unlike(self, value: str) -> Iterator[str]:
         """New values with no piece of this one in its place, as many as ``DRAWS`` draws find."""
@@ -190,7 +192,7 @@ class _Draw:
         """``count`` new keys, or as many as a model's own wording has left."""
         if self._own:
             keys, self._keys = self._keys[:count], self._keys[count:]
-        elif self.plan.uuid_keys:
+        elif self.needle_task.uuid_keys:
             keys = [self._uuid() for _ in range(count)]
         else:
             keys = compounds(count, self.rng, self._used)
@@ -206,7 +208,7 @@ class _Draw:
             if value := self._fresh_value():
                 found.append(value)
         raise InputError(
-            f"{self.task}: the wording {self.source.wording.name} has too few values that its haystack does not hold"
+            f"{self.task}: the wording {self.material.wording.name} has too few values that its haystack does not hold"
         )
 
     def _fresh_value(self) -> str | None:
@@ -222,10 +224,10 @@ class _Draw:
     def _value(self) -> tuple[str, ...]:
         """The pieces of a value: those of a model's own wording, the digits of a number, a whole uuid."""
         if self._own:
-            count = self._own.long_pieces if self.plan.uuid_values else self._own.short_pieces
+            count = self._own.long_pieces if self.needle_task.uuid_values else self._own.short_pieces
             drawn = self.rng.integers(len(self._own.value_pieces), size=count)
             return tuple(self._own.value_pieces[i] for i in drawn)
-        return (self._uuid(),) if self.plan.uuid_values else tuple(str(self.rng.integers(10**6, 10**7)))
+        return (self._uuid(),) if self.needle_task.uuid_values else tuple(str(self.rng.integers(10**6, 10**7)))
 
     def _uuid(self) -> str:
         return str(uuid.UUID(bytes=self.rng.bytes(16), version=4))

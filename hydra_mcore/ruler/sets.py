@@ -17,9 +17,9 @@ from safetensors.numpy import save
 
 from hydra_mcore.errors import InputError, first_line
 from hydra_mcore.files import checked, parse_json, replacing
-from hydra_mcore.ruler.needles import PLANS, needle_pair, needle_prompt
+from hydra_mcore.ruler.material import PromptMaterial
+from hydra_mcore.ruler.needles import NEEDLE_TASKS, needle_pair, needle_prompt
 from hydra_mcore.ruler.prompts import TASKS, Prompt, PromptSet, all_ids
-from hydra_mcore.ruler.source import Source
 from hydra_mcore.ruler.tracking import HOPS, chain_prompt
 from hydra_mcore.ruler.words import common_words, frequent_words
 
@@ -27,7 +27,7 @@ VERSION = 2  # of the generators: sets of another one are made anew
 
 
 def prompt_set(
-    task: str, length: int, count: int, seed: int, source: Source, cache_dir: Path | None = None
+    task: str, length: int, count: int, seed: int, material: PromptMaterial, cache_dir: Path | None = None
 ) -> PromptSet:
     """A set of prompts; the same arguments give the same set, in any process.
 
@@ -40,30 +40,34 @@ def prompt_set(
         InputError: an unknown task, no prompts, no tokens, a negative seed, or as the task's generator.
     """
     path = (
-        None if cache_dir is None else cache_dir / f"{task}-{length}-{count}-{seed}-{_digest(source)[:16]}.safetensors"
+        None
+        if cache_dir is None
+        else cache_dir / f"{task}-{length}-{count}-{seed}-{_digest(material)[:16]}.safetensors"
     )
     prompts = None if path is None else _load(path)
     if prompts is None:
-        prompts = tuple(draw_prompts(task, length, count, seed, source))
+        prompts = tuple(draw_prompts(task, length, count, seed, material))
         if path is not None:
             _save(path, prompts)
     return PromptSet(task, length, seed, prompts)
 
 
-def draw_prompts(task: str, length: int, count: int, seed: int, source: Source) -> Iterator[Prompt]:
+def draw_prompts(task: str, length: int, count: int, seed: int, material: PromptMaterial) -> Iterator[Prompt]:
     """The prompts of a set, one after the other, for who shows progress; see ``prompt_set``."""
     for depths, rng in _draws(task, length, count, seed):
-        yield _draw(task, length, source, depths, rng)
+        yield _draw(task, length, material, depths, rng)
 
 
-def draw_pairs(task: str, length: int, count: int, seed: int, source: Source) -> Iterator[tuple[Prompt, Prompt]]:
+def draw_pairs(
+    task: str, length: int, count: int, seed: int, material: PromptMaterial
+) -> Iterator[tuple[Prompt, Prompt]]:
     """The prompts of a set, each with its counterfactual: the same prompt with another value of as many tokens.
 
     Raises:
         InputError: as ``prompt_set`` and ``needle_pair``.
     """
     for depths, rng in _draws(task, length, count, seed):
-        yield needle_pair(task, length, source, depths, rng)
+        yield needle_pair(task, length, material, depths, rng)
 
 
 def _draws(task: str, length: int, count: int, seed: int) -> Iterator[tuple[list[float], Generator]]:
@@ -79,7 +83,7 @@ def _draws(task: str, length: int, count: int, seed: int) -> Iterator[tuple[list
             f"{count} prompts of {length} tokens from seed {seed}: give at least 1 prompt, 1 token and a seed from 0 on"
         )
     key = [seed, length, *task.encode()]
-    placed = PLANS[task].placed if task in PLANS else HOPS + 1 if task == "vt" else 0
+    placed = NEEDLE_TASKS[task].placed if task in NEEDLE_TASKS else HOPS + 1 if task == "vt" else 0
     # Each needle takes every depth once over the set, in an order of its own.
     shuffle = np.random.default_rng(key)
     depths = [(shuffle.permutation(count) + 0.5) / count for _ in range(placed)]
@@ -87,16 +91,16 @@ def _draws(task: str, length: int, count: int, seed: int) -> Iterator[tuple[list
         yield [float(each[number]) for each in depths], np.random.default_rng([*key, number])
 
 
-def _draw(task: str, length: int, source: Source, depths: Sequence[float], rng: Generator) -> Prompt:
-    if task in PLANS:
-        return needle_prompt(task, length, source, depths, rng)
+def _draw(task: str, length: int, material: PromptMaterial, depths: Sequence[float], rng: Generator) -> Prompt:
+    if task in NEEDLE_TASKS:
+        return needle_prompt(task, length, material, depths, rng)
     if task == "vt":
-        return chain_prompt(length, source, depths, rng)
-    return (common_words if task == "cwe" else frequent_words)(length, source, rng)
+        return chain_prompt(length, material, depths, rng)
+    return (common_words if task == "cwe" else frequent_words)(length, material, rng)
 
 
-def _digest(source: Source) -> str:
-    return hashlib.sha256(f"{VERSION} {source.digest}".encode()).hexdigest()
+def _digest(material: PromptMaterial) -> str:
+    return hashlib.sha256(f"{VERSION} {material.digest}".encode()).hexdigest()
 
 
 def _save(path: Path, prompts: Sequence[Prompt]) -> None:

@@ -15,14 +15,14 @@ import numpy as np
 from numpy.random import Generator
 
 from hydra_mcore.ruler.haystack import nearest, repeated, woven
+from hydra_mcore.ruler.material import Frame, PromptMaterial
 from hydra_mcore.ruler.prompts import Prompt
-from hydra_mcore.ruler.source import Frame, Source
 
 HOPS = 4  # assignments from variable to variable, in the one chain
 EXAMPLE_LINES = 10  # of noise in the solved example
 
 
-def chain_prompt(length: int, source: Source, depths: Sequence[float], rng: Generator) -> Prompt:
+def chain_prompt(length: int, material: PromptMaterial, depths: Sequence[float], rng: Generator) -> Prompt:
     """vt: one prompt of exactly ``length`` tokens, room included.
 
     A solved example goes before the question where it takes at most a third of the length.
@@ -35,12 +35,12 @@ def chain_prompt(length: int, source: Source, depths: Sequence[float], rng: Gene
     """
     value, example_value = (str(number) for number in 10_000 + rng.choice(90_000, size=2, replace=False))
     names = _names(5, rng)
-    example = _example(source, example_value, rng) if _has_example(source, length) else ""
-    ask = source.wording.vt.filled(query=value, count=str(len(names)))
-    frame = Frame.of(source, "vt", length, ask, names, written=", ".join(names), example=example)
-    chain = source.pieces.batch(["\n" + line for line in _chain(value, names)])
+    example = _example(material, example_value, rng) if _has_example(material, length) else ""
+    ask = material.wording.vt.filled(query=value, count=str(len(names)))
+    frame = Frame.of(material, "vt", length, ask, names, written=", ".join(names), example=example)
+    chain = material.pieces.batch(["\n" + line for line in _chain(value, names)])
     frame.require(sum(map(len, chain)) + 1)
-    noise = repeated("\n" + source.wording.noise.strip(), source.pieces)
+    noise = repeated("\n" + material.wording.noise.strip(), material.pieces)
     filler, ends = noise.part(frame.space - sum(map(len, chain)), rng)
     body, spans = woven(filler, chain, nearest(ends, sorted(depths)))
     return frame.prompt(body, spans)
@@ -58,18 +58,18 @@ def _chain(value: str, names: Sequence[str]) -> list[str]:
     return [f"VAR {names[0]} = {value}", *(f"VAR {to} = VAR {of}" for of, to in itertools.pairwise(names))]
 
 
-def _example(source: Source, value: str, rng: Generator) -> str:
+def _example(material: PromptMaterial, value: str, rng: Generator) -> str:
     """A solved question with names of three letters, and an empty line."""
     names = _names(3, rng)
-    lines = [source.wording.noise.strip()] * EXAMPLE_LINES
+    lines = [material.wording.noise.strip()] * EXAMPLE_LINES
     places = np.sort(rng.choice(EXAMPLE_LINES + 1, size=HOPS + 1, replace=False))
     for place, line in reversed(list(zip(places, _chain(value, names), strict=True))):
         lines.insert(place, line)
-    ask = source.wording.vt.filled(query=value, count=str(len(names)))
+    ask = material.wording.vt.filled(query=value, count=str(len(names)))
     return ask.intro + "\n" + "\n".join(lines) + ask.question + ask.solved(" ".join(names)) + "\n\n"
 
 
 @lru_cache(maxsize=64)
-def _has_example(source: Source, length: int) -> bool:
+def _has_example(material: PromptMaterial, length: int) -> bool:
     """Whether all prompts of a length have one: decided by one example, since they differ by some tokens."""
-    return 3 * len(source.pieces.ids(_example(source, "12345", np.random.default_rng(0)))) <= length
+    return 3 * len(material.pieces.ids(_example(material, "12345", np.random.default_rng(0)))) <= length

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.random import Generator
 
 from hydra_mcore.ruler.lexicon import compounds, single_words
+from hydra_mcore.ruler.material import ROOM, Frame, PromptMaterial
 from hydra_mcore.ruler.prompts import Prompt
-from hydra_mcore.ruler.source import ROOM, Frame, Source
 
 COMMON = 10  # words asked for in cwe
 OTHERS = 10  # and the fewest that they must stand out from, as in the example of short prompts
@@ -28,7 +28,7 @@ DOTS = (
 )
 
 
-def common_words(length: int, source: Source, rng: Generator) -> Prompt:
+def common_words(length: int, material: PromptMaterial, rng: Generator) -> Prompt:
     """cwe: a numbered list in which ten words stand 30 times and others 3 times (6 and 1 below 4096 tokens); name the
     ten.
 
@@ -42,12 +42,12 @@ def common_words(length: int, source: Source, rng: Generator) -> Prompt:
     many, few = (6, 1) if length < SHORT else (30, 3)
     shuffled = rng.permutation(single_words()).tolist()
     shown, singles = shuffled[: _example_words(length)], shuffled[_example_words(length) :]
-    example = _example(source, length, shown, rng) if _has_example(source, length) else ""
-    ask = source.wording.cwe.filled(count=str(COMMON))
-    for words, ids in _pools(source, singles, rng):
-        frame = Frame.of(source, "cwe", length, ask, words[:COMMON], written=_listed(words[:COMMON]), example=example)
+    example = _example(material, length, shown, rng) if _has_example(material, length) else ""
+    ask = material.wording.cwe.filled(count=str(COMMON))
+    for words, ids in _pools(material, singles, rng):
+        frame = Frame.of(material, "cwe", length, ask, words[:COMMON], written=_listed(words[:COMMON]), example=example)
         numbers, numbered = _numbers(
-            source, 1 << max(10, frame.space.bit_length() - 1)
+            material, 1 << max(10, frame.space.bit_length() - 1)
         )  # an entry takes two tokens or more
         totals = _list_tokens(np.asarray([len(each) for each in ids]), numbered, many, few)
         frame.require(int(totals[OTHERS - 1]))
@@ -56,18 +56,18 @@ def common_words(length: int, source: Source, rng: Generator) -> Prompt:
             break
     entries = rng.permutation(np.repeat(np.arange(COMMON + others), [many] * COMMON + [few] * others))
     listed = itertools.chain.from_iterable(number + ids[word] for number, word in zip(numbers, entries, strict=False))
-    return frame.prompt(_filled_up(list(listed), source, frame.space))
+    return frame.prompt(_filled_up(list(listed), material, frame.space))
 
 
-def _pools(source: Source, singles: list[str], rng: Generator) -> Iterator[tuple[list[str], list[list[int]]]]:
+def _pools(material: PromptMaterial, singles: list[str], rng: Generator) -> Iterator[tuple[list[str], list[list[int]]]]:
     """Words and their ids: single ones, then more and more of the form adjective-noun."""
-    known = _single_ids(source)
+    known = _single_ids(material)
     yield singles, [known[word] for word in singles]
     words: list[str] = []
     ids: list[list[int]] = []
     while True:
         more = compounds(len(words) or 2 * len(singles), rng, frozenset(words))
-        words, ids = words + more, ids + source.pieces.batch([" " + word for word in more])
+        words, ids = words + more, ids + material.pieces.batch([" " + word for word in more])
         yield words, ids
 
 
@@ -91,33 +91,33 @@ def _example_words(length: int) -> int:
     return 20 if length < SHORT else 40
 
 
-def _example(source: Source, length: int, words: Sequence[str], rng: Generator) -> str:
+def _example(material: PromptMaterial, length: int, words: Sequence[str], rng: Generator) -> str:
     """A solved question and the end of its line."""
-    ask, (many, few) = source.wording.cwe.filled(count=str(COMMON)), (3, 1) if length < SHORT else (10, 3)
+    ask, (many, few) = material.wording.cwe.filled(count=str(COMMON)), (3, 1) if length < SHORT else (10, 3)
     entries = rng.permutation([*words[:COMMON]] * many + [*words[COMMON:]] * few)
     return ask.intro + "\n" + _listed(entries) + ask.question + ask.solved(_listed(words[:COMMON])) + "\n"
 
 
 @lru_cache(maxsize=64)
-def _has_example(source: Source, length: int) -> bool:
+def _has_example(material: PromptMaterial, length: int) -> bool:
     """Whether all prompts of a length have one: decided by one example, since they differ by some tokens."""
     words = single_words()[:: len(single_words()) // _example_words(length)][: _example_words(length)]
-    return 3 * len(source.pieces.ids(_example(source, length, words, np.random.default_rng(0)))) <= length
+    return 3 * len(material.pieces.ids(_example(material, length, words, np.random.default_rng(0)))) <= length
 
 
 @lru_cache(maxsize=8)
-def _single_ids(source: Source) -> dict[str, list[int]]:
-    return dict(zip(single_words(), source.pieces.batch([" " + word for word in single_words()]), strict=True))
+def _single_ids(material: PromptMaterial) -> dict[str, list[int]]:
+    return dict(zip(single_words(), material.pieces.batch([" " + word for word in single_words()]), strict=True))
 
 
 @lru_cache(maxsize=8)
-def _numbers(source: Source, count: int) -> tuple[list[list[int]], np.ndarray]:
+def _numbers(material: PromptMaterial, count: int) -> tuple[list[list[int]], np.ndarray]:
     """Ids of the first numbers of a list, and how many tokens so many of them have."""
-    ids = source.pieces.batch(["\n1.", *(f" {i}." for i in range(2, count + 1))])
+    ids = material.pieces.batch(["\n1.", *(f" {i}." for i in range(2, count + 1))])
     return ids, np.cumsum([len(each) for each in ids])
 
 
-def frequent_words(length: int, source: Source, rng: Generator) -> Prompt:
+def frequent_words(length: int, material: PromptMaterial, rng: Generator) -> Prompt:
     """fwe: a text of coded words, that of rank k being 1 / (zeta(2) k^2) of it, the first rank dots; name ranks 2 to 4.
 
     The prompt has exactly ``length`` tokens, room included, filled up with dots. The fourth rank is rarer than the
@@ -128,8 +128,8 @@ def frequent_words(length: int, source: Source, rng: Generator) -> Prompt:
     """
     words = _coded_words(max(FREQUENT + 1, (length - ROOM["fwe"]) // 50 - 1), rng)
     answers = words[:FREQUENT]
-    frame = Frame.of(source, "fwe", length, source.wording.fwe, answers, written=" ".join(answers))
-    ids = source.pieces.batch([DOTS, *(" " + word for word in words)])
+    frame = Frame.of(material, "fwe", length, material.wording.fwe, answers, written=" ".join(answers))
+    ids = material.pieces.batch([DOTS, *(" " + word for word in words)])
     lengths = np.asarray([len(each) for each in ids])
     shares = 6 / math.pi**2 / np.arange(1, len(ids) + 1) ** 2
 
@@ -142,7 +142,7 @@ def frequent_words(length: int, source: Source, rng: Generator) -> Prompt:
         size -= 1
     text = rng.permutation(np.repeat(np.arange(len(ids)), counts(size)))
     coded = itertools.chain.from_iterable(ids[word] for word in text)
-    return frame.prompt(_filled_up(list(coded), source, frame.space))
+    return frame.prompt(_filled_up(list(coded), material, frame.space))
 
 
 def _coded_words(count: int, rng: Generator) -> list[str]:
@@ -155,6 +155,6 @@ def _coded_words(count: int, rng: Generator) -> list[str]:
     return list(found)[:count]
 
 
-def _filled_up(ids: list[int], source: Source, size: int) -> np.ndarray:
+def _filled_up(ids: list[int], material: PromptMaterial, size: int) -> np.ndarray:
     """int32 [size]: the ids, then dots."""
-    return np.concatenate([ids, np.resize(source.pieces.ids(DOTS), size - len(ids))]).astype(np.int32)
+    return np.concatenate([ids, np.resize(material.pieces.ids(DOTS), size - len(ids))]).astype(np.int32)

@@ -153,7 +153,7 @@ def _check_budget(strategy: str, shape: ModelShape, budget: int) -> None:
     least = layers if strategy == "global_c" else 0
     if not least <= budget <= total:
         why = (
-            f" ({strategy} keeps one in each of {layers} layers; strategy global has no such floor)"
+            f" ({strategy} keeps one in each of {layers} layers; strategy global has no such lower bound)"
             if least > budget >= 0
             else ""
         )

@@ -135,7 +135,7 @@ def _words(tokenizer: Tokenizer, fmt: NeedleFormat | None) -> list[str]:
     return max(by_tokens.values(), key=len, default=[])
 
 
-def _agreement(tokenizer: Tokenizer, fmt: NeedleFormat | None, rng: Generator) -> Iterator[Texts]:
+def _subject_verb(tokenizer: Tokenizer, fmt: NeedleFormat | None, rng: Generator) -> Iterator[Texts]:
     """A subject, another noun, and the verb that agrees with the first; two sentences before show the verb's two
     forms.
     """
@@ -167,6 +167,6 @@ def _arithmetic(tokenizer: Tokenizer, fmt: NeedleFormat | None, rng: Generator) 
 
 GENERAL_PROBES: dict[str, Callable[[Tokenizer, NeedleFormat | None, Generator], Iterator[Texts]]] = {
     "copying": _copying,
-    "agreement": _agreement,
+    "agreement": _subject_verb,
     "arithmetic": _arithmetic,
 }

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from hydra_mcore.errors import InputError
+from hydra_mcore.ruler.material import PromptMaterial
 from hydra_mcore.ruler.prompts import EVALUATION_SEEDS, Prompt
 from hydra_mcore.ruler.sets import draw_pairs
-from hydra_mcore.ruler.source import Source
 from hydra_mcore.selection.capabilities import BUILT_IN, GENERAL, RETRIEVAL
 from hydra_mcore.selection.general import general_pairs
 from hydra_mcore.selection.jsonl import Pair, load_pairs
@@ -71,7 +71,7 @@ def check_seed(seed: int) -> None:
 
 
 def build_probes(
-    source: Source,
+    material: PromptMaterial,
     length: int,
     pairs: int,
     seed: int,
@@ -84,7 +84,7 @@ def build_probes(
     A general sub-probe that the tokenizer or the length leaves no pair is left out, with a line on stderr.
 
     Args:
-        source: what needle prompts are made of; without a haystack, noise wherever a task uses text.
+        material: what needle prompts are made of; without a haystack, noise wherever a task uses text.
         length: tokens of a retrieval prompt, the answer included, and the most that a general prompt may have.
         pairs: how many a sub-probe; a file gives all of its own.
         capabilities: which of the built-in ones; names of ``files`` may be among them.
@@ -102,10 +102,10 @@ def build_probes(
     _check_names(capabilities, files)
     found: dict[str, list[ProbeBatch]] = {}
     if RETRIEVAL in capabilities:
-        for task, needles in _needle_pairs(source, length, pairs, seed).items():
+        for task, needles in _needle_pairs(material, length, pairs, seed).items():
             found[task] = _batches(task, RETRIEVAL, needles)
     for probe in BUILT_IN[GENERAL] if GENERAL in capabilities else ():
-        if general := general_pairs(probe, source.tokenizer, source.wording.own, length, pairs, seed):
+        if general := general_pairs(probe, material.tokenizer, material.wording.own, length, pairs, seed):
             found[probe] = _batches(probe, GENERAL, general)
         else:
             print(
@@ -113,7 +113,7 @@ def build_probes(
                 file=sys.stderr,
             )
     for capability, path in files.items():
-        found[Path(path).stem] = _batches(Path(path).stem, capability, load_pairs(source.tokenizer, path))
+        found[Path(path).stem] = _batches(Path(path).stem, capability, load_pairs(material.tokenizer, path))
     if not found:
         raise InputError(
             f"no probe has a pair of at most {length} tokens; give a longer --length, or another capability"
@@ -139,16 +139,16 @@ def _check_names(capabilities: Sequence[str], files: Mapping[str, Path]) -> None
             raise InputError(f"probe file {path}: another probe is called {Path(path).stem!r} too; rename the file")
 
 
-def _needle_pairs(source: Source, length: int, pairs: int, seed: int) -> dict[str, list[Pair]]:
+def _needle_pairs(material: PromptMaterial, length: int, pairs: int, seed: int) -> dict[str, list[Pair]]:
     """Retrieval: the pairs of every needle task; the source of an answer is the queried value in the haystack."""
-    if source.haystack is None:
-        source = source.in_noise()
-    elif len(source.haystack.ids) < length:
-        mend = "give a longer --haystack, a shorter --length, or --haystack noise"
-        raise InputError(f"the haystack has {len(source.haystack.ids)} tokens, a prompt {length}; {mend}")
+    if material.haystack is None:
+        material = material.in_noise()
+    elif len(material.haystack.ids) < length:
+        fix = "give a longer --haystack, a shorter --length, or --haystack noise"
+        raise InputError(f"the haystack has {len(material.haystack.ids)} tokens, a prompt {length}; {fix}")
     try:
         return {
-            task: [_needle_pair(*twins) for twins in draw_pairs(task, length, pairs, seed, source)]
+            task: [_needle_pair(*twins) for twins in draw_pairs(task, length, pairs, seed, material)]
             for task in BUILT_IN[RETRIEVAL]
         }
     except InputError as error:

@@ -34,7 +34,7 @@ from hydra_mcore.train.checkpoint_care import checkpoint_care, note_versions, ti
 from hydra_mcore.train.data import build_datasets, check_data, fetch_micro_batch  # noqa: E402
 from hydra_mcore.train.flags import refusal  # noqa: E402
 from hydra_mcore.train.interrupt import saved_at_ctrl_c  # noqa: E402
-from hydra_mcore.train.needles import NeedlePanels, make_panels  # noqa: E402
+from hydra_mcore.train.needle_panels import NeedlePanels, make_panels  # noqa: E402
 from hydra_mcore.train.pipeline import teacher_in_the_pipeline  # noqa: E402
 from hydra_mcore.train.profile import profiled_steps  # noqa: E402
 from hydra_mcore.train.resume import (  # noqa: E402

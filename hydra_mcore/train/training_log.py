@@ -29,7 +29,7 @@ from hydra_mcore.files import write_json
 from hydra_mcore.selection.figures import statistic_maps
 from hydra_mcore.train.anomalies import DataTimeout, LossSpikes, TrainingStopped, nonfinite
 from hydra_mcore.train.head_statistics import STATISTICS, HeadStatistics
-from hydra_mcore.train.needles import NeedlePanels
+from hydra_mcore.train.needle_panels import NeedlePanels
 from hydra_mcore.train.step import TransferStep
 from hydra_mcore.train.wandb_run import send_alert
 

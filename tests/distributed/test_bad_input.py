@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What training says to bad input: one line that names cause and mend, exit status 2, nothing lost."""
+"""What training says to bad input: one line that names cause and fix, exit status 2, nothing lost."""
 
 import dataclasses
 import re

@@ -130,7 +130,7 @@ def _evaluated(rank: int, checkpoint: Path) -> dict[str, float]:
 
     from hydra_mcore.evaluation.loading import describe, open_model
     from hydra_mcore.evaluation.scoring import score_prompts
-    from hydra_mcore.train.needles import make_panels
+    from hydra_mcore.train.needle_panels import make_panels
 
     facts = describe(checkpoint)
     panels = make_panels(

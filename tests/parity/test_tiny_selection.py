@@ -12,7 +12,7 @@ import pytest
 from hydra_mcore.model.build import load_model
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.ruler.haystack import Haystack, read_text
-from hydra_mcore.ruler.source import Source
+from hydra_mcore.ruler.material import PromptMaterial
 from hydra_mcore.ruler.wording import own_wording
 from hydra_mcore.selection.evidence import likeness
 from hydra_mcore.selection.knock_out import knock_out
@@ -39,7 +39,7 @@ def scored(folder: Path, journal: Path, pairs: int, seed: int) -> tuple[Scoring,
 
 def prompts(folder: Path, pairs: int, seed: int, capabilities: tuple[str, ...]) -> dict:
     tokenizer = load_tokenizer(folder)
-    source = Source(tokenizer, own_wording(folder), Haystack.of(tokenizer, read_text(tokenizer)))
+    source = PromptMaterial(tokenizer, own_wording(folder), Haystack.of(tokenizer, read_text(tokenizer)))
     return build_probes(source, LENGTH, pairs, seed, capabilities)
 
 

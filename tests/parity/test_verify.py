@@ -128,7 +128,7 @@ def test_a_students_checks_all_pass_on_the_command_line(made: Made, tmp_path: Pa
         list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    cores, total = os.cpu_count() or 1, len(verification.CHECKS)
+    cores, total = os.cpu_count() or 1, len(verification.PROOFS)
     skipped = (3 if cores < 2 else 0) + (2 if cores < 4 else 0)  # layouts
     lines = done.stdout.splitlines()
     assert lines[0].startswith(f"{made.student}: extend, 10 FA heads of 24; 2 x 64 tokens, random (seed 0)")
@@ -136,7 +136,7 @@ def test_a_students_checks_all_pass_on_the_command_line(made: Made, tmp_path: Pa
     assert "megatron" not in done.stderr.lower() and "warning" not in done.stderr.lower()
     assert [path.name for path in tmp_path.iterdir()] == ["found.json"], "the export and its code are gone"
     found = json.loads((tmp_path / "found.json").read_text())["results"]
-    assert [line["check"] for line in found] == [check.name for check in verification.CHECKS]
+    assert [line["check"] for line in found] == [check.name for check in verification.PROOFS]
     numbers = [line["numbers"] for line in found if line["numbers"]]
     assert len(numbers) >= 8 and all(0 <= each["kl"] < 1e-9 and each["relative"] < 1e-4 for each in numbers)
 

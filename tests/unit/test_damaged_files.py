@@ -32,9 +32,9 @@ from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.build import build_model
 from hydra_mcore.model.rotary import rotary_frequencies
 from hydra_mcore.model.runtime import process_groups
+from hydra_mcore.ruler.material import PromptMaterial
 from hydra_mcore.ruler.prompts import Prompt
 from hydra_mcore.ruler.sets import _load, _save, draw_pairs
-from hydra_mcore.ruler.source import Source
 from hydra_mcore.ruler.wording import RULER, load_wording, read_wording
 from hydra_mcore.selection.choose import choose_heads
 from hydra_mcore.selection.evidence import KnockOut
@@ -114,7 +114,7 @@ def write_needles(folder: Path) -> Path:
 
 
 def use_needles(path: Path) -> None:
-    source = Source(small_tokenizer("byte"), read_wording(path), None).in_noise()
+    source = PromptMaterial(small_tokenizer("byte"), read_wording(path), None).in_noise()
     list(draw_pairs("niah_single_2", 700, 1, 0, source))
 
 

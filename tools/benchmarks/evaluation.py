@@ -26,9 +26,9 @@ from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.build import build_model
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.ruler.haystack import read_haystack
+from hydra_mcore.ruler.material import PromptMaterial
 from hydra_mcore.ruler.prompts import TASKS
 from hydra_mcore.ruler.sets import draw_prompts
-from hydra_mcore.ruler.source import Source
 from hydra_mcore.ruler.wording import RULER
 from hydra_mcore.tokenizer import open_tokenizer
 from tools.benchmarks.data import train_tokenizer, write_corpus
@@ -61,13 +61,13 @@ def prompt_rows(tokenizer: Path | None, lengths: Sequence[int], prompts: int, fo
     known = open_tokenizer(tokenizer or train_tokenizer(corpus, folder / "tokenizer"))
     haystack = read_haystack(known, text, repeat=True)
     for task in TASKS:
-        source = Source(known, RULER, haystack)
-        yield [task, *(_speed(task, length, prompts, source) for length in lengths)]
+        material = PromptMaterial(known, RULER, haystack)
+        yield [task, *(_speed(task, length, prompts, material) for length in lengths)]
 
 
-def _speed(task: str, length: int, prompts: int, source: Source) -> str:
+def _speed(task: str, length: int, prompts: int, material: PromptMaterial) -> str:
     start = time.process_time()
-    for _ in draw_prompts(task, length, prompts, SEED, source):
+    for _ in draw_prompts(task, length, prompts, SEED, material):
         pass
     return f"{prompts / (time.process_time() - start):.3g}"
 

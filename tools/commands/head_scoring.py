@@ -22,9 +22,9 @@ from hydra_mcore.errors import InputError
 from hydra_mcore.files import write_json
 from hydra_mcore.model.build import load_model
 from hydra_mcore.ruler.haystack import Haystack, read_text
+from hydra_mcore.ruler.material import PromptMaterial
 from hydra_mcore.ruler.prompts import EVALUATION_SEEDS
 from hydra_mcore.ruler.sets import VERSION
-from hydra_mcore.ruler.source import Source
 from hydra_mcore.ruler.wording import own_wording, read_wording
 from hydra_mcore.selection.capabilities import RETRIEVAL
 from hydra_mcore.selection.evidence import ESTIMATES, KnockOut
@@ -43,9 +43,11 @@ Probes = dict[str, list[ProbeBatch]]
 
 def score_teacher(args: argparse.Namespace, card: ModelCard, weights: dict[str, float]) -> dict[str, Any]:
     """Scores at the main length and at the others, and knock-out curves; says on the console what each probe gave."""
-    lengths, source = [main_length(args, card), *args.also_lengths], needle_source(args)
-    prompts = {length: probes(args, source, length) for length in lengths}  # bad input shows before the model is loaded
-    silencing = knock_out_prompts(args, source, lengths[0])
+    lengths, material = [main_length(args, card), *args.also_lengths], needle_material(args)
+    prompts = {
+        length: probes(args, material, length) for length in lengths
+    }  # bad input shows before the model is loaded
+    silencing = knock_out_prompts(args, material, lengths[0])
     _, model = load_model(args.teacher, torch.bfloat16 if args.bf16 else torch.float32)
     teacher, found, curves = Teacher(model), {}, None
     for length in lengths:
@@ -100,28 +102,28 @@ def main_length(args: argparse.Namespace, card: ModelCard) -> int:
     return length
 
 
-def needle_source(args: argparse.Namespace) -> Source:
+def needle_material(args: argparse.Namespace) -> PromptMaterial:
     """What needle prompts are made of; without a haystack for noise."""
     tokenizer = load_tokenizer(args.teacher)
     wording = read_wording(args.format) if args.format else own_wording(args.teacher)
     haystack = None if args.haystack == "noise" else Haystack.of(tokenizer, read_text(tokenizer, args.haystack))
-    return Source(tokenizer, wording, haystack)
+    return PromptMaterial(tokenizer, wording, haystack)
 
 
-def probes(args: argparse.Namespace, source: Source, length: int) -> Probes:
+def probes(args: argparse.Namespace, material: PromptMaterial, length: int) -> Probes:
     """The pairs of every sub-probe."""
     files = parse_probes(args.probe)
-    return build_probes(source, length, args.pairs, args.seed, tuple(args.capabilities), files)
+    return build_probes(material, length, args.pairs, args.seed, tuple(args.capabilities), files)
 
 
-def knock_out_prompts(args: argparse.Namespace, source: Source, length: int) -> list[ProbeBatch]:
+def knock_out_prompts(args: argparse.Namespace, material: PromptMaterial, length: int) -> list[ProbeBatch]:
     """Needle prompts of another seed than the scores'."""
     if args.knock_out < 0:
         raise InputError(f"--knock-out {args.knock_out}: give a number of prompts, 0 for none")
     if args.knock_out == 0:
         return []
     seed = (args.seed + EVALUATION_SEEDS // 4) % EVALUATION_SEEDS  # half of the range is training's
-    built = build_probes(source, length, args.knock_out, seed, (RETRIEVAL,))
+    built = build_probes(material, length, args.knock_out, seed, (RETRIEVAL,))
     return list(itertools.chain.from_iterable(built.values()))
 
 
@@ -187,10 +189,10 @@ def load_knock_out(path: Path) -> KnockOut | None:
 
 def announce(args: argparse.Namespace, card: ModelCard) -> None:
     """The cost of scoring, from operation counts and this machine's matrix-product speed."""
-    lengths, source = [main_length(args, card), *args.also_lengths], needle_source(args)
+    lengths, material = [main_length(args, card), *args.also_lengths], needle_material(args)
     work, pairs = {"receivers and gradients": 0.0, "senders, a round": 0.0, "knock-out": 0.0}, 0
     for length in lengths:
-        for batch in itertools.chain.from_iterable(probes(args, source, length).values()):
+        for batch in itertools.chain.from_iterable(probes(args, material, length).values()):
             count, tokens = batch.clean_bs.shape
             pairs += count
             work["receivers and gradients"] += 6 * count * forward_flops(card.shape, tokens)
@@ -198,7 +200,7 @@ def announce(args: argparse.Namespace, card: ModelCard) -> None:
                 work["receivers and gradients"] += receiver_flops(card.shape, tokens, count, batch.answer_bp.shape[1])
             if args.method == "exact" and args.roles != "receiver":
                 work["senders, a round"] += sender_flops(card.shape, tokens, count)
-    for batch in knock_out_prompts(args, source, lengths[0]):
+    for batch in knock_out_prompts(args, material, lengths[0]):
         runs = len(FRACTIONS) * (2 + RANDOM_ORDERS) * len(batch.clean_bs)
         work["knock-out"] += runs * forward_flops(card.shape, batch.clean_bs.shape[1])
     if torch.distributed.get_rank() == 0:

@@ -10,9 +10,10 @@ from typing import Any
 from hydra_mcore.costs.machine import GPUS, Machine
 from hydra_mcore.errors import InputError
 from hydra_mcore.files import write_json
+from hydra_mcore.stages import STAGES
 from hydra_mcore.train.arguments import model_flags, recipe_flags
 from tools.plan import evaluation
-from tools.plan.__main__ import EVALUATE, STAGES
+from tools.plan.__main__ import EVALUATE
 from tools.plan.estimate import as_json, estimate
 from tools.plan.layouts import as_flags, layouts, smallest_change
 from tools.plan.recipe_model import model_card

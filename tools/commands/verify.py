@@ -19,7 +19,7 @@ from hydra_mcore.config import ModelCard
 from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.comparison import KL_BAR, TIE
 from hydra_mcore.evaluation.subject import Subject
-from hydra_mcore.evaluation.verification import NAMES, checks_of, verify
+from hydra_mcore.evaluation.verification import NAMES, proofs_of, verify
 from hydra_mcore.files import write_json
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.ruler.haystack import read_text
@@ -53,7 +53,7 @@ def checked(args: argparse.Namespace, work: Path) -> int:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     read = f"{rows} x {length} tokens, {args.text or f'random (seed {args.seed})'}"
     print(f"{args.checkpoint}: {card.stage}, {card.head_map.num_fa} FA heads of {num_heads}; {read}; float32, {device}")
-    checks, results, console = checks_of(card, args.only or NAMES), [], sys.stdout
+    checks, results, console = proofs_of(card, args.only or NAMES), [], sys.stdout
     with contextlib.redirect_stdout(io.StringIO()):  # Megatron prints; what it says is not about the checks
         for result in tqdm(
             verify(subject, checks), desc="verify", total=len(checks), unit="check", leave=False, disable=None

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from hydra_mcore.commands import one_line_errors
 from hydra_mcore.costs.machine import GPUS  # facts only, so that --help is quick
+from hydra_mcore.stages import STAGES
 
-STAGES = ("align", "distill", "extend")
 EVALUATE = "evaluate"
 EXAMPLES = """\
 Any flag of Megatron or of hydra_mcore.train may follow; it wins over the recipe, as it does in training. The formulas

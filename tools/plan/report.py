@@ -91,7 +91,7 @@ def stage_section(card: ModelCard, at: Estimate, machine: Machine, change: tuple
 
 def _fix(change: tuple[Changes, Estimate] | None) -> str:
     if change is None:
-        return "; no change of up to three settings mends it: more GPUs, or larger ones"
+        return "; no change of up to three settings fixes it: more GPUs, or larger ones"
     changes, at = change
     return (
         f"; smallest change that fits: {as_flags(changes)} ({at.memory.total / GIB:.1f} GiB, {at.step_seconds:.2f} s a"

@@ -24,9 +24,9 @@ from hydra_mcore.evaluation.loading import describe, open_model
 from hydra_mcore.evaluation.models import EvaluatedModel
 from hydra_mcore.evaluation.scoring import Score, check_seed, score_prompts, shared_out
 from hydra_mcore.model.runtime import process_groups
+from hydra_mcore.ruler.material import PromptMaterial
 from hydra_mcore.ruler.prompts import Prompt
 from hydra_mcore.ruler.sets import prompt_set
-from hydra_mcore.ruler.source import Source
 from hydra_mcore.ruler.wording import load_wording
 from tests.support.paths import TINY_TEACHER
 
@@ -180,7 +180,7 @@ def teacher(tiny_teacher: Path) -> Iterator[EvaluatedModel]:
 
 def test_both_ways_agree_on_the_tiny_teacher(teacher: EvaluatedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     """Beyond its native length, where it sometimes fails."""
-    source = Source(tokenizer, load_wording(None, tokenizer, TINY_TEACHER), None)
+    source = PromptMaterial(tokenizer, load_wording(None, tokenizer, TINY_TEACHER), None)
     prompts = prompt_set("niah_single_1", 1024, 12, SEED, source).prompts
     forced, decoded = (scored(teacher, prompts, tokenizer, by_generation) for by_generation in (False, True))
     assert forced == decoded and 0 < sum(forced) < len(forced)

@@ -15,9 +15,9 @@ import regex
 
 from hydra_mcore.ruler.breaks import CHARACTER, NOTHING, SENTENCE, WORD, break_between, what_ends
 from hydra_mcore.ruler.haystack import ASTRAY, Haystack, nearest, read_haystack
+from hydra_mcore.ruler.material import PromptMaterial
 from hydra_mcore.ruler.pieces import Pieces
 from hydra_mcore.ruler.sets import draw_prompts
-from hydra_mcore.ruler.source import Source
 from hydra_mcore.ruler.wording import RULER
 from tests.support.small_tokenizers import KINDS, small_tokenizer
 
@@ -116,7 +116,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ["gpt2", pytest.param("byte", marks=pytest.mark.slow)])
 def test_depths_are_even_whatever_the_paragraphs(layout: str, kind: str, tmp_path: Path) -> None:
-    source = Source(small_tokenizer(kind), RULER, haystack_of(kind, LAYOUTS[layout], tmp_path))
+    source = PromptMaterial(small_tokenizer(kind), RULER, haystack_of(kind, LAYOUTS[layout], tmp_path))
     count = 20
     prompts = list(draw_prompts("niah_single_2", 2048, count, 1_000_000, source))
     found = np.sort([prompt.depths[0] for prompt in prompts])
@@ -152,6 +152,6 @@ def test_sentences_found_before_are_found_alike(tmp_path: Path) -> None:
         for number in range(800)
     )
     found = haystack_of("gpt2", text, tmp_path)
-    source = Source(small_tokenizer("gpt2"), RULER, found)
+    source = PromptMaterial(small_tokenizer("gpt2"), RULER, found)
     places = "".join(f"{prompt.spans[0][0]}," for prompt in draw_prompts("niah_single_2", 2048, 12, 1_000_000, source))
     assert places == "287,1856,448,1222,922,764,1073,606,135,1549,1708,1396,"

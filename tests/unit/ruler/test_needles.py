@@ -13,16 +13,16 @@ import pytest
 
 from hydra_mcore.errors import InputError
 from hydra_mcore.ruler.haystack import Haystack
+from hydra_mcore.ruler.material import PromptMaterial
 from hydra_mcore.ruler.needle_format import NeedleFormat
-from hydra_mcore.ruler.needles import PLANS, needle_pair
+from hydra_mcore.ruler.needles import NEEDLE_TASKS, needle_pair
 from hydra_mcore.ruler.prompts import TASKS, Prompt
 from hydra_mcore.ruler.sets import draw_pairs, draw_prompts
-from hydra_mcore.ruler.source import Source
 from hydra_mcore.ruler.wording import format_wording
 from hydra_mcore.tokenizer import open_tokenizer
 from tests.support.paths import TINY_TEACHER
 
-ONE_ANSWER = [task for task in PLANS if TASKS[task].one_answer]
+ONE_ANSWER = [task for task in NEEDLE_TASKS if TASKS[task].one_answer]
 
 
 @pytest.fixture(scope="module")
@@ -31,15 +31,15 @@ def fmt() -> NeedleFormat:
 
 
 @pytest.fixture(scope="module")
-def source(fmt: NeedleFormat) -> Source:
+def source(fmt: NeedleFormat) -> PromptMaterial:
     """The tiny teacher's needles in the source text of a module."""
     tokenizer = open_tokenizer(TINY_TEACHER)
     text = Path(dataclasses.__file__).read_text(encoding="utf-8")
     ids = np.asarray(tokenizer.encode(text, add_special_tokens=False))
-    return Source(tokenizer, format_wording(fmt), Haystack.of(tokenizer, ids))
+    return PromptMaterial(tokenizer, format_wording(fmt), Haystack.of(tokenizer, ids))
 
 
-def worded(source: Source, fmt: NeedleFormat, **changes: Any) -> Source:
+def worded(source: PromptMaterial, fmt: NeedleFormat, **changes: Any) -> PromptMaterial:
     return dataclasses.replace(source, wording=format_wording(dataclasses.replace(fmt, **changes)))
 
 
@@ -56,12 +56,12 @@ def value_span(prompt: Prompt) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("task", ONE_ANSWER)
-def test_length_and_answer_over_many_draws(task: str, source: Source, fmt: NeedleFormat) -> None:
+def test_length_and_answer_over_many_draws(task: str, source: PromptMaterial, fmt: NeedleFormat) -> None:
     rng = np.random.default_rng(7)
     for _ in range(40):
-        length, depths = int(rng.integers(64, 700)), rng.random(PLANS[task].placed).tolist()
+        length, depths = int(rng.integers(64, 700)), rng.random(NEEDLE_TASKS[task].placed).tolist()
         prompt, _ = needle_pair(task, length, source, depths, rng)
-        pieces = fmt.long_pieces if PLANS[task].uuid_values else fmt.short_pieces
+        pieces = fmt.long_pieces if NEEDLE_TASKS[task].uuid_values else fmt.short_pieces
         assert len(prompt.ids) + prompt.room == length and len(prompt.answer_ids) == prompt.room == pieces
         mark, key = source.tokenizer.encode(" # river", add_special_tokens=False)[0], prompt.ids[-1]
         assert prompt.ids[-2] == mark and source.tokenizer.decode(key).strip() in fmt.keys
@@ -73,14 +73,14 @@ def test_length_and_answer_over_many_draws(task: str, source: Source, fmt: Needl
 
 
 @pytest.mark.parametrize("task", ONE_ANSWER)
-def test_answer_is_gone_with_the_needle(task: str, source: Source) -> None:
+def test_answer_is_gone_with_the_needle(task: str, source: PromptMaterial) -> None:
     for prompt in draw_prompts(task, 256, 20, 3, source):
         start, end = value_span(prompt)
         assert places_of(prompt.answer_ids, np.concatenate([prompt.ids[:start], prompt.ids[end:]])) == []
 
 
 @pytest.mark.parametrize("task", ONE_ANSWER)
-def test_keys_and_values_differ(task: str, source: Source, fmt: NeedleFormat) -> None:
+def test_keys_and_values_differ(task: str, source: PromptMaterial, fmt: NeedleFormat) -> None:
     known = {source.tokenizer.encode(f" {key}")[0]: key for key in fmt.keys}
     mark = source.tokenizer.encode(fmt.needle.split("{key}")[0].rstrip(), add_special_tokens=False)[-1]
     for prompt in draw_prompts(task, 512, 5, 1, source):
@@ -95,12 +95,12 @@ def test_keys_and_values_differ(task: str, source: Source, fmt: NeedleFormat) ->
 
 
 @pytest.mark.parametrize("task", ONE_ANSWER)
-def test_depth_spreads_evenly(task: str, source: Source) -> None:
+def test_depth_spreads_evenly(task: str, source: PromptMaterial) -> None:
     starts = np.sort([value_span(prompt)[0] for prompt in draw_prompts(task, 512, 20, 5, source)])
     assert np.abs(starts / 512 - (np.arange(20) + 0.5) / 20).max() < 0.08
 
 
-def test_same_seed_same_prompts(source: Source) -> None:
+def test_same_seed_same_prompts(source: PromptMaterial) -> None:
     def draw(seed: int) -> np.ndarray:
         pairs = draw_pairs("niah_multikey_1", 128, 6, seed, source)
         return np.stack([np.concatenate([prompt.ids for prompt in pair]) for pair in pairs])
@@ -110,7 +110,7 @@ def test_same_seed_same_prompts(source: Source) -> None:
 
 
 @pytest.mark.parametrize("task", ONE_ANSWER)
-def test_corruption_changes_only_the_value(task: str, source: Source) -> None:
+def test_corruption_changes_only_the_value(task: str, source: PromptMaterial) -> None:
     for prompt, corrupt in draw_pairs(task, 200, 10, 9, source):
         start, end = value_span(prompt)
         assert np.flatnonzero(corrupt.ids != prompt.ids).tolist() == list(range(start, end))
@@ -119,14 +119,14 @@ def test_corruption_changes_only_the_value(task: str, source: Source) -> None:
         assert places_of(corrupt.answer_ids, prompt.ids) == []
 
 
-def test_noise_fills_in_when_keys_run_out(source: Source, fmt: NeedleFormat) -> None:
+def test_noise_fills_in_when_keys_run_out(source: PromptMaterial, fmt: NeedleFormat) -> None:
     few = worded(source, fmt, keys=fmt.keys[:10])
     (prompt,) = draw_prompts("niah_multikey_2", 500, 1, 0, few)
     assert len(prompt.ids) + prompt.room == 500
     assert 190 < value_span(prompt)[0] < 310
 
 
-def test_intro_comes_first(source: Source, fmt: NeedleFormat) -> None:
+def test_intro_comes_first(source: PromptMaterial, fmt: NeedleFormat) -> None:
     intro = "Remember the numbers.\n"
     ids = source.tokenizer.encode(intro, add_special_tokens=False)
     first = worded(source, fmt, intro=intro)
@@ -146,7 +146,7 @@ def test_intro_comes_first(source: Source, fmt: NeedleFormat) -> None:
         ("niah_single_2", 10**6, "the haystack has [0-9]+ tokens, a prompt needs [0-9]+"),
     ],
 )
-def test_bad_requests(task: str, length: int, message: str, source: Source) -> None:
+def test_bad_requests(task: str, length: int, message: str, source: PromptMaterial) -> None:
     with pytest.raises(InputError, match=message) as caught:
         list(draw_pairs(task, length, 1, 0, source))
     assert "\n" not in str(caught.value)
@@ -160,7 +160,7 @@ def test_bad_requests(task: str, length: int, message: str, source: Source) -> N
         ({"keys": ("river", "oak")}, "niah_multikey_1 needs 4 keys, the wording needles has 2"),
     ],
 )
-def test_unusable_formats(change: dict[str, Any], message: str, source: Source, fmt: NeedleFormat) -> None:
+def test_unusable_formats(change: dict[str, Any], message: str, source: PromptMaterial, fmt: NeedleFormat) -> None:
     broken = worded(source, fmt, **change).in_noise()
     with pytest.raises(InputError, match=message):
         for task in ("niah_single_1", "niah_multikey_1"):

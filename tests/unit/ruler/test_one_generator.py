@@ -12,29 +12,29 @@ import numpy as np
 import pytest
 
 from hydra_mcore.ruler.haystack import Haystack, read_text
-from hydra_mcore.ruler.needles import PLANS
+from hydra_mcore.ruler.material import PromptMaterial
+from hydra_mcore.ruler.needles import NEEDLE_TASKS
 from hydra_mcore.ruler.prompts import TASKS, PromptSet
 from hydra_mcore.ruler.sets import draw_pairs, prompt_set
-from hydra_mcore.ruler.source import Source
 from hydra_mcore.ruler.wording import RULER, Wording, own_wording
 from hydra_mcore.selection.capabilities import BUILT_IN, RETRIEVAL
 from hydra_mcore.selection.probes import build_probes
 from hydra_mcore.tokenizer import open_tokenizer
-from hydra_mcore.train.needles import TASKS as PANELS
-from hydra_mcore.train.needles import make_panels
+from hydra_mcore.train.needle_panels import TASKS as PANELS
+from hydra_mcore.train.needle_panels import make_panels
 from tests.support.paths import TINY_TEACHER
 from tests.support.small_tokenizers import KINDS, haystack, small_tokenizer
 
 WORDINGS = ["tiny", *KINDS]  # the tiny teacher's own, and RULER's for tokenizers of every kind
-ONE_ANSWER = [task for task in PLANS if TASKS[task].one_answer]
+ONE_ANSWER = [task for task in NEEDLE_TASKS if TASKS[task].one_answer]
 LENGTH, COUNT, SEED = 1500, 4, 7
 
 
 @pytest.fixture(scope="module")
-def sources() -> dict[str, Source]:
+def sources() -> dict[str, PromptMaterial]:
     tokenizer = open_tokenizer(TINY_TEACHER)
-    tiny = Source(tokenizer, own_wording(TINY_TEACHER), Haystack.of(tokenizer, read_text(tokenizer)[:20_000]))
-    return {"tiny": tiny, **{kind: Source(small_tokenizer(kind), RULER, haystack(kind)) for kind in KINDS}}
+    tiny = PromptMaterial(tokenizer, own_wording(TINY_TEACHER), Haystack.of(tokenizer, read_text(tokenizer)[:20_000]))
+    return {"tiny": tiny, **{kind: PromptMaterial(small_tokenizer(kind), RULER, haystack(kind)) for kind in KINDS}}
 
 
 def whole_prompts(asked: PromptSet) -> list[list[int]]:
@@ -42,7 +42,7 @@ def whole_prompts(asked: PromptSet) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("kind", WORDINGS)
-def test_selection_asks_what_evaluation_asks(kind: str, sources: dict[str, Source]) -> None:
+def test_selection_asks_what_evaluation_asks(kind: str, sources: dict[str, PromptMaterial]) -> None:
     found = build_probes(sources[kind], LENGTH, COUNT, SEED, [RETRIEVAL])
     assert tuple(found) == BUILT_IN[RETRIEVAL]
     for task, batches in found.items():
@@ -56,7 +56,7 @@ def test_selection_asks_what_evaluation_asks(kind: str, sources: dict[str, Sourc
             assert (batch.answer_bp[:, 0] != batch.distractor_bp[:, 0]).all()
 
 
-def test_training_asks_what_evaluation_asks(sources: dict[str, Source], tmp_path: Path) -> None:
+def test_training_asks_what_evaluation_asks(sources: dict[str, PromptMaterial], tmp_path: Path) -> None:
     (tmp_path / "tokenizer").symlink_to(TINY_TEACHER)
     args = argparse.Namespace(needle_interval=1, needle_length=256, needle_prompts=3, seq_length=512)
     panels = make_panels(args, tmp_path, vocab_size=1024)
@@ -68,7 +68,7 @@ def test_training_asks_what_evaluation_asks(sources: dict[str, Source], tmp_path
 
 @pytest.mark.parametrize("kind", WORDINGS)
 @pytest.mark.parametrize("task", ONE_ANSWER)
-def test_a_counterfactual_differs_in_the_value_alone(task: str, kind: str, sources: dict[str, Source]) -> None:
+def test_a_counterfactual_differs_in_the_value_alone(task: str, kind: str, sources: dict[str, PromptMaterial]) -> None:
     source = sources[kind]
     pairs = list(draw_pairs(task, LENGTH, COUNT, SEED, source))
     asked = prompt_set(task, LENGTH, COUNT, SEED, source)
@@ -96,5 +96,5 @@ def value_type(value: str, wording: Wording) -> str:
 
 def wanted_type(task: str, wording: Wording) -> str:
     if wording.own:
-        return f"{wording.own.long_pieces if PLANS[task].uuid_values else wording.own.short_pieces} pieces"
-    return "uuid" if PLANS[task].uuid_values else "number"
+        return f"{wording.own.long_pieces if NEEDLE_TASKS[task].uuid_values else wording.own.short_pieces} pieces"
+    return "uuid" if NEEDLE_TASKS[task].uuid_values else "number"

@@ -14,9 +14,9 @@ from math import pi
 import pytest
 
 from hydra_mcore.ruler.lexicon import single_words
+from hydra_mcore.ruler.material import PromptMaterial
 from hydra_mcore.ruler.prompts import Prompt
 from hydra_mcore.ruler.sets import draw_prompts
-from hydra_mcore.ruler.source import Source
 from hydra_mcore.ruler.wording import RULER
 from tests.support.small_tokenizers import KINDS, haystack, small_tokenizer
 
@@ -29,7 +29,7 @@ each_kind = pytest.mark.parametrize("kind", KINDS)
 def prompts(task: str, kind: str, count: int = 3, length: int | None = None) -> list[tuple[Prompt, str]]:
     """Prompts with their texts."""
     tokenizer = small_tokenizer(kind)
-    source = Source(tokenizer, RULER, haystack(kind))
+    source = PromptMaterial(tokenizer, RULER, haystack(kind))
     drawn = draw_prompts(task, length or LENGTHS[kind], count, 1_000_007, source)
     return [(prompt, tokenizer.decode(prompt.ids).removeprefix("<s>").lstrip()) for prompt in drawn]
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from hydra_mcore.errors import InputError
-from hydra_mcore.ruler.needles import PLANS
+from hydra_mcore.ruler.material import ROOM, PromptMaterial
+from hydra_mcore.ruler.needles import NEEDLE_TASKS
 from hydra_mcore.ruler.prompts import TASKS, Prompt
 from hydra_mcore.ruler.sets import draw_prompts, prompt_set
-from hydra_mcore.ruler.source import ROOM, Source
 from hydra_mcore.ruler.wording import RULER
 from tests.support.small_tokenizers import KINDS, haystack, small_tokenizer
 
@@ -22,15 +22,15 @@ DRAWS = 200
 
 
 @pytest.fixture(scope="module")
-def sources() -> dict[str, Source]:
-    return {kind: Source(small_tokenizer(kind), RULER, haystack(kind)) for kind in KINDS}
+def sources() -> dict[str, PromptMaterial]:
+    return {kind: PromptMaterial(small_tokenizer(kind), RULER, haystack(kind)) for kind in KINDS}
 
 
-def repeating(source: Source) -> Source:
+def repeating(source: PromptMaterial) -> PromptMaterial:
     return dataclasses.replace(source, haystack=dataclasses.replace(source.haystack, repeat=True))
 
 
-def drawn(task: str, length: int, seed: int, source: Source) -> tuple[int, Prompt]:
+def drawn(task: str, length: int, seed: int, source: PromptMaterial) -> tuple[int, Prompt]:
     """A prompt; where the length is too short, one of the length that the error names, or of the first longer one that
     does.
     """
@@ -47,13 +47,16 @@ def drawn(task: str, length: int, seed: int, source: Source) -> tuple[int, Promp
             length = least
 
 
-def check(task: str, length: int, prompt: Prompt, source: Source) -> None:
+def check(task: str, length: int, prompt: Prompt, source: PromptMaterial) -> None:
     """All that can be said without knowing how the prompt was made."""
     tokenizer = source.tokenizer
     assert prompt.ids.dtype == prompt.answer_ids.dtype == np.int32
     assert len(prompt.ids) + prompt.room == length
     text = tokenizer.decode(prompt.ids)
-    assert len(set(prompt.answers)) == len(prompt.answers) == {"cwe": 10, "fwe": 3, "vt": 5}.get(task) or task in PLANS
+    assert (
+        len(set(prompt.answers)) == len(prompt.answers) == {"cwe": 10, "fwe": 3, "vt": 5}.get(task)
+        or task in NEEDLE_TASKS
+    )
     if TASKS[task].one_answer:
         assert prompt.room == len(prompt.answer_ids)
         assert tokenizer.decode([*prompt.ids, *prompt.answer_ids]) == f"{text} {prompt.answers[0]}"
@@ -74,7 +77,7 @@ def check(task: str, length: int, prompt: Prompt, source: Source) -> None:
     assert not any(answer in tokenizer.decode(without) for answer in prompt.answers)
 
 
-def test_two_hundred_draws(sources: dict[str, Source]) -> None:
+def test_two_hundred_draws(sources: dict[str, PromptMaterial]) -> None:
     rng = np.random.default_rng(11)
     for number in range(DRAWS):
         task, kind = str(rng.choice(list(TASKS))), KINDS[number % len(KINDS)]
@@ -84,7 +87,7 @@ def test_two_hundred_draws(sources: dict[str, Source]) -> None:
 
 
 @pytest.mark.parametrize("task", ["niah_single_3", "niah_multikey_3", "vt", "cwe", "fwe"])
-def test_128k_tokens(task: str, sources: dict[str, Source]) -> None:
+def test_128k_tokens(task: str, sources: dict[str, PromptMaterial]) -> None:
     source = repeating(sources["gpt2"])
     length, prompt = drawn(task, 131_072, 1_000_000, source)
     assert length == 131_072
@@ -94,15 +97,15 @@ def test_128k_tokens(task: str, sources: dict[str, Source]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_a_million_tokens(kind: str, task: str, sources: dict[str, Source]) -> None:
+def test_a_million_tokens(kind: str, task: str, sources: dict[str, PromptMaterial]) -> None:
     source = repeating(sources[kind])
     length, prompt = drawn(task, 1_048_576, 1_000_000, source)
     assert length == 1_048_576
     check(task, length, prompt, source)
 
 
-@pytest.mark.parametrize("task", [*PLANS, "vt"])
-def test_depths_are_even(task: str, sources: dict[str, Source]) -> None:
+@pytest.mark.parametrize("task", [*NEEDLE_TASKS, "vt"])
+def test_depths_are_even(task: str, sources: dict[str, PromptMaterial]) -> None:
     """Every needle has one prompt of the set in each of 20 equal parts of the haystack; those of a chain do so
     together.
     """
@@ -121,7 +124,7 @@ def test_depths_are_even(task: str, sources: dict[str, Source]) -> None:
             assert abs((start - head) / (24_576 - 2 * head - (end - start)) - depth) < 0.02
 
 
-def test_each_needle_has_an_order_of_its_own(sources: dict[str, Source]) -> None:
+def test_each_needle_has_an_order_of_its_own(sources: dict[str, PromptMaterial]) -> None:
     depths = np.asarray(
         [prompt.depths for prompt in prompt_set("niah_multiquery", 8192, 12, 1_000_000, sources["qwen"]).prompts]
     )
@@ -129,13 +132,13 @@ def test_each_needle_has_an_order_of_its_own(sources: dict[str, Source]) -> None
     assert len(orders) == 4 and tuple(range(12)) not in orders
 
 
-def test_each_prompt_takes_another_part_of_the_text(sources: dict[str, Source]) -> None:
+def test_each_prompt_takes_another_part_of_the_text(sources: dict[str, PromptMaterial]) -> None:
     prompts = prompt_set("niah_single_2", 2048, 8, 1_000_000, sources["gpt2"]).prompts
     starts = {tuple(prompt.ids[60:100].tolist()) for prompt in prompts}
     assert len(starts) == 8
 
 
-def test_needles_stand_between_sentences(sources: dict[str, Source]) -> None:
+def test_needles_stand_between_sentences(sources: dict[str, PromptMaterial]) -> None:
     """Nearly all: where none ends near a depth, between words."""
     for kind in KINDS:
         between_words = 0
@@ -151,7 +154,7 @@ def test_needles_stand_between_sentences(sources: dict[str, Source]) -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_shortest_prompts(task: str, sources: dict[str, Source]) -> None:
+def test_the_shortest_prompts(task: str, sources: dict[str, PromptMaterial]) -> None:
     """From the least length on each length works or says what the least is."""
     source = sources["gpt2"]
     least, _ = drawn(task, 100, 1_000_000, source)

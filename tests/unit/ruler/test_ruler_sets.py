@@ -19,10 +19,10 @@ from transformers import AutoTokenizer
 from hydra_mcore.errors import InputError
 from hydra_mcore.ruler import sets
 from hydra_mcore.ruler.haystack import read_haystack
+from hydra_mcore.ruler.material import PromptMaterial, tokenizer_fingerprint
 from hydra_mcore.ruler.needle_format import NeedleFormat
-from hydra_mcore.ruler.needles import PLANS
+from hydra_mcore.ruler.needles import NEEDLE_TASKS
 from hydra_mcore.ruler.sets import prompt_set
-from hydra_mcore.ruler.source import Source, tokenizer_fingerprint
 from hydra_mcore.ruler.wording import RULER, load_wording
 from tests.support.paths import ROOT, TINY_TEACHER
 from tests.support.small_tokenizers import KINDS, haystack, small_tokenizer
@@ -31,23 +31,23 @@ SEED = 1_000_000
 
 
 @pytest.fixture(scope="module")
-def source() -> Source:
-    return Source(small_tokenizer("qwen"), RULER, haystack("qwen"))
+def source() -> PromptMaterial:
+    return PromptMaterial(small_tokenizer("qwen"), RULER, haystack("qwen"))
 
 
 @pytest.fixture(scope="module")
-def own() -> Source:
+def own() -> PromptMaterial:
     """The tiny teacher's own needles."""
     tokenizer = AutoTokenizer.from_pretrained(TINY_TEACHER)
-    return Source(tokenizer, load_wording(None, tokenizer, TINY_TEACHER), None).in_noise()
+    return PromptMaterial(tokenizer, load_wording(None, tokenizer, TINY_TEACHER), None).in_noise()
 
 
-def test_the_same_arguments_give_the_same_set_in_any_process(source: Source) -> None:
+def test_the_same_arguments_give_the_same_set_in_any_process(source: PromptMaterial) -> None:
     code = (
         "from tests.support.small_tokenizers import small_tokenizer\n"
-        "from hydra_mcore.ruler.sets import prompt_set, Source\n"
+        "from hydra_mcore.ruler.sets import prompt_set, PromptMaterial\n"
         "from hydra_mcore.ruler.wording import RULER\n"
-        "source = Source(small_tokenizer('qwen'), RULER, None)\n"
+        "source = PromptMaterial(small_tokenizer('qwen'), RULER, None)\n"
         f"print([prompt_set(task, 2048, 2, {SEED}, source).digest for task in ('niah_multikey_3', 'vt', 'cwe', 'fwe')])"
     )
     run = subprocess.run(
@@ -67,7 +67,7 @@ def test_the_same_arguments_give_the_same_set_in_any_process(source: Source) -> 
 
 
 @pytest.mark.parametrize("task", ["niah_multiquery", "niah_single_3", "cwe"])
-def test_a_set_is_kept(task: str, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_set_is_kept(task: str, source: PromptMaterial, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = prompt_set(task, 2048, 3, SEED, source, tmp_path)
     (file,) = tmp_path.iterdir()
     stored = file.read_bytes()
@@ -91,7 +91,7 @@ def test_a_set_is_kept(task: str, source: Source, tmp_path: Path, monkeypatch: p
 
 
 def test_what_decides_about_a_set_is_in_its_name(
-    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: PromptMaterial, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = source.haystack
     others = [
@@ -129,7 +129,7 @@ def test_a_tokenizers_fingerprint_outlives_its_use() -> None:
 
 def test_the_chat_template_stands_around_the_question() -> None:
     tokenizer = small_tokenizer("qwen")
-    source = Source(tokenizer, load_wording("chat", tokenizer, Path("none")), haystack("qwen"))
+    source = PromptMaterial(tokenizer, load_wording("chat", tokenizer, Path("none")), haystack("qwen"))
     assert source.wording.name == "chat" and source.wording.digest != RULER.digest
     for task in ("niah_single_2", "niah_multivalue", "vt", "cwe", "fwe"):
         (prompt,) = prompt_set(task, 4096, 1, SEED, source).prompts
@@ -150,23 +150,23 @@ def test_the_chat_template_stands_around_the_question() -> None:
 
 def test_a_bos_counts_and_comes_once() -> None:
     tokenizer = small_tokenizer("llama")
-    (prompt,) = prompt_set("niah_single_1", 777, 1, SEED, Source(tokenizer, RULER, None)).prompts
+    (prompt,) = prompt_set("niah_single_1", 777, 1, SEED, PromptMaterial(tokenizer, RULER, None)).prompts
     assert prompt.ids[0] == tokenizer.bos_token_id and (prompt.ids == tokenizer.bos_token_id).sum() == 1
     wording = dataclasses.replace(RULER, chat=("<s>[INST] ", " [/INST]"))
-    (prompt,) = prompt_set("niah_single_1", 777, 1, SEED, Source(tokenizer, wording, None)).prompts
+    (prompt,) = prompt_set("niah_single_1", 777, 1, SEED, PromptMaterial(tokenizer, wording, None)).prompts
     assert (prompt.ids == tokenizer.bos_token_id).sum() == 1 and prompt.ids[0] == tokenizer.bos_token_id
 
 
-@pytest.mark.parametrize("task", PLANS)
-def test_a_models_own_needles(task: str, own: Source) -> None:
+@pytest.mark.parametrize("task", NEEDLE_TASKS)
+def test_a_models_own_needles(task: str, own: PromptMaterial) -> None:
     fmt = NeedleFormat.load(TINY_TEACHER / "needles.json")
-    pieces = fmt.long_pieces if PLANS[task].uuid_values else fmt.short_pieces
+    pieces = fmt.long_pieces if NEEDLE_TASKS[task].uuid_values else fmt.short_pieces
     for prompt in prompt_set(task, 1500, 3, SEED, own).prompts:
         text = own.tokenizer.decode(prompt.ids)
         context, query = text.rsplit(" # ", 1)
         needles = dict(needle.split(" ", 1) for needle in (part.split(";")[0] for part in context.split(" # ")[1:]))
         count = context.count(" # ")
-        assert count == (1 if "single" in task else 4) if PLANS[task].filler != "needles" else count > 80
+        assert count == (1 if "single" in task else 4) if NEEDLE_TASKS[task].filler != "needles" else count > 80
         assert len(needles) == (1 if task == "niah_multivalue" else count)
         if task not in ("niah_multivalue", "niah_multiquery"):
             assert needles[query] == prompt.answers[0] and prompt.room == pieces
@@ -176,14 +176,14 @@ def test_a_models_own_needles(task: str, own: Source) -> None:
         assert all(len(answer.split()) == pieces and text.count(answer) == 1 for answer in prompt.answers)
 
 
-def test_noise_is_spread_where_keys_run_out(own: Source) -> None:
+def test_noise_is_spread_where_keys_run_out(own: PromptMaterial) -> None:
     for prompt in prompt_set("niah_multikey_2", 4096, 2, SEED, own).prompts:
         text = own.tokenizer.decode(prompt.ids)
         gaps = [len(own.tokenizer.tokenize(part.split(";")[-1])) for part in text.split(" # ")[1:-1]]
         assert text.count(" # ") == 257 and min(gaps) >= max(gaps) - 3 > 3
 
 
-def test_a_wording_of_ones_own(tmp_path: Path, source: Source) -> None:
+def test_a_wording_of_ones_own(tmp_path: Path, source: PromptMaterial) -> None:
     file = tmp_path / "plain.json"
     file.write_text(
         json.dumps(
@@ -224,7 +224,7 @@ def test_a_wording_of_ones_own(tmp_path: Path, source: Source) -> None:
         ('{"value_pieces": [1]}', "key 'needle' is missing"),
     ],
 )
-def test_bad_wordings(content: str | None, complaint: str, tmp_path: Path, source: Source) -> None:
+def test_bad_wordings(content: str | None, complaint: str, tmp_path: Path, source: PromptMaterial) -> None:
     file = tmp_path / "wording.json"
     if content is not None:
         file.write_text(content)
@@ -233,7 +233,7 @@ def test_bad_wordings(content: str | None, complaint: str, tmp_path: Path, sourc
     assert "\n" not in str(error.value)
 
 
-def test_bad_haystacks(tmp_path: Path, source: Source) -> None:
+def test_bad_haystacks(tmp_path: Path, source: PromptMaterial) -> None:
     file = tmp_path / "book.txt"
     file.write_text("A short one. It ends.")
     short = dataclasses.replace(source, haystack=read_haystack(source.tokenizer, file))
@@ -253,7 +253,7 @@ def test_bad_haystacks(tmp_path: Path, source: Source) -> None:
         read_haystack(source.tokenizer, tmp_path / "none")
 
 
-def test_bad_requests(source: Source, own: Source) -> None:
+def test_bad_requests(source: PromptMaterial, own: PromptMaterial) -> None:
     for changed, complaint in [
         ({"task": "niah"}, "unknown task 'niah'; choose from niah_single_1"),
         ({"count": 0}, "0 prompts of 512 tokens from seed 1000000: give at least 1 prompt"),
@@ -263,7 +263,7 @@ def test_bad_requests(source: Source, own: Source) -> None:
     ]:
         asked = {"task": "niah_single_1", "length": 512, "count": 1, "seed": SEED} | changed
         with pytest.raises(InputError, match=complaint):
-            prompt_set(**asked, source=source)
+            prompt_set(**asked, material=source)
     few = dataclasses.replace(own.wording, own=dataclasses.replace(own.wording.own, keys=("a", "b")))
     with pytest.raises(InputError, match="niah_multiquery needs 4 keys, the wording needles has 2"):
         prompt_set("niah_multiquery", 512, 1, SEED, dataclasses.replace(own, wording=few))
@@ -274,14 +274,14 @@ def test_bad_requests(source: Source, own: Source) -> None:
         prompt_set("niah_multivalue", 512, 1, SEED, dataclasses.replace(own, wording=same))
 
 
-def test_tokenizers_that_cannot_write_a_prompt(source: Source) -> None:
+def test_tokenizers_that_cannot_write_a_prompt(source: PromptMaterial) -> None:
     tokenizer = copy.deepcopy(small_tokenizer("gpt2"))
     tokenizer.add_tokens([f"is: {digit}" for digit in range(1, 10)])
     with pytest.raises(InputError, match=r"the tokenizer splits the answer ' \d{7}' unexpectedly behind '.*text is:'"):
-        prompt_set("niah_single_1", 512, 1, SEED, Source(tokenizer, RULER, None))
+        prompt_set("niah_single_1", 512, 1, SEED, PromptMaterial(tokenizer, RULER, None))
     tokenizer = copy.deepcopy(small_tokenizer("gpt2"))
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     with pytest.raises(
         InputError, match=r"the tokenizer does not keep the text '.*'; word it otherwise \(--template\)"
     ):
-        prompt_set("niah_single_1", 512, 1, SEED, Source(tokenizer, RULER, None))
+        prompt_set("niah_single_1", 512, 1, SEED, PromptMaterial(tokenizer, RULER, None))

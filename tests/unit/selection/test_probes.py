@@ -14,9 +14,9 @@ import torch
 
 from hydra_mcore.errors import InputError
 from hydra_mcore.ruler.haystack import Haystack, read_text
+from hydra_mcore.ruler.material import PromptMaterial
 from hydra_mcore.ruler.needle_format import NeedleFormat
 from hydra_mcore.ruler.prompts import EVALUATION_SEEDS
-from hydra_mcore.ruler.source import Source
 from hydra_mcore.ruler.wording import RULER, own_wording, read_wording
 from hydra_mcore.selection import probes
 from hydra_mcore.selection.capabilities import BUILT_IN, GENERAL, RETRIEVAL
@@ -38,12 +38,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def source(checkpoint: Path) -> Source:
+def source(checkpoint: Path) -> PromptMaterial:
     """The tiny teacher's needles in the source text of a module."""
     tokenizer = load_tokenizer(checkpoint)
     text = Path(dataclasses.__file__).read_text(encoding="utf-8")
     ids = np.asarray(tokenizer.encode(text, add_special_tokens=False))
-    return Source(tokenizer, own_wording(checkpoint), Haystack.of(tokenizer, ids))
+    return PromptMaterial(tokenizer, own_wording(checkpoint), Haystack.of(tokenizer, ids))
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def tensors(batches: dict[str, list[ProbeBatch]]) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("text", [True, False], ids=["text", "noise"])
-def test_only_the_queried_value_differs(text: bool, source: Source) -> None:
+def test_only_the_queried_value_differs(text: bool, source: PromptMaterial) -> None:
     source = source if text else dataclasses.replace(source, haystack=None)
     found = build_probes(source, length=160, pairs=6, seed=4, capabilities=[RETRIEVAL])
     assert list(found) == list(TASKS)
@@ -81,12 +81,12 @@ def test_only_the_queried_value_differs(text: bool, source: Source) -> None:
         assert (batch.answer_bp != batch.distractor_bp).all()
 
 
-def test_noise_instead_of_text(source: Source) -> None:
+def test_noise_instead_of_text(source: PromptMaterial) -> None:
     batch = build_probes(dataclasses.replace(source, haystack=None), length=128, pairs=1, seed=4)["niah_single_2"][0]
     assert source.tokenizer.decode(batch.clean_bs[0]).count("The grass is green.") >= 2
 
 
-def test_batches_bound_the_tokens_and_change_nothing(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_bound_the_tokens_and_change_nothing(source: PromptMaterial, monkeypatch: pytest.MonkeyPatch) -> None:
     (whole,) = build_probes(source, length=128, pairs=5, seed=4)["niah_single_2"]
     monkeypatch.setattr(probes, "TOKENS_A_FORWARD", 300)
     parts = build_probes(source, length=128, pairs=5, seed=4)["niah_single_2"]
@@ -95,7 +95,7 @@ def test_batches_bound_the_tokens_and_change_nothing(source: Source, monkeypatch
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
 
 
-def test_the_seed_decides(source: Source) -> None:
+def test_the_seed_decides(source: PromptMaterial) -> None:
     first, again, other = (tensors(build_probes(source, length=64, pairs=4, seed=seed)) for seed in (5, 5, 6))
     assert all(map(torch.equal, first, again)) and len(first) == len(again)
     assert not any(
@@ -103,7 +103,7 @@ def test_the_seed_decides(source: Source) -> None:
     )
 
 
-def test_capabilities_and_files(source: Source, own_file: Path) -> None:
+def test_capabilities_and_files(source: PromptMaterial, own_file: Path) -> None:
     found = build_probes(source, length=128, pairs=3, seed=4, files={"coding": own_file})
     assert list(found) == [*TASKS, *GENERAL_PROBES, "code"]
     for name, batches in found.items():
@@ -119,7 +119,9 @@ def test_capabilities_and_files(source: Source, own_file: Path) -> None:
     assert list(build_probes(source, 128, 3, 4, capabilities=[GENERAL])) == list(GENERAL_PROBES)
 
 
-def test_a_general_probe_that_does_not_fit_is_left_out(source: Source, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_general_probe_that_does_not_fit_is_left_out(
+    source: PromptMaterial, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert list(build_probes(source, length=14, pairs=2, seed=0, capabilities=[GENERAL])) == ["copying"]
     reason = "this tokenizer leaves it no pair of at most 14 tokens"
     assert capsys.readouterr().err.splitlines() == [
@@ -129,7 +131,7 @@ def test_a_general_probe_that_does_not_fit_is_left_out(source: Source, capsys: p
         build_probes(source, length=13, pairs=2, seed=0, capabilities=[GENERAL])
 
 
-def test_names_that_clash_or_that_nobody_knows(source: Source, own_file: Path, tmp_path: Path) -> None:
+def test_names_that_clash_or_that_nobody_knows(source: PromptMaterial, own_file: Path, tmp_path: Path) -> None:
     (tmp_path / "copying.jsonl").write_bytes(own_file.read_bytes())
     (tmp_path / "twin").mkdir()
     (tmp_path / "twin" / "code.jsonl").write_bytes(own_file.read_bytes())
@@ -169,7 +171,7 @@ def test_seeds_of_evaluation_are_refused() -> None:
         ({"seed": 10**6}, "seed"),
     ],
 )
-def test_prompts_that_cannot_be_built(changes: dict, message: str, source: Source) -> None:
+def test_prompts_that_cannot_be_built(changes: dict, message: str, source: PromptMaterial) -> None:
     with pytest.raises(InputError, match=message) as caught:
         build_probes(source, **{"length": 64, "pairs": 2, "seed": 0, **changes})
     assert "\n" not in str(caught.value)
@@ -190,7 +192,7 @@ def test_wording_is_the_files_then_the_teachers_then_rulers(checkpoint: Path, tm
         own_wording(tmp_path)
 
 
-def test_haystack(source: Source, tmp_path: Path) -> None:
+def test_haystack(source: PromptMaterial, tmp_path: Path) -> None:
     tokenizer = source.tokenizer
     assert len(read_text(tokenizer)) > 50_000
     (tmp_path / "a.txt").write_text("plain words")

@@ -97,7 +97,7 @@ def test_broken_lines_are_named_and_skipped_only_when_asked(
     ]
     assert (
         refusal(capsys, *flags)
-        == f"prepare_data: {tmp_path / 'in.jsonl'}, line 2: {fault}; mend it, or leave such documents out with"
+        == f"prepare_data: {tmp_path / 'in.jsonl'}, line 2: {fault}; fix it, or leave such documents out with"
         " --skip-broken"
     )
     assert not list(tmp_path.glob("out*.json"))
@@ -127,8 +127,8 @@ def refusal(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
         ({"empty/x.csv": b"1"}, "--input {}/empty", "empty: no data files"),
         ({"a.csv": b"1"}, "--input {}/a.csv", "a.csv: not a kind of file that is read"),
         ({"a.txt": b"1"}, "--input {}/a.txt {}/*.txt", "a.txt twice"),
-        ({"a.txt": b""}, "--input {}/a.txt", "a.txt: empty; mend it"),
-        ({"a.txt": b"x\xff"}, "--input {}/a.txt", "a.txt: not UTF-8; mend it"),
+        ({"a.txt": b""}, "--input {}/a.txt", "a.txt: empty; fix it"),
+        ({"a.txt": b"x\xff"}, "--input {}/a.txt", "a.txt: not UTF-8; fix it"),
         ({"a.txt": b""}, "--input {}/a.txt --skip-broken", "no document is left for"),
         ({"a.parquet": b"PAR1"}, "--input {}/a.parquet", "a.parquet: cannot be read"),
         ({"a.jsonl.gz": gzip.compress(b"{}" * 99)[:20]}, "--input {}/a.jsonl.gz", "a.jsonl.gz: cannot be read"),
@@ -142,7 +142,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
         ({"a.txt": b"x"}, "--input {}/a.txt --model {}", "no model.json and no config.json"),
         ({"a.txt": b"x"}, "--input {}/a.txt --min-tokens 9 --max-tokens 8", "--max-tokens 8 is below --min-tokens 9"),
         ({"a.txt": b"x"}, "--input {}/a.txt --dataset-config x", "belong to --dataset"),
-        ({"a.txt": b"x"}, "--input {}/a.txt --out {}/a.txt/out", "a.txt: File exists; mend that"),
+        ({"a.txt": b"x"}, "--input {}/a.txt --out {}/a.txt/out", "a.txt: File exists; fix that"),
         (
             {},
             "--dataset nobody/nothing",

@@ -25,7 +25,7 @@ from hydra_mcore.selection.evidence import spearman
 from hydra_mcore.selection.journal import JournalWriter, read_journal
 from hydra_mcore.selection.score import HeadScores
 from tests.support.paths import ROOT, TINY_TEACHER
-from tools.commands.head_scoring import identity, needle_source, probes
+from tools.commands.head_scoring import identity, needle_material, probes
 from tools.select_heads import main, parser
 
 SMALL = ["--length", "128", "--pairs", "2"]
@@ -162,7 +162,7 @@ def test_what_makes_a_scoring_run_another_one(tiny_teacher: Path, tmp_path: Path
         args = parser().parse_args(
             ["--teacher", str(tiny_teacher), "--out", str(tmp_path), "--capabilities", "--probe", f"mine={file}"]
         )
-        found.add(identity(args, card, probes(args, needle_source(args), 64), 64)["prompts_sha256"])
+        found.add(identity(args, card, probes(args, needle_material(args), 64), 64)["prompts_sha256"])
     assert len(found) == 2
     facts = list(identity(args, card, {}, 64))
     assert facts.index("generator") < facts.index("prompts_sha256")  # so that it is what a journal says first

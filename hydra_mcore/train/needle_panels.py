@@ -18,9 +18,9 @@ from hydra_mcore.config import ConfigError
 from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.parallel import ParallelModel
 from hydra_mcore.evaluation.scoring import Score, score_prompts
+from hydra_mcore.ruler.material import PromptMaterial
 from hydra_mcore.ruler.prompts import EVALUATION_SEEDS, PromptSet
 from hydra_mcore.ruler.sets import prompt_set
-from hydra_mcore.ruler.source import Source
 from hydra_mcore.ruler.wording import own_wording
 from hydra_mcore.tokenizer import load_tokenizer
 
@@ -63,9 +63,9 @@ def make_panels(args: argparse.Namespace, checkpoint_dir: Path, vocab_size: int)
     if not args.needle_interval:
         return None
     tokenizer, length = load_tokenizer(checkpoint_dir), args.needle_length or args.seq_length
-    source = Source(tokenizer, own_wording(checkpoint_dir), None).in_noise()
+    material = PromptMaterial(tokenizer, own_wording(checkpoint_dir), None).in_noise()
     try:
-        sets = {panel: prompt_set(task, length, args.needle_prompts, SEED, source) for panel, task in TASKS.items()}
+        sets = {panel: prompt_set(task, length, args.needle_prompts, SEED, material) for panel, task in TASKS.items()}
     except InputError as error:
         raise ConfigError(
             f"needle prompts of {length} tokens: {error}; change needle-length, or set needle-interval to 0"

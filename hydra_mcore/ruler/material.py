@@ -37,7 +37,7 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
+class PromptMaterial:
     """All that prompts are made of, but task, length and seed."""
 
     tokenizer: Tokenizer
@@ -54,7 +54,7 @@ class Source:
         """Lines of noise, for the needle tasks."""
         return repeated(self.wording.line_gap + self.wording.noise, self.pieces)
 
-    def in_noise(self) -> Source:
+    def in_noise(self) -> PromptMaterial:
         """The same, with noise wherever a task hides its needles in text."""
         return dataclasses.replace(self, haystack=self.noise)
 
@@ -83,7 +83,14 @@ class Frame:
 
     @classmethod
     def of(
-        cls, source: Source, task: str, length: int, ask: Ask, answers: Sequence[str], written: str, example: str = ""
+        cls,
+        material: PromptMaterial,
+        task: str,
+        length: int,
+        ask: Ask,
+        answers: Sequence[str],
+        written: str,
+        example: str = "",
     ) -> Frame:
         """Encode what stands around the haystack.
 
@@ -96,14 +103,14 @@ class Frame:
         Raises:
             InputError: the tokenizer has no one way to write a task's one answer.
         """
-        before, after = source.wording.chat
+        before, after = material.wording.chat
         prefix = ask.prefix.lstrip() if after else ask.prefix
         tail, written = ask.question + after + prefix.rstrip(), prefix[len(prefix.rstrip()) :] + written
         one_answer = TASKS[task].one_answer
-        answer_ids = source.pieces.continuation(tail, written) if one_answer else []
-        room = len(answer_ids) if one_answer else max(ROOM[task], len(source.pieces.ids(" " + written.lstrip())))
-        head = source.pieces.first(before + example + ask.intro)
-        return cls(task, length, head, source.pieces.ids(tail), room, tuple(answers), answer_ids)
+        answer_ids = material.pieces.continuation(tail, written) if one_answer else []
+        room = len(answer_ids) if one_answer else max(ROOM[task], len(material.pieces.ids(" " + written.lstrip())))
+        head = material.pieces.first(before + example + ask.intro)
+        return cls(task, length, head, material.pieces.ids(tail), room, tuple(answers), answer_ids)
 
     @property
     def space(self) -> int:
