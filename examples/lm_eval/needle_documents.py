@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hydra_mcore.ruler.source import PromptMaterial
 
+from hydra_mcore.ruler.material import PromptMaterial
 from hydra_mcore.ruler.needles import needle_pair
 from hydra_mcore.ruler.wording import own_wording
 from hydra_mcore.tokenizer import open_tokenizer
