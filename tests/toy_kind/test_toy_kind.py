@@ -74,8 +74,17 @@ def test_a_step_is_the_same_on_every_layout_and_watched(made: Path) -> None:
     for name, (ranks, *layout) in TRAINED.items():
         launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, "-m", "hydra_mcore.train")
         start = ("--teacher", made / "teacher", "--start-from", made / "student", "--run-dir", made / name)
-        data = ("--data-path", made / "data", "--packed-documents", "--head-statistics-interval", "1")
-        steps = ("--train-iters", "2", "--lr-warmup-iters", "1", "--micro-batch-size", "1")
+        data = ("--data-path", made / "data", "--packed-documents")
+        steps = (
+            "--train-iters",
+            "2",
+            "--lr-warmup-iters",
+            "1",
+            "--micro-batch-size",
+            "1",
+            "--head-statistics-interval",
+            "1",
+        )
         run(*launch, "--stage", "align", *start, *data, *FLAGS, *steps, *layout)
         found = logged(made / name / "align" / "tensorboard")
         losses[name], statistics[name] = found["align loss"], {key for key in found if key.startswith("toy ")}
