@@ -1,8 +1,10 @@
 # Every target sets up .venv by itself; a second run installs nothing.
 PYTHON_VENV := .venv/bin/python
 # A free worker takes the next file, so that what a file's tests share is made once. In their order: the long files of
-# tests/distributed come first and the short ones of tests/unit last, and the workers end together.
-PYTEST := $(PYTHON_VENV) -m pytest --numprocesses=logical --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
+# tests/distributed come first and the short ones of tests/unit last, and the workers end together. SLURM's tests come
+# behind them, alone: under load its nodes are lost and found at other moments than the tests make.
+PYTEST := $(PYTHON_VENV) -m pytest
+SIDE_BY_SIDE := --numprocesses=logical --maxprocesses=8 --dist=loadfile --no-loadscope-reorder --ignore=tests/slurm
 
 .PHONY: help env demo test test-all gpu-check checks clean
 help:           ## this list
@@ -15,10 +17,12 @@ demo: env       ## the whole pipeline, small, on this machine
 	@$(PYTHON_VENV) -m examples.tiny.demo
 
 test: env       ## the tests that need no GPU, without the slow ones
-	@$(PYTEST) -m "not slow and not gpu"
+	@$(PYTEST) $(SIDE_BY_SIDE) -m "not slow and not gpu"
+	@$(PYTEST) tests/slurm -m "not slow and not gpu"
 
 test-all: env   ## all tests that need no GPU
-	@$(PYTEST) -m "not gpu"
+	@$(PYTEST) $(SIDE_BY_SIDE) -m "not gpu"
+	@$(PYTEST) tests/slurm -m "not gpu"
 
 gpu-check:      ## the tests and benchmarks that need a GPU, on its machine (tools/gpu_check.sh --help)
 	@tools/gpu_check.sh
