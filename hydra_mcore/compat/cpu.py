@@ -177,7 +177,9 @@ PATCHES: tuple[Patch, ...] = (
     ),
     Patch(
         target="torch:Tensor.cuda",
-        caller=f"{_CORE}.models.common.language_module.language_module:LanguageModule.setup_embeddings_and_output_layer",
+        caller=(
+            f"{_CORE}.models.common.language_module.language_module:LanguageModule.setup_embeddings_and_output_layer"
+        ),
         marker="weight.data.cuda()",
         reason="Raises without a driver.",
         make=_call(lambda self, *_args, **_kwargs: self),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 from hydra_mcore.sequence import SequencePart
 from hydra_mcore.shape import ModelShape
@@ -109,21 +109,29 @@ def gate_width(granularity: str, head_dim: int) -> int:
 
 
 @dataclass(frozen=True)
-class Flops:
-    """Operations of a forward pass and of its backward pass."""
+class PerPass:
+    """An amount of a forward pass and of its backward pass."""
 
     forward: float
     backward: float
 
-    def __add__(self, other: Flops) -> Flops:
-        return Flops(self.forward + other.forward, self.backward + other.backward)
+    def __add__(self, other: Self) -> Self:
+        return type(self)(self.forward + other.forward, self.backward + other.backward)
 
-    def __rmul__(self, times: float) -> Flops:
-        return Flops(times * self.forward, times * self.backward)
+    def __rmul__(self, times: float) -> Self:
+        return type(self)(times * self.forward, times * self.backward)
 
     @property
     def total(self) -> float:
         return self.forward + self.backward
+
+
+class Flops(PerPass):
+    """Operations."""
+
+
+class Sent(PerPass):
+    """Bytes that one rank sends."""
 
 
 NO_FLOPS = Flops(0.0, 0.0)
@@ -133,21 +141,6 @@ def product(inputs: float, outputs: float, input_gradient: bool = True) -> Flops
     """One row through a matrix, and the gradients of the matrix and, unless it has none, of the row."""
     forward = 2.0 * inputs * outputs
     return Flops(forward, 2 * forward if input_gradient else forward)
-
-
-@dataclass(frozen=True)
-class Sent:
-    """Bytes that one rank sends in a forward pass and in its backward pass."""
-
-    forward: int
-    backward: int
-
-    def __add__(self, other: Sent) -> Sent:
-        return Sent(self.forward + other.forward, self.backward + other.backward)
-
-    @property
-    def total(self) -> int:
-        return self.forward + self.backward
 
 
 @dataclass(frozen=True)

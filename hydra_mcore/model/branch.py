@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import pkgutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
@@ -39,7 +40,7 @@ class GroupedKeysValues(NamedTuple):
     group_of_head: Tensor
 
 
-class Branch(MegatronModule):
+class Branch(MegatronModule, ABC):
     """The heads of one kind on this rank; makes their queries, keys and values, and their gate.
 
     ``kind`` is the name in the table of kinds. ``core`` is the module class, or the name of the function in its
@@ -80,6 +81,7 @@ class Branch(MegatronModule):
         if granularity != "none":
             self.gate = OutputGate(self.config, self.heads, granularity, activation, self.pg_collection)
 
+    @abstractmethod
     def forward(
         self,
         x_sbm: Tensor,
@@ -95,7 +97,6 @@ class Branch(MegatronModule):
             kv: keys and values where all branches share them.
             cache: has what the tokens before the part left behind, and gets what this part leaves.
         """
-        raise NotImplementedError
 
     def watched(self) -> dict[str, tuple[torch.nn.Module, Callable[[Tensor], Tensor]]]:
         """Statistic of the kind -> the module whose output [s, b, h, 1] it is read from, and how."""

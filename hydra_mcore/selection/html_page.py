@@ -13,13 +13,17 @@ from typing import Any
 
 STYLE = """
 body { max-width: 60rem; margin: 2.5rem auto; padding: 0 1.2rem; font: 16px/1.55 system-ui, sans-serif; color: #222; }
-h1 { font-size: 1.7rem; margin-bottom: 0.3rem; } h2 { font-size: 1.2rem; margin: 2.6rem 0 0.4rem; border-top: 1px solid #ddd; padding-top: 1.2rem; }
+h1 { font-size: 1.7rem; margin-bottom: 0.3rem; }
+h2 { font-size: 1.2rem; margin: 2.6rem 0 0.4rem; border-top: 1px solid #ddd; padding-top: 1.2rem; }
 p { margin: 0.5rem 0; } img { max-width: 100%; max-height: 48rem; margin: 0.7rem 0; display: block; }
 table { border-collapse: collapse; margin: 0.8rem 0; font-size: 0.88rem; } .wide { overflow-x: auto; }
-th, td { padding: 0.22rem 0.8rem 0.22rem 0; text-align: right; border-bottom: 1px solid #eee; font-variant-numeric: tabular-nums; }
-th { font-weight: 600; border-bottom-color: #999; vertical-align: bottom; } th:first-child, td:first-child { text-align: left; }
-.facts td { text-align: left; vertical-align: top; overflow-wrap: anywhere; } .facts td:first-child { white-space: nowrap; color: #555; }
-"""  # noqa: E501
+th, td { padding: 0.22rem 0.8rem 0.22rem 0; text-align: right; border-bottom: 1px solid #eee;
+  font-variant-numeric: tabular-nums; }
+th { font-weight: 600; border-bottom-color: #999; vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; }
+.facts td { text-align: left; vertical-align: top; overflow-wrap: anywhere; }
+.facts td:first-child { white-space: nowrap; color: #555; }
+"""
 
 
 def page(title: str, sections: Iterable[str]) -> str:

@@ -2,29 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The README's commands, in its order, as a user types them, on the tiny teacher with a few steps a stage."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from hydra_mcore.config import ModelCard
+from tests.support.commands import printed
 from tests.support.paths import ROOT, TINY_TEACHER
-
-
-def run(*command: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -55,19 +40,19 @@ def _write_data(folder: Path) -> None:
 def test_readme_commands_from_import_to_report(run_dir: Path) -> None:
     teacher, heads, student = run_dir / "teacher", run_dir / "heads", run_dir / "student"
     text = str(run_dir / "corpus.txt")
-    run("tools/convert.py", "import", "--hf", str(TINY_TEACHER), "--out", str(teacher))
+    printed("tools/convert.py", "import", "--hf", str(TINY_TEACHER), "--out", str(teacher))
     select = ("tools/select_heads.py", "--teacher", str(teacher), "--ratio", "3:1", "--pairs", "2", "--length", "128")
-    assert "rounds of senders" in run(*select, "--out", str(heads), "--dry-run")
-    run(*select, "--out", str(heads))
+    assert "rounds of senders" in printed(*select, "--out", str(heads), "--dry-run")
+    printed(*select, "--out", str(heads))
     assert (heads / "figures" / "heads.png").stat().st_size > 10_000
     hybridize = ("tools/convert.py", "hybridize", "--teacher", str(teacher), "--heads", str(heads / "head_map.json"))
-    run(*hybridize, "--calibration-text", text, "--out", str(student))
+    printed(*hybridize, "--calibration-text", text, "--out", str(student))
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     for stage, launcher in (("align", torchrun), ("distill", ()), ("extend", ())):
         train = ("-m", "hydra_mcore.train", "--stage", stage, "--config", str(run_dir / "recipe.yaml"))
-        assert f"save:  {run_dir / stage}" in run(*train, "--dry-run")
+        assert f"save:  {run_dir / stage}" in printed(*train, "--dry-run")
         assert not (run_dir / stage).exists()
-        run(*launcher, *train)
+        printed(*launcher, *train)
         card = ModelCard.load(run_dir / stage)
         assert (card.stage, card.head_map.num_fa) == (stage, 8)
     models = (f"teacher={teacher}", f"student={run_dir / 'extend'}")
@@ -84,9 +69,9 @@ def test_readme_commands_from_import_to_report(run_dir: Path) -> None:
         "2",
     )
     evaluate += ("--haystack", text, "--out", str(run_dir / "out"))
-    table = run(*evaluate)
+    table = printed(*evaluate)
     assert re.search(r"\| teacher \| 32 of 32 \|.*\n\| teacher \+ YaRN x2 \|.*\n\| student \| 8 of 32 \|", table)
-    assert "holds a report with every piece already" in run(*evaluate, "--skip-existing")
+    assert "holds a report with every piece already" in printed(*evaluate, "--skip-existing")
     verify = (
         "tools/verify.py",
         str(run_dir / "extend"),
@@ -97,28 +82,30 @@ def test_readme_commands_from_import_to_report(run_dir: Path) -> None:
         "--length",
         "64",
     )
-    assert " 0 failed" in run(*verify)
+    assert " 0 failed" in printed(*verify)
     export = ("tools/convert.py", "export", "--checkpoint", str(run_dir / "extend"), "--out", str(run_dir / "hf"))
-    run(*export, "--evaluation", str(run_dir / "out" / "report.md"))
+    printed(*export, "--evaluation", str(run_dir / "out" / "report.md"))
     assert "| align | 768 | 64 |" in (run_dir / "hf" / "README.md").read_text()
     for document, path in ((run_dir / "hf" / "README.md", "PATH"), (ROOT / "docs" / "conversion.md", "runs/a/hf")):
         snippet = re.search(r"```python\n(.*?)```", document.read_text(), re.DOTALL)[1].replace(
             path, str(run_dir / "hf")
         )
-        said = run("-c", snippet + "\nprint(type(model).__name__, len(tokenizer))")
+        said = printed("-c", snippet + "\nprint(type(model).__name__, len(tokenizer))")
         assert said.endswith("HydraHeadForCausalLM 1024\n") and "Do you wish" not in said
 
 
 @pytest.mark.slow
 def test_benchmarks_print_tables() -> None:
-    assert "| 2 | 32768 |" in run(
+    assert "| 2 | 32768 |" in printed(
         "tools/benchmark.py", "communication", "--fa-heads", "2", "--cp", "2", "4", "--lengths", "32768"
     )
-    assert "| 3:1, random scores, global | 4 |" in run("tools/benchmark.py", "balance", "--tp", "4", "--length", "256")
-    assert "all by queries" in run("tools/benchmark.py", "balance", "--measure", "--length", "16", "--repeats", "1")
-    assert "| end-to-end backpropagation" in run("tools/benchmark.py", "memory", "--lengths", "512", "1024")
-    assert "| first step done |" in run("tools/benchmark.py", "start-up", "--repeats", "1")
-    assert "| distill | 32 |" in run(
+    assert "| 3:1, random scores, global | 4 |" in printed(
+        "tools/benchmark.py", "balance", "--tp", "4", "--length", "256"
+    )
+    assert "all by queries" in printed("tools/benchmark.py", "balance", "--measure", "--length", "16", "--repeats", "1")
+    assert "| end-to-end backpropagation" in printed("tools/benchmark.py", "memory", "--lengths", "512", "1024")
+    assert "| first step done |" in printed("tools/benchmark.py", "start-up", "--repeats", "1")
+    assert "| distill | 32 |" in printed(
         "tools/benchmark.py", "step", "--lengths", "32", "--layers", "1", "--vocabulary", "64"
     )
     small = (
@@ -136,7 +123,7 @@ def test_benchmarks_print_tables() -> None:
         "4",
     )
     heads = ("--naive-heads", "12", "--naive-senders", "5")
-    table = run("tools/benchmark.py", "selection", "--models", "3x4", *small, *heads).splitlines()
+    table = printed("tools/benchmark.py", "selection", "--models", "3x4", *small, *heads).splitlines()
     receivers, attribution, senders = (line.split(" | ") for line in table if line.startswith("| 3 x 4 |"))
     assert [row[1] for row in (receivers, attribution, senders)] == ["receivers", "attribution", "senders of 1"]
     assert all(float(row[-1].rstrip(" |")) < 1e-4 for row in (receivers, senders))  # both ways give the same scores

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ IMPORT = ("tools/convert.py", "import", "--hf", str(TINY_TEACHER), "--out", "OUT
 
 def begin(tmp_path: Path, *command: str) -> subprocess.Popen:
     words = [word.replace("OUT", str(tmp_path)) for word in command]
-    heard = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731  where a suite runs in the background
+    heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # where a suite runs in the background
     with (tmp_path / "said").open("w") as said:
         return subprocess.Popen(
             [sys.executable, *words], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},

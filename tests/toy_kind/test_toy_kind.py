@@ -18,6 +18,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from tests.support.commands import printed
 from tests.support.paths import ROOT
 from tests.support.stages import FLAGS, logged, write_data
 from tests.support.tiny_hf import tiny_qwen3
@@ -29,18 +30,9 @@ TRAINED = {"one": (1,), "tp2": (2, "--tensor-model-parallel-size", "2"), "cp2": 
 
 
 def run(*command: object) -> str:
-    """A command's output; it must succeed."""
+    """A command's output, with the toy kind; it must succeed."""
     path = os.pathsep.join((str(ROOT / "tests" / "toy_kind"), str(ROOT)))
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
+    return printed(*command, path=path, OMP_NUM_THREADS="1")
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ d head dimension, c channels. Heads of a branch stand in ascending order of thei
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from types import ModuleType
 from typing import ClassVar, NamedTuple
@@ -123,7 +124,7 @@ class OutputGate(nn.Linear):
         return self.activation(super().forward(x_bsm)).unflatten(-1, (-1, self.rows))
 
 
-class Heads(nn.Module):
+class Heads(nn.Module, ABC):
     """The heads of one kind in a layer: projections, RMSNorm and rotary positions of queries and keys, an output gate.
 
     ``kind`` names them in config.json and in the names of tensors.
@@ -166,11 +167,11 @@ class Heads(nn.Module):
         """What multiplies the outputs, [b, s, h, d or 1]."""
         return None if self.gate_proj is None else self.gate_proj(x_bsm)
 
+    @abstractmethod
     def forward(
         self, x_bsm: Tensor, call: Call, shared_kv: tuple[Tensor, Tensor] | None, cache: HydraHeadCacheLayer | None
     ) -> tuple[Tensor, Tensor | None]:
         """(outputs [b, s, h, d], gate or None); ``shared_kv`` of the living groups where the branches share them."""
-        raise NotImplementedError
 
     def start(self, init: ModuleType) -> None:
         """Give the parameters that are no projection their start, with transformers' ``initialization``."""

@@ -16,6 +16,7 @@ from hydra_mcore.kinds import KINDS, gated_delta
 from hydra_mcore.kinds.kind import HeadKind
 from hydra_mcore.ops import chunked_delta_rule
 from hydra_mcore.ops.gated_delta import gated_delta_rule
+from hydra_mcore.train.head_statistics import COMMON
 
 TORCH_FREE = ("kinds", "kinds.full_attention", "kinds.gated_delta", "heads", "config", "shape", "sequence")
 
@@ -52,3 +53,11 @@ def test_options_are_named_after_their_kind_and_say_where_they_are_from(kind: He
         assert item.name.startswith(f"{kind.name}_")
         assert docs[item.name].rstrip(". \n").endswith("]"), f"{item.name} lacks its source mark"
         assert getattr(HydraOptions(), item.name) == item.default
+
+
+def test_a_statistic_of_one_name_is_one_statistic() -> None:
+    """Tables of heads have a row for each name."""
+    named = {statistic.name: statistic for kind in KINDS.values() for statistic in kind.statistics}
+    for kind in KINDS.values():
+        assert all(statistic == named[statistic.name] for statistic in kind.statistics)
+    assert not named.keys() & {statistic.name for statistic in COMMON}
