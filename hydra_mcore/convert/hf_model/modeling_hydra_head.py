@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """HydraHead models (arXiv 2606.20097) for transformers: every layer mixes kinds of heads, head by head.
 
-                      +-- FA heads:  q k v, causal softmax over cached keys ---+
-    x (normed) -------|                                                        |--> norm and scale per head --> o_proj
-                      +-- GDN heads: q k v, delta rule on a constant state ----+
+                      +-- FA heads:        q k v, causal softmax over cached keys ------+
+    x (normed) -------+-- GDN, KDA heads:  q k v, delta rule on a constant state -------+--> norm and scale per head,
+                      +-- Lightning heads: q k v, linear attention, constant state -----+    then o_proj
 
 Needs torch and transformers only (tested with transformers 5.0 to 5.24); flash-linear-attention is used on a GPU where
 it is installed. Shape suffixes: b batch, s tokens of this call, t all tokens so far, h heads, d head dimension, m model

@@ -7,8 +7,10 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import re
 import subprocess
 import sys
+from pathlib import PurePath
 
 import pytest
 import torch
@@ -327,3 +329,10 @@ def test_the_travelling_files_are_the_frameworks_own(tmp_path):
     write_config(tmp_path)
     for name in CODE_FILES:
         assert (tmp_path / name.rpartition("/")[2]).read_bytes() == (PACKAGE / name).read_bytes()
+
+
+def test_the_modelling_file_itself_imports_every_other_one(tmp_path):
+    """Transformers 5.0 copies no others."""
+    code = (write_config(tmp_path) / "modeling_hydra_head.py").read_text()
+    imported = re.findall(r"^from \.(\w+) import", code, re.MULTILINE)
+    assert sorted([*imported, "modeling_hydra_head"]) == sorted(PurePath(name).stem for name in CODE_FILES)
