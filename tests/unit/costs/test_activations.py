@@ -56,7 +56,7 @@ def _saved_bytes(card: ModelCard, dtype: torch.dtype, recompute: tuple[str, ...]
 
         def note(x: torch.Tensor) -> torch.Tensor:
             saved.setdefault(x.untyped_storage()._cdata, x)
-            return x
+            return x.detach()  # an output that its own node keeps would never be freed
 
         hidden = torch.randn(LENGTH, ROWS, SHAPE.hidden_size, dtype=dtype, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
