@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import json
 import pickle
+import re
 
 import jsonschema
 import pytest
@@ -18,7 +19,7 @@ from hydra_mcore.config import ModelShape
 from hydra_mcore.errors import InputError
 from hydra_mcore.files import write_json
 from hydra_mcore.heads import HEAD_MAP_FORMAT, HeadMap, HeadMapError, HeadsByKind, first_difference
-from hydra_mcore.kinds import KINDS
+from hydra_mcore.kinds import DEFAULT_LINEAR, FA, KINDS
 from hydra_mcore.selection.choose import STRATEGIES
 from tests.support.paths import ROOT
 
@@ -91,6 +92,31 @@ def test_layers_hold_what_was_kept():
 def test_heads_that_do_not_exist_are_refused(pair):
     with pytest.raises(HeadMapError, match=f"no head {pair[1]} in layer {pair[0]} of a 3 x 4 model"):
         HeadMap.from_fa([pair], LAYERS, HEADS, GROUPS)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != FA])
+def test_other_heads_may_be_of_another_kind_in_each_layer(kind):
+    counts, pairs = (LAYERS, HEADS, GROUPS), [(0, 1), (2, 3), (2, 0)]
+    everywhere = HeadMap.from_fa(pairs, *counts, kind)
+    assert everywhere == HeadMap.from_fa(pairs, *counts, [kind] * LAYERS)
+    assert everywhere.layers[1] == HeadsByKind(**{kind: range(HEADS)})
+    mixed = HeadMap.from_fa(pairs, *counts, [DEFAULT_LINEAR, kind, kind])
+    assert mixed.layers == (some_map().layers[0], *everywhere.layers[1:])
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        (FA, "3 kinds (fa) for the other heads of 3 layers; give one a layer, none of them fa"),
+        ([DEFAULT_LINEAR, FA, DEFAULT_LINEAR], "3 kinds (fa, gdn) for the other heads of 3 layers; give one a layer"),
+        ([DEFAULT_LINEAR] * 2, "2 kinds (gdn) for the other heads of 3 layers; give one a layer"),
+        ([], "0 kinds () for the other heads of 3 layers"),
+        ("soft", "no kind of heads is called 'soft'"),
+    ],
+)
+def test_kinds_of_other_heads_that_cannot_be(others, message):
+    with pytest.raises(HeadMapError, match=re.escape(message)):
+        HeadMap.from_fa([(0, 1)], LAYERS, HEADS, GROUPS, others)
 
 
 def broken(path: tuple, value) -> dict:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,12 +20,14 @@ import numpy as np
 import pytest
 
 from hydra_mcore.config import ModelCard
-from hydra_mcore.heads import HeadMap
+from hydra_mcore.heads import HeadMap, HeadsByKind
+from hydra_mcore.kinds import KINDS
 from hydra_mcore.ruler.needle_format import NeedleFormat
 from hydra_mcore.selection.evidence import spearman
 from hydra_mcore.selection.journal import JournalWriter, read_journal
 from hydra_mcore.selection.score import HeadScores
 from tests.support.paths import ROOT, TINY_TEACHER
+from tests.toy_kind import TOY
 from tools.commands.head_scoring import identity, needle_material, probes
 from tools.select_heads import main, parser
 
@@ -125,6 +128,53 @@ def test_random_and_layer_wise_maps_need_no_scores(
     assert [len(layer["fa"]) for layer in HeadMap.load(hybrid / "head_map.json").layers] == [0, 8, 0, 8]
 
 
+def test_other_heads_become_what_is_asked_for(
+    tiny_teacher: Path,
+    selected: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From known scores: the same heads are kept, the report and the map say what the others become."""
+    monkeypatch.setattr("tools.commands.head_scoring.load_model", None)
+    monkeypatch.setitem(KINDS, TOY.name, TOY)
+    toy, gdn = "decayed linear attention (Toy) heads", "Gated DeltaNet (GDN) heads"
+    known = ("--scores", str(selected / "scores.json"), "--linear", "toy", "1-2=gdn")
+    mixed = HeadMap.load(run(tiny_teacher, tmp_path / "mixed", *known) / "head_map.json")
+    assert f"the others become {toy} in layer 0, {gdn} in layers 1 to 2, {toy} in layer 3\n" in capsys.readouterr().out
+    plain = HeadMap.load(selected / "head_map.json")
+    assert mixed.heads_of("fa") == plain.heads_of("fa") and "linear" not in plain.made_by
+    assert mixed.layers[1:3] == plain.layers[1:3] and [list(mixed.layers[at]) for at in (0, 3)] == [["fa", "toy"]] * 2
+    page = re.sub(r"<.*?>", "", (tmp_path / "mixed" / "report.html").read_text())
+    assert mixed.made_by["linear"] == "toy 1-2=gdn" and "map: lineartoy 1-2=gdn" in page
+
+
+def test_other_heads_of_a_recipe(
+    tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a list or a word; what the command line says wins; a map that is there stays."""
+    monkeypatch.setitem(KINDS, TOY.name, TOY)
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "listed"
+    section = f"teacher: {tiny_teacher}, strategy: hybrid, out: {out}"
+    recipe.write_text(f"select: {{{section}, linear: [toy, 1=gdn]}}")
+    main(["--config", str(recipe), "--dry-run"])
+    toy, gdn = "decayed linear attention (Toy) heads", "Gated DeltaNet (GDN) heads"
+    said = f"would keep 8 of 32 heads (hybrid), the others become {toy} in layer 0, {gdn} in layer 1, {toy} in layers 2"
+    assert said in capsys.readouterr().out and not out.exists()
+    main(["--config", str(recipe)])
+    every = range(8)
+    layers = tuple(HeadsByKind(**{kind: every}) for kind in ("toy", "gdn", "toy", "fa"))
+    assert HeadMap.load(out / "head_map.json").layers == layers
+    recipe.write_text(f"select: {{{section}, linear: toy}}")
+    main(["--config", str(recipe), "--skip-existing"])
+    assert HeadMap.load(out / "head_map.json").layers == layers
+    main(["--config", str(recipe), "--out", str(tmp_path / "word")])
+    word = (*(HeadsByKind(toy=every),) * 3, HeadsByKind(fa=every))
+    assert HeadMap.load(tmp_path / "word" / "head_map.json").layers == word
+    main(["--config", str(recipe), "--out", str(tmp_path / "flag"), "--linear", "gdn"])
+    assert HeadMap.load(tmp_path / "flag" / "head_map.json").layers == (*(HeadsByKind(gdn=every),) * 3, word[3])
+
+
 def test_a_capability_of_ones_own(tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = NeedleFormat.load(TINY_TEACHER / "needles.json").value_pieces[:12]
     line = "".join(words[:8])
@@ -183,6 +233,7 @@ def test_dry_run_writes_nothing(tiny_teacher: Path, tmp_path: Path, capsys: pyte
     run(tiny_teacher, tmp_path / "out", "--dry-run", "--pairs", "3", "--length", "512")
     shown = capsys.readouterr().out
     assert "32 heads on 24 pairs of up to 512 tokens" in shown and "two rounds of senders" in shown
+    assert "would keep 8 of 32 heads (global_c), the others become Gated DeltaNet (GDN) heads\n" in shown
     assert not (tmp_path / "out").exists()
 
 
@@ -254,6 +305,10 @@ def test_a_stopped_run_goes_on_and_loses_no_finished_piece(tiny_teacher: Path, s
         (["--strategy", "tp", "--ranks", "3"], "3"),
         (["--strategy", "hybrid", "--every", "9"], "every 9: choose 1 to 4"),
         (["--strategy", "hybrid", "--budget", "9"], "9"),
+        (["--linear", "fa"], "linear 'fa': 'fa' is no kind of linear heads; choose one of gdn"),
+        (["--linear", "gdn", "4=gdn"], "linear '4=gdn': there is no layer 4; layers are 0 to 3"),
+        (["--linear", "0-2=gdn", "2=gdn"], "linear '2=gdn': layer 2 has the kind gdn already"),
+        (["--strategy", "hybrid", "--linear", "gdn", "3-1=gdn"], "linear '3-1=gdn': write a layer, or the first and"),
         (["--tensor-model-parallel-size", "2"], "1 processes are no multiple of 2 tensor-parallel"),
     ],
 )
