@@ -33,7 +33,8 @@ class FusionOptions:
     """The options that all kinds of heads of a layer have in common."""
 
     qkv: Literal["separate", "shared"] = "separate"
-    """K/V projections of the two branches: separate, or one for both, which implies gdn_kv per_group [paper: separate].
+    """K/V projections of the kinds of heads: separate, or one for all, whose keys and values then come by kv group
+    whatever gdn_kv and its like say [paper: separate].
     """
     gate_activation: Literal["sigmoid", "silu"] = "sigmoid"
     """Activation of the output gates [HALO: sigmoid]."""

@@ -20,7 +20,10 @@ from hydra_mcore.kinds import EXPORTED_TABLE, KINDS
 
 PACKAGE = Path(__file__).parents[1]
 CODE_FILES = (
+    "ops/chunks.py",
+    "ops/decays.py",
     "ops/chunked_delta_rule.py",
+    "ops/chunked_linear_attention.py",
     "convert/hf_model/configuration_hydra_head.py",
     "convert/hf_model/cache_hydra_head.py",
     "convert/hf_model/heads_hydra_head.py",

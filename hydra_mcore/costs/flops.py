@@ -76,6 +76,7 @@ def attention_block(
         kind = KINDS[name]
         total += len(owned) * one_head(kind, shape, options, length, input_gradient)
         total += len(layout.groups_of(owned)) * _projections(kind, shape, options, "group", input_gradient)
+        total += _projections(kind, shape, options, "layer", input_gradient)
     if options.fusion == "competition":
         total += product(shape.hidden_size, shape.num_heads, input_gradient)
     return total
@@ -90,9 +91,15 @@ def one_head(
 
 
 def _projections(kind: HeadKind, shape: ModelShape, options: HydraOptions, per: str, input_gradient: bool) -> Flops:
-    """The matrices that the layer's input goes through for each head, or for each kv group, of a kind."""
-    blocks = [parameter.block for parameter in kind.parameters(shape, options) if parameter.per == per]
-    return product(shape.hidden_size, sum(block[0] for block in blocks if len(block) == 2), input_gradient)
+    """The matrices that the layer's input, or what another matrix made of it, goes through for each head, for each kv
+    group, or for all heads of a kind.
+    """
+    total = NO_FLOPS
+    for parameter in kind.parameters(shape, options):
+        if parameter.per == per and len(parameter.block) == 2:
+            rows, width = parameter.block
+            total += product(width, rows, input_gradient or width != shape.hidden_size)
+    return total
 
 
 def _convolutions(kind: HeadKind, shape: ModelShape, options: HydraOptions) -> Flops:

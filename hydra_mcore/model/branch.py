@@ -7,9 +7,12 @@ from __future__ import annotations
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -17,10 +20,12 @@ from torch import Tensor
 
 from hydra_mcore.heads import HeadLayout
 from hydra_mcore.kinds import KINDS
+from hydra_mcore.kinds.recurrent import option
 from hydra_mcore.model.attention_plan import AttentionPlan, HeadSet
 from hydra_mcore.model.cache import LayerCache
 from hydra_mcore.model.gates import OutputGate
-from hydra_mcore.model.parameters import GroupLinear, HeadLinear, RMSNorm
+from hydra_mcore.model.parameters import GroupLinear, HeadLinear, RMSNorm, gathered
+from hydra_mcore.ops.tiles import in_tiles
 from hydra_mcore.sequence import SequencePart
 
 Gated = tuple[Tensor, Tensor | None]  # head outputs [s, b, h, d], and their gate [s, b, h, d or 1] which fusion applies
@@ -71,9 +76,34 @@ class Branch(MegatronModule, ABC):
         elif self.options.qkv == "separate":
             self.linear_kv = GroupLinear(config, layout, 2 * d, pg_collection, self.kind)
 
+    def option(self, name: str) -> Any:
+        """One of the kind's own options: "gate" is ``gdn_gate`` in a branch of GDN heads."""
+        return option(self.options, self.kind, name)
+
     def add_qk_norms(self) -> None:
         norm = {"eps": self.config.layernorm_epsilon, "tp_group": self.tp_group, "partial_gradient": True}
         self.q_norm, self.k_norm = (RMSNorm(self.config, self.config.kv_channels, **norm) for _ in range(2))
+
+    def normed_and_turned(
+        self, x_sbhd: Tensor, rotary: Tensor, norm: str, then: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """Queries or keys after per-head RMSNorm and rotary positions, as far as the kind's options want these.
+
+        Args:
+            norm: "q_norm" or "k_norm".
+            then: what else is done to them.
+        """
+        weight_d = [gathered(getattr(self, norm)).used_weight()] if self.option("qk_norm") == "rms" else []
+        return in_tiles(partial(self._norm_and_turn, then), [x_sbhd, rotary], weight_d)
+
+    def _norm_and_turn(
+        self, then: Callable[[Tensor], Tensor] | None, x_sbhd: Tensor, rotary: Tensor, *weight_d: Tensor
+    ) -> Tensor:
+        for weight in weight_d:
+            x_sbhd = F.rms_norm(x_sbhd, weight.shape, weight, self.config.layernorm_epsilon)
+        if self.option("position") == "rope":
+            x_sbhd = apply_rotary_pos_emb(x_sbhd, rotary, self.config, cp_group=self.cp_group)
+        return x_sbhd if then is None else then(x_sbhd)
 
     def add_gate(self) -> None:
         self.gate: OutputGate | None = None

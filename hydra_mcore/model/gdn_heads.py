@@ -10,22 +10,43 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from hydra_mcore.heads import HeadLayout
 from hydra_mcore.kinds.gated_delta import GATED_DELTA
+from hydra_mcore.kinds.recurrent import keys_values_by_head
 from hydra_mcore.model.attention_plan import AttentionPlan
 from hydra_mcore.model.branch import Branch, BranchOutput, GroupedKeysValues
 from hydra_mcore.model.cache import LayerCache, left_behind
 from hydra_mcore.model.parameters import HeadLinear, PerHead, gathered, recomputed
 from hydra_mcore.model.short_conv import ShortConv
 from hydra_mcore.ops import fla_kernels
+from hydra_mcore.ops.context_parallel import Group
 from hydra_mcore.ops.gated_delta import gated_delta_rule
-from hydra_mcore.ops.tiles import in_tiles
 from hydra_mcore.sequence import SequencePart
+
+
+class GatedDeltaRule(torch.nn.Module):
+    """The delta rule over this rank's part of the sequence; a module, so that a profile tells its time apart."""
+
+    def __init__(self, cp_group: Group) -> None:
+        super().__init__()
+        self.cp_group = cp_group
+
+    def forward(
+        self, part: SequencePart, states: dict[str, Tensor] | None, *inputs_sbh: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Queries, keys, values, log decays and write strengths -> outputs [s, b, h, v], and the state behind them."""
+        out_bshd, state_bhdv = gated_delta_rule(
+            *(t.transpose(0, 1) for t in inputs_sbh),
+            part=part,
+            cp_group=self.cp_group,
+            initial_state_bhdv=None if states is None else states.get("state"),
+            state_of_part=states is not None,
+        )
+        return out_bshd.transpose(0, 1), state_bhdv
 
 
 class GatedDeltaHeads(Branch):
@@ -36,7 +57,7 @@ class GatedDeltaHeads(Branch):
     zero, so every head starts with one half-life and a half-open write gate.
     """
 
-    kind, core = GATED_DELTA.name, "gated_delta_rule"
+    kind, core = GATED_DELTA.name, GatedDeltaRule
 
     def __init__(
         self,
@@ -45,25 +66,31 @@ class GatedDeltaHeads(Branch):
         layout: HeadLayout,
         pg_collection: ProcessGroupCollection,
     ) -> None:
-        options = plan.options
-        super().__init__(config, plan, layout, pg_collection, kv_per_head=options.gdn_kv == "per_head")
+        kv_per_head = keys_values_by_head(plan.options, self.kind)
+        super().__init__(config, plan, layout, pg_collection, kv_per_head=kv_per_head)
         per_head = (config, self.heads)
-        if options.gdn_conv_kernel:
-            taps, activation = options.gdn_conv_kernel, options.gdn_conv_activation
-            self.conv = ShortConv(*per_head, 3 * config.kv_channels, taps, activation, pg_collection)
-        if options.gdn_qk_norm == "rms":
+        if taps := self.option("conv_kernel"):
+            self.conv = ShortConv(
+                *per_head, 3 * config.kv_channels, taps, self.option("conv_activation"), pg_collection
+            )
+        if self.option("qk_norm") == "rms":
             self.add_qk_norms()
-        self.linear_decay = HeadLinear(*per_head, 1, pg_collection, bias=True)
+        self.add_decay()
         self.linear_write = HeadLinear(*per_head, 1, pg_collection, bias=True)
         self.A_log = PerHead(*per_head, (), pg_collection)
+        self.delta_rule = self.core(self.cp_group)
         self.add_gate()
         self.reset_gates()
+
+    def add_decay(self) -> None:
+        """One decay a head."""
+        self.linear_decay = HeadLinear(self.config, self.heads, 1, self.pg_collection, bias=True)
 
     def reset_gates(self) -> None:
         """Long memory: decay to half in ``gdn_half_life`` tokens, write gate half open, whatever the input."""
         if self.linear_decay.empty:
             return
-        decay = math.log(2.0) / self.options.gdn_half_life
+        decay = math.log(2.0) / self.option("half_life")
         with torch.no_grad():
             self.linear_decay.weight.zero_()
             self.linear_decay.bias.fill_(math.log(math.expm1(decay)))
@@ -82,56 +109,40 @@ class GatedDeltaHeads(Branch):
         """As ``Branch.forward``."""
         states = None if cache is None else cache.states[self.kind]
         qkv_sbhd = torch.cat([self.linear_q(x_sbm), self.keys_values_by_head(x_sbm, kv)], dim=-1)
-        if self.options.gdn_conv_kernel:
+        if self.option("conv_kernel"):
             qkv_sbhd = self.conv(qkv_sbhd, part, states)
         q_sbhd, k_sbhd, v_sbhd = qkv_sbhd.chunk(3, dim=-1)
-        q_sbhd, k_sbhd = self._directed(q_sbhd, rotary, "q_norm"), self._directed(k_sbhd, rotary, "k_norm")
-        delta_rule = partial(self._delta_rule, part, states)
+        # Rotary without the attention factor, which the L2 norm would take away.
+        q_sbhd = self.normed_and_turned(q_sbhd, rotary, "q_norm", then=_unit_length)
+        k_sbhd = self.normed_and_turned(k_sbhd, rotary, "k_norm", then=_unit_length)
+        delta_rule = partial(self.delta_rule, part, states)
         out_sbhd, state_bhdv = recomputed(self.config, delta_rule, q_sbhd, k_sbhd, v_sbhd, *self._gates(x_sbm))
         if states is not None:
             states["state"] = left_behind(state_bhdv, part, self.cp_group)
         return BranchOutput((out_sbhd, None if self.gate is None else self.gate(x_sbm)))
 
-    def _directed(self, x_sbhd: Tensor, rotary: Tensor, norm: str) -> Tensor:
-        """Queries or keys as the delta rule takes them: per-head RMSNorm, rotary, length 1."""
-        weight_d = [gathered(getattr(self, norm)).used_weight()] if self.options.gdn_qk_norm == "rms" else []
-        return in_tiles(self._direct, [x_sbhd, rotary], weight_d)
-
-    def _direct(self, x_sbhd: Tensor, rotary: Tensor, *weight_d: Tensor) -> Tensor:
-        for weight in weight_d:
-            x_sbhd = F.rms_norm(x_sbhd, weight.shape, weight, self.config.layernorm_epsilon)
-        if self.options.gdn_position == "rope":  # without the attention factor, which the L2 norm would take away
-            x_sbhd = apply_rotary_pos_emb(x_sbhd, rotary, self.config, cp_group=self.cp_group)
-        return _unit_length(x_sbhd)
-
     def _gates(self, x_sbm: Tensor) -> tuple[Tensor, Tensor]:
-        """Log decay (<= 0) and write strength of each token and head, both [s, b, h], float32."""
-        log_decay_sbh1 = self._log_decay(self.linear_decay(x_sbm).float())
-        return log_decay_sbh1.squeeze(-1), self._write(self.linear_write(x_sbm).float()).squeeze(-1)
+        """Log decay (<= 0), [s, b, h] or [s, b, h, d], and write strength [s, b, h], float32."""
+        log_decay_sbhx = self._log_decay(self.decay_logits(x_sbm).float())
+        write_sbh = self._write(self.linear_write(x_sbm).float()).squeeze(-1)
+        return log_decay_sbhx.squeeze(-1) if self.linear_decay.rows == 1 else log_decay_sbhx, write_sbh
 
-    def _log_decay(self, logits_sbh1: Tensor) -> Tensor:
-        decay_sbh1 = F.softplus(logits_sbh1)
+    def decay_logits(self, x_sbm: Tensor) -> Tensor:
+        """W_a x + dt, [s, b, h, 1]."""
+        return self.linear_decay(x_sbm)
+
+    def _log_decay(self, logits_sbhx: Tensor) -> Tensor:
+        decay_sbhx = F.softplus(logits_sbhx)
         if not self.A_log.empty:
-            decay_sbh1 = decay_sbh1 * gathered(self.A_log).weight.float().exp()[:, None]
-        return -decay_sbh1
+            decay_sbhx = decay_sbhx * gathered(self.A_log).weight.float().exp()[:, None]
+        return -decay_sbhx
 
     def _write(self, logits_sbh1: Tensor) -> Tensor:
-        return self.options.gdn_write_max * torch.sigmoid(logits_sbh1)
-
-    def _delta_rule(
-        self, part: SequencePart, states: dict[str, Tensor] | None, *inputs_sbh: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        out_bshd, state_bhdv = gated_delta_rule(
-            *(t.transpose(0, 1) for t in inputs_sbh),
-            part=part,
-            cp_group=self.cp_group,
-            initial_state_bhdv=None if states is None else states.get("state"),
-            state_of_part=states is not None,
-        )
-        return out_bshd.transpose(0, 1), state_bhdv
+        return self.option("write_max") * torch.sigmoid(logits_sbh1)
 
     def watched(self) -> dict[str, tuple[torch.nn.Module, Callable[[Tensor], Tensor]]]:
-        return {"half-life": (self.linear_decay, self._log_decay), "write gate": (self.linear_write, self._write)}
+        mean_decay = lambda logits_sbhx: self._log_decay(logits_sbhx).mean(dim=-1, keepdim=True)  # noqa: E731
+        return {"half-life": (self.linear_decay, mean_decay), "write gate": (self.linear_write, self._write)}
 
 
 def _unit_length(x: Tensor) -> Tensor:

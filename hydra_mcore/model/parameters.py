@@ -146,7 +146,11 @@ class PerHead(torch.nn.Module):
 
 
 class HeadLinear(PerHead):
-    """Rows of a projection, ``rows`` for each head: x_sbm -> [s, b, h, rows]."""
+    """Rows of a projection, ``rows`` for each head: x_sbm -> [s, b, h, rows].
+
+    Args:
+        width: of what it projects, the layer's input unless given.
+    """
 
     def __init__(
         self,
@@ -155,8 +159,9 @@ class HeadLinear(PerHead):
         rows: int,
         pg_collection: ProcessGroupCollection,
         bias: bool = False,
+        width: int | None = None,
     ) -> None:
-        super().__init__(config, heads, (rows, config.hidden_size), pg_collection, bias)
+        super().__init__(config, heads, (rows, config.hidden_size if width is None else width), pg_collection, bias)
         self.rows = rows
 
     def forward(self, x_sbm: Tensor, shared: bool = False) -> Tensor:
@@ -270,6 +275,22 @@ class GroupLinear(torch.nn.Module):
                 prefix + name.removesuffix("_split"), parameter, ordinals, len(self.living), replica
             )
         return shards
+
+
+class CommonLinear(torch.nn.Module):
+    """A projection that the heads of a branch have in common, on whichever ranks they are: x_sbm -> [s, b, rows].
+
+    Every tensor-parallel rank holds it whole; its gradient is summed over those of their heads.
+    """
+
+    def __init__(self, config: TransformerConfig, rows: int, pg_collection: ProcessGroupCollection) -> None:
+        super().__init__()
+        self.tp_group = pg_collection.tp
+        self.weight = new_parameter(config, rows, config.hidden_size)
+        config.init_method(self.weight)
+
+    def forward(self, x_sbm: Tensor) -> Tensor:
+        return F.linear(x_sbm, replicated(self.weight, self.tp_group))
 
 
 class RMSNorm(torch.nn.Module):

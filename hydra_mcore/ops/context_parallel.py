@@ -39,21 +39,23 @@ def from_previous(x: Tensor, group: Group) -> Tensor:
     return _Exchange.apply(x, group, after, before)
 
 
-def state_from_previous(transition_bhdd: Tensor, offset_bhdv: Tensor, group: Group) -> Tensor:
+def state_from_previous(transition: Tensor, offset_bhdv: Tensor, group: Group) -> Tensor:
     """The recurrent state before this rank's part: [b, h, d, v].
 
     A linear recurrence maps the state before a part to the state after it as S -> A S + B. So one gather of all ranks'
     (A, B) replaces a chain of sends: the first rank starts from zero and every rank folds what precedes it.
 
     Args:
-        transition_bhdd: A of this part; zeros when the state after it does not depend on the state before it.
+        transition: A of this part, [b, h, d, d], or its diagonal [b, h, d, 1]; zeros when the state after it does not
+            depend on the state before it.
         offset_bhdv: B of this part, the state after it when it starts from zero.
     """
-    d = transition_bhdd.shape[-1]
-    pairs = gather_parts(torch.cat([transition_bhdd, offset_bhdv], dim=-1)[None], group)
-    state_bhdv = pairs[:0, ..., d:].sum(dim=0)  # zeros, but joined to the gather, whose backward no rank may miss
+    x = transition.shape[-1]
+    pairs = gather_parts(torch.cat([transition, offset_bhdv], dim=-1)[None], group)
+    state_bhdv = pairs[:0, ..., x:].sum(dim=0)  # zeros, but joined to the gather, whose backward no rank may miss
     for pair in pairs[: group.rank()].unbind():
-        state_bhdv = pair[..., :d] @ state_bhdv + pair[..., d:]
+        kept = pair[..., :x] * state_bhdv if x == 1 else pair[..., :x] @ state_bhdv
+        state_bhdv = kept + pair[..., x:]
     return state_bhdv
 
 

@@ -31,8 +31,12 @@ NEVER_ZERO = 1e-24  # beside a squared length: 1e-12 beside a length, as in F.no
 class Kernels(NamedTuple):
     """Flash-linear-attention's functions, under our names."""
 
-    chunked: Callable[..., tuple[Tensor, Tensor | None]]
-    recurrent: Callable[..., tuple[Tensor, Tensor]]
+    delta: Callable[..., tuple[Tensor, Tensor | None]]
+    delta_few: Callable[..., tuple[Tensor, Tensor]]
+    channel_delta: Callable[..., tuple[Tensor, Tensor | None]]
+    channel_delta_few: Callable[..., tuple[Tensor, Tensor]]
+    linear: Callable[..., tuple[Tensor, Tensor]]
+    linear_few: Callable[..., tuple[Tensor, Tensor]]
     conv: Callable[..., tuple[Tensor, Tensor | None]]
     l2norm: Callable[..., Tensor]
 
@@ -44,6 +48,8 @@ def kernels() -> Kernels | None:
         from fla.modules.causal_conv1d import causal_conv1d
         from fla.modules.norm.l2norm import l2norm
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
+        from fla.ops.kda import chunk_kda, fused_recurrent_kda
+        from fla.ops.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla
     except ImportError as error:
         warnings.warn(
             f"recurrent heads: no flash-linear-attention 0.6 ({error}); torch functions run on the GPU, slower. "
@@ -51,7 +57,10 @@ def kernels() -> Kernels | None:
             stacklevel=3,
         )
         return None
-    return Kernels(chunk_gated_delta_rule, fused_recurrent_gated_delta_rule, causal_conv1d, l2norm)
+    return Kernels(
+        chunk_gated_delta_rule, fused_recurrent_gated_delta_rule, chunk_kda, fused_recurrent_kda, chunk_simple_gla,
+        fused_recurrent_simple_gla, causal_conv1d, l2norm,
+    )  # fmt: skip
 
 
 def serve(x: Tensor) -> bool:
@@ -88,12 +97,12 @@ def delta_rule(
     bounds: Sequence[int] | None,
     few: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The gated delta rule on this rank alone.
+    """The delta rule with decay, one a head or one a key channel, on this rank alone.
 
     Arguments as in ``ops.gated_delta``, ``inputs`` the first five of them; ``bounds`` as in ``short_conv``. ``few``
     tokens take the recurrent kernel, where no gradient is wanted: it has no backward.
     """
-    kernel = kernels().recurrent if few and not torch.is_grad_enabled() else kernels().chunked
+    kernel = _delta_kernel(inputs, few)
     return kernel(
         **_named(inputs),
         scale=scale,
@@ -110,10 +119,39 @@ def delta_rule_on_parts(inputs: Sequence[Tensor], scale: float | None, part: Seq
     cu_seqlens = torch.tensor(part.documents)
     context = build_cp_context(cu_seqlens.to(inputs[0].device), group=cp_group, cu_seqlens_cpu=cu_seqlens)
     rows = [
-        kernels().chunked(**_named([x[row : row + 1] for x in inputs]), scale=scale, cp_context=context)[0]
+        _delta_kernel(inputs)(**_named([x[row : row + 1] for x in inputs]), scale=scale, cp_context=context)[0]
         for row in range(inputs[0].shape[0])
     ]
     return torch.cat(rows)
+
+
+def linear_attention(
+    inputs: Sequence[Tensor],
+    scale: float | None,
+    initial_state_bhdv: Tensor | None,
+    bounds: Sequence[int] | None,
+    few: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Linear attention with a fixed decay a head; arguments as in ``ops.linear_attention`` and ``delta_rule``."""
+    q, k, v, log_decay_h = inputs
+    kernel = kernels().linear_few if few and not torch.is_grad_enabled() else kernels().linear
+    return kernel(
+        q=q,
+        k=k.to(q.dtype),
+        v=v.to(q.dtype),
+        g_gamma=log_decay_h.float(),
+        scale=scale,
+        initial_state=None if initial_state_bhdv is None else initial_state_bhdv.float(),
+        output_final_state=True,
+        **({} if bounds is None else _boundaries(torch.tensor(bounds), q.device)),
+    )
+
+
+def _delta_kernel(inputs: Sequence[Tensor], few: bool = False) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    by_channel, few = inputs[3].dim() == 4, few and not torch.is_grad_enabled()
+    if by_channel:
+        return kernels().channel_delta_few if few else kernels().channel_delta
+    return kernels().delta_few if few else kernels().delta
 
 
 def _named(inputs: Sequence[Tensor]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The gated delta rule of GDN heads, over whole sequences, packed documents and context-parallel parts.
+"""The delta rule with decay, of GDN and KDA heads, over whole sequences, packed documents and context-parallel parts.
 
 One signature over two engines: flash-linear-attention's kernels (``fla_kernels.py``) and the torch reference, whose
 file states the equation (``chunked_delta_rule.py``). Shape suffixes are those of ``hydra_mcore/heads.py``.
@@ -26,7 +26,7 @@ def gated_delta_rule(
     q_bshd: Tensor,
     k_bshd: Tensor,
     v_bshv: Tensor,
-    log_decay_bsh: Tensor,
+    log_decay: Tensor,
     write_bsh: Tensor,
     *,
     part: SequencePart | None = None,
@@ -43,7 +43,7 @@ def gated_delta_rule(
     Args:
         q_bshd, k_bshd: queries and keys, already normalised (keys to length 1).
         v_bshv: values.
-        log_decay_bsh: ln(alpha), finite and at most 0.
+        log_decay: ln(alpha), finite and at most 0: [b, s, h], or [b, s, h, d] for one a key channel.
         write_bsh: beta, 0 to 1, or to 2 where negative eigenvalues are wanted.
         part: which tokens of the row these are, and where documents begin, which do not see each other (n of them;
             packed documents need b == 1); the whole row and one document unless given.
@@ -51,7 +51,7 @@ def gated_delta_rule(
         scale: factor on the queries, d**-0.5 unless given.
         initial_state_bhdv: state before the first token, zeros unless given; [n, h, d, v] of packed documents.
         state_of_part: of several parts, return the state after this rank's part too; not of packed documents.
-        chunk_size: rows per chunk of the torch reference; results do not depend on it.
+        chunk_size: rows per chunk of the torch reference, a power of two; results do not depend on it.
 
     Returns:
         Outputs [b, s, h, v] in the dtype of ``q_bshd``, and the state after the last token, [b, h, d, v] or
@@ -61,10 +61,10 @@ def gated_delta_rule(
         ValueError: the tokens are not those of the part, or the shape of the initial state is wrong.
     """
     part = SequencePart(q_bshd.shape[1]) if part is None else part
-    _check(part, q_bshd)
+    check_part(part, q_bshd)
     if part.cp_size > 1 and initial_state_bhdv is not None:
         raise ValueError("an initial state comes from the previous rank under context parallelism; pass none")
-    inputs = (q_bshd, k_bshd, v_bshv, log_decay_bsh, write_bsh)
+    inputs = (q_bshd, k_bshd, v_bshv, log_decay, write_bsh)
     few = part.cp_size == 1 and not part.packed and 0 < part.length <= FEW_TOKENS
     fused = fla_kernels.serve(q_bshd)
     if fused and part.cp_size > 1 and not state_of_part:
@@ -107,7 +107,8 @@ def _state_before(part: SequencePart, cp_group: Group, inputs: tuple[Tensor, ...
     return torch.cat([first_bhdv, first_bhdv.new_zeros(b * (len(part.bounds) - 2), h, d, v.shape[-1])])
 
 
-def _check(part: SequencePart, q_bshd: Tensor) -> None:
+def check_part(part: SequencePart, q_bshd: Tensor) -> None:
+    """Raise ValueError unless these are the tokens of the part."""
     b, s = q_bshd.shape[:2]
     if part.num_tokens != s:
         raise ValueError(f"{s} tokens were given, the part has {part.num_tokens}")

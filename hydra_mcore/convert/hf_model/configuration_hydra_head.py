@@ -25,7 +25,8 @@ def _by_kind(
 
 
 class HydraHeadConfig(PretrainedConfig):
-    """A decoder whose layers mix kinds of heads: full attention (FA), Gated DeltaNet (GDN).
+    """A decoder whose layers mix kinds of heads: full attention (FA), Gated DeltaNet (GDN), Kimi Delta Attention
+    (KDA), Lightning attention.
 
     Args:
         hidden_size ... hidden_act: as in transformers' Qwen3.
@@ -48,7 +49,10 @@ class HydraHeadConfig(PretrainedConfig):
         gdn_half_life: tokens after which a GDN state has decayed to half, in a model that starts from random weights.
         gdn_gate: output gate of GDN heads.
         gdn_kv: keys and values of GDN heads: each its own, or shared by the heads of a kv group.
-        qkv: K/V projections of the two branches: separate, or one for both (needs gdn_kv "per_group").
+        kda_...: the same of KDA heads.
+        lightning_slope: decay rate of a layer's last head; head h of H decays by lightning_slope^((h + 1) / H) a token.
+        lightning_position ... lightning_kv: as of GDN heads.
+        qkv: K/V projections of the branches: separate, or one for all, by kv group.
         gate_activation: activation of the output gates.
         gate_order: whether output gates act before or after the per-head norm.
         fusion: per-head norm and learned scale; norm only; neither; or norm, scale and a softmax over heads.
@@ -95,6 +99,19 @@ class HydraHeadConfig(PretrainedConfig):
         gdn_half_life: float = 69.0,
         gdn_gate: Literal["none", "elementwise", "headwise"] = "none",
         gdn_kv: Literal["per_head", "per_group"] = "per_head",
+        kda_position: Literal["rope", "nope"] = "rope",
+        kda_qk_norm: Literal["rms", "none"] = "rms",
+        kda_conv_kernel: int = 4,
+        kda_conv_activation: Literal["none", "silu"] = "none",
+        kda_write_max: float = 1.0,
+        kda_half_life: float = 69.0,
+        kda_gate: Literal["none", "elementwise", "headwise"] = "none",
+        kda_kv: Literal["per_head", "per_group"] = "per_head",
+        lightning_slope: float = 2.0**-8,
+        lightning_position: Literal["rope", "nope"] = "rope",
+        lightning_qk_norm: Literal["rms", "none"] = "rms",
+        lightning_gate: Literal["none", "elementwise", "headwise"] = "elementwise",
+        lightning_kv: Literal["per_head", "per_group"] = "per_head",
         qkv: Literal["separate", "shared"] = "separate",
         gate_activation: Literal["sigmoid", "silu"] = "sigmoid",
         gate_order: Literal["before_norm", "after_norm"] = "before_norm",
@@ -173,11 +190,17 @@ class HydraHeadConfig(PretrainedConfig):
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}; choose one of {', '.join(map(repr, get_args(hint)))}"
                 )
-        if not isinstance(self.gdn_conv_kernel, int) or self.gdn_conv_kernel < 0:
-            raise ValueError(f"gdn_conv_kernel is {self.gdn_conv_kernel!r}; it counts taps, 0 for no convolution")
-        if not 0.0 < self.gdn_write_max <= 2.0:
-            raise ValueError(f"gdn_write_max is {self.gdn_write_max}; the delta rule is stable for 0 < max <= 2")
-        if not (1.0 < self.fa_log_scale_base < math.inf and 0.0 < self.gdn_half_life < math.inf):
-            raise ValueError("fa_log_scale_base must exceed 1 and gdn_half_life 0, and both be finite")
-        if self.qkv == "shared" and self.gdn_kv == "per_head":
-            raise ValueError("qkv 'shared' keeps the teacher's groups: set gdn_kv to 'per_group'")
+        for kind in ("gdn", "kda"):
+            taps, write_max, half_life = (
+                getattr(self, f"{kind}_{name}") for name in ("conv_kernel", "write_max", "half_life")
+            )
+            if not isinstance(taps, int) or taps < 0:
+                raise ValueError(f"{kind}_conv_kernel is {taps!r}; it counts taps, 0 for no convolution")
+            if not 0.0 < write_max <= 2.0:
+                raise ValueError(f"{kind}_write_max is {write_max}; the delta rule is stable for 0 < max <= 2")
+            if not 0.0 < half_life < math.inf:
+                raise ValueError(f"{kind}_half_life must exceed 0 and be finite")
+        if not 1.0 < self.fa_log_scale_base < math.inf:
+            raise ValueError("fa_log_scale_base must exceed 1 and be finite")
+        if not 0.0 < self.lightning_slope <= 1.0:
+            raise ValueError(f"lightning_slope is {self.lightning_slope}; choose 0 < slope <= 1, ALiBi's is 2^-8")

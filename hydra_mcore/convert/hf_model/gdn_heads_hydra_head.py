@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .cache_hydra_head import HydraHeadCacheLayer
 from .chunked_delta_rule import chunked_delta_rule, recurrent_delta_rule
 from .configuration_hydra_head import HydraHeadConfig
-from .heads_hydra_head import Call, Heads, Padding, precise, repeat_groups, take
+from .heads_hydra_head import Call, Heads, Padding, common_options, precise, take
 
 FEW_TOKENS = 8  # up to so many the recurrence is less work than one chunk of 64 rows
 
@@ -30,22 +30,22 @@ class GatedDeltaHeads(Heads):
     kind = "gdn"
 
     def __init__(self, config: HydraHeadConfig, heads: list[int]) -> None:
-        own_kv, normed = config.gdn_kv == "per_head", config.gdn_qk_norm == "rms"
-        super().__init__(
-            config, heads, kv_per_head=own_kv, qk_norm=normed, position=config.gdn_position, gate=config.gdn_gate
-        )
+        super().__init__(config, heads, **common_options(config, self.kind))
         self.conv = None
-        if config.gdn_conv_kernel:
-            self.conv = ShortConv(len(heads) * 3 * config.head_dim, config.gdn_conv_kernel, config.gdn_conv_activation)
-        self.decay_proj, self.write_proj = (nn.Linear(config.hidden_size, len(heads)) for _ in range(2))
+        if taps := self.option("conv_kernel"):
+            self.conv = ShortConv(len(heads) * 3 * config.head_dim, taps, self.option("conv_activation"))
+        self.add_decay(len(heads))
+        self.write_proj = nn.Linear(config.hidden_size, len(heads))
         self.A_log = nn.Parameter(torch.zeros(len(heads)))
+
+    def add_decay(self, heads: int) -> None:
+        """One decay a head."""
+        self.decay_proj = nn.Linear(self.config.hidden_size, heads)
 
     def forward(
         self, x_bsm: Tensor, call: Call, shared_kv: tuple[Tensor, Tensor] | None, cache: HydraHeadCacheLayer | None
     ) -> tuple[Tensor, Tensor | None]:
-        q, k, v = self.project(x_bsm, shared_kv)
-        if self.config.gdn_kv == "per_group":
-            k, v = (repeat_groups(x, self.heads_per_group, dim=2) for x in (k, v))
+        q, k, v = self.project_by_head(x_bsm, shared_kv)
         states = {} if cache is None else cache.states.setdefault(self.kind, {})
         if self.conv is not None:
             qkv_bsc = torch.cat([q, k, v], dim=-1).flatten(2)
@@ -57,19 +57,27 @@ class GatedDeltaHeads(Heads):
         return out_bshd, self.gate(x_bsm)
 
     def decay_and_write(self, x_bsm: Tensor, padding: Padding | None) -> tuple[Tensor, Tensor]:
-        """Log decay (<= 0) and write strength, [b, s, h] in float32 or more; padding forgets and writes nothing."""
-        log_decay_bsh = -precise(self.A_log).exp() * F.softplus(precise(self.decay_proj(x_bsm)))
-        write_bsh = self.config.gdn_write_max * torch.sigmoid(precise(self.write_proj(x_bsm)))
+        """Log decay (<= 0) [b, s, h] or [b, s, h, d], write strength [b, s, h], in float32 or more; padding forgets and
+        writes nothing.
+        """
+        log_decay = self.log_decay(x_bsm)
+        write_bsh = self.option("write_max") * torch.sigmoid(precise(self.write_proj(x_bsm)))
         if padding is not None:
-            log_decay_bsh, write_bsh = (x * padding.real_bs[..., None] for x in (log_decay_bsh, write_bsh))
-        return log_decay_bsh, write_bsh
+            real_bs1 = padding.real_bs[..., None]
+            write_bsh = write_bsh * real_bs1
+            log_decay = log_decay * (real_bs1 if log_decay.dim() == 3 else real_bs1[..., None])
+        return log_decay, write_bsh
+
+    def log_decay(self, x_bsm: Tensor) -> Tensor:
+        """[b, s, h]."""
+        return -precise(self.A_log).exp() * F.softplus(precise(self.decay_proj(x_bsm)))
 
     @torch.no_grad()
     def start(self, init: ModuleType) -> None:
         """Long memory, half-open write gate."""
         for start_at_zero in (self.A_log, self.decay_proj.weight, self.write_proj.weight, self.write_proj.bias):
             init.zeros_(start_at_zero)
-        init.constant_(self.decay_proj.bias, math.log(math.expm1(math.log(2.0) / self.config.gdn_half_life)))
+        init.constant_(self.decay_proj.bias, math.log(math.expm1(math.log(2.0) / self.option("half_life"))))
 
 
 class ShortConv(nn.Module):
@@ -107,27 +115,30 @@ class ShortConv(nn.Module):
 
 
 def delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, log_decay_bsh: Tensor, write_bsh: Tensor, state_bhdd: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, write_bsh: Tensor, state_bhdd: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The gated delta rule from a state on: outputs [b, s, h, d], new state; flash-linear-attention's kernels on a GPU.
+    """The delta rule from a state on: outputs [b, s, h, d], new state; flash-linear-attention's kernels on a GPU.
 
-    Written for flash-linear-attention 0.6.0, whose one-token kernel has no backward. Not yet run on a GPU; in Triton's
-    interpreter on a CPU both kernels gave what the torch functions give (float32 and float16).
+    Written for flash-linear-attention 0.6.0, whose one-token kernels have no backward. Not yet run on a GPU; in
+    Triton's interpreter on a CPU the kernels gave what the torch functions give.
     """
-    if q.is_cuda and q.dtype != torch.float64 and (kernels := _fla_kernels()):
+    if q.is_cuda and q.dtype != torch.float64 and (kernels := _fla_kernels(log_decay.dim() == 4)):
         many_tokens, one_token = kernels
         kernel = one_token if q.shape[1] == 1 and not torch.is_grad_enabled() else many_tokens
-        arguments = {"q": q, "k": k, "v": v, "g": log_decay_bsh, "beta": write_bsh, "initial_state": state_bhdd}
+        arguments = {"q": q, "k": k, "v": v, "g": log_decay, "beta": write_bsh, "initial_state": state_bhdd}
         return kernel(**arguments, output_final_state=True, use_qk_l2norm_in_kernel=False)
     rule = recurrent_delta_rule if q.shape[1] <= FEW_TOKENS else chunked_delta_rule
-    return rule(q, k, v, log_decay_bsh, write_bsh, initial_state_bhdv=state_bhdd)
+    return rule(q, k, v, log_decay, write_bsh, initial_state_bhdv=state_bhdd)
 
 
 @functools.cache
-def _fla_kernels() -> tuple[Callable[..., tuple[Tensor, Tensor]], ...] | None:
+def _fla_kernels(by_channel: bool) -> tuple[Callable[..., tuple[Tensor, Tensor]], ...] | None:
     """Flash-linear-attention's kernels for many tokens and for one, None where it is not installed."""
     try:
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
+        from fla.ops.kda import chunk_kda, fused_recurrent_kda
     except ImportError:
         return None
+    if by_channel:
+        return chunk_kda, fused_recurrent_kda
     return chunk_gated_delta_rule, fused_recurrent_gated_delta_rule

@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from types import ModuleType
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -146,6 +146,10 @@ class Heads(nn.Module, ABC):
         self.q_norm, self.k_norm = (nn.RMSNorm(d, config.rms_norm_eps) if qk_norm else None for _ in range(2))
         self.gate_proj = None if gate == "none" else OutputGate(config, len(heads), gate)
 
+    def option(self, name: str) -> Any:
+        """One of the kind's own options: "gate" is ``gdn_gate`` of GDN heads."""
+        return getattr(self.config, f"{self.kind}_{name}")
+
     def project(self, x_bsm: Tensor, shared_kv: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
         """Queries [b, s, h, d], keys and values [b, s, h or g, d]; ``shared_kv`` where the branches share their
         projections.
@@ -156,6 +160,13 @@ class Heads(nn.Module, ABC):
         return q_bshd, *(
             projection(x_bsm).unflatten(-1, (-1, self.config.head_dim)) for projection in (self.k_proj, self.v_proj)
         )
+
+    def project_by_head(self, x_bsm: Tensor, shared_kv: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
+        """Queries, keys and values of each head, [b, s, h, d]."""
+        q, k, v = self.project(x_bsm, shared_kv)
+        if self.config.qkv == "shared" or self.option("kv") == "per_group":
+            k, v = (repeat_groups(x, self.heads_per_group, dim=2) for x in (k, v))
+        return q, k, v
 
     def norm_and_place(self, q: Tensor, k: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """RMSNorm, then rotary positions, where the branch has them."""
@@ -175,6 +186,17 @@ class Heads(nn.Module, ABC):
 
     def start(self, init: ModuleType) -> None:
         """Give the parameters that are no projection their start, with transformers' ``initialization``."""
+
+
+def common_options(config: HydraHeadConfig, kind: str) -> dict[str, Any]:
+    """The arguments of ``Heads`` that options of a recurrent kind say."""
+    own = {name: getattr(config, f"{kind}_{name}") for name in ("kv", "qk_norm", "position", "gate")}
+    return {
+        "kv_per_head": own["kv"] == "per_head",
+        "qk_norm": own["qk_norm"] == "rms",
+        "position": own["position"],
+        "gate": own["gate"],
+    }
 
 
 def precise(x: Tensor) -> Tensor:

@@ -4,9 +4,11 @@
 
 from __future__ import annotations
 
-from .chunked_delta_rule import chunked_delta_rule  # noqa: F401  transformers 5.0 copies what a file imports, no more
 from .fa_heads_hydra_head import FullAttentionHeads
 from .gdn_heads_hydra_head import GatedDeltaHeads
 from .heads_hydra_head import Heads
+from .kda_heads_hydra_head import KimiDeltaHeads
+from .lightning_heads_hydra_head import LightningHeads
 
-BRANCHES: dict[str, type[Heads]] = {branch.kind: branch for branch in (FullAttentionHeads, GatedDeltaHeads)}
+KINDS = (FullAttentionHeads, GatedDeltaHeads, KimiDeltaHeads, LightningHeads)
+BRANCHES: dict[str, type[Heads]] = {branch.kind: branch for branch in KINDS}

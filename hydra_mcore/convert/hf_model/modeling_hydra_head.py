@@ -28,11 +28,16 @@ from transformers.utils import can_return_tuple
 # Transformers 5.0 copies the files that this one imports, and not what those import.
 from .cache_hydra_head import HydraHeadCache, as_ours
 from .chunked_delta_rule import chunked_delta_rule  # noqa: F401
+from .chunked_linear_attention import chunked_linear_attention  # noqa: F401
+from .chunks import cut  # noqa: F401
 from .configuration_hydra_head import HydraHeadConfig
+from .decays import HeadDecay  # noqa: F401
 from .fa_heads_hydra_head import FullAttentionHeads  # noqa: F401
 from .gdn_heads_hydra_head import GatedDeltaHeads  # noqa: F401
 from .heads_hydra_head import Call, OutputGate, describe_call, repeat_groups, rotary_frequencies
+from .kda_heads_hydra_head import KimiDeltaHeads  # noqa: F401
 from .kinds_hydra_head import BRANCHES
+from .lightning_heads_hydra_head import LightningHeads  # noqa: F401
 
 CACHE = (
     "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"

@@ -19,7 +19,7 @@ from megatron.core.ssm.gated_delta_net.common import torch_chunk_gated_delta_rul
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hydra_mcore.ops import chunked_delta_rule, fla_kernels
+from hydra_mcore.ops import chunks, fla_kernels
 from hydra_mcore.ops.gated_delta import gated_delta_rule
 from hydra_mcore.sequence import SequencePart
 from tests.support.naive_gated_delta import naive_gated_delta_rule
@@ -212,7 +212,7 @@ def test_packed_documents_equal_each_alone(bounds: list[int]) -> None:
 def test_any_boundaries_chunks_and_segments(lengths: list[int], chunk_size: int, segment_values: int) -> None:
     bounds = [0, *itertools.accumulate(lengths)]
     inputs = make_inputs(s=bounds[-1], h=1, d=4, v=3, documents=len(lengths))
-    with mock.patch.object(chunked_delta_rule, "SEGMENT_VALUES", segment_values):
+    with mock.patch.object(chunks, "SEGMENT_VALUES", segment_values):
         actual = outputs_and_gradients(packed(bounds, chunk_size=chunk_size), inputs)
     assert_same(actual, outputs_and_gradients(one_by_one(naive, bounds), inputs), 1e-10)
 
@@ -220,7 +220,7 @@ def test_any_boundaries_chunks_and_segments(lengths: list[int], chunk_size: int,
 @pytest.mark.parametrize("chunks_at_once", [1, 2, 3])
 def test_rows_of_many_segments(chunks_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_inputs(b=2, s=70 * 7, h=3)
-    monkeypatch.setattr(chunked_delta_rule, "SEGMENT_VALUES", chunks_at_once * 2 * 3 * 8 * 64)
+    monkeypatch.setattr(chunks, "SEGMENT_VALUES", chunks_at_once * 2 * 3 * 8 * 64)
     actual = outputs_and_gradients(ours, inputs)
     assert_same(actual, outputs_and_gradients(naive, inputs), 1e-10)
     with torch.no_grad():
