@@ -16,7 +16,7 @@ import pytest
 
 from hydra_mcore.config import ModelShape
 from hydra_mcore.errors import InputError
-from hydra_mcore.kinds import DEFAULT_LINEAR, FA, KINDS
+from hydra_mcore.kinds import DEFAULT_LINEAR, FA
 from hydra_mcore.selection.choose import (
     OPTIMISED,
     SCORED,
@@ -29,7 +29,6 @@ from hydra_mcore.selection.choose import (
     parse_linear,
     parse_ratio,
 )
-from tests.toy_kind import TOY
 
 LAYERS, HEADS = 4, 6
 SHAPE = ModelShape(
@@ -49,12 +48,6 @@ SCORES = [
     [float(len(RANKING) - RANKING.index((layer, head))) for head in range(HEADS)] for layer in range(LAYERS)
 ]  # 24 to 1
 TIES = [[float(value > 16) for value in row] for row in SCORES]  # 1 for the best eight, 0 for the others
-
-
-@pytest.fixture(autouse=True)
-def toy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kind of linear heads more than there are."""
-    monkeypatch.setitem(KINDS, TOY.name, TOY)
 
 
 def kept(choice: Choice) -> set[tuple[int, int]]:
@@ -145,7 +138,7 @@ def test_budget_strategy_and_provenance_are_kept(strategy: str) -> None:
     )
 
 
-@pytest.mark.parametrize("kind", [*linear_kinds(), TOY.name])
+@pytest.mark.parametrize("kind", linear_kinds())
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_heads_that_are_not_kept_are_of_the_kind_that_is_asked_for(strategy: str, kind: str) -> None:
     """In all layers, or in some; which heads are kept does not depend on it."""
@@ -154,7 +147,7 @@ def test_heads_that_are_not_kept_are_of_the_kind_that_is_asked_for(strategy: str
     assert plain.linear == (DEFAULT_LINEAR,) * LAYERS
     for words, kinds in (
         ([kind], (kind,) * LAYERS),
-        (["0-1=toy", "3=toy", kind], ("toy", "toy", kind, "toy")),
+        (["0-1=lightning", "3=kda", kind], ("lightning", "lightning", kind, "kda")),
         ([f"2={kind}"], (DEFAULT_LINEAR, DEFAULT_LINEAR, kind, DEFAULT_LINEAR)),
     ):
         choice = choose_heads(strategy, SHAPE, 6, linear=words, **facts)
@@ -167,10 +160,10 @@ def test_heads_that_are_not_kept_are_of_the_kind_that_is_asked_for(strategy: str
     ("words", "kinds"),
     [
         ([], ("gdn", "gdn", "gdn", "gdn")),
-        (["toy"], ("toy", "toy", "toy", "toy")),
-        (["gdn", "0-3=toy"], ("toy", "toy", "toy", "toy")),
-        (["toy", "1-2=gdn", "0=toy"], ("toy", "gdn", "gdn", "toy")),
-        (["3=toy"], ("gdn", "gdn", "gdn", "toy")),
+        (["kda"], ("kda", "kda", "kda", "kda")),
+        (["gdn", "0-3=kda"], ("kda", "kda", "kda", "kda")),
+        (["kda", "1-2=gdn", "0=lightning"], ("lightning", "gdn", "gdn", "kda")),
+        (["3=kda"], ("gdn", "gdn", "gdn", "kda")),
     ],
 )
 def test_kinds_by_layer(words: list[str], kinds: tuple[str, ...]) -> None:
@@ -180,24 +173,27 @@ def test_kinds_by_layer(words: list[str], kinds: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["gnd"], "linear 'gnd': 'gnd' is no kind of linear heads; choose one of gdn, toy, alone or after layers"),
-        (["fa"], "linear 'fa': 'fa' is no kind of linear heads; choose one of gdn, toy"),
+        (["gnd"], "linear 'gnd': 'gnd' is no kind of linear heads; choose one of gdn, kda, lightning, alone or after"),
+        (["fa"], "linear 'fa': 'fa' is no kind of linear heads; choose one of gdn, kda, lightning"),
         (["gdn", "2=fa"], "linear '2=fa': 'fa' is no kind of linear heads"),
-        (["toy=0-3"], "'0-3' is no kind of linear heads; choose one of gdn, toy, alone or after layers as in 0-3=gdn"),
+        (
+            ["kda=0-3"],
+            "'0-3' is no kind of linear heads; choose one of gdn, kda, lightning, alone or after layers as in",
+        ),
         (["0-3"], "'0-3' is no kind"),
         ([""], "'' is no kind"),
-        (["gdn", "toy"], "linear 'toy': all layers have the kind gdn; give exceptions by layer, as in 0-3=toy"),
+        (["gdn", "kda"], "linear 'kda': all layers have the kind gdn; give exceptions by layer, as in 0-3=kda"),
         (["gdn", "gdn"], "linear 'gdn': all layers have the kind gdn"),
-        (["4=toy"], "linear '4=toy': there is no layer 4; layers are 0 to 3"),
-        (["2-9=toy"], "linear '2-9=toy': there is no layer 9; layers are 0 to 3"),
-        (["3-1=toy"], "linear '3-1=toy': write a layer, or the first and the last of several, as in 0-3=toy"),
-        (["=toy"], "linear '=toy': write a layer"),
-        (["-1=toy"], "linear '-1=toy': write a layer"),
-        (["0,1=toy"], "linear '0,1=toy': write a layer"),
-        (["0=gdn=toy"], "linear '0=gdn=toy': write a layer"),
-        ([f"{'9' * 5000}=toy"], "9=toy': write a layer"),
-        (["0-2=toy", "2-3=gdn"], "linear '2-3=gdn': layer 2 has the kind toy already; give it one"),
-        (["1=toy", "1=toy"], "linear '1=toy': layer 1 has the kind toy already; give it one"),
+        (["4=kda"], "linear '4=kda': there is no layer 4; layers are 0 to 3"),
+        (["2-9=kda"], "linear '2-9=kda': there is no layer 9; layers are 0 to 3"),
+        (["3-1=kda"], "linear '3-1=kda': write a layer, or the first and the last of several, as in 0-3=kda"),
+        (["=kda"], "linear '=kda': write a layer"),
+        (["-1=kda"], "linear '-1=kda': write a layer"),
+        (["0,1=kda"], "linear '0,1=kda': write a layer"),
+        (["0=gdn=kda"], "linear '0=gdn=kda': write a layer"),
+        ([f"{'9' * 5000}=kda"], "9=kda': write a layer"),
+        (["0-2=kda", "2-3=gdn"], "linear '2-3=gdn': layer 2 has the kind kda already; give it one"),
+        (["1=kda", "1=kda"], "linear '1=kda': layer 1 has the kind kda already; give it one"),
     ],
 )
 def test_bad_kinds_by_layer(words: list[str], message: str) -> None:
@@ -207,10 +203,10 @@ def test_bad_kinds_by_layer(words: list[str], message: str) -> None:
 
 
 def test_kinds_are_said_with_their_layers_where_these_differ() -> None:
-    gdn, toy = "Gated DeltaNet (GDN) heads", "decayed linear attention (Toy) heads"
-    assert linear_words(("gdn",) * 4) == gdn and linear_words(("toy",)) == toy
-    said = f"{toy} in layers 0 to 1, {gdn} in layer 2, {toy} in layers 3 to 5"
-    assert linear_words(("toy", "toy", "gdn", "toy", "toy", "toy")) == said
+    gdn, kda = "Gated DeltaNet (GDN) heads", "Kimi Delta Attention (KDA) heads"
+    assert linear_words(("gdn",) * 4) == gdn and linear_words(("kda",)) == kda
+    said = f"{kda} in layers 0 to 1, {gdn} in layer 2, {kda} in layers 3 to 5"
+    assert linear_words(("kda", "kda", "gdn", "kda", "kda", "kda")) == said
 
 
 def test_hybrid_keeps_the_last_layer_of_each_block() -> None:

@@ -15,10 +15,9 @@ from hydra_mcore.config import ModelShape
 from hydra_mcore.errors import InputError
 from hydra_mcore.files import write_json
 from hydra_mcore.heads import every_head
-from hydra_mcore.kinds import DEFAULT_LINEAR, KINDS
+from hydra_mcore.kinds import DEFAULT_LINEAR
 from hydra_mcore.selection import evidence as ev
 from hydra_mcore.selection.score import HeadScores, ProbeEffects
-from tests.toy_kind import TOY
 
 SHAPE = ModelShape(
     num_layers=2,
@@ -232,15 +231,19 @@ def test_costs_against_counted_loops() -> None:
     assert ev.attention_flops(SHAPE, kept, LINEAR, n / 2) == pytest.approx((3 * fa + 5 * gdn) / (8 * fa), rel=1e-3)
 
 
-def test_costs_are_those_of_each_layers_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_costs_are_those_of_each_layers_kind() -> None:
     """Two FA heads in the layer whose others are of one kind, one in the layer of the other kind."""
-    monkeypatch.setitem(KINDS, TOY.name, TOY)
     kept = [(0, 1), (0, 2), (1, 0)]
-    fa, gdn, toy = 4 * 4 * 100, 7 * 4 * 4, 5 * 4 * 4
-    for linear, others in ((("gdn", "toy"), 2 * gdn + 3 * toy), (("toy", "gdn"), 2 * toy + 3 * gdn)):
+    fa, gdn, lightning = 4 * 4 * 100, 7 * 4 * 4, 5 * 4 * 4
+    for linear, others in (
+        (("gdn", "lightning"), 2 * gdn + 3 * lightning),
+        (("lightning", "gdn"), 2 * lightning + 3 * gdn),
+    ):
         assert ev.attention_flops(SHAPE, kept, linear, 100) == pytest.approx((3 * fa + others) / (8 * fa))
-    (cost,) = ev.costs(scores(one=one_role(ALIKE)), ("gdn", "toy"), ratios=(3,), contexts=(100,))  # (0, 0), (0, 2)
-    assert cost.decode[100] == pytest.approx((2 * fa + 2 * gdn + 4 * toy) / (8 * fa))
+    (cost,) = ev.costs(
+        scores(one=one_role(ALIKE)), ("gdn", "lightning"), ratios=(3,), contexts=(100,)
+    )  # (0, 0), (0, 2)
+    assert cost.decode[100] == pytest.approx((2 * fa + 2 * gdn + 4 * lightning) / (8 * fa))
 
 
 def test_kv_groups_shared_by_kept_heads_count_once() -> None:

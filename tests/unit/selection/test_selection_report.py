@@ -15,13 +15,12 @@ import pytest
 
 from hydra_mcore.config import ModelShape
 from hydra_mcore.heads import HeadMap
-from hydra_mcore.kinds import DEFAULT_LINEAR, KINDS
+from hydra_mcore.kinds import DEFAULT_LINEAR
 from hydra_mcore.selection import figures
 from hydra_mcore.selection.choose import Choice
 from hydra_mcore.selection.evidence import KnockOut, gather
 from hydra_mcore.selection.report import write_report
 from hydra_mcore.selection.score import HeadScores, ProbeEffects
-from tests.toy_kind import TOY
 
 SHAPE = ModelShape(
     num_layers=3,
@@ -167,18 +166,17 @@ def test_no_head_and_every_head(tmp_path: Path, budget: int) -> None:
     )
 
 
-def test_the_other_heads_are_named_by_kind_and_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_other_heads_are_named_by_kind_and_layer(tmp_path: Path) -> None:
     """And their costs are counted by kind."""
     scores, gdn = made_scores(), "Gated DeltaNet (GDN) heads"
     plain = report(tmp_path / "plain", scores)
     assert f"the other 9 become {gdn}." in plain.text and "at any length 7 d d for a GDN head (d" in plain.text
-    monkeypatch.setitem(KINDS, TOY.name, TOY)
-    linear = ("toy", "gdn", "toy")
+    linear = ("lightning", "gdn", "kda")
     head_map = HeadMap.from_fa(scores.ranking()[:3], 3, 4, 2, linear, strategy="global")
     mixed = report(tmp_path / "mixed", scores, dataclasses.replace(chosen(scores), head_map=head_map, linear=linear))
-    toy = "decayed linear attention (Toy) heads"
-    assert f"the other 9 become {toy} in layer 0, {gdn} in layer 1, {toy} in layer 2." in mixed.text
-    assert "at any length 7 d d for a GDN head, 5 d d for a Toy head (d" in mixed.text
+    first, last = "Lightning attention (Lightning) heads", "Kimi Delta Attention (KDA) heads"
+    assert f"the other 9 become {first} in layer 0, {gdn} in layer 1, {last} in layer 2." in mixed.text
+    assert "at any length 7 d d for a GDN head, 7 d d for a KDA head, 5 d d for a Lightning head (d" in mixed.text
     cost = next(cost for cost in gather(scores, 3, linear).costs if cost.ratio == "3:1")
     assert f"3:1{cost.decode[4096]:.1%}{cost.decode[32768]:.1%}" in mixed.text
     pictures = [(tmp_path / name / "figures" / "heads.png").read_bytes() for name in ("plain", "mixed")]

@@ -20,14 +20,12 @@ import numpy as np
 import pytest
 
 from hydra_mcore.config import ModelCard
-from hydra_mcore.heads import HeadMap, HeadsByKind
-from hydra_mcore.kinds import KINDS
+from hydra_mcore.heads import HeadMap
 from hydra_mcore.ruler.needle_format import NeedleFormat
 from hydra_mcore.selection.evidence import spearman
 from hydra_mcore.selection.journal import JournalWriter, read_journal
 from hydra_mcore.selection.score import HeadScores
 from tests.support.paths import ROOT, TINY_TEACHER
-from tests.toy_kind import TOY
 from tools.commands.head_scoring import identity, needle_material, probes
 from tools.select_heads import main, parser
 
@@ -46,6 +44,11 @@ def scores_of(folder: Path) -> HeadScores:
 def fa_heads(folder: Path) -> list[tuple[int, int]]:
     layers = HeadMap.load(folder / "head_map.json").layers
     return [(layer_idx, head) for layer_idx, layer in enumerate(layers) for head in layer["fa"]]
+
+
+def kinds_by_layer(folder: Path) -> list[str]:
+    """Of a map whose layers have one kind each."""
+    return [kind for layer in HeadMap.load(folder / "head_map.json").layers for (kind,) in [tuple(layer)]]
 
 
 @pytest.fixture(scope="module")
@@ -137,42 +140,59 @@ def test_other_heads_become_what_is_asked_for(
 ) -> None:
     """From known scores: the same heads are kept, the report and the map say what the others become."""
     monkeypatch.setattr("tools.commands.head_scoring.load_model", None)
-    monkeypatch.setitem(KINDS, TOY.name, TOY)
-    toy, gdn = "decayed linear attention (Toy) heads", "Gated DeltaNet (GDN) heads"
-    known = ("--scores", str(selected / "scores.json"), "--linear", "toy", "1-2=gdn")
+    known = ("--scores", str(selected / "scores.json"), "--linear", "kda", "1-2=gdn", "3=lightning")
     mixed = HeadMap.load(run(tiny_teacher, tmp_path / "mixed", *known) / "head_map.json")
-    assert f"the others become {toy} in layer 0, {gdn} in layers 1 to 2, {toy} in layer 3\n" in capsys.readouterr().out
+    said = "Kimi Delta Attention (KDA) heads in layer 0, Gated DeltaNet (GDN) heads in layers 1 to 2, Lightning"
+    assert f"the others become {said} attention (Lightning) heads in layer 3\n" in capsys.readouterr().out
     plain = HeadMap.load(selected / "head_map.json")
-    assert mixed.heads_of("fa") == plain.heads_of("fa") and "linear" not in plain.made_by
-    assert mixed.layers[1:3] == plain.layers[1:3] and [list(mixed.layers[at]) for at in (0, 3)] == [["fa", "toy"]] * 2
+    assert mixed.heads_of("fa") == plain.heads_of("fa") and mixed.layers[1:3] == plain.layers[1:3]
+    assert [list(mixed.layers[at]) for at in (0, 3)] == [["fa", "kda"], ["fa", "lightning"]]
     page = re.sub(r"<.*?>", "", (tmp_path / "mixed" / "report.html").read_text())
-    assert mixed.made_by["linear"] == "toy 1-2=gdn" and "map: lineartoy 1-2=gdn" in page
+    assert "linear" not in plain.made_by and mixed.made_by["linear"] == "kda 1-2=gdn 3=lightning"
+    assert "map: linearkda 1-2=gdn 3=lightning" in page and f"the other 24 become {said}" in page
 
 
-def test_other_heads_of_a_recipe(
-    tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_heads_of_a_recipe(tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As a list or a word; what the command line says wins; a map that is there stays."""
-    monkeypatch.setitem(KINDS, TOY.name, TOY)
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "listed"
     section = f"teacher: {tiny_teacher}, strategy: hybrid, out: {out}"
-    recipe.write_text(f"select: {{{section}, linear: [toy, 1=gdn]}}")
+    recipe.write_text(f"select: {{{section}, linear: [kda, 1-2=gdn]}}")
     main(["--config", str(recipe), "--dry-run"])
-    toy, gdn = "decayed linear attention (Toy) heads", "Gated DeltaNet (GDN) heads"
-    said = f"would keep 8 of 32 heads (hybrid), the others become {toy} in layer 0, {gdn} in layer 1, {toy} in layers 2"
-    assert said in capsys.readouterr().out and not out.exists()
+    said = "Kimi Delta Attention (KDA) heads in layer 0, Gated DeltaNet (GDN) heads in layers 1 to 2, Kimi"
+    assert f"would keep 8 of 32 heads (hybrid), the others become {said}" in capsys.readouterr().out
+    assert not out.exists()
     main(["--config", str(recipe)])
-    every = range(8)
-    layers = tuple(HeadsByKind(**{kind: every}) for kind in ("toy", "gdn", "toy", "fa"))
-    assert HeadMap.load(out / "head_map.json").layers == layers
-    recipe.write_text(f"select: {{{section}, linear: toy}}")
+    assert kinds_by_layer(out) == ["kda", "gdn", "gdn", "fa"]
+    recipe.write_text(f"select: {{{section}, linear: kda}}")
     main(["--config", str(recipe), "--skip-existing"])
-    assert HeadMap.load(out / "head_map.json").layers == layers
+    assert kinds_by_layer(out) == ["kda", "gdn", "gdn", "fa"]
     main(["--config", str(recipe), "--out", str(tmp_path / "word")])
-    word = (*(HeadsByKind(toy=every),) * 3, HeadsByKind(fa=every))
-    assert HeadMap.load(tmp_path / "word" / "head_map.json").layers == word
+    assert kinds_by_layer(tmp_path / "word") == ["kda", "kda", "kda", "fa"]
     main(["--config", str(recipe), "--out", str(tmp_path / "flag"), "--linear", "gdn"])
-    assert HeadMap.load(tmp_path / "flag" / "head_map.json").layers == (*(HeadsByKind(gdn=every),) * 3, word[3])
+    assert kinds_by_layer(tmp_path / "flag") == ["gdn", "gdn", "gdn", "fa"]
+
+
+def test_documented_kinds_of_other_heads(tiny_teacher: Path, selected: Path, tmp_path: Path) -> None:
+    """The commands of docs/selection.md that name kinds, and HypeNet's recipe: whole layers, the others Lightning."""
+    text = (ROOT / "docs" / "selection.md").read_text()
+    layer_wise, mixed = re.findall(r"^ +python tools/select_heads\.py (.*--linear .*)$", text, re.MULTILINE)
+    known = ("--scores", str(selected / "scores.json"))
+    run(tiny_teacher, tmp_path / "mixed", *known, *without_paths(mixed))
+    layers = HeadMap.load(tmp_path / "mixed" / "head_map.json").layers
+    assert [list(layer) for layer in layers] == [["fa", kind] for kind in ("lightning", "lightning", "kda", "gdn")]
+    run(tiny_teacher, tmp_path / "layers", *without_paths(layer_wise))
+    recipes = [str(ROOT / "examples" / "qwen3-1.7b" / name) for name in ("recipe.yaml", "hypenet.yaml")]
+    run(tiny_teacher, tmp_path / "recipe", "--config", *recipes)
+    hypenet = ["lightning", "lightning", "lightning", "fa"]
+    assert kinds_by_layer(tmp_path / "layers") == kinds_by_layer(tmp_path / "recipe") == hypenet
+
+
+def without_paths(command: str) -> list[str]:
+    teacher, teacher_path, out, out_path, *flags = command.split()
+    assert (
+        (teacher, out) == ("--teacher", "--out") and teacher_path.startswith("runs/") and out_path.startswith("runs/")
+    )
+    return flags
 
 
 def test_a_capability_of_ones_own(tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
