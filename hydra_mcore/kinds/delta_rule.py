@@ -43,6 +43,9 @@ from hydra_mcore.shape import ModelShape
 # Of a state entry and token: 1 to decay it, 2 each to read it with k, to write beta (v - S k) k^T, to read it with q.
 RECURRENT_FLOPS = 7
 
+# The same objects for all such kinds: tables of heads have a row for each name.
+STATISTICS = (Statistic("half-life", lambda mean: math.log(2.0) / -mean, log_scale=True), Statistic("write gate"))
+
 
 @dataclass(frozen=True)
 class DeltaRuleHeads:
@@ -66,9 +69,7 @@ class DeltaRuleHeads:
             decode_flops=lambda head_dim, seen: RECURRENT_FLOPS * head_dim**2, kept=self.kept, working=self.working,
             sent=self.sent, cached=self.cached,
             looks_back=self.looks_back,
-            statistics=(
-                Statistic("half-life", lambda mean: math.log(2.0) / -mean, log_scale=True), Statistic("write gate"),
-            ),
+            statistics=STATISTICS,
         )  # fmt: skip
 
     def check(self, options: Options) -> None:

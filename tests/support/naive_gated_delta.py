@@ -12,16 +12,17 @@ def naive_gated_delta_rule(
     q_bshd: Tensor,
     k_bshd: Tensor,
     v_bshv: Tensor,
-    log_decay_bsh: Tensor,
+    log_decay: Tensor,
     write_bsh: Tensor,
     *,
     scale: float | None = None,
     initial_state_bhdv: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Recur S_t = alpha_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T, o_t = S_t q_t in float64.
+    """Recur S_t = S_{t-1} Diag(alpha_t) (I - beta_t k_t k_t^T) + beta_t v_t k_t^T, o_t = S_t q_t in float64.
 
-    S is [v, d] here, as in the paper (arXiv 2606.20097; arXiv 2412.06464 eq 10). Returns the outputs
-    [b, s, h, v] and the last state transposed to [b, h, d, v], both float64.
+    S is [v, d] here, as in the paper (arXiv 2606.20097; arXiv 2412.06464 eq 10; a decay for each key channel, [b, s, h,
+    d], as in arXiv 2510.26692 eq 1). Returns the outputs [b, s, h, v] and the last state transposed to [b, h, d, v],
+    both float64.
     """
     (b, _, h, d), v = q_bshd.shape, v_bshv.shape[-1]
     scale = d**-0.5 if scale is None else scale
@@ -29,10 +30,10 @@ def naive_gated_delta_rule(
     state_bhvd = torch.zeros(b, h, v, d, dtype=torch.float64)
     if initial_state_bhdv is not None:
         state_bhvd = initial_state_bhdv.double().mT
-    tokens = [x.double().unbind(1) for x in (q_bshd, k_bshd, v_bshv, log_decay_bsh, write_bsh)]
+    tokens = [x.double().unbind(1) for x in (q_bshd, k_bshd, v_bshv, log_decay, write_bsh)]
     outputs = []
-    for q_bhd, k_bhd, v_bhv, log_decay_bh, write_bh in zip(*tokens, strict=True):
-        alpha, beta = log_decay_bh.exp()[..., None, None], write_bh[..., None, None]
+    for q_bhd, k_bhd, v_bhv, log_decay_bhx, write_bh in zip(*tokens, strict=True):
+        alpha, beta = log_decay_bhx.exp().view(b, h, 1, -1), write_bh[..., None, None]
         kk_bhdd = k_bhd[..., :, None] * k_bhd[..., None, :]
         vk_bhvd = v_bhv[..., :, None] * k_bhd[..., None, :]
         state_bhvd = alpha * state_bhvd @ (eye_dd - beta * kk_bhdd) + beta * vk_bhvd
