@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,17 @@ CODE_FILES = (
     EXPORTED_TABLE,
     "convert/hf_model/modeling_hydra_head.py",
 )
-# The files that exports had before kinds of heads stood in files of their own, and what they hashed to, one after the
-# other: b3fdb5e, 4fc5003.
-FORMER_FILES = (
-    *("configuration_hydra_head.py", "cache_hydra_head.py", "heads_hydra_head.py", "modeling_hydra_head.py"),
-    "chunked_delta_rule.py",
+# What exports had before: the files, and what they hashed to, one after the other.
+_COMMON = ("configuration_hydra_head.py", "cache_hydra_head.py", "heads_hydra_head.py")
+_ONE_FILE = (*_COMMON, "modeling_hydra_head.py", "chunked_delta_rule.py")  # for all kinds of heads
+_TWO_KINDS = (
+    *("chunked_delta_rule.py", *_COMMON, "fa_heads_hydra_head.py", "gdn_heads_hydra_head.py"),
+    *("kinds_hydra_head.py", "modeling_hydra_head.py"),
 )
 FORMER_CODE = (
-    "ffd99223cf4bc3235f0cc4803feddbe98f325cd876bb25281d90a815f9c4ccec",
-    "3ca2a17a9dbff89af0b0a6f070760f549a536b444c4eb3823990e81921cd5a9c",
+    (_ONE_FILE, "ffd99223cf4bc3235f0cc4803feddbe98f325cd876bb25281d90a815f9c4ccec"),  # commit b3fdb5e
+    (_ONE_FILE, "3ca2a17a9dbff89af0b0a6f070760f549a536b444c4eb3823990e81921cd5a9c"),  # 4fc5003
+    (_TWO_KINDS, "55c2e47ea00cf4fe25ad81b17dba65233ca70ddfb338091be8e87e1c5041b620"),  # 6436168
 )
 # For config.json: where transformers' Auto classes find theirs.
 AUTO_MAP = {
@@ -62,9 +65,7 @@ def check_model_code(folder: str | Path, auto_map: Any) -> None:
     """
     if auto_map != AUTO_MAP:
         raise InputError(f"{folder}: its config.json names other code than an export has; export the checkpoint anew")
-    former = [Path(folder) / name for name in FORMER_FILES]
-    code = b"".join(path.read_bytes() for path in former if path.is_file())
-    if hashlib.sha256(code).hexdigest() in FORMER_CODE:
+    if any(_hash(Path(folder), names) == known for names, known in FORMER_CODE):
         return
     for name in CODE_FILES:
         path = Path(folder) / Path(name).name
@@ -72,6 +73,12 @@ def check_model_code(folder: str | Path, auto_map: Any) -> None:
             raise InputError(
                 f"{path}: not the code of this package, which alone is run here; export the checkpoint anew"
             )
+
+
+def _hash(folder: Path, names: Sequence[str]) -> str:
+    """Of those of the files that are there."""
+    found = [folder / name for name in names if (folder / name).is_file()]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in found)).hexdigest()
 
 
 def model_class() -> type[PreTrainedModel]:

@@ -31,11 +31,12 @@ from hydra_mcore.kinds.kind import linear
 
 MODEL_TYPE = "hydra_head"
 FAMILY = Family(MODEL_TYPE, qk_norm=True, qkv_bias=False, required_values=UNSUPPORTED_UNLESS)
+OPTIONS = typing.get_type_hints(HydraOptions)
 KEYS = {
     **dict.fromkeys(("qk_norm", "qkv_bias"), bool),
     "heads": list[dict[str, list[int]]],
     "fa_heads": list[list[int]],  # of exports before format 3 of head maps: all other heads are GDN
-    **typing.get_type_hints(HydraOptions),
+    **OPTIONS,
     "teacher": dict[str, str],
     "stage": str,
     "stages": list[dict[str, Any]],
@@ -106,6 +107,8 @@ def teacher_type(card: ModelCard) -> str:
 def from_config(raw: dict[str, Any], shape: ModelShape) -> ModelCard:
     """The model card behind a HydraHead config.json that transformers takes, the types of its values checked.
 
+    An option that is not there, as one of a kind that came later, has its default, as in transformers.
+
     Raises:
         KeyError, InputError: a key is missing, or a value is not one that ``to_config`` writes.
     """
@@ -117,7 +120,7 @@ def from_config(raw: dict[str, Any], shape: ModelShape) -> ModelCard:
     return ModelCard(
         shape=shape,
         head_map=HeadMap(num_heads=shape.num_heads, num_kv_groups=shape.num_kv_groups, layers=tuple(layers)),
-        options=HydraOptions(**{item.name: raw[item.name] for item in dataclasses.fields(HydraOptions)}),
+        options=HydraOptions(**{name: raw[name] for name in OPTIONS if name in raw}),
         fingerprint=raw["teacher"]["fingerprint"],
         stage=raw["stage"],
         stages=raw["stages"],

@@ -18,8 +18,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from hydra_mcore.convert.hf_code import AUTO_MAP, copy_model_code
 from tests.support.tiny_hf import ODD
 
-# Layers with some FA heads, of uneven groups, without one, and without a GDN head.
-TINY: dict[str, Any] = {**ODD, "tie_word_embeddings": False, "fa_heads": [[1, 4, 5], [], [0, 1, 2, 3, 4, 5]]}
+ALL = [0, 1, 2, 3, 4, 5]
+# Heads of every kind; of every kind but FA. Some kinds have heads in uneven kv groups, or in one group alone.
+EVERY_KIND = {"fa": [1, 4, 5], "gdn": [0], "kda": [2], "lightning": [3]}
+RECURRENT = {"gdn": [3], "kda": [0, 5], "lightning": [1, 2, 4]}
+TINY: dict[str, Any] = {**ODD, "tie_word_embeddings": False, "heads": [EVERY_KIND, RECURRENT, {"fa": ALL}]}
 
 
 def write_config(folder: Path, **changes: Any) -> Path:
@@ -66,22 +69,30 @@ def random_model(folder: Path, dtype: torch.dtype = torch.float64, **changes: An
     return load(folder, dtype)
 
 
-# Together every value of every option, with biases and scaled rotary positions.
+# Together every value of every option and layers of one kind alone, with biases and scaled rotary positions.
 VARIANTS: list[dict[str, Any]] = [
     {},
-    {"fa_position": "rope", "fa_log_scale": "always", "fa_log_scale_base": 7.0, "gdn_kv": "per_group",
-        "qkv_bias": True},
     {
-        "fa_gate": "headwise", "gdn_gate": "elementwise", "gate_order": "after_norm", "gdn_conv_kernel": 2,
-        "gdn_conv_activation": "silu", "gdn_write_max": 2.0, "fusion": "competition", "fusion_norm_weight": "none",
+        "fa_position": "rope", "fa_log_scale": "always", "fa_log_scale_base": 7.0, "gdn_kv": "per_group",
+        "kda_kv": "per_group", "lightning_kv": "per_group", "lightning_slope": 0.5, "qkv_bias": True,
+        "heads": [{"kda": ALL}, EVERY_KIND, {"lightning": ALL}],
     },
     {
-        "fa_gate": "none", "fa_log_scale": "never", "gdn_position": "nope", "gdn_qk_norm": "none", "gdn_conv_kernel": 0,
-        "gdn_kv": "per_group", "qkv": "shared", "qkv_bias": True, "fusion": "none", "tie_word_embeddings": True,
+        "fa_gate": "headwise", "gdn_gate": "elementwise", "kda_gate": "headwise", "lightning_gate": "headwise",
+        "gate_order": "after_norm", "gdn_conv_kernel": 2, "kda_conv_kernel": 1, "gdn_conv_activation": "silu",
+        "gdn_write_max": 2.0, "fusion": "competition", "fusion_norm_weight": "none",
+        "heads": [EVERY_KIND, RECURRENT, {"gdn": ALL}],
     },
     {
-        "gdn_gate": "headwise", "gate_activation": "silu", "fusion": "norm", "qk_norm": False, "gdn_conv_kernel": 1,
-        "fa_position": "rope", "gdn_half_life": 5.0,
+        "fa_gate": "none", "fa_log_scale": "never", "gdn_position": "nope", "kda_position": "nope",
+        "lightning_position": "nope", "gdn_qk_norm": "none", "kda_qk_norm": "none", "lightning_qk_norm": "none",
+        "gdn_conv_kernel": 0, "kda_conv_kernel": 0, "lightning_gate": "none", "qkv": "shared", "qkv_bias": True,
+        "fusion": "none", "tie_word_embeddings": True,
+    },
+    {
+        "gdn_gate": "headwise", "kda_gate": "elementwise", "gate_activation": "silu", "fusion": "norm",
+        "qk_norm": False, "gdn_conv_kernel": 1, "kda_conv_kernel": 2, "kda_conv_activation": "silu",
+        "kda_write_max": 2.0, "fa_position": "rope", "gdn_half_life": 5.0, "kda_half_life": 5.0,
         "rope_parameters": {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0,
             "original_max_position_embeddings": 16},
     },

@@ -20,9 +20,9 @@ def naive_gated_delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """Recur S_t = S_{t-1} Diag(alpha_t) (I - beta_t k_t k_t^T) + beta_t v_t k_t^T, o_t = S_t q_t in float64.
 
-    S is [v, d] here, as in the paper (arXiv 2606.20097; arXiv 2412.06464 eq 10; a decay for each key channel, [b, s, h,
-    d], as in arXiv 2510.26692 eq 1). Returns the outputs [b, s, h, v] and the last state transposed to [b, h, d, v],
-    both float64.
+    S is [v, d] here, as in the paper (arXiv 2606.20097; arXiv 2412.06464 eq 10); log decays are [b, s, h], or
+    [b, s, h, d] for one a key channel (arXiv 2510.26692 eq 1). Returns the outputs [b, s, h, v] and the last state
+    transposed to [b, h, d, v], both float64.
     """
     (b, _, h, d), v = q_bshd.shape, v_bshv.shape[-1]
     scale = d**-0.5 if scale is None else scale
@@ -30,10 +30,11 @@ def naive_gated_delta_rule(
     state_bhvd = torch.zeros(b, h, v, d, dtype=torch.float64)
     if initial_state_bhdv is not None:
         state_bhvd = initial_state_bhdv.double().mT
-    tokens = [x.double().unbind(1) for x in (q_bshd, k_bshd, v_bshv, log_decay, write_bsh)]
+    alpha_bshx = (log_decay if log_decay.dim() == 4 else log_decay[..., None]).double().exp()
+    tokens = [x.double().unbind(1) for x in (q_bshd, k_bshd, v_bshv, alpha_bshx, write_bsh)]
     outputs = []
-    for q_bhd, k_bhd, v_bhv, log_decay_bhx, write_bh in zip(*tokens, strict=True):
-        alpha, beta = log_decay_bhx.exp().view(b, h, 1, -1), write_bh[..., None, None]
+    for q_bhd, k_bhd, v_bhv, alpha_bhx, write_bh in zip(*tokens, strict=True):
+        alpha, beta = alpha_bhx[..., None, :], write_bh[..., None, None]
         kk_bhdd = k_bhd[..., :, None] * k_bhd[..., None, :]
         vk_bhvd = v_bhv[..., :, None] * k_bhd[..., None, :]
         state_bhvd = alpha * state_bhvd @ (eye_dd - beta * kk_bhdd) + beta * vk_bhvd

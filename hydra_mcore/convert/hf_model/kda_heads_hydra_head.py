@@ -4,9 +4,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -31,9 +28,3 @@ class KimiDeltaHeads(GatedDeltaHeads):
         """[b, s, h, d]."""
         logits_bshd = self.decay_proj(self.decay_down_proj(x_bsm)).unflatten(-1, (-1, self.config.head_dim))
         return -precise(self.A_log).exp()[:, None] * F.softplus(precise(logits_bshd))
-
-    def start(self, init: ModuleType) -> None:
-        """As Gated DeltaNet's; all channels decay alike."""
-        super().start(init)
-        with torch.no_grad():
-            init.normal_(self.decay_down_proj.weight, std=self.config.initializer_range)

@@ -28,7 +28,7 @@ class LightningHeads(Heads):
 
     def __init__(self, config: HydraHeadConfig, heads: list[int]) -> None:
         super().__init__(config, heads, **common_options(config, self.kind))
-        self.rates = [config.lightning_slope ** ((head + 1) / config.num_attention_heads) for head in heads]
+        self.heads = heads
 
     def forward(
         self, x_bsm: Tensor, call: Call, shared_kv: tuple[Tensor, Tensor] | None, cache: HydraHeadCacheLayer | None
@@ -36,10 +36,15 @@ class LightningHeads(Heads):
         q, k, v = self.project_by_head(x_bsm, shared_kv)
         q, k = self.norm_and_place(q, k, call)
         states = {} if cache is None else cache.states.setdefault(self.kind, {})
-        log_decay_h = -torch.tensor(self.rates, dtype=torch.float64, device=x_bsm.device)
         attend = linear_attention if call.padding is None else functools.partial(_past_padding, call.padding)
-        out_bshd, states["recurrent"] = attend(q, k, v, log_decay_h, states.get("recurrent"))
+        out_bshd, states["recurrent"] = attend(q, k, v, self.log_decay(x_bsm.device), states.get("recurrent"))
         return out_bshd, self.gate(x_bsm)
+
+    def log_decay(self, device: torch.device) -> Tensor:
+        """[h], in float64; made where it is used, because numbers from the host would hold up a GPU's one-token steps."""
+        total = self.config.num_attention_heads
+        rates = self.config.lightning_slope ** (torch.arange(1, total + 1, dtype=torch.float64, device=device) / total)
+        return -torch.stack([rates[head] for head in self.heads])
 
 
 def _past_padding(

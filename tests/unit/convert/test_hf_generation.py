@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import math
 import subprocess
@@ -16,7 +16,18 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedModel
 
 from hydra_mcore.convert.hf_code import AUTO_MAP, CODE_FILES, PACKAGE
-from tests.support.hf_model import TINY, each_variant, fresh, load, random_model, random_tokens, scramble, write_config
+from tests.support.hf_model import (
+    EVERY_KIND,
+    RECURRENT,
+    TINY,
+    each_variant,
+    fresh,
+    load,
+    random_model,
+    random_tokens,
+    scramble,
+    write_config,
+)
 from tests.support.naive_gated_delta import naive_gated_delta_rule
 
 PROMPTS = [3, 11, 7, 20]
@@ -31,7 +42,8 @@ each_way = pytest.mark.parametrize("way", WAYS.values(), ids=list(WAYS))
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> PreTrainedModel:
     """In float64, with a first layer that has no FA head."""
-    return random_model(tmp_path_factory.mktemp("hf"), fa_heads=[[], [1, 4, 5], [2, 3]])
+    heads = [RECURRENT, EVERY_KIND, {"fa": [2, 3], "kda": [0, 1], "lightning": [4, 5]}]
+    return random_model(tmp_path_factory.mktemp("hf"), heads=heads)
 
 
 def generate(model: PreTrainedModel, tokens_bs: Tensor, mask_bs: Tensor | None = None, **options) -> Tensor:
@@ -208,18 +220,18 @@ def test_loss_is_that_of_the_next_token_and_logits_can_be_spared(model):
 
 
 def test_a_fresh_model_starts_as_the_framework_starts_one(tmp_path):
-    model = fresh(tmp_path, gdn_half_life=40.0, gdn_gate="headwise", fusion="competition", hidden_size=400)
+    options = {"gdn_half_life": 40.0, "kda_half_life": 40.0, "gdn_gate": "headwise", "fusion": "competition"}
+    model = fresh(tmp_path, **options, hidden_size=400)
     attention, x_bsm = model.model.layers[0].self_attn, torch.randn(2, 5, 400)
-    log_decay_bsh, write_bsh = attention.gdn.decay_and_write(x_bsm, None)
-    torch.testing.assert_close(40 * log_decay_bsh, torch.full_like(log_decay_bsh, -math.log(2.0)))
-    torch.testing.assert_close(write_bsh, torch.full_like(write_bsh, 0.5))
-    taps = torch.tensor([0.0, 0.0, 0.0, 1.0]).expand_as(attention.gdn.conv.weight)
-    assert (
-        torch.equal(attention.gdn.conv.weight, taps)
-        and attention.scale.eq(1).all()
-        and attention.competition.weight.eq(0).all()
-    )
-    for gate in (attention.fa.gate_proj, attention.gdn.gate_proj):
+    for branch, shape in ((attention.gdn, (2, 5, 1)), (attention.kda, (2, 5, 1, 16))):
+        log_decay, write_bsh = branch.decay_and_write(x_bsm, None)
+        torch.testing.assert_close(40 * log_decay, torch.full(shape, -math.log(2.0)))
+        torch.testing.assert_close(write_bsh, torch.full((2, 5, 1), 0.5))
+        taps = torch.tensor([0.0, 0.0, 0.0, 1.0]).expand_as(branch.conv.weight)
+        assert torch.equal(branch.conv.weight, taps)
+    assert 0.015 < attention.kda.decay_down_proj.weight.std() < 0.025, "else nothing could be learned"
+    assert attention.scale.eq(1).all() and attention.competition.weight.eq(0).all()
+    for gate in (attention.fa.gate_proj, attention.gdn.gate_proj, attention.lightning.gate_proj):
         assert gate.bias.eq(1).all() and 5e-4 < gate.weight.std() < 2e-3
     assert 0.015 < attention.o_proj.weight.std() < 0.025 and attention.fa_norm.weight.eq(1).all()
 
@@ -247,21 +259,21 @@ def test_the_bare_model_and_the_configuration_load_by_themselves(tmp_path):
         write_config(tmp_path / "new", stage="extend", teacher={"model_type": "qwen3"}), trust_remote_code=True
     )
     assert (config.stage, config.teacher) == ("extend", {"model_type": "qwen3"})
-    assert [layer.get("fa", []) for layer in config.heads] == TINY["fa_heads"]
+    assert config.heads == TINY["heads"]
 
 
 def test_weights_left_out_keep_their_start(tmp_path):
     """Loading goes over the meta device: what the file lacks must be made as in a fresh model."""
     model = fresh(tmp_path)
     scramble(model)
-    lacking = ("gdn.conv.weight", "gdn.A_log", "self_attn.scale")
+    lacking = (".conv.weight", ".A_log", "self_attn.scale")
     model.save_pretrained(
         tmp_path, state_dict={name: x for name, x in model.state_dict().items() if not name.endswith(lacking)}
     )
     for name, x in load(tmp_path).state_dict().items():
-        if name.endswith("gdn.conv.weight"):
+        if name.endswith(".conv.weight"):
             assert x[..., -1].eq(1).all() and x[..., :-1].eq(0).all()
-        elif name.endswith(("gdn.A_log", "self_attn.scale")):
+        elif name.endswith((".A_log", "self_attn.scale")):
             assert x.eq(float("scale" in name)).all()
         else:
             assert torch.equal(x, model.state_dict()[name]), name
@@ -276,23 +288,27 @@ sys.modules.update(hydra_mcore=None, megatron=None)  # an import of them fails
 import torch
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "hf")!r}, trust_remote_code=True)
-print(model.generate(torch.arange(1, 6)[None], max_new_tokens=4, do_sample=False).shape[1])
+found = [model.generate(torch.arange(1, 6)[None], max_new_tokens=4, use_cache=cached) for cached in (True, False)]
+assert torch.equal(*found)
+print(found[0].shape[1])
 assert not [name for name in sys.modules if name.startswith(("hydra_mcore.", "megatron."))]
 """
     done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert (done.returncode, done.stdout.strip()) == (0, "9"), done.stderr[-4000:]
 
 
+@pytest.mark.parametrize("by_channel", [False, True])
 @pytest.mark.parametrize("s", [1, 5, 130])
-def test_the_travelling_delta_rule_is_the_naive_recurrence(s, tmp_path):
-    """The copy in a model's folder, imported by itself: chunk by chunk and token by token, gradients included."""
-    spec = importlib.util.spec_from_file_location("travelling", write_config(tmp_path) / "chunked_delta_rule.py")
-    travelling = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(travelling)
+def test_the_travelling_delta_rule_is_the_naive_recurrence(s, by_channel, tmp_path, monkeypatch):
+    """The copy in a model's folder, imported from there: chunk by chunk and token by token, gradients included."""
+    package = f"travelling_{s}_{by_channel}"
+    write_config(tmp_path / package)
+    monkeypatch.syspath_prepend(tmp_path)
+    travelling = importlib.import_module(f"{package}.chunked_delta_rule")
     generator = torch.Generator().manual_seed(s)
     q, k, v, decay, write, state = (
         torch.randn(shape, generator=generator, dtype=torch.float64)
-        for shape in ((2, s, 3, 8), (2, s, 3, 8), (2, s, 3, 6), (2, s, 3), (2, s, 3), (2, 3, 8, 6))
+        for shape in ((2, s, 3, 8), (2, s, 3, 8), (2, s, 3, 6), (2, s, 3, 8)[: 3 + by_channel], (2, s, 3), (2, 3, 8, 6))
     )
     k, decay, write = torch.nn.functional.normalize(k, dim=-1), -decay.abs(), write.sigmoid()
     found = []

@@ -14,10 +14,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from hydra_mcore.config import HydraOptions, ModelCard, ModelShape
-from hydra_mcore.heads import HeadMap
+from hydra_mcore.heads import HeadMap, HeadsByKind
+from hydra_mcore.kinds import KINDS
 from hydra_mcore.model.build import build_model
 from hydra_mcore.model.runtime import process_groups
-from tests.support.hf_model import TINY, each_variant, fresh, load, random_model, random_tokens, scramble
+from tests.support.hf_model import (
+    ALL,
+    EVERY_KIND,
+    RECURRENT,
+    TINY,
+    each_variant,
+    fresh,
+    load,
+    random_model,
+    random_tokens,
+    scramble,
+)
 
 LENGTHS = [1, 2, 3, 7, 12, 20, 33, 40]
 OPTIONS = {field.name: field.default for field in dataclasses.fields(HydraOptions)}
@@ -64,7 +76,7 @@ def hf_state(student: torch.nn.Module, head_map: HeadMap, d: int) -> dict[str, T
         }
         state |= {to + "input_layernorm.weight": theirs.input_layernorm.weight}
         state |= {to + "post_attention_layernorm.weight": theirs.pre_mlp_layernorm.weight}
-        order = torch.tensor(heads["fa"] + heads["gdn"]).argsort()
+        order = torch.tensor(heads.heads).argsort()
         state[to + "self_attn.o_proj.weight"] = attention.linear_proj.weight.unflatten(1, (-1, d))[:, order].flatten(1)
         state |= {to + f"self_attn.{name}": x for name, x in attention_state(attention, order, d).items()}
     return {name: x.detach().clone() for name, x in state.items()}
@@ -74,6 +86,7 @@ def attention_state(attention: torch.nn.Module, order: Tensor, d: int) -> dict[s
     renamed = {
         "linear_q": "q_proj",
         "linear_decay": "decay_proj",
+        "linear_decay_down": "decay_down_proj",
         "linear_write": "write_proj",
         "gate.linear": "gate_proj",
     }
@@ -86,10 +99,10 @@ def attention_state(attention: torch.nn.Module, order: Tensor, d: int) -> dict[s
             for part, half in zip("kv", x.unflatten(0, (-1, 2, d)).unbind(1), strict=True):
                 state[f"{prefix}{part}_proj.{name.rpartition('.')[2]}"] = half.flatten(0, 1)
         elif owner == "conv":
-            state["gdn.conv.weight"] = x[:, None]
+            state[f"{branch}.conv.weight"] = x[:, None]
         elif owner == "A_log":
-            state["gdn.A_log"] = x
-        elif branch in ("fa", "gdn"):
+            state[f"{branch}.A_log"] = x
+        elif branch in KINDS:
             state[f"{branch}.{renamed.get(owner, owner)}.{kind}"] = x
         elif rest.startswith("norms."):
             state[f"{rest.split('.')[1]}_norm.weight"] = x
@@ -114,8 +127,8 @@ def card_of(options: dict) -> ModelCard:
         qkv_bias=facts.get("qkv_bias", False),
         rope_scaling=None if rope["rope_type"] == "default" else rope,
     )  # fmt: skip
-    pairs = [(layer_idx, head) for layer_idx, heads in enumerate(facts["fa_heads"]) for head in heads]
-    head_map = HeadMap.from_fa(pairs, shape.num_layers, shape.num_heads, shape.num_kv_groups)
+    layers = tuple(HeadsByKind(**heads) for heads in facts["heads"])
+    head_map = HeadMap(num_heads=shape.num_heads, num_kv_groups=shape.num_kv_groups, layers=layers)
     hydra = HydraOptions(**{name: value for name, value in facts.items() if name in OPTIONS})
     return ModelCard(shape=shape, head_map=head_map, options=hydra, fingerprint="")
 
@@ -152,15 +165,23 @@ SCALED = [
 def test_all_fa_model_without_additions_is_qwen3(rope, tmp_path):
     """Under every kind of rotary scaling, and with a left-padded batch."""
     rope = {**rope, "rope_theta": 5000.0}
-    plain = {"fa_position": "rope", "fa_log_scale": "never", "fa_gate": "none", "fusion": "none", "fa_heads": None}
+    plain = {"fa_position": "rope", "fa_log_scale": "never", "fa_gate": "none", "fusion": "none", "heads": None}
     model = random_model(tmp_path, rope_parameters=rope, **plain)
-    facts = {name: value for name, value in TINY.items() if name not in ("fa_heads", "rope_parameters")}
+    facts = {name: value for name, value in TINY.items() if name not in ("heads", "rope_parameters")}
     qwen = Qwen3ForCausalLM(Qwen3Config(**facts, rope_parameters=rope)).double().eval()
     qwen.load_state_dict({name.replace("self_attn.fa.", "self_attn."): x for name, x in model.state_dict().items()})
     tokens_bs, mask_bs = random_tokens(2, 33), torch.ones(2, 33, dtype=torch.long)
     mask_bs[0, :9] = 0
     actual, expected = (logits(m, tokens_bs, attention_mask=mask_bs) for m in (model, qwen))
     assert_same(actual[mask_bs.bool()], expected[mask_bs.bool()], 1e-6)  # Qwen3's RMSNorm computes in float32
+
+
+def test_shared_keys_and_values_come_by_group_whatever_the_kinds_say(tmp_path):
+    by_group = {f"{kind}_kv": "per_group" for kind in RECURRENT}
+    model = random_model(tmp_path / "shared", qkv="shared")
+    other = fresh(tmp_path / "by_group", qkv="shared", **by_group).double()
+    other.load_state_dict(model.state_dict(), strict=True)
+    assert torch.equal(logits(model, random_tokens(2, 9)), logits(other, random_tokens(2, 9)))
 
 
 # Padding
@@ -213,6 +234,26 @@ def test_padded_sequences_in_chunks_equal_each_alone(options, tmp_path):
         assert_same(together[row, columns[row]], logits(model, sequence(row, n)[None])[0])
 
 
+def test_gradients_of_padded_sequences_are_those_of_each_alone(tmp_path):
+    """In two calls, so that gradients go through the states between them too."""
+    model, columns = random_model(tmp_path, heads=[RECURRENT, {"lightning": ALL}, EVERY_KIND]), places("mixed", 43)
+    tokens_bs, mask_bs = padded(columns, 43)
+    weight_bsw = torch.randn(*tokens_bs.shape, TINY["vocab_size"], dtype=torch.float64) * mask_bs[..., None]
+
+    def gradients(logits_bsw: Tensor, weight_bsw: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad((logits_bsw * weight_bsw).sum(), list(model.parameters()))
+
+    first = model(tokens_bs[:, :25], attention_mask=mask_bs[:, :25], use_cache=True)
+    second = model(tokens_bs[:, 25:], attention_mask=mask_bs, past_key_values=first.past_key_values)
+    together = gradients(torch.cat([first.logits, second.logits], dim=1), weight_bsw)
+    alone = [
+        gradients(model(tokens_bs[row : row + 1, places_s]).logits, weight_bsw[row : row + 1, places_s])
+        for row, places_s in enumerate(columns)
+    ]
+    for found, *parts in zip(together, *alone, strict=True):
+        assert_same(found, sum(parts), 1e-10)
+
+
 def test_every_query_has_a_key(model):
     """Padding too, or a softmax over nothing would be NaN on some devices; and no real query sees padding."""
     tokens_bs, mask_bs = padded([[3, 4], [0, 2], []], 6)
@@ -254,16 +295,13 @@ def test_many_steps_equal_one_call(model, steps):
     assert_same(in_chunks(model, tokens_bs, [10, *[1] * steps]), logits(model, tokens_bs), 1e-11)
 
 
-FIRST_LAYER_ALL_GDN = {"fa_heads": [[], [1, 4, 5], [2, 3]]}
-
-
 def cache_bytes(layer, *names: str) -> int:
     tensors = [getattr(layer, name) for name in names if getattr(layer, name) is not None]
     return sum(x.untyped_storage().nbytes() for x in tensors)
 
 
 def test_cache_holds_what_the_formula_says(tmp_path):
-    random_model(tmp_path, **FIRST_LAYER_ALL_GDN)
+    random_model(tmp_path, heads=[RECURRENT, EVERY_KIND, {"fa": [2, 3], "gdn": [0, 1, 4, 5]}])
     model, d, b, half = load(tmp_path, torch.bfloat16), TINY["head_dim"], 2, 2
     cache, tokens_bs, tokens = None, random_tokens(b, 40), 0
     for length in (30, 7, 1, 1, 1):
@@ -271,16 +309,20 @@ def test_cache_holds_what_the_formula_says(tmp_path):
             cache = model(tokens_bs[:, tokens : tokens + length], past_key_values=cache, use_cache=True).past_key_values
         tokens += length
         assert cache.get_seq_length() == tokens
-        for layer, living, gdn in zip(cache.layers, (0, 2, 2), (6, 3, 4), strict=True):
+        for layer, living, heads in zip(cache.layers, (0, 2, 2), model.config.heads, strict=True):
             assert cache_bytes(layer, "keys", "values") == 2 * living * d * tokens * b * half
-            states = {name: x.nbytes for name, x in layer.states.get("gdn", {}).items()}
-            assert states == {"recurrent": b * gdn * d * d * 4, "conv": b * gdn * 3 * d * 3 * half}
+            for kind in RECURRENT:
+                h, states = len(heads.get(kind, ())), layer.states.get(kind, {})
+                expected = {"recurrent": b * h * d * d * 4} if h else {}
+                if h and kind != "lightning":
+                    expected["conv"] = b * h * 3 * d * 3 * half
+                assert {name: x.nbytes for name, x in states.items()} == expected
     assert cache.layers[0].states["gdn"]["recurrent"].dtype == torch.float32
 
 
 def test_cache_holds_living_groups_only(tmp_path):
-    for options in ({}, {"gdn_kv": "per_group", "qkv": "shared"}):
-        model = random_model(tmp_path / str(len(options)), fa_heads=[[1], [4, 5], []], **options)
+    for options in ({}, {"qkv": "shared"}):
+        model = random_model(tmp_path / str(len(options)), heads=None, fa_heads=[[1], [4, 5], []], **options)
         cache = model(random_tokens(2, 9), use_cache=True).past_key_values
         assert [None if layer.keys is None else layer.keys.shape[1] for layer in cache.layers] == [1, 1, None]
 
@@ -299,12 +341,12 @@ class _Sizes(TorchDispatchMode):
         return result
 
 
-def test_a_step_copies_no_keys_per_head_and_gdn_costs_the_same_at_any_length(tmp_path):
+def test_a_step_copies_no_keys_per_head_and_states_cost_the_same_at_any_length(tmp_path):
     b, long = 2, 3000
-    attention = fresh(tmp_path / "fa", fa_heads=[[0, 3, 4, 5]] * 3)
-    recurrent = fresh(tmp_path / "gdn", fa_heads=[[]] * 3)
+    attention = fresh(tmp_path / "fa", heads=[{"fa": [0, 3, 4, 5], "gdn": [1, 2]}] * 3)
+    recurrent = fresh(tmp_path / "recurrent", heads=[RECURRENT] * 3)
     written = {}
-    for name, model, length in (("fa", attention, long), ("gdn", recurrent, 30), ("gdn", recurrent, 300)):
+    for name, model, length in (("fa", attention, long), ("states", recurrent, 30), ("states", recurrent, 300)):
         cache = None
         with torch.no_grad():
             cache = model(random_tokens(b, length), use_cache=True, logits_to_keep=1).past_key_values
@@ -314,7 +356,7 @@ def test_a_step_copies_no_keys_per_head_and_gdn_costs_the_same_at_any_length(tmp
     assert max(written["fa"][0]) == 2 * (long + 1) * TINY["head_dim"] * b, (
         "the keys of two groups; four heads would be twice that"
     )
-    assert written["gdn"][0] == written["gdn"][1]
+    assert written["states"][0] == written["states"][1]
 
 
 def test_cache_rows_are_selected_repeated_and_reordered(model):
@@ -356,11 +398,19 @@ BAD_CONFIGS = [
     ({"gdn_conv_kernel": -1}, "gdn_conv_kernel is -1"),
     ({"gdn_write_max": 2.5}, "stable for 0 < max <= 2"),
     ({"fa_log_scale_base": 1.0}, "fa_log_scale_base must exceed 1"),
-    ({"gdn_half_life": float("nan")}, "gdn_half_life 0"),
-    ({"qkv": "shared"}, "set gdn_kv to 'per_group'"),
-    ({"fa_heads": [[0], [1]]}, "lists 2 layers, the model has 3"),
-    ({"fa_heads": [[0], [6], []]}, "layer 1 lists head 6; heads are 0 to 5"),
-    ({"fa_heads": [[], [], [2, 2]]}, "layer 2 lists a head twice"),
+    ({"gdn_half_life": float("nan")}, "gdn_half_life must exceed 0"),
+    ({"kda_gate": "sometimes"}, "kda_gate is 'sometimes'; choose one of"),
+    ({"kda_conv_kernel": 1.5}, "kda_conv_kernel is 1.5; it counts taps"),
+    ({"kda_write_max": float("nan")}, "kda_write_max is nan"),
+    ({"kda_half_life": float("inf")}, "kda_half_life must exceed 0"),
+    ({"lightning_position": None}, "lightning_position is None; choose one of"),
+    ({"lightning_slope": 0.0}, "lightning_slope is 0.0; choose 0 < slope <= 1"),
+    ({"lightning_slope": float("nan")}, "lightning_slope is nan"),
+    ({"heads": None, "fa_heads": [[0], [1]]}, "lists 2 layers, the model has 3"),
+    ({"heads": [EVERY_KIND, {"kda": [6]}, {"gdn": ALL}]}, "layer 1 lists head 6; heads are 0 to 5"),
+    ({"heads": [RECURRENT, {"gdn": ALL}, {"kda": ALL, "lightning": [2]}]}, "layer 2 lists a head twice"),
+    ({"heads": [RECURRENT, {"gdn": ALL}, {"kda": [1, 2]}]}, "layer 2 lists 2 heads of 6"),
+    ({"heads": [{"mamba": ALL}] * 3}, "layer 0 has kind 'mamba'; the kinds are fa, gdn, kda, lightning"),
     ({"num_key_value_heads": 4}, "6 heads do not divide into 4"),
     ({"head_dim": 15}, "need an even one"),
     ({"hidden_size": 0}, "hidden_size is 0"),

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any
 
@@ -15,65 +14,13 @@ from torch import Tensor
 
 from hydra_mcore.model.gdn_heads import GatedDeltaHeads
 from hydra_mcore.ops.gated_delta import gated_delta_rule
-from hydra_mcore.sequence import SequencePart
-from tests.support.naive_gated_delta import naive_gated_delta_rule
-from tests.support.one_layer import D, M, normed, one_layer, positions_of, random, rotary_angles, rotated, scrambled
-
-S = 12
-WHOLE = (0, S)
-X = random(S, 1, M)
-GROUP_OF_ORDINAL = (0, 1, 1)  # heads 0, 2 and 3 read the layer's groups 0, 1 and 1
-
-
-def make(groups: ProcessGroupCollection, **changes: Any) -> GatedDeltaHeads:
-    return GatedDeltaHeads(*one_layer(**changes), groups)
-
-
-def run(heads: GatedDeltaHeads, documents: tuple[int, ...] = WHOLE) -> Tensor:
-    output = heads(X, SequencePart(S, documents=documents), rotary_angles(positions_of(documents)))
-    assert output.shared is None
-    return output.own[0]
-
-
-def naive_heads(heads: GatedDeltaHeads, documents: tuple[int, ...] = WHOLE) -> Tensor:
-    """Head by head, document by document, each line a step of the layer."""
-    out = torch.zeros(S, 1, len(GROUP_OF_ORDINAL), D, dtype=torch.float64)
-    for ordinal in range(len(GROUP_OF_ORDINAL)):
-        for start, end in itertools.pairwise(documents):
-            out[start:end, 0, ordinal] = naive_head(heads, ordinal, X[start:end, 0])
-    return out
+from tests.support.one_layer import D, random, scrambled
+from tests.support.recurrent_heads import WHOLE, S, X, head_by_head, make, naive_delta_rule_head, run
 
 
 def naive_head(heads: GatedDeltaHeads, ordinal: int, x_sm: Tensor) -> Tensor:
-    options, rotary = heads.options, rotary_angles(list(range(len(x_sm))))
-    of_kv = ordinal if options.gdn_kv == "per_head" else GROUP_OF_ORDINAL[ordinal]
-    q_sd = x_sm @ heads.linear_q.weight[ordinal * D : (ordinal + 1) * D].T
-    kv_sd = x_sm @ heads.linear_kv.weight[of_kv * 2 * D : (of_kv + 1) * 2 * D].T
-    qkv_sc = torch.cat([q_sd, kv_sd], dim=-1)
-    if taps := options.gdn_conv_kernel:
-        qkv_sc = naive_convolution(qkv_sc, heads.conv.weight[ordinal * 3 * D : (ordinal + 1) * 3 * D], taps)
-        qkv_sc = qkv_sc * qkv_sc.sigmoid() if options.gdn_conv_activation == "silu" else qkv_sc
-    q_sd, k_sd, v_sd = qkv_sc.chunk(3, dim=-1)
-    if options.gdn_qk_norm == "rms":
-        q_sd, k_sd = normed(q_sd, heads.q_norm.weight), normed(k_sd, heads.k_norm.weight)
-    if options.gdn_position == "rope":
-        q_sd, k_sd = rotated(q_sd, rotary), rotated(k_sd, rotary)
-    q_sd, k_sd = (t / t.norm(dim=-1, keepdim=True) for t in (q_sd, k_sd))
-    decay_s = x_sm @ heads.linear_decay.weight[ordinal] + heads.linear_decay.bias[ordinal]
-    write_s = x_sm @ heads.linear_write.weight[ordinal] + heads.linear_write.bias[ordinal]
-    log_decay_s = -heads.A_log.weight[ordinal].exp() * (1 + decay_s.exp()).log()
-    write_s = options.gdn_write_max * write_s.sigmoid()
-    tokens = (t[None, :, None] for t in (q_sd, k_sd, v_sd, log_decay_s, write_s))
-    return naive_gated_delta_rule(*tokens)[0][0, :, 0]
-
-
-def naive_convolution(x_sc: Tensor, weight_ct: Tensor, taps: int) -> Tensor:
-    """y_t = sum_j w_j x_(t - taps + 1 + j), and nothing before the first token."""
-    out = torch.zeros_like(x_sc)
-    for t in range(len(x_sc)):
-        for back in range(min(taps, t + 1)):
-            out[t] += weight_ct[:, taps - 1 - back] * x_sc[t - back]
-    return out
+    logits_s = x_sm @ heads.linear_decay.weight[ordinal] + heads.linear_decay.bias[ordinal]
+    return naive_delta_rule_head(heads, ordinal, x_sm, logits_s)
 
 
 @pytest.mark.parametrize("documents", [WHOLE, (0, 1, 5, S)], ids=["whole", "packed"])
@@ -94,12 +41,13 @@ def test_equals_every_step_written_out(
     one_rank: ProcessGroupCollection, changes: dict[str, Any], documents: tuple[int, ...]
 ) -> None:
     """Directions and gates are float32 in the layer."""
-    heads = scrambled(make(one_rank, **changes))
-    torch.testing.assert_close(run(heads, documents), naive_heads(heads, documents), rtol=1e-5, atol=1e-6)
+    heads = scrambled(make("gdn", one_rank, **changes))
+    expected = head_by_head(naive_head, heads, documents)
+    torch.testing.assert_close(run(heads, documents), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_heads_start_with_a_long_memory_and_a_half_open_write_gate(one_rank: ProcessGroupCollection) -> None:
-    heads = make(one_rank, gdn_half_life=30.0, gdn_write_max=2.0)
+    heads = make("gdn", one_rank, gdn_half_life=30.0, gdn_write_max=2.0)
     log_decay_sbh, write_sbh = heads._gates(X)
     assert log_decay_sbh.shape == write_sbh.shape == (S, 1, 3)
     torch.testing.assert_close((30 * log_decay_sbh).exp(), torch.full((S, 1, 3), 0.5))
@@ -107,7 +55,7 @@ def test_heads_start_with_a_long_memory_and_a_half_open_write_gate(one_rank: Pro
 
 
 def test_the_convolution_starts_as_the_identity(one_rank: ProcessGroupCollection) -> None:
-    heads, without = make(one_rank), make(one_rank, gdn_conv_kernel=0)
+    heads, without = make("gdn", one_rank), make("gdn", one_rank, gdn_conv_kernel=0)
     without.load_state_dict(heads.state_dict(), strict=False)
     torch.testing.assert_close(run(heads), run(without), rtol=1e-12, atol=1e-12)
 
@@ -120,7 +68,7 @@ def test_a_token_read_back_at_once_is_what_was_written(one_rank: ProcessGroupCol
 
 
 def test_statistics_are_read_from_the_gates_projections(one_rank: ProcessGroupCollection) -> None:
-    heads = make(one_rank, gdn_half_life=30.0)
+    heads = make("gdn", one_rank, gdn_half_life=30.0)
     found = {name: of_logits(module(X)) for name, (module, of_logits) in heads.watched().items()}
     torch.testing.assert_close(found["half-life"], torch.full((S, 1, 3, 1), -math.log(2) / 30), check_dtype=False)
     torch.testing.assert_close(found["write gate"], torch.full((S, 1, 3, 1), 0.5), check_dtype=False)
