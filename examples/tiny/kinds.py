@@ -24,7 +24,7 @@ import argparse
 from pathlib import Path
 
 from hydra_mcore.commands import one_line_errors
-from hydra_mcore.kinds import FA, KINDS
+from hydra_mcore.selection.choose import linear_kinds
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,7 +43,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--seed", type=int, default=0, help="of data, head selection, random maps and prompts (default 0)"
     )
-    linear = [kind for kind in KINDS if kind != FA]
+    linear = linear_kinds()
     parser.add_argument(
         "--kinds", nargs="+", choices=linear, default=linear, help=f"linear heads (default {' '.join(linear)})"
     )

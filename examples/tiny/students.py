@@ -118,10 +118,9 @@ def _select(out: Path, seed: int) -> tuple[object, ...]:
 def make_student(out: Path, student: Student, seed: int, _position: int = 0) -> None:
     """Choose the heads of a student and give it the teacher's weights."""
     place = folder(out, student)
-    choice = ("--ratio", student.ratio, "--strategy", student.strategy)
-    kind = () if student.kind == DEFAULT_LINEAR else ("--linear", student.kind)
+    choice = ("--ratio", student.ratio, "--strategy", student.strategy, "--linear", student.kind)
     known = ("--scores", out / "scores" / "scores.json") if student.scored else ()
-    run_command(out, slug(student), *_select(out, seed), *choice, *kind, *known, "--out", place / "heads")
+    run_command(out, slug(student), *_select(out, seed), *choice, *known, "--out", place / "heads")
     hybridize = ("hybridize", "--teacher", out / "teacher", "--heads", place / "heads" / "head_map.json", *LAYER)
     calibration = ("--calibration-text", out / "train.txt", "--seed", seed)
     to = ("--out", place / "student", "--skip-existing")

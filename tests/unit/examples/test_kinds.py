@@ -17,12 +17,13 @@ import pytest
 
 from examples.tiny.kinds import main
 from hydra_mcore.heads import HeadMap
-from hydra_mcore.kinds import FA, KINDS
+from hydra_mcore.kinds import KINDS
+from hydra_mcore.selection.choose import linear_kinds
 from tests.support.answers import answered
 from tests.support.commands import ended
 from tests.support.paths import ROOT
 
-KIND = next(kind for kind in KINDS if kind != FA)
+KIND = linear_kinds()[0]
 LABEL = KINDS[KIND].label
 SHORT = """
 lr-warmup-iters: 1
@@ -51,7 +52,7 @@ def test_dry_run_counts_the_students_that_are_left(tmp_path: Path, capsys: pytes
 
 
 def test_summary_has_every_kind_and_the_mean_of_the_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runs, labels = [tmp_path / "a", tmp_path / "b"], [kind.label for kind in KINDS.values() if kind.name != FA]
+    runs, labels = [tmp_path / "a", tmp_path / "b"], [KINDS[kind].label for kind in linear_kinds()]
     for run, share in zip(runs, (0.5, 1.0), strict=True):
         answered(run / "evaluation" / "teacher", {"teacher": {512: share, 4096: 0.0}})
         for label in labels:
