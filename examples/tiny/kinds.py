@@ -47,8 +47,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--kinds", nargs="+", choices=linear, default=linear, help=f"linear heads (default {' '.join(linear)})"
     )
-    over = "YAML laid over examples/tiny/recipe.yaml, for all students alike"
-    parser.add_argument("--recipe", type=Path, metavar="FILE", help=over)
+    over = "YAML laid over examples/tiny/recipe.yaml, for all students alike (default examples/tiny/kinds.yaml)"
+    parser.add_argument(
+        "--recipe", type=Path, default=ROOT / "examples" / "tiny" / "kinds.yaml", metavar="FILE", help=over
+    )
     parser.add_argument(
         "--prompts", type=int, default=20, metavar="N", help="evaluation prompts for each task and length (default 20)"
     )

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     """
     if args.summary:
         return summarise(args.summary, args.kinds)
-    recipes = [RECIPE] if args.recipe is None else [RECIPE, args.recipe]
+    recipes = [RECIPE, args.recipe]
     settings = {"seed": args.seed, "prompts": args.prompts, "stages": budget(recipes)}
     students = [student for student in students_of(args.kinds) if not examined(args.out, slug(student))]
     if args.dry_run:
