@@ -44,9 +44,7 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("recompute", [(), ("core_attn",)], ids=["", "recompute"])
-def test_a_layer_keeps_what_is_said(
-    dtype: torch.dtype, options: str, layer: str, recompute: tuple[str, ...]
-) -> None:
+def test_a_layer_keeps_what_is_said(dtype: torch.dtype, options: str, layer: str, recompute: tuple[str, ...]) -> None:
     head_map = HeadMap(4, 2, (LAYERS[layer],))
     card = ModelCard(shape=SHAPE, head_map=head_map, options=OPTIONS[options], fingerprint="")
     run = Run("extend", LENGTH, ROWS, ROWS, 1, dtype.itemsize, 4, recompute=recompute)
