@@ -2,8 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Flash-linear-attention's chunked kernels of every recurrence against the torch functions on the same GPU.
 
-Not yet run on a GPU. PLACEHOLDER
-The other kernels: ``test_fla_kernels_gpu.py``.
+Not yet run on a GPU. On 2026-11-29 the same comparisons passed on a CPU in Triton's interpreter (flash-linear-attention
+0.6.0, float32, 70 tokens, 16 channels, packed and not, with an initial state): outputs, states and all gradients of all
+three recurrences to 8e-7. Where three channels in ten decay by -5, -20 or -1,000, KDA's are equal to 3e-6, 2e-5 and
+6e-4. This checks names, layouts and signs but neither bfloat16 nor compiled code. The interpreter (TRITON_INTERPRET=1)
+takes these tests with DEVICE = "cpu", a ``serve`` that does not ask for a GPU, one configuration of each kernel, and
+loop counters that have ``.to``. The other kernels: ``test_fla_kernels_gpu.py``.
 """
 
 from __future__ import annotations
@@ -80,13 +84,13 @@ def test_kernel_equals_reference(
 
 @pytest.mark.parametrize("strongest", [-5.0, -20.0, -1000.0])
 def test_strong_decays_of_some_channels(strongest: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel sums log decays over 64 tokens in float32, so what follows a decay of -1,000 is known to 1e-2."""
+    """The kernel sums log decays over 64 tokens in float32, so what follows decays of -1,000 is known to 1e-3."""
     torch.manual_seed(0)
     inputs = CHANNEL_DECAY.inputs(s=150, h=2, d=64, v=64)
     inputs[3] = torch.where(torch.rand(inputs[3].shape) < 0.3, strongest, inputs[3])
     pairs = kernel_and_reference(CHANNEL_DECAY, on_device(inputs, torch.float32), None, monkeypatch)
     errors = relative_errors(pairs)
-    assert max(errors) < 2e-2, [f"{error:.1e}" for error in errors]
+    assert max(errors) < 1e-2, [f"{error:.1e}" for error in errors]
 
 
 @each_rule
