@@ -15,7 +15,7 @@ Shape suffixes used in the whole package (``q_sbhd`` is a query of shape [s, b, 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -140,19 +140,32 @@ class HeadMap:
         num_layers: int,
         num_heads: int,
         num_kv_groups: int,
-        others: str = DEFAULT_LINEAR,
+        others: str | Sequence[str] = DEFAULT_LINEAR,
         **facts: Any,
     ) -> HeadMap:
-        """A map from the heads that keep full attention; all others are of one kind."""
+        """A map from the heads that keep full attention.
+
+        Args:
+            others: the kind of all other heads, or one for each layer.
+
+        Raises:
+            HeadMapError: heads or kinds that do not exist, FA among the kinds, or not one for each layer.
+        """
         pairs = set(fa_heads)
+        kinds = [others] * num_layers if isinstance(others, str) else list(others)
+        if len(kinds) != num_layers or FA in kinds:
+            raise HeadMapError(
+                f"head map: {len(kinds)} kinds ({', '.join(sorted(set(kinds)))}) for the other heads of"
+                f" {num_layers} layers; give one a layer, none of them {FA}"
+            )
         for layer_idx, head_idx in pairs:
             if not (0 <= layer_idx < num_layers and 0 <= head_idx < num_heads):
                 raise HeadMapError(
                     f"head map: no head {head_idx} in layer {layer_idx} of a {num_layers} x {num_heads} model"
                 )
         layers = tuple(
-            HeadsByKind.from_fa((h for layer, h in pairs if layer == layer_idx), num_heads, others)
-            for layer_idx in range(num_layers)
+            HeadsByKind.from_fa((h for layer, h in pairs if layer == layer_idx), num_heads, kind)
+            for layer_idx, kind in enumerate(kinds)
         )
         return cls(num_heads=num_heads, num_kv_groups=num_kv_groups, layers=layers, **facts)
 

@@ -13,9 +13,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hydra_mcore.commands import one_line_errors
+from hydra_mcore.kinds import DEFAULT_LINEAR, KINDS
 from hydra_mcore.recipe import parse_with_recipe  # light, so that --help is quick
 from hydra_mcore.selection.capabilities import BUILT_IN
-from hydra_mcore.selection.choose import STRATEGIES
+from hydra_mcore.selection.choose import STRATEGIES, linear_kinds
 from hydra_mcore.selection.score import ROLES
 from tools.layout_flags import add_layout_flags
 
@@ -23,7 +24,7 @@ EXAMPLES = """\
 How it works: pairs of prompts differ in one thing, such as a value hidden in a long text, and ask for it. Both are
 run. Then each attention head in turn is given its output of the second run within the first. A head that so pulls the
 answer towards the other value carries it: either straight to the answer (a receiver), or to heads that do (a sender).
-Heads with a high score should keep full attention; the others become gated-delta heads, which are cheap.
+Heads with a high score should keep full attention; the others become linear heads, which are cheap.
 
 Written to --out:
   head_map.json           for tools/convert.py hybridize
@@ -92,6 +93,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="strategy hybrid: every N-th layer is full attention (instead of a ratio)",
     )
+    kinds, other = "; ".join(f"{name}: {KINDS[name].title}" for name in linear_kinds()), linear_kinds()[-1]
+    linear = (
+        f"what heads that are not kept become: {kinds}; a kind for all layers, then exceptions by layer, as in"
+        f" {DEFAULT_LINEAR} 0-3={other} (default {DEFAULT_LINEAR})"
+    )
+    choice.add_argument("--linear", nargs="+", default=[], metavar=("KIND", "LAYERS=KIND"), help=linear)
     add_scoring_flags(p)
     return p
 

@@ -23,10 +23,14 @@ from hydra_mcore.ruler.needle_format import NeedleFormat  # noqa: E402
 from hydra_mcore.tokenizer import open_tokenizer  # noqa: E402
 
 ALIGN_TOKENS, EXTEND_TOKENS = 256, 1024  # of a sequence, as the recipe has them
+LAST = "held_out.txt"  # of all files, so that all are there when it is
 
 
 def write_data(out: Path, seed: int, steps: tqdm) -> None:
-    """Real text with needles as IndexedDatasets, and plain text for selection and evaluation."""
+    """Real text with needles as IndexedDatasets, and plain text for selection and evaluation; once a folder."""
+    if (out / LAST).exists():
+        steps.update()
+        return
     tokenizer = open_tokenizer(HERE / "teacher")
     fmt = NeedleFormat.load(HERE / "teacher" / "needles.json")
     text_ids = load_text(tokenizer, "train", 300_000)
@@ -42,5 +46,5 @@ def write_data(out: Path, seed: int, steps: tqdm) -> None:
             builder.add_document(torch.tensor(ids), [len(ids)])
         builder.finalize(str(out / f"{name}.idx"))
     write_text(out / "train.txt", tokenizer.decode(text_ids[:60_000]))
-    write_text(out / "held_out.txt", tokenizer.decode(load_text(tokenizer, "held_out", 60_000)))
+    write_text(out / LAST, tokenizer.decode(load_text(tokenizer, "held_out", 60_000)))
     steps.update()

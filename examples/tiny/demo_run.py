@@ -8,14 +8,23 @@ import argparse
 import shutil
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
 from examples.tiny.data import write_data
 from examples.tiny.demo_report import write_report
-from examples.tiny.students import EVALUATION_SEED, Student, folder, make_students, run_command, train_all
+from examples.tiny.students import (
+    Student,
+    evaluate,
+    folder,
+    make_student,
+    prepare,
+    run_command,
+    side_by_side,
+    train_all,
+)
 
 STUDENTS = (
     Student("selected 3:1", "3:1", "global_c", ("align", "distill", "extend")),
@@ -34,9 +43,11 @@ def run(args: argparse.Namespace) -> None:
     begin = time.monotonic()
     with tqdm(total=6 + len(STUDENTS), desc="demo", unit="step", position=0) as steps:
         write_data(args.out, args.seed, steps)
-        make_students(args.out, STUDENTS, args.seed, steps)
+        prepare(args.out, args.seed, steps)
+        side_by_side([partial(make_student, args.out, student, args.seed) for student in STUDENTS])
+        steps.update()
         train_students(args.out, steps)
-        evaluate(args, steps)
+        examine(args, steps)
         hf_dir = export(args.out, steps)
     write_report(args.out, STUDENTS, time.monotonic() - begin)
     print((args.out / "report.md").read_text().split("\n## ")[0])
@@ -50,32 +61,18 @@ def train_students(out: Path, steps: tqdm) -> None:
     for student in (first, last):
         train_all(out, student, ranks=2, position=1)
         steps.update()
-    with ThreadPoolExecutor(2) as pool:
-        for done in [pool.submit(train_all, out, student, 1, position) for position, student in enumerate(pair, 1)]:
-            done.result()
-            steps.update()
+    side_by_side([partial(train_all, out, student, 1) for student in pair], steps)
 
 
-def evaluate(args: argparse.Namespace, steps: tqdm) -> None:
+def examine(args: argparse.Namespace, steps: tqdm) -> None:
     """Teacher and students answer the same prompts, at the native length and at twice that."""
     models = [f"teacher={args.out / 'teacher'}"]
     models += [
         f"{student.name}, {student.stages[-1]}={folder(args.out, student) / student.stages[-1]}" for student in STUDENTS
     ]
-    lengths = ("--lengths", "512", "1024", "--prompts", str(args.prompts), "--seed", str(EVALUATION_SEED + args.seed))
     steps.set_postfix_str("evaluating")
-    text = ("--haystack", str(args.out / "held_out.txt"))
-    run_command(
-        args.out,
-        "evaluate",
-        "tools/evaluate.py",
-        "--models",
-        *models,
-        *lengths,
-        *text,
-        "--out",
-        str(args.out / "evaluation"),
-    )
+    asked = ("--lengths", 512, 1024, "--prompts", args.prompts)
+    evaluate(args.out, "evaluate", models, args.seed, args.out / "evaluation", *asked)
     steps.update()
 
 

@@ -1,12 +1,10 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Far beyond the native length, 512 to 32K tokens: the tiny teacher, the teacher with YaRN, and three kinds of
-students.
+"""Far beyond the native length, 512 to 32K tokens: the tiny teacher, the teacher with YaRN, and three students.
 
 All students keep 8 of 32 heads and go through all three stages. They differ in which heads: those with the highest
-    causal
-scores, random ones, or all heads of one layer, as layer-wise hybrids have it. Runs the project's own commands, in half
-an hour to an hour on two cores; a run that was stopped goes on with its evaluation.
+causal scores, random ones, or all heads of one layer, as layer-wise hybrids have it. Runs the project's own commands,
+in half an hour to an hour on two cores. A run that was stopped goes on when the same command is given again.
 
 examples:
   python -m examples.tiny.long_context

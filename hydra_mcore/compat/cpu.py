@@ -10,12 +10,15 @@ step, as every operation passes through it.  ``tensor.to("cuda")`` is not mapped
 import contextlib
 import ctypes
 import functools
+import os
 from collections import defaultdict
 from collections.abc import Callable
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.distributed import ProcessGroupGloo
 from torch.utils._device import _device_constructors
 
 from hydra_mcore.compat.patching import Patch
@@ -121,6 +124,26 @@ def _manual_seed(seed: int) -> None:
     torch.default_generator.manual_seed(int(seed))
 
 
+@functools.cache
+def _network(_process: int) -> Any:
+    """The network of a process; a forked one has none of its parent's threads."""
+    return ProcessGroupGloo.create_default_device()
+
+
+def _on_one_network(original: type[ProcessGroupGloo]) -> type[ProcessGroupGloo]:
+    class OnOneNetwork(original):
+        """All groups of a process send through the same threads."""
+
+        def __init__(self, store: Any, rank: int, size: int, *, timeout: timedelta, **more: Any) -> None:
+            options = original._Options()
+            options._devices, options._threads, options._timeout = [_network(os.getpid())], 2, timeout
+            for name, value in more.items():  # torch 2.15 has one more than 2.9
+                setattr(options, name, value)
+            super().__init__(store, rank, size, options)
+
+    return OnOneNetwork
+
+
 # Only what states a Blackwell GPU keeps Megatron from insisting on CUDA_DEVICE_MAX_CONNECTIONS=1 under TP.
 _PROPERTIES = SimpleNamespace(major=10, minor=0, name="cpu", total_memory=1 << 34, multi_processor_count=1)
 
@@ -167,6 +190,13 @@ PATCHES: tuple[Patch, ...] = (
             make=_on_cpu,
         )
         for name in _FACTORIES
+    ),
+    Patch(
+        target="torch.distributed.distributed_c10d:ProcessGroupGloo",
+        caller=f"{_CORE}.parallel_state:create_group",
+        marker="torch.distributed.new_group(",
+        reason="Megatron makes two dozen groups, and gloo gives each a thread that wakes a hundred times a second.",
+        make=_on_one_network,
     ),
     Patch(
         target="torch:Tensor.type",

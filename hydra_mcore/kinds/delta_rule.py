@@ -43,6 +43,9 @@ from hydra_mcore.shape import ModelShape
 # Of a state entry and token: 1 to decay it, 2 each to read it with k, to write beta (v - S k) k^T, to read it with q.
 RECURRENT_FLOPS = 7
 
+# The same objects for all such kinds: tables of heads have a row for each name.
+STATISTICS = (Statistic("half-life", lambda mean: math.log(2.0) / -mean, log_scale=True), Statistic("write gate"))
+
 
 @dataclass(frozen=True)
 class DeltaRuleHeads:
@@ -66,9 +69,7 @@ class DeltaRuleHeads:
             decode_flops=lambda head_dim, seen: RECURRENT_FLOPS * head_dim**2, kept=self.kept, working=self.working,
             sent=self.sent, cached=self.cached,
             looks_back=self.looks_back,
-            statistics=(
-                Statistic("half-life", lambda mean: math.log(2.0) / -mean, log_scale=True), Statistic("write gate"),
-            ),
+            statistics=STATISTICS,
         )  # fmt: skip
 
     def check(self, options: Options) -> None:
@@ -125,7 +126,8 @@ class DeltaRuleHeads:
         d, p, rms = shape.head_dim, load.value_bytes, option(options, self.name, "qk_norm") == "rms"
         inputs = 3 * d * p if option(options, self.name, "conv_kernel") else 0  # its input, padded
         inputs += 3 * d * p  # q, k and v in one tensor, of which the norms' inputs and the values are views
-        inputs += 3 * FLOAT * self._decays(shape) + 2 * FLOAT  # decay and write gate
+        # Decay and write gate; log decays are made anew of their logits, with kernels from two steps on the way.
+        inputs += (3 * FLOAT if load.fused else p + FLOAT) * self._decays(shape) + 2 * FLOAT
         inputs += gate_kept(option(options, self.name, "gate"), d, load) + 2 * p * d  # queries and keys
         if load.fused:  # the L2 norm and 1 / rms of queries and keys; elsewhere they are made anew
             inputs += 2 * (FLOAT * d + 2 * FLOAT) + rms * 2 * FLOAT

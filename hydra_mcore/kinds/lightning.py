@@ -49,7 +49,7 @@ class LightningOptions:
     lightning_qk_norm: Literal["rms", "none"] = "rms"
     """RMSNorm of Lightning queries and keys before rotary [HALO: rms]."""
     lightning_gate: Literal["none", "elementwise", "headwise"] = "elementwise"
-    """Output gate of Lightning heads [HALO: elementwise]; the fusion norm takes the place of HALO's output norm."""
+    """Output gate of Lightning heads; the fusion norm takes the place of HALO's output norm [HALO: elementwise]."""
     lightning_kv: Literal["per_head", "per_group"] = "per_head"
     """Keys and values of Lightning heads: each its own copy, or shared in the group as in the teacher [HALO: per_head].
     """

@@ -25,6 +25,7 @@ from hydra_mcore.model.short_conv import ShortConv
 from hydra_mcore.ops import fla_kernels
 from hydra_mcore.ops.context_parallel import Group
 from hydra_mcore.ops.gated_delta import gated_delta_rule
+from hydra_mcore.ops.tiles import in_tiles
 from hydra_mcore.sequence import SequencePart
 
 
@@ -123,7 +124,8 @@ class GatedDeltaHeads(Branch):
 
     def _gates(self, x_sbm: Tensor) -> tuple[Tensor, Tensor]:
         """Log decay (<= 0), [s, b, h] or [s, b, h, d], and write strength [s, b, h], float32."""
-        log_decay_sbhx = self._log_decay(self.decay_logits(x_sbm).float())
+        logits_sbhx = self.decay_logits(x_sbm)
+        log_decay_sbhx = in_tiles(self._log_decay, [logits_sbhx], [self._log_rate()], dtype=torch.float32)
         write_sbh = self._write(self.linear_write(x_sbm).float()).squeeze(-1)
         return log_decay_sbhx.squeeze(-1) if self.linear_decay.rows == 1 else log_decay_sbhx, write_sbh
 
@@ -131,18 +133,23 @@ class GatedDeltaHeads(Branch):
         """W_a x + dt, [s, b, h, 1]."""
         return self.linear_decay(x_sbm)
 
-    def _log_decay(self, logits_sbhx: Tensor) -> Tensor:
-        decay_sbhx = F.softplus(logits_sbhx)
-        if not self.A_log.empty:
-            decay_sbhx = decay_sbhx * gathered(self.A_log).weight.float().exp()[:, None]
-        return -decay_sbhx
+    def _log_rate(self) -> Tensor | None:
+        """A_log, none where this rank has no heads."""
+        return None if self.A_log.empty else gathered(self.A_log).weight
+
+    def _log_decay(self, logits_sbhx: Tensor, log_rate_h: Tensor | None) -> Tensor:
+        decay_sbhx = F.softplus(logits_sbhx.float())
+        return -decay_sbhx if log_rate_h is None else -(decay_sbhx * log_rate_h.float().exp()[:, None])
 
     def _write(self, logits_sbh1: Tensor) -> Tensor:
         return self.option("write_max") * torch.sigmoid(logits_sbh1)
 
+    def _mean_log_decay(self, logits_sbhx: Tensor) -> Tensor:
+        """Over the channels of a head, [s, b, h, 1]."""
+        return self._log_decay(logits_sbhx, self._log_rate()).mean(dim=-1, keepdim=True)
+
     def watched(self) -> dict[str, tuple[torch.nn.Module, Callable[[Tensor], Tensor]]]:
-        mean_decay = lambda logits_sbhx: self._log_decay(logits_sbhx).mean(dim=-1, keepdim=True)  # noqa: E731
-        return {"half-life": (self.linear_decay, mean_decay), "write gate": (self.linear_write, self._write)}
+        return {"half-life": (self.linear_decay, self._mean_log_decay), "write gate": (self.linear_write, self._write)}
 
 
 def _unit_length(x: Tensor) -> Tensor:

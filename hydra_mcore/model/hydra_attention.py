@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The HydraHead attention block: kinds of heads, mixed head by head in one layer.
 
-                      +-- FA heads:  q k v, NoPE, causal softmax -----+
-    x (normed) -------|                                               |--> norm and scale per head --> o_proj
-                      +-- GDN heads: q k v, rotary, delta rule -------+
+                  +-- FA heads:  q k v, NoPE, causal softmax -----------------+
+    x (normed) ---|                                                           |--> norm and scale per head --> o_proj
+                  +-- GDN, KDA, Lightning heads: q k v, rotary, recurrence ---+
 
 The teacher is this same class with every head FA, rotary positions, no gate and no fusion.
 """

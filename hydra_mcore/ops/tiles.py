@@ -19,32 +19,37 @@ TILE_VALUES = 2**18
 
 
 def in_tiles(
-    function: Callable[..., Tensor], by_row: Sequence[Tensor | None], for_all: Sequence[Tensor | None] = ()
+    function: Callable[..., Tensor],
+    by_row: Sequence[Tensor | None],
+    for_all: Sequence[Tensor | None] = (),
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``function(*by_row, *for_all)``, where the function treats every row of axis 0 by itself.
 
     On a CPU it is called for a few rows at a time, and once more in backward, for which nothing is kept but the
-        arguments: that
-    is cheaper than to fetch from memory what every link would have kept. Elsewhere, and for a compiler, it is called
-    once.
+    arguments: that is cheaper than to fetch from memory what every link would have kept. Elsewhere, and for a compiler,
+    it is called once.
 
     Args:
-        function: gives a tensor of the shape and dtype of the first argument.
+        function: gives a tensor of the shape of the first argument.
         by_row: tensors [s, ...]; of one with more rows than the first, those behind are not read.
         for_all: tensors that all rows share. None, here or above, is handed on as it is.
+        dtype: of the function's result, that of the first argument unless given.
     """
     if by_row[0].device.type != "cpu" or torch.compiler.is_compiling():
         return function(*by_row, *for_all)
-    return _InTiles.apply(function, len(by_row), *by_row, *for_all)
+    return _InTiles.apply(function, by_row[0].dtype if dtype is None else dtype, len(by_row), *by_row, *for_all)
 
 
 class _InTiles(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, function: Callable[..., Tensor], count: int, *tensors: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, function: Callable[..., Tensor], dtype: torch.dtype, count: int, *tensors: Tensor | None
+    ) -> Tensor:
         ctx.function, ctx.count = function, count
         ctx.save_for_backward(*tensors)
         by_row, for_all = tensors[:count], tensors[count:]
-        out = torch.empty(by_row[0].shape, dtype=by_row[0].dtype)
+        out = torch.empty(by_row[0].shape, dtype=dtype)
         for rows in _tiles(out):
             out[rows] = function(*(None if x is None else x[rows] for x in by_row), *for_all)
         return out
@@ -52,7 +57,7 @@ class _InTiles(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad[3:]
         gradients = [_gradient(x, i < ctx.count) if wanted[i] else None for i, x in enumerate(tensors)]
         for rows in _tiles(d_out):
             with torch.enable_grad():
@@ -67,7 +72,7 @@ class _InTiles(torch.autograd.Function):
                     gradient[rows] = next(found)
                 elif gradient is not None:
                     gradient += next(found)
-        return None, None, *(x if x is None else x.to(tensors[i].dtype) for i, x in enumerate(gradients))
+        return None, None, None, *(x if x is None else x.to(tensors[i].dtype) for i, x in enumerate(gradients))
 
 
 def _gradient(x: Tensor, by_row: bool) -> Tensor:

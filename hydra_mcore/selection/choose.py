@@ -16,6 +16,7 @@ from typing import Any
 from hydra_mcore.config import ModelShape
 from hydra_mcore.errors import InputError
 from hydra_mcore.heads import Head, HeadMap, every_head
+from hydra_mcore.kinds import DEFAULT_LINEAR, FA, KINDS
 from hydra_mcore.selection.optimise import best_in_blocks, best_in_groups, worths
 
 STRATEGIES = {
@@ -47,6 +48,7 @@ class Choice:
     given_up: float  # score lost against the best choice of as many heads (strategy "global"), as a share of that best
     kv_groups: int  # kv groups of all layers that stay alive; a group lives while one of its heads is FA
     kv_fraction: float  # kv_groups / all kv groups: the part of the teacher's KV cache that is left
+    linear: tuple[str, ...]  # for each layer, the kind of its heads that are not kept
 
 
 def parse_ratio(text: str, total: int) -> int:
@@ -76,6 +78,68 @@ def hybrid_budget(shape: ModelShape, every: int) -> int:
     return shape.num_layers // every * shape.num_heads
 
 
+def linear_kinds() -> list[str]:
+    """The kinds that heads which are not kept can become."""
+    return [kind for kind in KINDS if kind != FA]
+
+
+def parse_linear(words: Iterable[str], num_layers: int) -> tuple[str, ...]:
+    """For each layer the kind of its heads that are not kept.
+
+    Args:
+        words: a kind for all layers (``DEFAULT_LINEAR`` where it is left out), and exceptions, each a layer or a range
+            of layers and its kind: "3=NAME", "0-3=NAME".
+
+    Raises:
+        InputError: a word of another form, a kind or a layer that does not exist, or a layer that is given twice.
+    """
+    everywhere, by_layer = "", {}
+    for word in words:
+        _, equals, kind = word.rpartition("=")
+        if kind not in linear_kinds():
+            known = ", ".join(linear_kinds())
+            raise InputError(
+                f"linear {word!r}: {kind!r} is no kind of linear heads; choose one of {known}, alone or after"
+                f" layers as in 0-3={DEFAULT_LINEAR}"
+            )
+        if not equals and everywhere:
+            raise InputError(
+                f"linear {word!r}: all layers have the kind {everywhere}; give exceptions by layer, as in 0-3={kind}"
+            )
+        if not equals:
+            everywhere = kind
+            continue
+        for layer in _layers(word, num_layers):
+            if layer in by_layer:
+                raise InputError(f"linear {word!r}: layer {layer} has the kind {by_layer[layer]} already; give it one")
+            by_layer[layer] = kind
+    return tuple(by_layer.get(layer, everywhere or DEFAULT_LINEAR) for layer in range(num_layers))
+
+
+def _layers(word: str, num_layers: int) -> range:
+    """The layers of "3=NAME" or "0-3=NAME"; raises InputError for what names none."""
+    where, _, kind = word.rpartition("=")
+    match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", where)
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+    if first > last:
+        raise InputError(f"linear {word!r}: write a layer, or the first and the last of several, as in 0-3={kind}")
+    if last >= num_layers:
+        raise InputError(f"linear {word!r}: there is no layer {last}; layers are 0 to {num_layers - 1}")
+    return range(first, last + 1)
+
+
+def linear_words(linear: Sequence[str]) -> str:
+    """What heads that are not kept become, for the reader; where layers differ, with the layers."""
+    named, start = [], 0
+    for kind, run in itertools.groupby(linear):
+        stop = start + len(list(run))
+        layers = f"layer {start}" if stop == start + 1 else f"layers {start} to {stop - 1}"
+        where = f" in {layers}" if len(set(linear)) > 1 else ""
+        named.append(f"{KINDS[kind].title} ({KINDS[kind].label}) heads{where}")
+        start = stop
+    return ", ".join(named)
+
+
 def choose_heads(
     strategy: str,
     shape: ModelShape,
@@ -87,6 +151,7 @@ def choose_heads(
     kv_budget: int | None = None,
     tp_size: int = 1,
     every: int | None = None,
+    linear: Sequence[str] = (),
     fingerprint: str = "",
     made_by: dict[str, Any] | None = None,
 ) -> Choice:
@@ -106,6 +171,7 @@ def choose_heads(
         every: of hybrid: full attention in layers every - 1, 2 * every - 1, ... (counted from 0) as Megatron's
             --linear-attention-freq has it; the budget must be ``hybrid_budget``. None: as many layers as the budget
             fills, evenly spaced, each the last of its block; the same layers where the blocks are equally long.
+        linear: what heads that are not kept become, in the words of ``parse_linear``.
 
     Raises:
         InputError: an unknown strategy, a budget or an option out of range, or scores that a strategy lacks.
@@ -128,12 +194,12 @@ def choose_heads(
         "kv_groups": lambda: best_in_groups(worths(scores, order), groups, budget, kv_budget),
         "tp": lambda: best_in_blocks(worths(scores, order), budget, tp_size),
     }
-    kept = picks[strategy.removesuffix("_random")]()
+    kept, kinds = picks[strategy.removesuffix("_random")](), parse_linear(linear, layers)
     facts = {"model": dataclasses.asdict(shape), "strategy": strategy, "made_by": made_by or {}}
-    head_map = HeadMap.from_fa(kept, layers, heads, groups, fingerprint=fingerprint, **facts)
+    head_map = HeadMap.from_fa(kept, layers, heads, groups, kinds, fingerprint=fingerprint, **facts)
     objective = _objective(strategy, shape, budget, kv_budget, tp_size)
     alive = kv_groups_alive(shape, kept)
-    return Choice(head_map, objective, *_shares(kept, scores), alive, alive / (layers * groups))
+    return Choice(head_map, objective, *_shares(kept, scores), alive, alive / (layers * groups), kinds)
 
 
 def kv_groups_alive(shape: ModelShape, kept: Iterable[Head]) -> int:

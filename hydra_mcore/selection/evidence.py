@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from hydra_mcore.config import ModelShape
 from hydra_mcore.errors import InputError
 from hydra_mcore.files import from_fields, read_json
 from hydra_mcore.heads import Head
-from hydra_mcore.kinds import DEFAULT_LINEAR, FA, KINDS
+from hydra_mcore.kinds import FA, KINDS
 from hydra_mcore.selection.choose import kv_groups_alive
 from hydra_mcore.selection.score import CRITICAL, HeadScores, ProbeEffects
 
@@ -266,9 +267,11 @@ class Cost:
     prefill: dict[int, float]  # attention FLOPs of a whole prompt
 
 
-def costs(scores: HeadScores, ratios: Sequence[int] = RATIOS, contexts: Sequence[int] = CONTEXTS) -> list[Cost]:
+def costs(
+    scores: HeadScores, linear: Sequence[str], ratios: Sequence[int] = RATIOS, contexts: Sequence[int] = CONTEXTS
+) -> list[Cost]:
     """Costs of keeping the best heads of the whole model (strategy ``global``), by ratio; ratios that keep no head are
-    left out.
+    left out. ``linear`` is the kind of the other heads, for each layer.
     """
     shape, ranking, kept = scores.shape, scores.ranking(), kept_share(scores)
     budgets = {f"{ratio}:1": round(len(ranking) / (ratio + 1)) for ratio in ratios}
@@ -278,8 +281,8 @@ def costs(scores: HeadScores, ratios: Sequence[int] = RATIOS, contexts: Sequence
             num_fa=budget,
             kept=float(kept[budget]),
             kv_fraction=kv_fraction(shape, ranking[:budget]),
-            decode={context: attention_flops(shape, budget, context) for context in contexts},
-            prefill={context: attention_flops(shape, budget, context / 2) for context in contexts},
+            decode={context: attention_flops(shape, ranking[:budget], linear, context) for context in contexts},
+            prefill={context: attention_flops(shape, ranking[:budget], linear, context / 2) for context in contexts},
         )
         for name, budget in budgets.items()
         if budget
@@ -291,19 +294,23 @@ def kv_fraction(shape: ModelShape, kept: Sequence[Head]) -> float:
     return kv_groups_alive(shape, kept) / (shape.num_layers * shape.num_kv_groups)
 
 
-def attention_flops(shape: ModelShape, num_fa: int, seen: float) -> float:
+def attention_flops(shape: ModelShape, kept: Sequence[Head], linear: Sequence[str], seen: float) -> float:
     """FLOPs a token of all heads over those of the teacher's; projections, gates and MLPs, whose cost no context
     raises, are left out.
 
     An FA head takes 4 d n at the end of a context of n, and on average 2 d n over a causal prefill of n, since a token
-    sees n / 2 others. Heads that are not kept are of the kind ``DEFAULT_LINEAR``.
+    sees n / 2 others.
 
     Args:
+        linear: for each layer the kind of its heads that are not kept.
         seen: tokens a token attends to: n at the end of a context, n / 2 on average over a prefill.
     """
-    total = shape.num_layers * shape.num_heads
-    fa, linear = (KINDS[kind].decode_flops(shape.head_dim, seen) for kind in (FA, DEFAULT_LINEAR))
-    return (num_fa * fa + (total - num_fa) * linear) / (total * fa)
+    heads = Counter({FA: len(kept)})
+    fa_by_layer = Counter(layer for layer, _ in kept)
+    for layer, kind in enumerate(linear):
+        heads[kind] += shape.num_heads - fa_by_layer[layer]
+    one = {kind: KINDS[kind].decode_flops(shape.head_dim, seen) for kind in heads}
+    return sum(count * one[kind] for kind, count in heads.items()) / (shape.num_layers * shape.num_heads * one[FA])
 
 
 @dataclass(frozen=True)
@@ -362,7 +369,9 @@ class Evidence:
     convertible_lh: np.ndarray
 
 
-def gather(scores: HeadScores, budget: int, by_length: Mapping[int, HeadScores] | None = None) -> Evidence:
+def gather(
+    scores: HeadScores, budget: int, linear: Sequence[str], by_length: Mapping[int, HeadScores] | None = None
+) -> Evidence:
     """Work all of it out; some seconds for 28 x 16 heads."""
     critical_lh, convertible_lh = critical_heads(scores)
     layer_l = scores.scores_lh.sum(1)
@@ -376,7 +385,7 @@ def gather(scores: HeadScores, budget: int, by_length: Mapping[int, HeadScores] 
         control=label_control(scores, budget),
         gini_l=np.array([gini(score_h) for score_h in scores.scores_lh]),
         share_l=layer_l / max(layer_l.sum(), 1e-12),
-        costs=costs(scores),
+        costs=costs(scores, linear),
         observed=observed_likeness(scores, budget),
         critical_lh=critical_lh,
         convertible_lh=convertible_lh,

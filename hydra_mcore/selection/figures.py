@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
+import itertools
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from matplotlib.patches import Rectangle
 from hydra_mcore.figures import GREY, LIGHT, empty, plain, save, short
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.kinds import FA, KINDS
-from hydra_mcore.selection.choose import STRATEGIES
+from hydra_mcore.selection.choose import STRATEGIES, linear_kinds
 from hydra_mcore.selection.evidence import Evidence, KnockOut, LikenessSpread, Spread, role_effects
 from hydra_mcore.selection.score import CRITICAL, HeadScores
 
@@ -28,16 +29,19 @@ SURE = 0.95  # chance of being kept from which a head counts as sure
 
 def heat_map(path: str | Path, head_map: HeadMap, scores: HeadScores | None, model_name: str) -> None:
     """Scores, layers downward and heads across, the kept heads framed; without scores only the kept heads show,
-    filled.
+    filled. Linear heads of a second or further kind carry a dot.
     """
     layers, heads = head_map.num_layers, head_map.num_heads
     mark, meaning = "filled" if scores is None else "framed", STRATEGIES.get(head_map.strategy, "made elsewhere")
+    dotted = [kind for kind in linear_kinds() if head_map.heads_of(kind)][1:]
+    marks = "".join(f"dot = {KINDS[kind].title}; " for kind in dotted)
     title = f"{model_name}: {head_map.num_fa} of {layers * heads} heads keep full attention"
     cell_w, cell_h = min(0.38, 14 / heads), min(0.3, 12 / layers)
     size = max(6.5, 2.6 + cell_w * heads), max(2.8, 1.3 + cell_h * layers)
-    figure = _figure(*size, title, f"{mark} = kept; {head_map.strategy}: {meaning}")
+    figure = _figure(*size, title, f"{mark} = kept; {marks}{head_map.strategy}: {meaning}")
     axes = figure.add_subplot()
     image = _cells(axes, np.zeros((layers, heads)) if scores is None else scores.scores_lh)
+    _dots(axes, dotted, head_map, 14)
     for layer_idx, layer in enumerate(head_map.layers):
         for head_idx in layer[FA]:
             corner = (head_idx - 0.42, layer_idx - 0.42)
@@ -78,15 +82,18 @@ def statistic_maps(path: str | Path, title: str, values: Mapping[str, np.ndarray
     for axes, (name, values_lh) in zip(figure.subplots(1, len(values), squeeze=False)[0], values.items(), strict=True):
         image = _cells(axes, np.ma.masked_invalid(values_lh), grid=False)
         axes.set_facecolor(LIGHT)
-        for kind in dotted:
-            for layer_idx, layer in enumerate(head_map.layers):
-                axes.scatter(layer[kind], [layer_idx] * len(layer[kind]), s=6, color=KINDS[kind].colour, lw=0)
+        _dots(axes, dotted, head_map, 6)
         axes.set_title(name, fontsize=9, loc="left", parse_math=False)
         axes.set_xlabel("head", fontsize=8)
         axes.set_ylabel("layer", fontsize=8)
         axes.tick_params(labelsize=7)
         _bar(figure, image, axes, pad=0.03)
     save(figure, path)
+
+
+def _dots(axes: Axes, kinds: Iterable[str], head_map: HeadMap, size: int) -> None:
+    for kind, (layer_idx, layer) in itertools.product(kinds, enumerate(head_map.layers)):
+        axes.scatter(layer[kind], [layer_idx] * len(layer[kind]), s=size, color=KINDS[kind].colour, lw=0)
 
 
 def role_maps(path: str | Path, scores: HeadScores, critical_lh: np.ndarray) -> None:

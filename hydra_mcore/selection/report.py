@@ -17,9 +17,9 @@ import numpy as np
 from hydra_mcore.figures import short
 from hydra_mcore.files import write_text
 from hydra_mcore.heads import Head
-from hydra_mcore.kinds import DEFAULT_LINEAR, FA, KINDS
+from hydra_mcore.kinds import FA, KINDS
 from hydra_mcore.selection import figures
-from hydra_mcore.selection.choose import Choice
+from hydra_mcore.selection.choose import Choice, linear_words
 from hydra_mcore.selection.evidence import ESTIMATES, Evidence, KnockOut, gather, gini, role_effects
 from hydra_mcore.selection.html_page import facts_table, page, paragraph, picture, section, table
 from hydra_mcore.selection.score import CRITICAL, MIN_GAP, MIN_SHARE, HeadScores
@@ -47,7 +47,7 @@ def write_report(
     Returns:
         The path of the page.
     """
-    evidence = gather(scores, choice.head_map.num_fa, by_length)
+    evidence = gather(scores, choice.head_map.num_fa, choice.linear, by_length)
     pictures = Path(folder) / FIGURES_NAME
     pictures.mkdir(parents=True, exist_ok=True)
     figures.heat_map(pictures / "heads.png", choice.head_map, scores, model_name)
@@ -66,7 +66,7 @@ def write_report(
         _stable(pictures, scores, evidence),
         _certain(pictures, scores, evidence),
         _by_layer(pictures, evidence),
-        _costs(pictures, evidence),
+        _costs(pictures, scores, choice, evidence),
         _observed(evidence),
         _caveats(scores, choice),
         _origin(scores, choice),
@@ -99,7 +99,7 @@ def _chosen(pictures: Path, scores: HeadScores, choice: Choice) -> str:
         (
             paragraph(
                 f"{kept} of {total} attention heads keep full attention (FA); the other {total - kept} become"
-                f" {KINDS[DEFAULT_LINEAR].title} ({KINDS[DEFAULT_LINEAR].label}) heads.",
+                f" {linear_words(choice.linear)}.",
                 "A head's score says how much of the answer it carries: its output is replaced by the one that it"
                 " gives when another answer stands in the prompt, and the change of the answer's logits is measured,"
                 f" directly (receiver){senders}.",
@@ -283,8 +283,10 @@ def _by_layer(pictures: Path, evidence: Evidence) -> str:
     )
 
 
-def _costs(pictures: Path, evidence: Evidence) -> str:
-    contexts = list(evidence.costs[0].decode)
+def _costs(pictures: Path, scores: HeadScores, choice: Choice, evidence: Evidence) -> str:
+    contexts, d = list(evidence.costs[0].decode), scores.shape.head_dim
+    kinds = [kind for kind in KINDS if kind in choice.linear]
+    linear = [f"{KINDS[kind].decode_flops(d, 0) / d**2:.3g} d d for a {KINDS[kind].label} head" for kind in kinds]
     rows = [[cost.ratio, cost.num_fa, _share(cost.kept), _share(cost.kv_fraction)] for cost in evidence.costs]
     flops = []
     for cost in evidence.costs:
@@ -300,7 +302,7 @@ def _costs(pictures: Path, evidence: Evidence) -> str:
         table(["linear:FA", "FA heads", "score kept", "KV cache left"], rows),
         paragraph(
             "Attention FLOPs a token, predicted by counting: 4 d n for an FA head at the end of a context of n tokens"
-            " and 2 d n on average over a prompt of n, 7 d d for a linear head at any length (d: dimension of a head)."
+            f" and 2 d n on average over a prompt of n; at any length {', '.join(linear)} (d: dimension of a head)."
             " Left out is what no context makes larger: projections, gates and MLPs, and in the KV cache the states of"
             " linear heads."
         ),

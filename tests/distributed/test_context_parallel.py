@@ -6,14 +6,12 @@ import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from hydra_mcore.errors import InputError
 from hydra_mcore.ops.context_parallel import from_previous, gather_parts, swap_with_mirror
-from hydra_mcore.ops.gated_delta import gated_delta_rule
 from hydra_mcore.sequence import SequencePart
 from tests.support.launch import model_parallel, run_ranks
-from tests.support.naive_gated_delta import naive_gated_delta_rule
+from tests.support.rules import LINEAR_ATTENTION, RULES, Rule
 
 LENGTH = 12 * 25  # parts of 150, 100 and 75 tokens: none a multiple of the chunk
 BOUNDS = {
@@ -26,38 +24,48 @@ BOUNDS = {
 }
 
 
-def inputs(batch: int) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    randn = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)  # noqa: E731
-    q, k = (F.normalize(randn(batch, LENGTH, 3, 8), dim=-1) for _ in range(2))
-    return [q, k, randn(batch, LENGTH, 3, 6), -0.1 * randn(batch, LENGTH, 3).abs(), randn(batch, LENGTH, 3).sigmoid()]
-
-
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_gated_delta_rule_passes_its_state_on(ranks: int) -> None:
-    run_ranks(_check_gated_delta, ranks, ranks)
+def test_recurrences_pass_their_state_on(ranks: int) -> None:
+    run_ranks(_check_recurrences, ranks, ranks)
 
 
-def _check_gated_delta(rank: int, ranks: int) -> None:
+def _check_recurrences(rank: int, ranks: int) -> None:
     with model_parallel(cp=ranks):
-        group = torch.distributed.group.WORLD
-        mine = slice(rank * LENGTH // ranks, (rank + 1) * LENGTH // ranks)
-        for bounds in BOUNDS.values():
-            whole = [x.requires_grad_() for x in inputs(1 if bounds else 2)]
-            documents = [
-                naive_gated_delta_rule(*(x[:, a:b] for x in whole))[0]
-                for a, b in itertools.pairwise(bounds or (0, LENGTH))
-            ]
-            expected = torch.cat(documents, dim=1)
-            weight = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-            gradients = torch.autograd.grad(expected, whole, weight)
-            leaves = [x.detach()[:, mine].clone().requires_grad_() for x in whole]
-            out, state = gated_delta_rule(*leaves, part=SequencePart(LENGTH, ranks, rank, bounds), cp_group=group)
-            assert state is None
-            torch.testing.assert_close(out, expected[:, mine], rtol=1e-10, atol=1e-12)
-            found = torch.autograd.grad(out, leaves, weight[:, mine])
-            for x, y in zip(found, gradients, strict=True):
-                torch.testing.assert_close(x, y[:, mine], rtol=1e-9, atol=1e-12)
+        for rule, bounds in itertools.product(RULES, BOUNDS.values()):
+            _check_recurrence(rule, bounds, rank, ranks)
+
+
+def _check_recurrence(rule: Rule, bounds: tuple[int, ...] | None, rank: int, ranks: int) -> None:
+    mine = slice(rank * LENGTH // ranks, (rank + 1) * LENGTH // ranks)
+    whole = [x.requires_grad_() for x in rule.inputs(1 if bounds else 2, LENGTH, 3)[:-1]]
+    documents = [rule.truth(*(x[:, a:b] for x in whole)) for a, b in itertools.pairwise(bounds or (0, LENGTH))]
+    expected = torch.cat([out for out, _ in documents], dim=1)
+    weight = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    gradients = torch.autograd.grad(expected, whole, weight)
+    leaves = [x.detach()[:, mine].clone().requires_grad_() for x in whole]
+    part = SequencePart(LENGTH, ranks, rank, bounds)
+    out, _ = rule.ours(*leaves, part=part, cp_group=torch.distributed.group.WORLD)
+    torch.testing.assert_close(out, expected[:, mine], rtol=1e-10, atol=1e-12)
+    found = torch.autograd.grad(out, leaves, weight[:, mine])
+    for x, y in zip(found, gradients, strict=True):
+        torch.testing.assert_close(x, y[:, mine], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_state_after_a_part_is_known_on_request(ranks: int) -> None:
+    run_ranks(_check_states, ranks, ranks)
+
+
+def _check_states(rank: int, ranks: int) -> None:
+    with model_parallel(cp=ranks):
+        for rule in RULES:
+            whole = rule.inputs(2, LENGTH, 3)[:-1]
+            start, end = rank * LENGTH // ranks, (rank + 1) * LENGTH // ranks
+            _, expected = rule.truth(*(x[:, :end] for x in whole))
+            asked = {} if rule is LINEAR_ATTENTION else {"state_of_part": True}
+            part, group = SequencePart(LENGTH, ranks, rank), torch.distributed.group.WORLD
+            _, state = rule.ours(*(x[:, start:end] for x in whole), part=part, cp_group=group, **asked)
+            torch.testing.assert_close(state, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -118,6 +126,7 @@ def test_causal_work_is_the_same_on_every_rank(shares: int) -> None:
     ("documents", "said"),
     [
         ((), "must start at 0"),
+        ((0,), "hold at least one document"),
         ((1, 8), "must start at 0"),
         ((0, 4, 4, 8), "must increase from document to document, got 4 after 4"),
         ((0, 6, 5, 8), "got 5 after 6"),

@@ -29,7 +29,7 @@ from tools import convert, evaluate, prepare_data, select_heads
 from tools.plan.__main__ import main as plan
 
 EXAMPLES = ROOT / "examples"
-SCHEDULES = {"qwen3-1.7b": [(), ("paper-2.3b",), ("optimised-5.8b",)], "qwen3-8b": [()]}
+SCHEDULES = {"qwen3-1.7b": [(), ("paper-2.3b",), ("optimised-5.8b",), ("hypenet",)], "qwen3-8b": [()]}
 LAYOUTS = {(): 8, ("64gpu",): 64, ("extend-64k",): 8, ("64gpu", "extend-64k"): 64}
 CASES = [
     (model, schedule + layout, ranks)
@@ -120,24 +120,42 @@ def test_stages_dry_run(resolved: dict, model: str, overlays: tuple[str, ...], r
 def test_every_recipe_file_is_tried() -> None:
     tried = {path for model, overlays, _ in CASES for path in files(model, overlays)}
     present = {str(path) for path in EXAMPLES.glob("*/*.yaml") if path.parent.name != "lm_eval"}
-    assert present - tried == {str(EXAMPLES / "tiny" / "recipe.yaml")}  # the demo and the pipeline's test run that one
+    tiny = {str(EXAMPLES / "tiny" / name) for name in ("recipe.yaml", "kinds.yaml")}
+    assert present - tried == tiny  # the demo, the study of kinds and the pipeline's test run them
     for path in present:
-        assert set(yaml.safe_load(Path(path).read_text())) & {*STAGE_SECTIONS}, path
+        assert set(yaml.safe_load(Path(path).read_text())) & {*STAGE_SECTIONS, *COMMAND_SECTIONS}, path
 
 
 COMMANDS = {"prepare": prepare_data, "select": select_heads, "evaluate": evaluate}
 
 
 @pytest.mark.parametrize("section", COMMAND_SECTIONS)
-@pytest.mark.parametrize("model", SCHEDULES)
-def test_commands_know_the_keys_of_their_section(model: str, section: str) -> None:
-    config = ["--config", *files(model, ())]
+@pytest.mark.parametrize(("model", "overlays"), [*((model, ()) for model in SCHEDULES), ("qwen3-1.7b", ("hypenet",))])
+def test_commands_know_the_keys_of_their_section(model: str, overlays: tuple[str, ...], section: str) -> None:
+    config = ["--config", *files(model, overlays)]
     if section in COMMANDS:
         found = vars(parse_with_recipe(COMMANDS[section].parser(), section, config))
     else:
         found = vars(convert.parse_args([section, *config]))
-    given = Recipe.load(files(model, ()), section).values
+    given = Recipe.load(files(model, overlays), section).values
     assert given and all(found[name.replace("-", "_")] not in (None, "") for name in given)
+
+
+def test_hypenet_has_folders_of_its_own_but_for_the_teacher() -> None:
+    """Beside the student of the recipe, which shares teacher and text with it."""
+    paths = {
+        (section, key): [path.split("=")[-1] for path in (value if isinstance(value, list) else [value])]
+        for section in COMMAND_SECTIONS
+        for key, value in Recipe.load(files("qwen3-1.7b", ("hypenet",)), section).values.items()
+        if "runs/" in str(value)
+    }
+    folder, teacher = "runs/qwen3-1.7b-hypenet", "runs/qwen3-1.7b/teacher"
+    assert Recipe.load(files("qwen3-1.7b", ("hypenet",)), "align").values["run-dir"] == folder
+    assert {path for found in paths.values() for path in found} == {
+        *(teacher, f"{folder}/heads", f"{folder}/heads/head_map.json", f"{folder}/student", f"{folder}/extend"),
+        *(f"{folder}/evaluation", f"{folder}/evaluation/report.md", f"{folder}/hf"),
+    }
+    assert paths["hybridize", "heads"] == [f"{paths['select', 'out'][0]}/head_map.json"]
 
 
 def test_the_walk_through_shows_cost_and_jobs(

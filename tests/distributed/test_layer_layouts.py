@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hydra_mcore.config import HydraOptions, ModelShape
-from hydra_mcore.heads import HeadMap
+from hydra_mcore.heads import HeadMap, HeadsByKind
+from hydra_mcore.kinds import FA, KINDS
 from tests.support.launch import model_parallel, run_ranks
 
 HEADS, GROUPS, WIDTH, CASES = 8, 4, 16, 50
@@ -26,20 +27,44 @@ SHAPES = [SHAPE, dataclasses.replace(SHAPE, qkv_bias=True, qk_norm=False)]  # Qw
 # The weights are float64, but gates and the L2 norm compute in float32: a scalar's gradient sums such values.
 TOLERANCE = {"output": 1e-6, "input": 1e-6, "parameters": 1e-5}
 OPTIONS = [
-    HydraOptions(fa_log_scale_base=5.0, gdn_half_life=10.0),
-    HydraOptions(gdn_kv="per_group", qkv="shared", fusion="competition", gdn_gate="headwise", fa_position="rope"),
-    HydraOptions(gdn_kv="per_group", fusion="norm", gdn_conv_kernel=2, fa_gate="none", gdn_write_max=2.0),
+    HydraOptions(fa_log_scale_base=5.0, gdn_half_life=10.0, kda_half_life=5.0),
+    HydraOptions(
+        qkv="shared",
+        fusion="competition",
+        gdn_gate="headwise",
+        fa_position="rope",
+        kda_qk_norm="none",
+        kda_conv_kernel=0,
+        kda_gate="elementwise",
+        lightning_qk_norm="none",
+        lightning_gate="none",
+        lightning_position="nope",
+    ),
+    HydraOptions(
+        gdn_kv="per_group",
+        fusion="norm",
+        gdn_conv_kernel=2,
+        fa_gate="none",
+        gdn_write_max=2.0,
+        kda_kv="per_group",
+        kda_conv_activation="silu",
+        kda_write_max=2.0,
+        kda_position="nope",
+        lightning_kv="per_group",
+        lightning_gate="headwise",
+        lightning_slope=0.3,
+    ),
 ]
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One layer and its input: the shape, the FA heads, the options, tokens for each of four parts, inner document
+    """One layer and its input: the shape, each head's kind, the options, tokens for each of four parts, inner document
     boundaries.
     """
 
     shape: ModelShape
-    fa: frozenset[int]
+    kinds: tuple[str, ...]
     options: HydraOptions
     part_length: int
     documents: tuple[int, ...] | None
@@ -64,7 +89,7 @@ def cases(draw: st.DrawFn) -> Case:
         documents = (0, *sorted(bound for bound in bounds if 0 < bound < length), length)
     return Case(
         shape=draw(st.sampled_from(SHAPES)),
-        fa=draw(st.frozensets(st.integers(0, HEADS - 1))),
+        kinds=draw(st.tuples(*[st.sampled_from(list(KINDS))] * HEADS)),
         options=draw(st.sampled_from(OPTIONS)),
         part_length=part_length,
         documents=documents,
@@ -110,7 +135,7 @@ def _differences(case: Case, groups: Any, one_rank: Any) -> dict[str, float]:
     _load(parallel, _blocks(whole, "data"))
 
     length, batch = 4 * case.part_length, 1 if case.documents else 2
-    generator = torch.Generator().manual_seed(len(case.fa))
+    generator = torch.Generator().manual_seed(case.kinds.count(FA))
     x, weight = (torch.randn(length, batch, WIDTH, dtype=torch.float64, generator=generator) for _ in range(2))
     tokens = slice(cp_rank * length // cp_size, (cp_rank + 1) * length // cp_size)
     if case.sequence_parallel:
@@ -156,7 +181,8 @@ def _build(case: Case, groups: Any, sequence_parallel: bool, recompute: bool) ->
     config.sequence_parallel = sequence_parallel
     if recompute:
         config.recompute_granularity, config.recompute_modules = "selective", ["core_attn"]
-    head_map = HeadMap.from_fa([(case.layer_idx, h) for h in case.fa], 4, HEADS, GROUPS)
+    of_kind = {kind: [head for head in range(HEADS) if case.kinds[head] == kind] for kind in KINDS}
+    head_map = HeadMap(num_heads=HEADS, num_kv_groups=GROUPS, layers=(HeadsByKind(**of_kind),) * 4)
     torch.manual_seed(1)
     plan = AttentionPlan(head_map, case.options, log_scale=True, fa_balance=case.fa_balance)
     layer = HydraAttention(config, case.layer_idx + 1, plan, groups)

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from hydra_mcore.config import HydraOptions, ModelCard
+from hydra_mcore.kinds import KINDS
 from hydra_mcore.train import training_log
 from tests.support.launch import model_parallel, run_ranks
 from tests.support.stages import SHAPE, gradients, make_run, run_stage
@@ -21,7 +22,7 @@ from tests.support.stages import SHAPE, gradients, make_run, run_stage
 STAGES = ("align", "distill", "extend")
 STEPS = ("--train-iters", "2", "--save-interval", "1", "--lr-warmup-iters", "1", "--micro-batch-size", "1")
 STEPS += ("--head-statistics-interval", "1")
-WATCHED = ("align", "distill", "extend", "kl", "ce", "grad-norm", "fa", "gdn")
+WATCHED = ("align", "distill", "extend", "kl", "ce", "grad-norm", *KINDS)
 PACKED = ("--packed-documents",)
 TP4_SP = ("--tensor-model-parallel-size", "4", "--sequence-parallel")
 
@@ -119,7 +120,7 @@ def test_losses_and_gradients_equal_one_process(folder: Path, biased: Path, name
     losses, expected = single(folder, stage, *packed, *per_token)
     found = run_stage(folder, stage, ranks, *STEPS, *flags, *packed, run=f"{name}-{rows}")
     compared = [tag for tag in losses if tag.startswith(WATCHED) and "samples" not in tag]
-    assert {f"{stage} loss", "grad-norm", "gdn half-life/all"} <= set(compared)
+    assert {f"{stage} loss", "grad-norm", "gdn half-life/all", "kda half-life/all"} <= set(compared)
     for tag in compared:
         assert list(found[tag]) == [1, 2]
         for step, value in losses[tag].items():
@@ -138,16 +139,19 @@ def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, to
 # Every option away from its default, in sets, because shared K/V exclude per-head ones.
 ABLATIONS = {
     "shared-kv": HydraOptions(
-        qkv="shared", gdn_kv="per_group", fusion="competition", fa_gate="headwise", gdn_gate="headwise",
-        gate_order="after_norm",
+        qkv="shared", fusion="competition", fa_gate="headwise", gdn_gate="headwise", gate_order="after_norm",
         fa_position="rope", gdn_position="nope", gdn_conv_kernel=0, gdn_qk_norm="none", fusion_norm_weight="none",
+        kda_gate="headwise", kda_position="nope", kda_conv_kernel=0, kda_qk_norm="none", lightning_gate="none",
+        lightning_position="nope", lightning_qk_norm="none",
     ),
     "per-group": HydraOptions(
         gdn_kv="per_group", fusion="norm", fa_gate="none", gdn_gate="elementwise", gate_activation="silu",
         fa_log_scale="always",
         gdn_conv_activation="silu", gdn_write_max=2.0, gdn_half_life=10.0, fa_log_scale_base=20.0,
+        kda_kv="per_group", kda_gate="elementwise", kda_conv_activation="silu", kda_write_max=2.0, kda_half_life=10.0,
+        lightning_kv="per_group", lightning_gate="headwise", lightning_slope=0.1,
     ),
-    "bare": HydraOptions(fusion="none", fa_gate="none", fa_log_scale="never", gdn_conv_kernel=2),
+    "bare": HydraOptions(fusion="none", fa_gate="none", fa_log_scale="never", gdn_conv_kernel=2, kda_conv_kernel=2),
 }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ def naive_gated_delta_rule(
     scale: float | None = None,
     initial_state_bhdv: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Recur S_t = alpha_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T, o_t = S_t q_t in float64.
+    """Recur S_t = S_{t-1} Diag(alpha_t) (I - beta_t k_t k_t^T) + beta_t v_t k_t^T, o_t = S_t q_t in float64.
 
     S is [v, d] here, as in the paper (arXiv 2606.20097; arXiv 2412.06464 eq 10); log decays are [b, s, h], or
     [b, s, h, d] for one a key channel (arXiv 2510.26692 eq 1). Returns the outputs [b, s, h, v] and the last state

@@ -14,7 +14,7 @@ from megatron.training.arguments import add_megatron_arguments
 
 import hydra_mcore.train.run  # noqa: F401  here, so that forked ranks find it imported
 from hydra_mcore.config import HydraOptions, ModelShape
-from hydra_mcore.heads import HeadMap
+from hydra_mcore.heads import HeadMap, HeadsByKind
 from tests.support.launch import model_parallel, run_ranks
 
 SHAPE = ModelShape(
@@ -31,12 +31,16 @@ SHAPE = ModelShape(
     # rounding included: layouts could then not be compared to 1e-5
     norm_epsilon=1e-2,
 )
-# No FA head, one, some (three: a number that neither 2 nor 4 ranks divide), all.
-HEAD_MAP = HeadMap.from_fa(
-    [(1, 5), (2, 0), (2, 3), (2, 6), *((3, h) for h in range(8))],
-    SHAPE.num_layers,
-    SHAPE.num_heads,
-    SHAPE.num_kv_groups,
+# No FA head, one, some (three: a number that neither 2 nor 4 ranks divide), all; every kind in one layer.
+HEAD_MAP = HeadMap(
+    num_heads=SHAPE.num_heads,
+    num_kv_groups=SHAPE.num_kv_groups,
+    layers=(
+        HeadsByKind(gdn=(0, 1, 5), kda=(2, 3), lightning=(4, 6, 7)),
+        HeadsByKind(fa=(5,), gdn=(0, 2, 7), kda=(1,), lightning=(3, 4, 6)),
+        HeadsByKind(fa=(0, 3, 6), gdn=(1, 2, 4, 5, 7)),
+        HeadsByKind(fa=range(8)),
+    ),
 )
 FLAGS = [
     "--tokenizer-type",

@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import json
 import pickle
+import re
 
 import jsonschema
 import pytest
@@ -18,11 +19,12 @@ from hydra_mcore.config import ModelShape
 from hydra_mcore.errors import InputError
 from hydra_mcore.files import write_json
 from hydra_mcore.heads import HEAD_MAP_FORMAT, HeadMap, HeadMapError, HeadsByKind, first_difference
-from hydra_mcore.kinds import KINDS
+from hydra_mcore.kinds import DEFAULT_LINEAR, FA, KINDS
 from hydra_mcore.selection.choose import STRATEGIES
 from tests.support.paths import ROOT
 
 LAYERS, HEADS, GROUPS = 3, 4, 2
+NAMES = ", ".join(KINDS)
 
 
 MODEL = dataclasses.asdict(
@@ -93,6 +95,31 @@ def test_heads_that_do_not_exist_are_refused(pair):
         HeadMap.from_fa([pair], LAYERS, HEADS, GROUPS)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != FA])
+def test_other_heads_may_be_of_another_kind_in_each_layer(kind):
+    counts, pairs = (LAYERS, HEADS, GROUPS), [(0, 1), (2, 3), (2, 0)]
+    everywhere = HeadMap.from_fa(pairs, *counts, kind)
+    assert everywhere == HeadMap.from_fa(pairs, *counts, [kind] * LAYERS)
+    assert everywhere.layers[1] == HeadsByKind(**{kind: range(HEADS)})
+    mixed = HeadMap.from_fa(pairs, *counts, [DEFAULT_LINEAR, kind, kind])
+    assert mixed.layers == (some_map().layers[0], *everywhere.layers[1:])
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        (FA, "3 kinds (fa) for the other heads of 3 layers; give one a layer, none of them fa"),
+        ([DEFAULT_LINEAR, FA, DEFAULT_LINEAR], "3 kinds (fa, gdn) for the other heads of 3 layers; give one a layer"),
+        ([DEFAULT_LINEAR] * 2, "2 kinds (gdn) for the other heads of 3 layers; give one a layer"),
+        ([], "0 kinds () for the other heads of 3 layers"),
+        ("soft", "no kind of heads is called 'soft'"),
+    ],
+)
+def test_kinds_of_other_heads_that_cannot_be(others, message):
+    with pytest.raises(HeadMapError, match=re.escape(message)):
+        HeadMap.from_fa([(0, 1)], LAYERS, HEADS, GROUPS, others)
+
+
 def broken(path: tuple, value) -> dict:
     """A map's JSON with one entry changed, or removed where the value is None."""
     raw = copy.deepcopy(some_map().to_dict())
@@ -119,7 +146,7 @@ def broken(path: tuple, value) -> dict:
         (("layers", 1, "gdn"), ["0", 1, 2, 3], r"layers\[1\]\['gdn'\]\[0\] is '0'; expected a whole number"),
         (("layers", 1, "fa"), [2], "layer 1 lists head 2 twice; give it one kind"),
         (("layers", 1, "gdn"), [0, 1, 2, 3, 3], "layer 1 lists head 3 twice; give it one kind"),
-        (("layers", 0, "fa"), [], "layer 0 lacks head 1; give it a kind [(]of fa, gdn[)]"),
+        (("layers", 0, "fa"), [], f"layer 0 lacks head 1; give it a kind [(]of {NAMES}[)]"),
         (("layers",), [], "no layers"),
         (("layers", 1), None, "lists 2 layers but says num_layers 3"),
         (("budget",), 4, "lists 3 FA heads but says budget 4"),
@@ -144,10 +171,10 @@ def broken(path: tuple, value) -> dict:
         (("layers", 1, "gdn"), 3, r"layers\[1\]\['gdn'\] is 3; expected a list"),
         (("layers", 1), 3, r"layers\[1\] is 3; expected keys and values"),
         (("fingerprint",), 12, "fingerprint is 12; expected text"),
-        (("layers", 0, "gdn"), None, "layer 0 lacks head 0; give it a kind [(]of fa, gdn[)]"),
-        (("layers", 0, "kda"), [0], "layer 0: no kind of heads is called 'kda'; the kinds are fa, gdn$"),
-        (("layers", 0, "self"), [0], "layer 0: no kind of heads is called 'self'; the kinds are fa, gdn$"),
-        (("layers", 0, "a\nb"), [], r"layer 0: no kind of heads is called 'a\\nb'; the kinds are fa, gdn$"),
+        (("layers", 0, "gdn"), None, f"layer 0 lacks head 0; give it a kind [(]of {NAMES}[)]"),
+        (("layers", 0, "soft"), [0], f"layer 0: no kind of heads is called 'soft'; the kinds are {NAMES}$"),
+        (("layers", 0, "self"), [0], f"layer 0: no kind of heads is called 'self'; the kinds are {NAMES}$"),
+        (("layers", 0, "a\nb"), [], rf"layer 0: no kind of heads is called 'a\\nb'; the kinds are {NAMES}$"),
         (("model",), None, "key 'model' is missing"),
         (("model", "num_layers"), None, "key 'num_layers' is missing"),
         (("fingerprint",), None, "key 'fingerprint' is missing"),
@@ -202,8 +229,8 @@ def test_heads_by_kind_are_what_was_given_in_the_order_of_the_kinds():
     alone = HeadsByKind(fa=(), gdn=(0,))
     assert alone["fa"] == () and "fa" not in alone and "gdn" in alone and len(alone) == 1
     assert alone == HeadsByKind(gdn=(0,)) == pickle.loads(pickle.dumps(alone))
-    with pytest.raises(HeadMapError, match=r"^no kind of heads is called 'kda'; the kinds are fa, gdn$"):
-        HeadsByKind(fa=(0,), kda=(1,))
+    with pytest.raises(HeadMapError, match=f"^no kind of heads is called 'soft'; the kinds are {NAMES}$"):
+        HeadsByKind(fa=(0,), soft=(1,))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from hydra_mcore.config import ModelCard
 from hydra_mcore.errors import InputError
 from hydra_mcore.heads import every_head
 from hydra_mcore.model.runtime import from_first_rank, process_groups
-from hydra_mcore.selection.choose import SCORED, Choice, choose_heads, hybrid_budget, parse_ratio
+from hydra_mcore.selection.choose import SCORED, Choice, choose_heads, hybrid_budget, linear_words, parse_ratio
 from hydra_mcore.selection.figures import heat_map
 from hydra_mcore.selection.probes import check_seed
 from hydra_mcore.selection.report import write_report
@@ -35,17 +35,17 @@ def select(args: argparse.Namespace) -> None:
     """Score the teacher if need be, choose, write."""
     check_seed(args.seed)
     card = ModelCard.load(args.teacher)
-    budget, weights = check_request(args, card), parse_weights(args)
+    trial, weights = check_request(args, card), parse_weights(args)
+    budget, total = trial.head_map.num_fa, card.shape.num_layers * card.shape.num_heads
     findings: dict[str, Any] = {"scores": None, "knock_out": None, "by_length": {}}
     if args.scores:
         findings = known_findings(args, card, weights)
     scored = args.strategy in SCORED and not args.scores
-    if args.dry_run and scored:
-        return announce(args, card)
     if args.dry_run:
-        total = card.shape.num_layers * card.shape.num_heads
-        print(f"would keep {budget} of {total} heads ({args.strategy}); the teacher is not run")
-        return
+        if scored:
+            announce(args, card)
+        said = f"would keep {budget} of {total} heads ({args.strategy}), the others become {linear_words(trial.linear)}"
+        return from_first_rank(lambda: print(said if scored else f"{said}; the teacher is not run"))
     with contextlib.ExitStack() as stack:
         from_first_rank(lambda: stack.enter_context(sole_writer(args.out)))
         if scored:
@@ -54,8 +54,12 @@ def select(args: argparse.Namespace) -> None:
         from_first_rank(lambda: write(args, choose(args, card, budget, scores), **findings))
 
 
-def check_request(args: argparse.Namespace, card: ModelCard) -> int:
-    """The number of heads to keep; raises InputError for all that can be wrong before the teacher is run."""
+def check_request(args: argparse.Namespace, card: ModelCard) -> Choice:
+    """The choice without scores: its budget and kinds are right, its heads are not.
+
+    Raises:
+        InputError: all that can be wrong before the teacher is run.
+    """
     total = card.shape.num_layers * card.shape.num_heads
     if card.head_map.num_fa != total:
         kept = f"only {card.head_map.num_fa} of {total} heads are full attention"
@@ -74,8 +78,7 @@ def check_request(args: argparse.Namespace, card: ModelCard) -> int:
     else:
         args.ratio = args.ratio or "3:1"
         budget = parse_ratio(args.ratio, total)
-    choose(args, card, budget, None)  # a budget that does not fit shows before the scoring
-    return budget
+    return choose(args, card, budget, None)  # a budget that does not fit shows before the scoring
 
 
 def parse_weights(args: argparse.Namespace) -> dict[str, float]:
@@ -121,6 +124,8 @@ def choose(args: argparse.Namespace, card: ModelCard, budget: int, scores: HeadS
     for name in ("ratio", "kv_groups", "ranks", "every"):
         if getattr(args, name) is not None:
             made_by[name] = getattr(args, name)
+    if args.linear:
+        made_by["linear"] = " ".join(args.linear)
     ranking, table = every_head(layers, heads), None
     if scores is not None:
         ranking, table = scores.ranking(), scores.scores_lh.tolist()
@@ -134,7 +139,7 @@ def choose(args: argparse.Namespace, card: ModelCard, budget: int, scores: HeadS
     elif args.strategy in SCORED:
         table = [[0.0] * heads] * layers
     options = {"kv_budget": args.kv_groups, "tp_size": args.ranks or 1, "every": args.every, "seed": args.seed}
-    facts = {"fingerprint": card.fingerprint, "made_by": made_by}
+    facts = {"linear": args.linear, "fingerprint": card.fingerprint, "made_by": made_by}
     return choose_heads(args.strategy, card.shape, budget, scores=table, ranking=ranking, **options, **facts)
 
 
@@ -158,6 +163,7 @@ def write(
     by_layer = " ".join(str(len(layer["fa"])) for layer in head_map.layers)
     total = head_map.num_layers * head_map.num_heads
     print(f"{args.out / 'head_map.json'}: {head_map.num_fa} of {total} heads keep full attention, by layer: {by_layer}")
+    print(f"the others become {linear_words(choice.linear)}")
     print(f"KV cache {choice.kv_fraction:.0%} of the teacher's ({choice.kv_groups} key/value groups)", end="")
     print(
         ""

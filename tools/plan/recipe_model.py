@@ -7,13 +7,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 from hydra_mcore.config import CARD_NAME, ConfigError, HydraOptions, ModelCard, ModelShape, StageOptions
 from hydra_mcore.convert.hf_config import CONFIG_NAME, read_config
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.recipe import Recipe
-from hydra_mcore.selection.choose import parse_ratio
+from hydra_mcore.selection.choose import linear_words, parse_linear, parse_ratio
 
 
 def model_card(args: argparse.Namespace, options: StageOptions) -> tuple[ModelCard, str]:
@@ -32,11 +33,14 @@ def model_card(args: argparse.Namespace, options: StageOptions) -> tuple[ModelCa
         teacher.check_head_map(head_map)
         source += f", heads of {args.head_map}"
     else:
-        ratio = args.ratio or Recipe.load(args.config, "select").values.get("ratio", "3:1")
-        head_map = even_map(teacher.shape, str(ratio))
+        select = Recipe.load(args.config, "select").values
+        ratio, linear = args.ratio or select.get("ratio", "3:1"), select.get("linear") or []
+        words = linear if isinstance(linear, list) else [linear]
+        kinds = parse_linear(map(str, words), teacher.shape.num_layers)
+        head_map = even_map(teacher.shape, str(ratio), kinds)
         source += (
             f"; heads not selected yet: assumed {ratio}, spread evenly, each FA head in a kv group of its own as far as"
-            " there are groups"
+            f" there are groups, the others {linear_words(kinds)}"
         )
     layer = {key.replace("-", "_"): value for key, value in Recipe.load(args.config, "hybridize").values.items()}
     choices = HydraOptions(
@@ -56,8 +60,8 @@ def _teacher(args: argparse.Namespace, options: StageOptions) -> tuple[ModelCard
     raise ConfigError("no model to plan for: give --hf a folder with config.json, or put config.json beside the recipe")
 
 
-def even_map(shape: ModelShape, ratio: str) -> HeadMap:
-    """As many FA heads in every layer as the ratio keeps; the busiest kv groups come last."""
+def even_map(shape: ModelShape, ratio: str, linear: Sequence[str]) -> HeadMap:
+    """As many FA heads in every layer as the ratio keeps, the busiest kv groups last; the others of a kind a layer."""
     num_fa = parse_ratio(ratio, shape.num_heads)
     size = shape.num_heads // shape.num_kv_groups
     by_group = sorted(range(shape.num_heads), key=lambda head: (head % size, head))
@@ -66,4 +70,4 @@ def even_map(shape: ModelShape, ratio: str) -> HeadMap:
         head for head in by_group if head not in by_group[: shape.num_kv_groups : step]
     ]
     pairs = itertools.product(range(shape.num_layers), first[:num_fa])
-    return HeadMap.from_fa(pairs, shape.num_layers, shape.num_heads, shape.num_kv_groups, strategy="assumed")
+    return HeadMap.from_fa(pairs, shape.num_layers, shape.num_heads, shape.num_kv_groups, linear, strategy="assumed")

@@ -10,7 +10,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from hydra_mcore.config import HydraOptions, ModelCard, ModelShape
 from hydra_mcore.costs.activations import Run, layer_bytes
-from hydra_mcore.heads import HeadMap
+from hydra_mcore.heads import HeadMap, HeadsByKind
 from hydra_mcore.model.build import contiguous_parts, model_config, transformer_config
 from hydra_mcore.model.runtime import process_groups
 
@@ -19,22 +19,33 @@ SHAPE = ModelShape(
     num_layers=1, hidden_size=40, num_heads=4, num_kv_groups=2, head_dim=8, ffn_hidden_size=56, vocab_size=100,
     native_length=256
 )  # fmt: skip
+LAYERS = {
+    "FA": HeadsByKind(fa=range(4)), "FA, GDN": HeadsByKind(fa=[1, 2], gdn=[0, 3]), "GDN": HeadsByKind(gdn=range(4)),
+    "KDA": HeadsByKind(kda=range(4)), "Lightning": HeadsByKind(lightning=range(4)),
+}  # fmt: skip
 OPTIONS = {
     "default": HydraOptions(),
-    "gates": HydraOptions(fa_gate="none", gdn_gate="elementwise", gdn_conv_kernel=0),
-    "competition": HydraOptions(fa_gate="headwise", gdn_gate="headwise", fusion="competition", fa_position="rope"),
-    "plain": HydraOptions(gdn_kv="per_group", fusion="norm", gdn_qk_norm="none"),
-}
+    "gates": HydraOptions(
+        fa_gate="none", gdn_gate="elementwise", gdn_conv_kernel=0, kda_gate="elementwise", kda_conv_kernel=0,
+        lightning_gate="none",
+    ),
+    "competition": HydraOptions(
+        fa_gate="headwise", gdn_gate="headwise", fusion="competition", fa_position="rope", kda_gate="headwise",
+        lightning_gate="headwise",
+    ),
+    "plain": HydraOptions(
+        gdn_kv="per_group", fusion="norm", gdn_qk_norm="none", kda_kv="per_group", kda_qk_norm="none",
+        lightning_kv="per_group", lightning_qk_norm="none", lightning_position="nope",
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("fa_heads", [(), (1, 2), (0, 1, 2, 3)], ids=len)
+@pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("recompute", [(), ("core_attn",)], ids=["", "recompute"])
-def test_a_layer_keeps_what_is_said(
-    dtype: torch.dtype, options: str, fa_heads: tuple[int, ...], recompute: tuple[str, ...]
-) -> None:
-    head_map = HeadMap.from_fa([(0, head_idx) for head_idx in fa_heads], 1, 4, 2)
+def test_a_layer_keeps_what_is_said(dtype: torch.dtype, options: str, layer: str, recompute: tuple[str, ...]) -> None:
+    head_map = HeadMap(4, 2, (LAYERS[layer],))
     card = ModelCard(shape=SHAPE, head_map=head_map, options=OPTIONS[options], fingerprint="")
     run = Run("extend", LENGTH, ROWS, ROWS, 1, dtype.itemsize, 4, recompute=recompute)
     kept = layer_bytes(card, 0, 0, run)
@@ -56,7 +67,7 @@ def _saved_bytes(card: ModelCard, dtype: torch.dtype, recompute: tuple[str, ...]
 
         def note(x: torch.Tensor) -> torch.Tensor:
             saved.setdefault(x.untyped_storage()._cdata, x)
-            return x
+            return x.detach()  # an output that its own node keeps would never be freed
 
         hidden = torch.randn(LENGTH, ROWS, SHAPE.hidden_size, dtype=dtype, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):

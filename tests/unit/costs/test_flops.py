@@ -13,12 +13,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from hydra_mcore.config import HydraOptions, ModelCard, ModelShape, StageOptions, teacher_card
 from hydra_mcore.costs.flops import attention_block, one_head, step_flops
 from hydra_mcore.heads import HeadMap, HeadsByKind
+from hydra_mcore.kinds import KINDS
 from hydra_mcore.kinds.full_attention import FULL_ATTENTION, causal_attention
-from hydra_mcore.kinds.gated_delta import CHUNK, GATED_DELTA, delta_rule
+from hydra_mcore.kinds.gated_delta import GATED_DELTA
+from hydra_mcore.kinds.kimi_delta import KIMI_DELTA
 from hydra_mcore.kinds.kind import product
+from hydra_mcore.kinds.lightning import LIGHTNING
+from hydra_mcore.kinds.recurrent import CHUNK
 from hydra_mcore.model.build import build_model
 from hydra_mcore.model.runtime import process_groups
-from hydra_mcore.ops.gated_delta import gated_delta_rule
 from hydra_mcore.train.data import MicroBatch
 from hydra_mcore.train.step import forward_step
 
@@ -26,15 +29,28 @@ SHAPE = ModelShape(
     num_layers=4, hidden_size=24, num_heads=6, num_kv_groups=3, head_dim=8, ffn_hidden_size=20, vocab_size=96,
     native_length=256
 )  # fmt: skip
-# Layers with one, no, three (two of one group) and all FA heads.
-HEAD_MAP = HeadMap.from_fa([(0, 1), (2, 0), (2, 2), (2, 3), *((3, h) for h in range(6))], 4, 6, 3)
+# Layers of all kinds, without FA heads, without KDA heads, of FA heads alone.
+HEAD_MAP = HeadMap(
+    6,
+    3,
+    (
+        HeadsByKind(fa=[1], gdn=[0, 2], kda=[3, 5], lightning=[4]),
+        HeadsByKind(gdn=[0], kda=[1, 2, 4], lightning=[3, 5]),
+        HeadsByKind(fa=[0, 2, 3], gdn=[4, 5], lightning=[1]),
+        HeadsByKind(fa=range(6)),
+    ),
+)
 OPTIONS = [
     HydraOptions(),
-    HydraOptions(gdn_kv="per_group", fa_gate="headwise", gdn_gate="elementwise", gdn_conv_kernel=0),
     HydraOptions(
-        gdn_kv="per_group", qkv="shared", fa_gate="none", gdn_gate="headwise", fusion="competition", gdn_conv_kernel=2
+        gdn_kv="per_group", fa_gate="headwise", gdn_gate="elementwise", gdn_conv_kernel=0, kda_kv="per_group",
+        kda_conv_kernel=2, lightning_kv="per_group", lightning_gate="none",
     ),
-]
+    HydraOptions(
+        gdn_kv="per_group", kda_kv="per_group", lightning_kv="per_group", qkv="shared", fa_gate="none",
+        gdn_gate="headwise", kda_gate="elementwise", fusion="competition", gdn_conv_kernel=2, kda_conv_kernel=0,
+    ),
+]  # fmt: skip
 LENGTH, ROWS = 150, 2  # three chunks, the last of them padded
 
 
@@ -71,19 +87,20 @@ def _measured(card: ModelCard, stage: str) -> int:
 
 
 def _not_as_counted(card: ModelCard, stage: str) -> float:
-    """What the run computes beyond the formula: attention without causality, products that are not kept.
+    """What the run computes beyond the formula: attention without causality, and what backward makes anew.
 
-    Backward makes two products with queries and keys and the states anew. The convolution is elementwise here, so the
-    counter does not see it.
+    The convolution is elementwise here, so the counter does not see it.
     """
-    d, tokens = card.shape.head_dim, LENGTH * ROWS
+    d, tokens, rows = card.shape.head_dim, LENGTH * ROWS, -(-LENGTH // CHUNK) * CHUNK * ROWS
+    heads = {kind: sum(len(layer[kind]) for layer in card.head_map.layers) for kind in KINDS}
     all_pairs, causal = causal_attention(d, 2 * LENGTH - 1), causal_attention(d, LENGTH)
-    num_fa, num_heads = card.head_map.num_fa, card.shape.num_layers * card.shape.num_heads
-    extra = num_fa * tokens * (all_pairs.total - causal.total)
-    extra += num_heads * tokens * (all_pairs.forward - causal.forward) if stage != "extend" else 0.0
-    rows = -(-LENGTH // CHUNK) * CHUNK * ROWS
-    extra += (num_heads - num_fa) * rows * (4 * CHUNK * d + 2 * d * d)
-    return extra - (num_heads - num_fa) * tokens * product(3 * d, card.options.gdn_conv_kernel).total  # of q, k and v
+    extra = heads["fa"] * tokens * (all_pairs.total - causal.total)
+    extra += sum(heads.values()) * tokens * (all_pairs.forward - causal.forward) if stage != "extend" else 0.0
+    # Of a row: its scores as query and as key, its write to the state.
+    anew = {"gdn": 4 * CHUNK * d, "kda": 2 * (CHUNK - 1) * d, "lightning": 2 * CHUNK * d}
+    extra += sum(heads[kind] * rows * (scores + 2 * d * d) for kind, scores in anew.items())
+    taps = {"gdn": card.options.gdn_conv_kernel, "kda": card.options.kda_conv_kernel}
+    return extra - sum(heads[kind] * tokens * product(3 * d, count).total for kind, count in taps.items())
 
 
 def test_heads_of_qwen3() -> None:
@@ -95,15 +112,21 @@ def test_heads_of_qwen3() -> None:
     )  # fmt: skip
     options, projection = HydraOptions(), 2 * 2048 * 128
     assert causal_attention(128, 16384).forward == 4 * 128 * 8192.5
-    fa, gdn = (one_head(kind, shape, options, 16384) for kind in (FULL_ATTENTION, GATED_DELTA))
+    kinds = (FULL_ATTENTION, GATED_DELTA, KIMI_DELTA, LIGHTNING)
+    fa, gdn, kda, lightning = (one_head(kind, shape, options, 16384) for kind in kinds)
     assert fa.forward == 3 * projection + 4 * 128 * 8192.5  # query, gate, output
-    assert delta_rule(128, 16384).forward == 8 * 64 * 128 + 6 * 128 * 128 + 64 * 64
-    assert gdn.forward == 4 * projection + 2 * 2048 * 2 + 2 * 4 * 384 + delta_rule(128, 16384).forward
+    convolution, states, inverse = 2 * 4 * 384, 6 * 128 * 128, 64 * 64
+    assert gdn.forward == 4 * projection + 2 * 2048 * 2 + convolution + 8 * 64 * 128 + states + inverse
+    decays, scores = 2 * 128 * 128, 2 * 63 * 128  # each channel's, from the 128 values that all heads share
+    assert kda.forward == 4 * projection + decays + 2 * 2048 + convolution + scores + 4 * 64 * 128 + states + inverse
+    assert lightning.forward == 5 * projection + 4 * 64 * 128 + 4 * 128 * 128  # with a gate
     assert one_head(GATED_DELTA, shape, options, 1 << 20) == gdn
-    # Heads 0, 1 and 5 read two of the kv groups.
-    block = attention_block(shape, options, HeadsByKind.from_fa([0, 1, 5], 16), 16384)
-    assert block.forward == 3 * fa.forward + 13 * gdn.forward + 2 * (2 * projection)
-    assert gated_delta_rule.__kwdefaults__["chunk_size"] == CHUNK
+    # Heads 0, 1 and 5 read two of the kv groups; the KDA heads share one projection to 128 values.
+    block = attention_block(
+        shape, options, HeadsByKind(fa=[0, 1, 5], gdn=[2, 3], kda=range(6, 16), lightning=[4]), 16384
+    )
+    own = 3 * fa.forward + 2 * gdn.forward + 10 * kda.forward + lightning.forward
+    assert block.forward == own + 2 * (2 * projection) + projection
 
 
 def test_a_step_grows_with_its_rows_and_stages_differ() -> None:

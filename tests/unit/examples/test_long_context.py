@@ -4,26 +4,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from examples.tiny.long_context import main
+from tests.support.answers import answered
 
 
 def finished(folder: Path, accuracies: dict[str, dict[int, float]]) -> Path:
-    """A run whose evaluation says this of the group single-key."""
-    models = {
-        model: {
-            "groups": [
-                {"group": "single-key", "length": length, "accuracy": share} for length, share in by_length.items()
-            ]
-        }
-        for model, by_length in accuracies.items()
-    }
-    (folder / "evaluation").mkdir(parents=True)
-    (folder / "evaluation" / "results.json").write_text(json.dumps({"format": 2, "models": models}))
+    answered(folder / "evaluation", accuracies)
     return folder
 
 

@@ -12,22 +12,28 @@ import pytest
 
 from hydra_mcore import kinds
 from hydra_mcore.config import HydraOptions, field_docs
-from hydra_mcore.kinds import KINDS, gated_delta
+from hydra_mcore.kinds import KINDS, recurrent
 from hydra_mcore.kinds.kind import HeadKind
-from hydra_mcore.ops import chunked_delta_rule
+from hydra_mcore.ops import chunks
 from hydra_mcore.ops.gated_delta import gated_delta_rule
 from hydra_mcore.train.head_statistics import COMMON
 
-TORCH_FREE = ("kinds", "kinds.full_attention", "kinds.gated_delta", "heads", "config", "shape", "sequence")
+TORCH_FREE = (
+    "kinds",
+    *(
+        f"kinds.{name}"
+        for name in ("delta_rule", "full_attention", "gated_delta", "kimi_delta", "lightning", "recurrent")
+    ),
+    *("heads", "config", "shape", "sequence"),
+)
 
 
-def test_segments_are_those_of_the_delta_rule() -> None:
-    assert gated_delta_rule.__kwdefaults__["chunk_size"] == gated_delta.CHUNK
-    assert gated_delta.SEGMENT_VALUES == chunked_delta_rule.SEGMENT_VALUES
+def test_segments_are_those_of_the_recurrences() -> None:
+    assert gated_delta_rule.__kwdefaults__["chunk_size"] == recurrent.CHUNK == chunks.CHUNK
+    assert recurrent.SEGMENT_VALUES == chunks.SEGMENT_VALUES
     for heads in (0, 1, 3, 16, 1024):
         for d in (1, 8, 64, 128, 4096):
-            expected = chunked_delta_rule.segment_tokens(heads, d, gated_delta.CHUNK)
-            assert gated_delta.segment_tokens(heads, d) == expected == chunked_delta_rule.segment_tokens(heads, d)
+            assert recurrent.segment_tokens(heads, d) == chunks.segment_tokens(heads, d)
 
 
 @pytest.mark.parametrize("module", TORCH_FREE)
@@ -39,7 +45,7 @@ def test_descriptions_need_no_torch(module: str) -> None:
 
 
 def test_the_table() -> None:
-    assert list(KINDS) == ["fa", "gdn"] and kinds.FA == "fa" and kinds.DEFAULT_LINEAR in KINDS
+    assert list(KINDS) == ["fa", "gdn", "kda", "lightning"] and kinds.FA == "fa" and kinds.DEFAULT_LINEAR in KINDS
     for name, kind in KINDS.items():
         assert kind.name == name and name.isidentifier()
     for fact in ("label", "title", "colour", "core"):

@@ -43,6 +43,14 @@ def test_arguments_without_gradient_and_empty_rows() -> None:
         assert out.shape == x.shape and torch.equal(gradient, torch.zeros(5))
 
 
+def test_a_result_of_another_dtype() -> None:
+    x = torch.randn(17, 4, 5).bfloat16().requires_grad_()
+    out = tiles.in_tiles(lambda x: x.float().exp(), [x], dtype=torch.float32)
+    (gradient,) = torch.autograd.grad(out.sum(), [x])
+    assert out.dtype == torch.float32 and gradient.dtype == torch.bfloat16
+    assert torch.equal(out, x.float().exp()) and torch.equal(gradient, out.bfloat16())
+
+
 def test_backward_keeps_the_arguments_alone() -> None:
     kept: list[Tensor] = []
     x, weight = torch.randn(17, 4, 5, requires_grad=True), torch.ones(5, requires_grad=True)

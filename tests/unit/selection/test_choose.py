@@ -16,7 +16,19 @@ import pytest
 
 from hydra_mcore.config import ModelShape
 from hydra_mcore.errors import InputError
-from hydra_mcore.selection.choose import OPTIMISED, SCORED, STRATEGIES, Choice, choose_heads, hybrid_budget, parse_ratio
+from hydra_mcore.kinds import DEFAULT_LINEAR, FA
+from hydra_mcore.selection.choose import (
+    OPTIMISED,
+    SCORED,
+    STRATEGIES,
+    Choice,
+    choose_heads,
+    hybrid_budget,
+    linear_kinds,
+    linear_words,
+    parse_linear,
+    parse_ratio,
+)
 
 LAYERS, HEADS = 4, 6
 SHAPE = ModelShape(
@@ -124,6 +136,77 @@ def test_budget_strategy_and_provenance_are_kept(strategy: str) -> None:
         12,
         1.0,
     )
+
+
+@pytest.mark.parametrize("kind", linear_kinds())
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_heads_that_are_not_kept_are_of_the_kind_that_is_asked_for(strategy: str, kind: str) -> None:
+    """In all layers, or in some; which heads are kept does not depend on it."""
+    facts = {"scores": SCORES, "ranking": RANKING, "seed": 3, "tp_size": 3}
+    plain = choose_heads(strategy, SHAPE, 6, **facts)
+    assert plain.linear == (DEFAULT_LINEAR,) * LAYERS
+    for words, kinds in (
+        ([kind], (kind,) * LAYERS),
+        (["0-1=lightning", "3=kda", kind], ("lightning", "lightning", kind, "kda")),
+        ([f"2={kind}"], (DEFAULT_LINEAR, DEFAULT_LINEAR, kind, DEFAULT_LINEAR)),
+    ):
+        choice = choose_heads(strategy, SHAPE, 6, linear=words, **facts)
+        assert (kept(choice), choice.linear) == (kept(plain), kinds)
+        for layer, asked in zip(choice.head_map.layers, kinds, strict=True):
+            assert set(layer) <= {FA, asked} and len(layer[FA]) + len(layer[asked]) == HEADS
+
+
+@pytest.mark.parametrize(
+    ("words", "kinds"),
+    [
+        ([], ("gdn", "gdn", "gdn", "gdn")),
+        (["kda"], ("kda", "kda", "kda", "kda")),
+        (["gdn", "0-3=kda"], ("kda", "kda", "kda", "kda")),
+        (["kda", "1-2=gdn", "0=lightning"], ("lightning", "gdn", "gdn", "kda")),
+        (["3=kda"], ("gdn", "gdn", "gdn", "kda")),
+    ],
+)
+def test_kinds_by_layer(words: list[str], kinds: tuple[str, ...]) -> None:
+    assert parse_linear(words, LAYERS) == kinds
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["gnd"], "linear 'gnd': 'gnd' is no kind of linear heads; choose one of gdn, kda, lightning, alone or after"),
+        (["fa"], "linear 'fa': 'fa' is no kind of linear heads; choose one of gdn, kda, lightning"),
+        (["gdn", "2=fa"], "linear '2=fa': 'fa' is no kind of linear heads"),
+        (
+            ["kda=0-3"],
+            "'0-3' is no kind of linear heads; choose one of gdn, kda, lightning, alone or after layers as in",
+        ),
+        (["0-3"], "'0-3' is no kind"),
+        ([""], "'' is no kind"),
+        (["gdn", "kda"], "linear 'kda': all layers have the kind gdn; give exceptions by layer, as in 0-3=kda"),
+        (["gdn", "gdn"], "linear 'gdn': all layers have the kind gdn"),
+        (["4=kda"], "linear '4=kda': there is no layer 4; layers are 0 to 3"),
+        (["2-9=kda"], "linear '2-9=kda': there is no layer 9; layers are 0 to 3"),
+        (["3-1=kda"], "linear '3-1=kda': write a layer, or the first and the last of several, as in 0-3=kda"),
+        (["=kda"], "linear '=kda': write a layer"),
+        (["-1=kda"], "linear '-1=kda': write a layer"),
+        (["0,1=kda"], "linear '0,1=kda': write a layer"),
+        (["0=gdn=kda"], "linear '0=gdn=kda': write a layer"),
+        ([f"{'9' * 5000}=kda"], "9=kda': write a layer"),
+        (["0-2=kda", "2-3=gdn"], "linear '2-3=gdn': layer 2 has the kind kda already; give it one"),
+        (["1=kda", "1=kda"], "linear '1=kda': layer 1 has the kind kda already; give it one"),
+    ],
+)
+def test_bad_kinds_by_layer(words: list[str], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        choose_heads("fixed", SHAPE, 6, linear=words)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_kinds_are_said_with_their_layers_where_these_differ() -> None:
+    gdn, kda = "Gated DeltaNet (GDN) heads", "Kimi Delta Attention (KDA) heads"
+    assert linear_words(("gdn",) * 4) == gdn and linear_words(("kda",)) == kda
+    said = f"{kda} in layers 0 to 1, {gdn} in layer 2, {kda} in layers 3 to 5"
+    assert linear_words(("kda", "kda", "gdn", "kda", "kda", "kda")) == said
 
 
 def test_hybrid_keeps_the_last_layer_of_each_block() -> None:

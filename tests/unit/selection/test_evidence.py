@@ -14,6 +14,8 @@ import pytest
 from hydra_mcore.config import ModelShape
 from hydra_mcore.errors import InputError
 from hydra_mcore.files import write_json
+from hydra_mcore.heads import every_head
+from hydra_mcore.kinds import DEFAULT_LINEAR
 from hydra_mcore.selection import evidence as ev
 from hydra_mcore.selection.score import HeadScores, ProbeEffects
 
@@ -27,6 +29,7 @@ SHAPE = ModelShape(
     vocab_size=10,
     native_length=8,
 )
+LINEAR = (DEFAULT_LINEAR,) * SHAPE.num_layers
 
 
 def probe(effects_rlhb: Any, capability: str = "retrieval", unusable: tuple[int, ...] = ()) -> ProbeEffects:
@@ -209,7 +212,7 @@ def test_effects_by_role() -> None:
 
 
 def test_budgets_and_costs() -> None:
-    found = {cost.ratio: cost for cost in ev.costs(scores(one=one_role(ALIKE)), ratios=(1, 3, 7, 99), contexts=(100,))}
+    found = {cost.ratio: cost for cost in ev.costs(scores(one=one_role(ALIKE)), LINEAR, (1, 3, 7, 99), contexts=(100,))}
     assert {name: cost.num_fa for name, cost in found.items()} == {"1:1": 4, "3:1": 2, "7:1": 1}  # 99:1 keeps none of 8
     assert [found[name].kept for name in found] == pytest.approx([15 / 15, 12 / 15, 8 / 15])
     # Best: heads 0 and 2 of layer 0, in its two kv groups; then 0 and 2 of layer 1.
@@ -217,14 +220,30 @@ def test_budgets_and_costs() -> None:
     fa, gdn = 4 * 4 * 100, 7 * 4 * 4
     assert found["3:1"].decode == {100: pytest.approx((2 * fa + 6 * gdn) / (8 * fa))}
     assert found["3:1"].prefill == {100: pytest.approx((2 * fa / 2 + 6 * gdn) / (8 * fa / 2))}
-    assert ev.attention_flops(SHAPE, 8, 100) == 1.0
+    assert ev.attention_flops(SHAPE, every_head(2, 4), LINEAR, 100) == 1.0
 
 
 def test_costs_against_counted_loops() -> None:
     n, d = 2000, SHAPE.head_dim
     fa = sum(2 * d * seen + 2 * d * seen for seen in range(1, n + 1)) / n  # QK^T and PV, a multiply and an add each
     gdn = d * d + 3 * 2 * d * d  # decay; k^T S, outer product, q^T S
-    assert ev.attention_flops(SHAPE, 3, n / 2) == pytest.approx((3 * fa + 5 * gdn) / (8 * fa), rel=1e-3)
+    kept = [(0, 1), (0, 2), (1, 0)]
+    assert ev.attention_flops(SHAPE, kept, LINEAR, n / 2) == pytest.approx((3 * fa + 5 * gdn) / (8 * fa), rel=1e-3)
+
+
+def test_costs_are_those_of_each_layers_kind() -> None:
+    """Two FA heads in the layer whose others are of one kind, one in the layer of the other kind."""
+    kept = [(0, 1), (0, 2), (1, 0)]
+    fa, gdn, lightning = 4 * 4 * 100, 7 * 4 * 4, 5 * 4 * 4
+    for linear, others in (
+        (("gdn", "lightning"), 2 * gdn + 3 * lightning),
+        (("lightning", "gdn"), 2 * lightning + 3 * gdn),
+    ):
+        assert ev.attention_flops(SHAPE, kept, linear, 100) == pytest.approx((3 * fa + others) / (8 * fa))
+    (cost,) = ev.costs(
+        scores(one=one_role(ALIKE)), ("gdn", "lightning"), ratios=(3,), contexts=(100,)
+    )  # (0, 0), (0, 2)
+    assert cost.decode[100] == pytest.approx((2 * fa + 2 * gdn + 4 * lightning) / (8 * fa))
 
 
 def test_kv_groups_shared_by_kept_heads_count_once() -> None:
@@ -250,10 +269,10 @@ def test_estimates_are_compared_with_the_role_they_stand_for() -> None:
 
 
 def test_all_of_it() -> None:
-    found = ev.gather(noisy(), 2, {64: noisy(seed=1)})
+    found = ev.gather(noisy(), 2, LINEAR, {64: noisy(seed=1)})
     assert found.gini_l.shape == (2,) and found.share_l.sum() == pytest.approx(1.0) and list(found.by_length) == [64]
     assert found.critical_lh.sum() == 8 and found.observed == {}
-    nothing = ev.gather(scores(one=one_role([0.001] * 8)), 2)  # no effect anywhere
+    nothing = ev.gather(scores(one=one_role([0.001] * 8)), 2, LINEAR)  # no effect anywhere
     assert nothing.share_l.tolist() == [0.0, 0.0] and nothing.costs[0].kept == 0.0
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from hydra_mcore.config import ModelShape
 from hydra_mcore.heads import HeadMap
+from hydra_mcore.kinds import DEFAULT_LINEAR
 from hydra_mcore.selection import figures
 from hydra_mcore.selection.choose import Choice
 from hydra_mcore.selection.evidence import KnockOut, gather
@@ -36,6 +37,7 @@ NAME = "teacher <b>&'$1$"
 KNOCK_OUT = KnockOut(
     (0.0, 0.25), (0, 3), {"best first": ((0.975, 0.125),), "random": ((0.975, 0.8), (0.975, 0.7))}, prompts=40
 )
+LINEAR = (DEFAULT_LINEAR,) * 3
 VOID = ("meta", "img")
 
 
@@ -68,6 +70,7 @@ def chosen(scores: HeadScores, budget: int = 3, **facts: Any) -> Choice:
         "given_up": 0.0625,
         "kv_groups": 3,
         "kv_fraction": 0.5,
+        "linear": LINEAR,
     }
     return Choice(head_map, **{**values, **facts})
 
@@ -133,7 +136,7 @@ def test_the_whole_page(tmp_path: Path) -> None:
 
 def test_the_numbers_are_those_of_the_evidence(tmp_path: Path) -> None:
     scores = made_scores()
-    page, found = report(tmp_path, scores), gather(scores, 3)
+    page, found = report(tmp_path, scores), gather(scores, 3, LINEAR)
     cost = next(cost for cost in found.costs if cost.ratio == "3:1")
     expected = (
         f"{found.critical_lh.sum()} of 12 heads ({found.critical_lh.mean():.1%}) are critical",
@@ -161,6 +164,23 @@ def test_no_head_and_every_head(tmp_path: Path, budget: int) -> None:
     assert (
         f"{budget} of 12 attention heads keep full attention" in report(tmp_path, scores, chosen(scores, budget)).text
     )
+
+
+def test_the_other_heads_are_named_by_kind_and_layer(tmp_path: Path) -> None:
+    """And their costs are counted by kind."""
+    scores, gdn = made_scores(), "Gated DeltaNet (GDN) heads"
+    plain = report(tmp_path / "plain", scores)
+    assert f"the other 9 become {gdn}." in plain.text and "at any length 7 d d for a GDN head (d" in plain.text
+    linear = ("lightning", "gdn", "kda")
+    head_map = HeadMap.from_fa(scores.ranking()[:3], 3, 4, 2, linear, strategy="global")
+    mixed = report(tmp_path / "mixed", scores, dataclasses.replace(chosen(scores), head_map=head_map, linear=linear))
+    first, last = "Lightning attention (Lightning) heads", "Kimi Delta Attention (KDA) heads"
+    assert f"the other 9 become {first} in layer 0, {gdn} in layer 1, {last} in layer 2." in mixed.text
+    assert "at any length 7 d d for a GDN head, 7 d d for a KDA head, 5 d d for a Lightning head (d" in mixed.text
+    cost = next(cost for cost in gather(scores, 3, linear).costs if cost.ratio == "3:1")
+    assert f"3:1{cost.decode[4096]:.1%}{cost.decode[32768]:.1%}" in mixed.text
+    pictures = [(tmp_path / name / "figures" / "heads.png").read_bytes() for name in ("plain", "mixed")]
+    assert pictures[0] != pictures[1]  # dots
 
 
 def test_a_probe_without_a_pair_and_unknown_shares(tmp_path: Path) -> None:

@@ -33,6 +33,23 @@ def test_the_examples_fit_one_node(tmp_path: Path, recipe: str, capsys: pytest.C
     assert "heads not selected yet: assumed 3:1" in text and "at 2.5 a GPU-hour" in text
 
 
+def test_the_recipe_s_kinds_of_other_heads_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In all layers or by layer, as select would have it."""
+    flags = ["--stage", "extend", "--config", SMALL]
+    plain = plan(tmp_path, *flags)["extend"]
+    assert "the others Gated DeltaNet (GDN) heads\n" in capsys.readouterr().out
+    hypenet = plan(tmp_path, *flags, str(ROOT / "examples" / "qwen3-1.7b" / "hypenet.yaml"))["extend"]
+    said = capsys.readouterr().out
+    assert "the others Lightning attention (Lightning) heads\n" in said and "| Lightning head" in said
+    assert "GDN" not in said
+    (tmp_path / "mixed.yaml").write_text("select: {linear: [lightning, 0-1=kda]}\n")
+    mixed = plan(tmp_path, *flags, str(tmp_path / "mixed.yaml"))["extend"]
+    said = capsys.readouterr().out
+    assert "heads in layers 0 to 1, Lightning attention (Lightning) heads in layers 2 to 27\n" in said
+    assert "| KDA head" in said
+    assert len({stage["flops"] for stage in (plain, hypenet, mixed)}) == 3
+
+
 def test_numbers_by_hand(tmp_path: Path) -> None:
     """Qwen3-1.7B, extend on 8 GPUs: memory that stands, and the time of its FLOPs."""
     stage = plan(tmp_path, "--config", SMALL, "--stage", "extend", "--efficiency", "0.5")["extend"]

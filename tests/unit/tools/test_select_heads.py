@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -43,6 +44,11 @@ def scores_of(folder: Path) -> HeadScores:
 def fa_heads(folder: Path) -> list[tuple[int, int]]:
     layers = HeadMap.load(folder / "head_map.json").layers
     return [(layer_idx, head) for layer_idx, layer in enumerate(layers) for head in layer["fa"]]
+
+
+def kinds_by_layer(folder: Path) -> list[str]:
+    """Of a map whose layers have one kind each."""
+    return [kind for layer in HeadMap.load(folder / "head_map.json").layers for (kind,) in [tuple(layer)]]
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +131,70 @@ def test_random_and_layer_wise_maps_need_no_scores(
     assert [len(layer["fa"]) for layer in HeadMap.load(hybrid / "head_map.json").layers] == [0, 8, 0, 8]
 
 
+def test_other_heads_become_what_is_asked_for(
+    tiny_teacher: Path,
+    selected: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From known scores: the same heads are kept, the report and the map say what the others become."""
+    monkeypatch.setattr("tools.commands.head_scoring.load_model", None)
+    known = ("--scores", str(selected / "scores.json"), "--linear", "kda", "1-2=gdn", "3=lightning")
+    mixed = HeadMap.load(run(tiny_teacher, tmp_path / "mixed", *known) / "head_map.json")
+    said = "Kimi Delta Attention (KDA) heads in layer 0, Gated DeltaNet (GDN) heads in layers 1 to 2, Lightning"
+    assert f"the others become {said} attention (Lightning) heads in layer 3\n" in capsys.readouterr().out
+    plain = HeadMap.load(selected / "head_map.json")
+    assert mixed.heads_of("fa") == plain.heads_of("fa") and mixed.layers[1:3] == plain.layers[1:3]
+    assert [list(mixed.layers[at]) for at in (0, 3)] == [["fa", "kda"], ["fa", "lightning"]]
+    page = re.sub(r"<.*?>", "", (tmp_path / "mixed" / "report.html").read_text())
+    assert "linear" not in plain.made_by and mixed.made_by["linear"] == "kda 1-2=gdn 3=lightning"
+    assert "map: linearkda 1-2=gdn 3=lightning" in page and f"the other 24 become {said}" in page
+
+
+def test_other_heads_of_a_recipe(tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a list or a word; what the command line says wins; a map that is there stays."""
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "listed"
+    section = f"teacher: {tiny_teacher}, strategy: hybrid, out: {out}"
+    recipe.write_text(f"select: {{{section}, linear: [kda, 1-2=gdn]}}")
+    main(["--config", str(recipe), "--dry-run"])
+    said = "Kimi Delta Attention (KDA) heads in layer 0, Gated DeltaNet (GDN) heads in layers 1 to 2, Kimi"
+    assert f"would keep 8 of 32 heads (hybrid), the others become {said}" in capsys.readouterr().out
+    assert not out.exists()
+    main(["--config", str(recipe)])
+    assert kinds_by_layer(out) == ["kda", "gdn", "gdn", "fa"]
+    recipe.write_text(f"select: {{{section}, linear: kda}}")
+    main(["--config", str(recipe), "--skip-existing"])
+    assert kinds_by_layer(out) == ["kda", "gdn", "gdn", "fa"]
+    main(["--config", str(recipe), "--out", str(tmp_path / "word")])
+    assert kinds_by_layer(tmp_path / "word") == ["kda", "kda", "kda", "fa"]
+    main(["--config", str(recipe), "--out", str(tmp_path / "flag"), "--linear", "gdn"])
+    assert kinds_by_layer(tmp_path / "flag") == ["gdn", "gdn", "gdn", "fa"]
+
+
+def test_documented_kinds_of_other_heads(tiny_teacher: Path, selected: Path, tmp_path: Path) -> None:
+    """The commands of docs/selection.md that name kinds, and HypeNet's recipe: whole layers, the others Lightning."""
+    text = (ROOT / "docs" / "selection.md").read_text()
+    layer_wise, mixed = re.findall(r"^ +python tools/select_heads\.py (.*--linear .*)$", text, re.MULTILINE)
+    known = ("--scores", str(selected / "scores.json"))
+    run(tiny_teacher, tmp_path / "mixed", *known, *without_paths(mixed))
+    layers = HeadMap.load(tmp_path / "mixed" / "head_map.json").layers
+    assert [list(layer) for layer in layers] == [["fa", kind] for kind in ("lightning", "lightning", "kda", "gdn")]
+    run(tiny_teacher, tmp_path / "layers", *without_paths(layer_wise))
+    recipes = [str(ROOT / "examples" / "qwen3-1.7b" / name) for name in ("recipe.yaml", "hypenet.yaml")]
+    run(tiny_teacher, tmp_path / "recipe", "--config", *recipes)
+    hypenet = ["lightning", "lightning", "lightning", "fa"]
+    assert kinds_by_layer(tmp_path / "layers") == kinds_by_layer(tmp_path / "recipe") == hypenet
+
+
+def without_paths(command: str) -> list[str]:
+    teacher, teacher_path, out, out_path, *flags = command.split()
+    assert (
+        (teacher, out) == ("--teacher", "--out") and teacher_path.startswith("runs/") and out_path.startswith("runs/")
+    )
+    return flags
+
+
 def test_a_capability_of_ones_own(tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = NeedleFormat.load(TINY_TEACHER / "needles.json").value_pieces[:12]
     line = "".join(words[:8])
@@ -183,6 +253,7 @@ def test_dry_run_writes_nothing(tiny_teacher: Path, tmp_path: Path, capsys: pyte
     run(tiny_teacher, tmp_path / "out", "--dry-run", "--pairs", "3", "--length", "512")
     shown = capsys.readouterr().out
     assert "32 heads on 24 pairs of up to 512 tokens" in shown and "two rounds of senders" in shown
+    assert "would keep 8 of 32 heads (global_c), the others become Gated DeltaNet (GDN) heads\n" in shown
     assert not (tmp_path / "out").exists()
 
 
@@ -254,6 +325,10 @@ def test_a_stopped_run_goes_on_and_loses_no_finished_piece(tiny_teacher: Path, s
         (["--strategy", "tp", "--ranks", "3"], "3"),
         (["--strategy", "hybrid", "--every", "9"], "every 9: choose 1 to 4"),
         (["--strategy", "hybrid", "--budget", "9"], "9"),
+        (["--linear", "fa"], "linear 'fa': 'fa' is no kind of linear heads; choose one of gdn"),
+        (["--linear", "gdn", "4=gdn"], "linear '4=gdn': there is no layer 4; layers are 0 to 3"),
+        (["--linear", "0-2=gdn", "2=gdn"], "linear '2=gdn': layer 2 has the kind gdn already"),
+        (["--strategy", "hybrid", "--linear", "gdn", "3-1=gdn"], "linear '3-1=gdn': write a layer, or the first and"),
         (["--tensor-model-parallel-size", "2"], "1 processes are no multiple of 2 tensor-parallel"),
     ],
 )
