@@ -17,16 +17,19 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Event
 
 from tqdm import tqdm
 
 from hydra_mcore.config import HydraOptions
 from hydra_mcore.kinds import DEFAULT_LINEAR
+from hydra_mcore.recipe import Recipe
 from hydra_mcore.selection.choose import SCORED
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RECIPE = HERE / "recipe.yaml"
+NEWEST = "latest_checkpointed_iteration.txt"  # Megatron's, with the step of the newest whole checkpoint
 # Prompts of other evaluation seeds were looked at while teacher and recipe were made.
 EVALUATION_SEED = 2_000_000
 # Sequences a step, as the recipe has them.
@@ -83,11 +86,16 @@ def side_by_side(jobs: Sequence[Callable[[int], None]], steps: tqdm | None = Non
     places: SimpleQueue[int] = SimpleQueue()
     for place in (1, 2):
         places.put(place)
+    stop = Event()
 
     def placed(job: Callable[[int], None]) -> None:
         place = places.get()
         try:
-            job(place)
+            if not stop.is_set():
+                job(place)
+        except BaseException:
+            stop.set()  # here, as this thread takes the next job at once
+            raise
         finally:
             places.put(place)
 
@@ -97,9 +105,8 @@ def side_by_side(jobs: Sequence[Callable[[int], None]], steps: tqdm | None = Non
                 done.result()
                 if steps is not None:
                     steps.update()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        finally:
+            stop.set()
 
 
 def prepare(out: Path, seed: int, steps: tqdm) -> None:
@@ -147,8 +154,16 @@ def train_all(out: Path, student: Student, ranks: int, position: int, recipes: S
         train(out, student, stage, ranks, position, recipes)
 
 
+def is_trained(out: Path, student: Student, stage: str, recipes: Sequence[Path]) -> bool:
+    """Whether a stage's last checkpoint is there."""
+    newest = folder(out, student) / stage / NEWEST
+    return newest.exists() and newest.read_text().strip() == str(Recipe.load(recipes, stage).values["train-iters"])
+
+
 def train(out: Path, student: Student, stage: str, ranks: int, position: int, recipes: Sequence[Path]) -> None:
     """One stage of one student, its steps shown as they are logged."""
+    if is_trained(out, student, stage, recipes):
+        return
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks] if ranks > 1 else []
     place, data = folder(out, student), out / ("extend" if stage == "extend" else "align")
     command = [sys.executable, *launcher, "-m", "hydra_mcore.train", "--stage", stage, "--config", *recipes]
@@ -173,10 +188,9 @@ def train(out: Path, student: Student, stage: str, ranks: int, position: int, re
                 bar.total, bar.n = int(found[2]), int(found[1])
                 bar.set_postfix_str(f"loss {float(found[3]):.3f}")
         code = process.wait()
-        if code or bar.n < (
-            bar.total or 0
-        ):  # a stage that a Ctrl-C has stopped ends well, but the next one is not to follow
-            fail(path, code)
+    # a stage that a Ctrl-C has stopped ends well, but the next one is not to follow
+    if code or not is_trained(out, student, stage, recipes):
+        fail(path, code)
 
 
 def evaluate(out: Path, log: str, models: Sequence[str], seed: int, into: Path, *asked: object) -> None:

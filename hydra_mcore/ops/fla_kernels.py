@@ -3,8 +3,7 @@
 """The border to flash-linear-attention: its names, layouts and limits are known here and nowhere else.
 
 ``serve`` is the one switch: where it says no, the callers take their torch functions. Written for 0.6.0; not yet run on
-    a GPU.
-In Triton's interpreter on a CPU every function here gives what its torch counterpart gives, gradients included.
+a GPU. In Triton's interpreter on a CPU every function here gives what its torch counterpart gives, gradients included.
 
 Two of its kernels are left out on purpose. The fused decay gate takes log(1 + exp(x)) in float32, which is 0.25% off at
 a half-life of 100,000 tokens and 3% at a million: heads that remember long would forget at another rate on a GPU. And
@@ -132,7 +131,11 @@ def linear_attention(
     bounds: Sequence[int] | None,
     few: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Linear attention with a fixed decay a head; arguments as in ``ops.linear_attention`` and ``delta_rule``."""
+    """Linear attention with a fixed decay a head; arguments as in ``ops.linear_attention`` and ``delta_rule``.
+
+    Log decays are at least -1.4, which those of Lightning heads are: of rows that fill up a last chunk of 64, the
+    kernel takes 0 * exp(-63 log decay), which beyond float32's range is NaN.
+    """
     q, k, v, log_decay_h = inputs
     kernel = kernels().linear_few if few and not torch.is_grad_enabled() else kernels().linear
     return kernel(

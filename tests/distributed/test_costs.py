@@ -38,13 +38,22 @@ SHAPE = ModelShape(
     vocab_size=8,
     native_length=64,
 )  # fmt: skip
-FA_HEADS = [(), (6,), (0, 1, 5), (0, 2, 3, 5, 7), tuple(range(HEADS))]
+LAYERS = [
+    HeadsByKind(gdn=[0, 3], kda=[1, 2, 5], lightning=[4, 6, 7]),
+    HeadsByKind(fa=[6], gdn=[0, 1, 2, 3, 4, 5, 7]),
+    HeadsByKind(fa=[0, 1, 5], kda=[2, 3, 4, 6, 7]),
+    HeadsByKind(fa=[0, 2, 3, 5, 7], lightning=[1, 4, 6]),
+    HeadsByKind(fa=range(HEADS)),
+]
 OPTIONS = [
     HydraOptions(),
-    HydraOptions(gdn_kv="per_group", gdn_conv_kernel=0),
-    HydraOptions(gdn_kv="per_group", qkv="shared", gdn_conv_kernel=1, fa_position="rope"),
-    HydraOptions(gdn_conv_kernel=3, gdn_qk_norm="none", fa_gate="none", fusion="none"),
-]
+    HydraOptions(gdn_kv="per_group", gdn_conv_kernel=0, kda_conv_kernel=2, lightning_kv="per_group"),
+    HydraOptions(
+        gdn_kv="per_group", kda_kv="per_group", lightning_kv="per_group", qkv="shared", gdn_conv_kernel=1,
+        kda_conv_kernel=0, fa_position="rope",
+    ),
+    HydraOptions(gdn_conv_kernel=3, gdn_qk_norm="none", fa_gate="none", fusion="none", lightning_position="nope"),
+]  # fmt: skip
 # Tokens a part, whether it is packed, type, recompute. One of them for each of the layers in turn, to save time.
 INPUTS = [(6, False, torch.float32, False), (7, True, torch.bfloat16, False), (6, True, torch.float32, True)]
 
@@ -59,21 +68,21 @@ def _check_layers(rank: int, tp_size: int, cp_size: int) -> None:
 
     with model_parallel(tp=tp_size, cp=cp_size):
         groups = ProcessGroupCollection.use_mpu_process_groups()
-        layers = itertools.product(FA_HEADS, OPTIONS, ("heads", "queries"))
-        for (fa, options, balance), given_input in zip(layers, itertools.cycle(INPUTS), strict=False):
+        layers = itertools.product(LAYERS, OPTIONS, ("heads", "queries"))
+        for (heads, options, balance), given_input in zip(layers, itertools.cycle(INPUTS), strict=False):
             part_length, packed, dtype, recompute = given_input
             length = part_length * cp_size
             documents = (0, 3, part_length, length - 1, length) if packed else None
             part = SequencePart(length, cp_size, groups.cp.rank(), documents)
-            layer = _layer(fa, options, balance, dtype, recompute, groups)
+            layer = _layer(heads, options, balance, dtype, recompute, groups)
             batch = 1 if packed else 2
             expected = cp_bytes(SHAPE, options, layer.layout, groups.tp.rank(), part, dtype.itemsize, batch)
             found = _run(layer, part, batch, dtype)
-            assert found == _by_collective(expected, recompute), (fa, options, balance, given_input)
+            assert found == _by_collective(expected, recompute), (heads, options, balance, given_input)
 
 
 def _layer(
-    fa: tuple[int, ...], options: HydraOptions, balance: str, dtype: torch.dtype, recompute: bool, groups: Any
+    heads: HeadsByKind, options: HydraOptions, balance: str, dtype: torch.dtype, recompute: bool, groups: Any
 ) -> torch.nn.Module:
     from hydra_mcore.model.attention_plan import AttentionPlan
     from hydra_mcore.model.build import transformer_config
@@ -82,7 +91,7 @@ def _layer(
     config = transformer_config(SHAPE, dtype)
     if recompute:
         config.recompute_granularity, config.recompute_modules = "selective", ["core_attn"]
-    head_map = HeadMap.from_fa([(0, head) for head in fa], 1, HEADS, GROUPS)
+    head_map = HeadMap(HEADS, GROUPS, (heads,))
     return HydraAttention(config, 1, AttentionPlan(head_map, options, log_scale=True, fa_balance=balance), groups)
 
 
@@ -104,7 +113,7 @@ def _by_collective(expected: dict[str, dict[str, Sent]], recompute: bool) -> tup
     """Bytes by what carries them, forward and backward: each purpose has its own collective."""
     sent = dict.fromkeys(("states", "halo", "keys and values", "queries"), NOTHING_SENT)
     for by_purpose in expected.values():
-        sent |= by_purpose
+        sent |= {purpose: sent[purpose] + amount for purpose, amount in by_purpose.items()}
     gathered, exchanged = sent["states"] + sent["keys and values"], sent["halo"] + sent["queries"]
     forward = Counter(all_gather=gathered.forward, send=exchanged.forward)
     backward = Counter(reduce_scatter=gathered.backward, send=exchanged.backward)

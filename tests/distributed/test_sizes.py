@@ -13,7 +13,8 @@ import torch
 
 from hydra_mcore.config import HydraOptions, ModelCard, ModelShape, teacher_card
 from hydra_mcore.costs.parameters import ATTENTION_PARTS, PARTS, rank_parameters
-from hydra_mcore.heads import HeadMap
+from hydra_mcore.heads import HeadMap, HeadsByKind
+from hydra_mcore.kinds import KINDS
 from hydra_mcore.model.build import build_model
 from tests.support.launch import model_parallel, run_ranks
 
@@ -21,23 +22,39 @@ SHAPE = ModelShape(
     num_layers=4, hidden_size=20, num_heads=12, num_kv_groups=6, head_dim=6, ffn_hidden_size=36, vocab_size=60,
     native_length=64
 )  # fmt: skip
-# Layers with no FA head, one, five (two of one group) and all.
-HEAD_MAP = HeadMap.from_fa([(1, 7), *((2, h) for h in (0, 1, 4, 7, 10)), *((3, h) for h in range(12))], 4, 12, 6)
+# Layers of all kinds, of one kind beside FA, without FA heads, of FA heads alone; kv groups that two kinds read.
+HEAD_MAP = HeadMap(
+    12,
+    6,
+    (
+        HeadsByKind(fa=[0, 1, 7], gdn=[2, 4, 6, 8], kda=[3, 9], lightning=[5, 10, 11]),
+        HeadsByKind(fa=[0, 1, 4, 7, 10], kda=[2, 3, 5, 6, 8, 9, 11]),
+        HeadsByKind(gdn=[4], lightning=[0, 1, 2, 3, *range(5, 12)]),
+        HeadsByKind(fa=range(12)),
+    ),
+)
 OPTIONS = [
     HydraOptions(),
-    HydraOptions(gdn_kv="per_group", fa_gate="headwise", gdn_gate="elementwise", gdn_conv_kernel=0, fusion="norm"),
     HydraOptions(
-        gdn_kv="per_group", qkv="shared", fa_gate="none", gdn_gate="headwise", fusion="competition", gdn_conv_kernel=2
+        gdn_kv="per_group", fa_gate="headwise", gdn_gate="elementwise", gdn_conv_kernel=0, fusion="norm",
+        kda_kv="per_group", kda_gate="headwise", lightning_gate="none",
     ),
-    HydraOptions(fusion="none", gdn_qk_norm="none", fusion_norm_weight="none"),
+    HydraOptions(
+        gdn_kv="per_group", qkv="shared", fa_gate="none", gdn_gate="headwise", fusion="competition", gdn_conv_kernel=2,
+        kda_conv_kernel=0, lightning_kv="per_group",
+    ),
+    HydraOptions(
+        fusion="none", gdn_qk_norm="none", kda_qk_norm="none", lightning_qk_norm="none", fusion_norm_weight="none",
+        lightning_kv="per_group",
+    ),
     HydraOptions(fusion_norm_weight="none"),
-]
+]  # fmt: skip
 SHAPES = [SHAPE, dataclasses.replace(SHAPE, tied_embeddings=False, qk_norm=False, qkv_bias=True)]
 PART_OF = {
-    "linear_proj": "output projection", "conv": "convolution", "gate": "gates", "fusion": "fusion", "fa": "FA heads",
-    "gdn": "GDN heads", "linear_kv": "FA heads", "mlp": "MLP", "input_layernorm": "layer norms",
-    "pre_mlp_layernorm": "layer norms",
-    "final_layernorm": "layer norms", "embedding": "embedding", "output_layer": "output layer",
+    "linear_proj": "output projection", "conv": "convolution", "gate": "gates", "fusion": "fusion",
+    **{kind: f"{facts.label} heads" for kind, facts in KINDS.items()}, "linear_kv": "FA heads", "mlp": "MLP",
+    "input_layernorm": "layer norms", "pre_mlp_layernorm": "layer norms", "final_layernorm": "layer norms",
+    "embedding": "embedding", "output_layer": "output layer",
 }  # fmt: skip
 
 

@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every kernel of flash-linear-attention that we call, against float64 on the CPU.
 
-Not yet run on a GPU. The same cases passed on a CPU in Triton's interpreter (flash-linear-attention 0.6.0, float32),
-which checks names, layouts, signs and gradients but neither bfloat16 nor compiled code.
+Not yet run on a GPU. The same cases passed on a CPU in Triton's interpreter (flash-linear-attention 0.6.0, float32; the
+recurrent kernels of all three recurrences with 1 and 5 tokens on 2026-11-29), which checks names, layouts, signs and
+gradients but neither bfloat16 nor compiled code.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hydra_mcore.ops import fla_kernels
-from hydra_mcore.ops.gated_delta import gated_delta_rule
+from tests.support.rules import RULES, Rule
 
 pytestmark = [
     pytest.mark.gpu,
@@ -82,22 +83,19 @@ def test_unit_length(size: float, dtype: torch.dtype) -> None:
 
 
 @each_dtype
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 @pytest.mark.parametrize("s", [1, 5, 8])
 @torch.no_grad()
-def test_few_tokens_take_the_recurrent_kernel(s: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    b, h, d = 2, 3, 64
-    inputs = [
-        F.normalize(torch.randn(b, s, h, d), dim=-1),
-        F.normalize(torch.randn(b, s, h, d), dim=-1),
-        torch.randn(b, s, h, d),
-    ]
-    inputs = [x.to(dtype) for x in inputs] + [-0.2 * torch.rand(b, s, h), torch.rand(b, s, h), torch.randn(b, h, d, d)]
-    expected = gated_delta_rule(*(x.double() for x in inputs[:5]), initial_state_bhdv=inputs[5].double())
-    only_recurrent = fla_kernels.kernels()._replace(chunked=None)
+def test_few_tokens_take_the_recurrent_kernel(
+    s: int, rule: Rule, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = [x.to(dtype if i < 3 else torch.float32) for i, x in enumerate(rule.inputs(2, s, 3, 64, 64))]
+    expected = rule.truth(*inputs)
+    only_recurrent = fla_kernels.kernels()._replace(delta=None, channel_delta=None, linear=None)
     monkeypatch.setattr(fla_kernels, "kernels", lambda: only_recurrent)
-    *vectors, state = (x.to(DEVICE) for x in inputs)
-    found = gated_delta_rule(*vectors, initial_state_bhdv=state)
+    on_device = [x.to(DEVICE) for x in inputs]
+    found = rule.ours(*on_device)
     assert found[0].dtype == dtype and found[1].dtype == torch.float32
+    assert torch.equal(on_device[-1].cpu(), inputs[-1])  # a remembered state is not written to
     for x, y in zip(found, expected, strict=True):
         assert (x.double().cpu() - y).square().mean().sqrt() < TOLERANCE[dtype] * y.square().mean().sqrt()

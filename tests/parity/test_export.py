@@ -23,7 +23,7 @@ from hydra_mcore.convert.hf_import import import_hf
 from hydra_mcore.convert.inherit import hybridize
 from hydra_mcore.convert.tensor_table import tensor_rules
 from hydra_mcore.errors import InputError
-from hydra_mcore.heads import HeadMap
+from hydra_mcore.heads import HeadMap, HeadsByKind
 from hydra_mcore.model.build import load_model
 from hydra_mcore.model.checkpoints import load_weights, save_weights
 from hydra_mcore.model.runtime import process_groups
@@ -32,10 +32,13 @@ from tests.support.paths import ROOT
 from tests.support.tiny_hf import random_tokens, tiny_model
 
 COMMAND = ROOT / "tools" / "convert.py"
-# A layer with some FA heads, one with none, one with all; 6 heads in 2 kv groups.
-HEAD_MAP = HeadMap.from_fa(
-    [(0, 1), (0, 5), *((2, h) for h in range(6))], 3, 6, 2, strategy="by hand", made_by={"seed": 3}
+# A layer with heads of every kind, one without FA heads, one of these alone; 6 heads in 2 kv groups.
+LAYERS = (
+    HeadsByKind(fa=(1, 5), gdn=(0,), kda=(2, 3), lightning=(4,)),
+    HeadsByKind(gdn=(0, 4), kda=(5,), lightning=(1, 2, 3)),
+    HeadsByKind(fa=range(6)),
 )
+HEAD_MAP = HeadMap(num_heads=6, num_kv_groups=2, layers=LAYERS, strategy="by hand", made_by={"seed": 3})
 OPTIONS = [
     {},
     {
@@ -44,6 +47,11 @@ OPTIONS = [
         "fusion": "competition",
         "gate_order": "after_norm",
         "gdn_conv_activation": "silu",
+        "kda_conv_kernel": 2,
+        "kda_gate": "headwise",
+        "kda_qk_norm": "none",
+        "lightning_gate": "headwise",
+        "lightning_slope": 0.5,
     },
     {
         "fa_gate": "none",
@@ -52,6 +60,10 @@ OPTIONS = [
         "gdn_qk_norm": "none",
         "fusion": "norm",
         "gate_activation": "silu",
+        "kda_conv_activation": "silu",
+        "kda_gate": "elementwise",
+        "kda_write_max": 2.0,
+        "lightning_qk_norm": "none",
     },
     {
         "gdn_kv": "per_group",
@@ -59,8 +71,14 @@ OPTIONS = [
         "fa_position": "rope",
         "gdn_position": "nope",
         "fa_log_scale": "never",
+        "kda_kv": "per_group",
+        "kda_position": "nope",
+        "kda_conv_kernel": 0,
+        "lightning_kv": "per_group",
+        "lightning_position": "nope",
+        "lightning_gate": "none",
     },
-    {"gdn_kv": "per_group", "qkv": "shared", "fusion": "none", "gdn_write_max": 2.0},
+    {"qkv": "shared", "fusion": "none", "gdn_write_max": 2.0},
 ]
 
 
@@ -197,7 +215,7 @@ def test_the_model_card_tells_where_the_model_comes_from(tmp_path):
         "93%",
     ):
         assert fact in text, fact
-    assert "| 0 | 1, 5 | 4 |" in text and "| 1 | - | 6 |" in text
+    assert "| 0 | 1, 5 | 1 | 2 | 1 |" in text and "| 1 | - | 2 | 1 | 3 |" in text
 
 
 def test_an_all_fa_student_leaves_as_a_model_of_its_teachers_family(tmp_path):
@@ -280,6 +298,8 @@ BAD_EXPORTS = {
     "unknown option": ({"fusion": "sum"}, ["fusion is 'sum'"]),
     "other conv": ({"gdn_conv_kernel": 2}, ["gdn.conv.weight", "config.json asks for"]),
     "other gate": ({"fa_gate": "none"}, ["fa.gate_proj", "not part of this model"]),
+    "other keys": ({"lightning_kv": "per_group"}, ["lightning.k_proj", "config.json asks for"]),
+    "no slope": ({"lightning_slope": 0.0}, ["lightning_slope is 0.0"]),
 }
 
 

@@ -19,7 +19,8 @@ from hydra_mcore.convert.calibration import calibration_tokens
 from hydra_mcore.convert.hf_import import import_hf
 from hydra_mcore.convert.inherit import head_output_rms, hybridize, inherit
 from hydra_mcore.errors import InputError
-from hydra_mcore.heads import HeadMap
+from hydra_mcore.heads import HeadMap, HeadsByKind
+from hydra_mcore.kinds import KINDS
 from hydra_mcore.model.build import build_model, load_model
 from hydra_mcore.model.checkpoints import TRACKER
 from hydra_mcore.model.runtime import process_groups
@@ -31,9 +32,14 @@ from tools.convert import parse_args
 
 COMMAND = ROOT / "tools" / "convert.py"
 D, HEADS, GROUPS = ODD["head_dim"], ODD["num_attention_heads"], ODD["num_key_value_heads"]
-# Layer 0 mixes both groups, layer 1 has no FA head, layer 2 no GDN head.
-MIXED = HeadMap.from_fa([(0, 1), (0, 4), (0, 5), *((2, h) for h in range(HEADS))], 3, HEADS, GROUPS)
-PLAIN = {"fa_position": "rope", "fa_log_scale": "never", "fa_gate": "none", "fusion": "none"}
+# Layer 0 has heads of every kind, layer 1 no FA head, layer 2 no other.
+LAYERS = (
+    HeadsByKind(fa=(1, 4, 5), gdn=(0,), kda=(2,), lightning=(3,)),
+    HeadsByKind(gdn=(0, 3), kda=(1, 5), lightning=(2, 4)),
+    HeadsByKind(fa=range(HEADS)),
+)
+MIXED = HeadMap(num_heads=HEADS, num_kv_groups=GROUPS, layers=LAYERS)
+PLAIN = {"fa_position": "rope", "fa_log_scale": "never", "fa_gate": "none", "lightning_gate": "none", "fusion": "none"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -74,7 +80,7 @@ def rows(weight: Tensor, head_idx: int, size: int = D) -> Tensor:
     return weight[head_idx * size : (head_idx + 1) * size]
 
 
-@pytest.mark.parametrize("qkv", [{}, {"qkv": "shared", "gdn_kv": "per_group"}], ids=["separate", "shared"])
+@pytest.mark.parametrize("qkv", [{}, {"qkv": "shared"}], ids=["separate", "shared"])
 def test_all_fa_student_is_the_teacher(source, teacher, qkv):
     student = student_of(source, teacher, HeadMap.all_fa(3, HEADS, GROUPS), **PLAIN, **qkv)
     tokens_bs = random_tokens()
@@ -88,17 +94,17 @@ def test_rows_go_to_their_heads(source, teacher):
     student = student_of(source, teacher)
     for layer_idx, layer in enumerate(MIXED.layers):
         hf, attention = source[0].model.layers[layer_idx].self_attn, student.decoder.layers[layer_idx].self_attention
-        for place, h in enumerate(layer["fa"]):
-            assert torch.equal(rows(attention.fa.linear_q.weight, place), rows(hf.q_proj.weight, h))
-        for place, h in enumerate(layer["gdn"]):
-            assert torch.equal(rows(attention.gdn.linear_q.weight, place), rows(hf.q_proj.weight, h))
-            k_then_v = rows(attention.gdn.linear_kv.weight, place, 2 * D)
-            assert torch.equal(k_then_v[:D], rows(hf.k_proj.weight, h // 3)), f"head {h} reads group {h // 3}"
-            assert torch.equal(k_then_v[D:], rows(hf.v_proj.weight, h // 3))
-        for branch in (name for name in ("fa", "gdn") if layer[name]):
-            assert torch.equal(getattr(attention, branch).q_norm.weight, hf.q_norm.weight)
-            assert torch.equal(getattr(attention, branch).k_norm.weight, hf.k_norm.weight)
-        for place, h in enumerate(layer["fa"] + layer["gdn"]):
+        for kind, heads in layer.items():
+            branch = getattr(attention, kind)
+            assert torch.equal(branch.q_norm.weight, hf.q_norm.weight)
+            assert torch.equal(branch.k_norm.weight, hf.k_norm.weight)
+            for place, h in enumerate(heads):
+                assert torch.equal(rows(branch.linear_q.weight, place), rows(hf.q_proj.weight, h))
+            for place, h in enumerate(heads if kind != "fa" else ()):
+                k_then_v = rows(branch.linear_kv.weight, place, 2 * D)
+                assert torch.equal(k_then_v[:D], rows(hf.k_proj.weight, h // 3)), f"head {h} reads group {h // 3}"
+                assert torch.equal(k_then_v[D:], rows(hf.v_proj.weight, h // 3))
+        for place, h in enumerate(layer.heads):
             assert torch.equal(rows(attention.linear_proj.weight.T, place), rows(hf.o_proj.weight.T, h))
 
 
@@ -122,7 +128,7 @@ def biased_pair(head_map: HeadMap, **options: object) -> tuple:
     return teacher, student
 
 
-@pytest.mark.parametrize("qkv", [{}, {"qkv": "shared", "gdn_kv": "per_group"}], ids=["separate", "shared"])
+@pytest.mark.parametrize("qkv", [{}, {"qkv": "shared"}], ids=["separate", "shared"])
 def test_all_fa_student_of_a_teacher_with_biases_is_the_teacher(qkv):
     teacher, student = biased_pair(HeadMap.all_fa(4, 6, 2), **PLAIN, **qkv)
     tokens_bs = torch.arange(40)[None]
@@ -130,26 +136,26 @@ def test_all_fa_student_of_a_teacher_with_biases_is_the_teacher(qkv):
         torch.testing.assert_close(logits(student, tokens_bs), logits(teacher, tokens_bs), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("gdn_kv", ["per_head", "per_group"])
-def test_biases_go_where_their_rows_go(gdn_kv):
-    """Layer 0 keeps heads of both groups, layer 1 of the second, layer 2 none; the teacher's own biases, block by
+@pytest.mark.parametrize("kv", ["per_head", "per_group"])
+def test_biases_go_where_their_rows_go(kv):
+    """Layer 0 keeps heads of both groups, layer 3 of the second, layer 1 none; the teacher's own biases, block by
     block.
     """
-    head_map = HeadMap.from_fa([(0, 1), (0, 4), (0, 5), (1, 3), *((3, h) for h in range(6))], 4, 6, 2)
-    teacher, student = biased_pair(head_map, gdn_kv=gdn_kv)
+    others = HeadsByKind(fa=(3,), gdn=(4,), kda=(0, 1, 5), lightning=(2,))
+    head_map = HeadMap(num_heads=6, num_kv_groups=2, layers=(*LAYERS, others))
+    teacher, student = biased_pair(head_map, gdn_kv=kv, kda_kv=kv, lightning_kv=kv)
     for layer_idx, layer in enumerate(head_map.layers):
         theirs, ours = (
             teacher.decoder.layers[layer_idx].self_attention.fa,
             student.decoder.layers[layer_idx].self_attention,
         )
         query_hd, kv_gd = theirs.linear_q.bias.view(6, 16), theirs.linear_kv.bias.view(2, 32)
-        groups = {"fa": sorted({h // 3 for h in layer["fa"]}), "gdn": sorted({h // 3 for h in layer["gdn"]})}
-        if gdn_kv == "per_head":
-            groups["gdn"] = [h // 3 for h in layer["gdn"]]
-        for branch in (name for name in ("fa", "gdn") if layer[name]):
-            found = getattr(ours, branch)
-            assert torch.equal(found.linear_q.bias.view(-1, 16), torch.stack([query_hd[h] for h in layer[branch]]))
-            assert torch.equal(found.linear_kv.bias.view(-1, 32), torch.stack([kv_gd[g] for g in groups[branch]]))
+        for kind, heads in layer.items():
+            found, groups = getattr(ours, kind), [h // 3 for h in heads]
+            if kind == "fa" or kv == "per_group":
+                groups = sorted(set(groups))
+            assert torch.equal(found.linear_q.bias.view(-1, 16), torch.stack([query_hd[h] for h in heads]))
+            assert torch.equal(found.linear_kv.bias.view(-1, 32), torch.stack([kv_gd[g] for g in groups]))
 
 
 def test_everything_but_attention_is_the_teachers(source, teacher):
@@ -162,15 +168,31 @@ def test_everything_but_attention_is_the_teachers(source, teacher):
 
 
 def test_what_the_teacher_lacks_keeps_its_start(source, teacher):
-    attention = student_of(source, teacher, gdn_half_life=40.0).decoder.layers[0].self_attention
-    x_sbm = torch.randn(5, 2, ODD["hidden_size"])
-    decay_sbh, write_sbh = attention.gdn._gates(x_sbm)
-    torch.testing.assert_close(40 * decay_sbh, torch.full_like(decay_sbh, -0.6931472))
-    torch.testing.assert_close(write_sbh, torch.full_like(write_sbh, 0.5))
-    taps = torch.tensor([0.0, 0.0, 0.0, 1.0]).expand_as(attention.gdn.conv.weight)
-    assert torch.equal(attention.gdn.conv.weight, taps)
-    assert attention.fa.gate.linear.weight.abs().max() < 0.01 and attention.fa.gate.linear.bias.eq(1).all()
+    student = student_of(source, teacher, gdn_half_life=40.0, kda_half_life=40.0)
+    attention, x_sbm = student.decoder.layers[0].self_attention, torch.randn(5, 2, ODD["hidden_size"])
+    for branch in (attention.gdn, attention.kda):
+        decay, write_sbh = branch._gates(x_sbm)
+        torch.testing.assert_close(40 * decay, torch.full_like(decay, -0.6931472))
+        torch.testing.assert_close(write_sbh, torch.full_like(write_sbh, 0.5))
+        taps = torch.tensor([0.0, 0.0, 0.0, 1.0]).expand_as(branch.conv.weight)
+        assert torch.equal(branch.conv.weight, taps)
+    for gate in (attention.fa.gate.linear, attention.lightning.gate.linear):
+        assert gate.weight.abs().max() < 0.01 and gate.bias.eq(1).all()
     assert attention.fusion.scale.weight.eq(1).all()
+
+
+@pytest.mark.parametrize("size", [0.0, 0.02, 9.0])
+def test_a_kda_head_starts_as_the_gdn_head_of_the_same_teacher(source, teacher, size):
+    """Whatever the first projection of its decays is, which starts at random."""
+    gdn, kda = (
+        student_of(source, teacher, HeadMap.from_fa([(0, 1)], 3, HEADS, GROUPS, others=kind), fa_gate="none")
+        for kind in ("gdn", "kda")
+    )
+    with torch.no_grad():
+        for layer in kda.decoder.layers:
+            layer.self_attention.kda.linear_decay_down.weight.normal_(std=size)
+        found, expected = (logits(student, random_tokens()) for student in (kda, gdn))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_kept_heads_compute_what_they_computed(source, teacher):
@@ -190,12 +212,13 @@ def test_kept_heads_compute_what_they_computed(source, teacher):
         hook.remove()
     ours, theirs = seen
     torch.testing.assert_close(ours[:, :, :3], theirs[:, :, [1, 4, 5]], rtol=0, atol=1e-6)
-    assert (ours[:, :, 3:] - theirs[:, :, [0, 2, 3]]).abs().max() > 0.01, "GDN heads are not attention"
+    assert (ours[:, :, 3:] - theirs[:, :, [0, 2, 3]]).abs().max() > 0.01, "other heads are not attention"
 
 
 def test_sharing_keys_and_values_changes_weights_not_outputs(source, teacher):
     tokens_bs = random_tokens()
-    kinds = [{}, {"gdn_kv": "per_group"}, {"gdn_kv": "per_group", "qkv": "shared"}]
+    by_group = {f"{kind}_kv": "per_group" for kind in KINDS if kind != "fa"}
+    kinds = [{}, by_group, {"qkv": "shared"}]
     with torch.no_grad():
         own, grouped, shared = (logits(student_of(source, teacher, **PLAIN, **kind), tokens_bs) for kind in kinds)
     torch.testing.assert_close(grouped, own, rtol=0, atol=1e-5)
@@ -232,20 +255,22 @@ def test_calibrated_scales_stand_in_the_students_own_order(source, teacher):
     scale = torch.arange(18.0).view(3, 6)
     student = student_of(source, teacher, scale=scale)
     found = [layer.self_attention.fusion.scale.weight.tolist() for layer in student.decoder.layers]
-    assert found == [[1, 4, 5, 0, 2, 3], [6, 7, 8, 9, 10, 11], [12, 13, 14, 15, 16, 17]]
+    assert found == [[1, 4, 5, 0, 2, 3], [6, 9, 7, 11, 8, 10], [12, 13, 14, 15, 16, 17]]
 
 
 VARIANTS = [
     {},
-    {"fa_position": "rope", "gdn_position": "nope"},
+    {"fa_position": "rope", "gdn_position": "nope", "kda_position": "nope", "lightning_position": "nope"},
     {"fa_log_scale": "always"},
-    {"fa_gate": "headwise", "gdn_gate": "elementwise"},
-    {"fa_gate": "none", "gdn_gate": "headwise", "gate_activation": "silu"},
-    {"gdn_gate": "elementwise", "gate_order": "after_norm"},
-    {"gdn_qk_norm": "none", "gdn_conv_kernel": 0},
+    {"fa_gate": "headwise", "gdn_gate": "elementwise", "kda_gate": "elementwise", "lightning_gate": "headwise"},
+    {"fa_gate": "none", "gdn_gate": "headwise", "gate_activation": "silu", "lightning_gate": "none"},
+    {"gdn_gate": "elementwise", "gate_order": "after_norm", "kda_gate": "headwise", "lightning_slope": 0.5},
+    {"gdn_qk_norm": "none", "gdn_conv_kernel": 0, "kda_qk_norm": "none", "lightning_qk_norm": "none"},
     {"gdn_conv_activation": "silu", "gdn_conv_kernel": 2, "gdn_write_max": 2.0, "gdn_half_life": 5.0},
-    {"gdn_kv": "per_group"},
-    {"gdn_kv": "per_group", "qkv": "shared"},
+    {"kda_conv_activation": "silu", "kda_conv_kernel": 2, "kda_write_max": 2.0, "kda_half_life": 5.0},
+    {"gdn_kv": "per_group", "kda_conv_kernel": 0},
+    {"kda_kv": "per_group", "lightning_kv": "per_group"},
+    {"qkv": "shared"},
     {"fusion": "norm"},
     {"fusion": "none"},
     {"fusion": "competition"},
@@ -278,7 +303,7 @@ def test_hybridize_writes_a_student_that_loads(source, teacher, tmp_path, calibr
     ).read_bytes()
     expected = student_of(source, teacher, scale=head_output_rms(teacher, tokens_bs) if calibrated else None)
     for (name, found), truth in zip(student.named_parameters(), expected.parameters(), strict=True):
-        if ".gate." not in name:  # random at the start
+        if ".gate." not in name and ".linear_decay_down." not in name:  # random at the start
             assert torch.equal(found, truth), name
 
 
@@ -393,12 +418,12 @@ def test_command_hybridizes(source, tmp_path):
     out = tmp_path / "student"
     done = run_command(
         "hybridize", "--teacher", source[2], "--heads", tmp_path / "map.json", "--calibration-text", tmp_path / "text",
-        "--out", out, "--gdn-conv-kernel", 0, "--fa-gate", "headwise",
+        "--out", out, "--gdn-conv-kernel", 0, "--kda-gate", "headwise", "--lightning-slope", 0.5,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert ModelCard.load(out).options == HydraOptions(gdn_conv_kernel=0, fa_gate="headwise")
+    assert ModelCard.load(out).options == HydraOptions(gdn_conv_kernel=0, kda_gate="headwise", lightning_slope=0.5)
     scale = load_model(out)[1].decoder.layers[1].self_attention.fusion.scale.weight
-    expected = naive_rms(source[0], calibration_tokens(tmp_path / "text", source[2]))[1]
+    expected = naive_rms(source[0], calibration_tokens(tmp_path / "text", source[2]))[1, list(LAYERS[1].heads)]
     torch.testing.assert_close(scale.double(), expected.double(), rtol=1e-5, atol=0)
 
 
@@ -410,7 +435,9 @@ def test_command_refuses_a_broken_head_map_in_one_line(source, tmp_path):
         "hybridize", "--teacher", source[2], "--heads", tmp_path / "map.json", "--out", tmp_path / "student"
     )
     assert done.returncode == 2
-    assert done.stderr.splitlines() == ["convert: head map: layer 1 lacks head 3; give it a kind (of fa, gdn)"]
+    assert done.stderr.splitlines() == [
+        "convert: head map: layer 1 lacks head 3; give it a kind (of fa, gdn, kda, lightning)"
+    ]
     assert not (tmp_path / "student").exists()
 
 
@@ -421,9 +448,9 @@ def test_command_refuses_a_broken_head_map_in_one_line(source, tmp_path):
         (["--fusion-scale", "one", "--calibration-text", "text"], "has no use here"),
         (["--fusion", "norm", "--calibration-text", "text"], "has no use here"),
         (["--gdn-conv-kernel", "-1"], "gdn_conv_kernel is -1"),
-        (["--qkv", "shared"], "set gdn_kv to 'per_group'"),
+        (["--lightning-slope", "2"], "lightning_slope is 2.0"),
     ],
-    ids=["no text", "unused text", "no scale", "option", "pair of options"],
+    ids=["no text", "unused text", "no scale", "option", "another option"],
 )
 def test_command_refuses_flags_that_do_not_go_together(source, tmp_path, flags, words):
     MIXED.save(tmp_path / "map.json")

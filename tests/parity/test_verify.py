@@ -28,7 +28,7 @@ from hydra_mcore.convert.hf_import import import_hf
 from hydra_mcore.convert.inherit import hybridize
 from hydra_mcore.evaluation import layout_logits, subject, verification
 from hydra_mcore.evaluation.verification import NAMES
-from hydra_mcore.heads import HeadMap
+from hydra_mcore.heads import HeadMap, HeadsByKind
 from hydra_mcore.model import fa_heads
 from hydra_mcore.model.build import load_model
 from hydra_mcore.model.checkpoints import save_weights
@@ -40,11 +40,17 @@ from tools.verify import main
 
 LAYERS, HEADS, GROUPS = 4, ODD["num_attention_heads"], ODD["num_key_value_heads"]
 SIZES = {"num_hidden_layers": LAYERS, "vocab_size": 64}  # which two ranks can share
-# No FA head, one, some of uneven groups, all.
-HEAD_MAP = HeadMap.from_fa([(1, 4), (2, 0), (2, 1), (2, 5), *((3, h) for h in range(HEADS))], LAYERS, HEADS, GROUPS)
+# No FA head, one, some of uneven groups, all; others of every kind, of uneven groups too.
+MIXED = (
+    HeadsByKind(gdn=(1,), kda=(0, 4, 5), lightning=(2, 3)),
+    HeadsByKind(fa=(4,), gdn=(0, 2), kda=(1,), lightning=(3, 5)),
+    HeadsByKind(fa=(0, 1, 5), gdn=(2,), kda=(3,), lightning=(4,)),
+    HeadsByKind(fa=range(HEADS)),
+)
+HEAD_MAP = HeadMap(num_heads=HEADS, num_kv_groups=GROUPS, layers=MIXED)
 OPTIONS = HydraOptions(
     fa_log_scale="always", fa_log_scale_base=7.0, gdn_conv_kernel=3, gdn_write_max=2.0, gdn_gate="headwise",
-    gdn_half_life=20.0,
+    gdn_half_life=20.0, kda_conv_kernel=2, kda_gate="elementwise", kda_half_life=20.0, lightning_slope=0.02,
     fusion="competition",
 )  # fmt: skip
 ALONE = tuple(name for name in NAMES if name != "layouts")  # what needs no other processes
@@ -195,8 +201,14 @@ BROKEN_CODE = {
     ),
     "padding_is_written": (
         "gdn_heads_hydra_head.py",
-        "        if padding is not None:\n            log_decay_bsh, write_bsh =",
-        "        if False:\n            log_decay_bsh, write_bsh =",
+        "        if padding is not None:\n            real_bs1 =",
+        "        if False:\n            real_bs1 =",
+        {("padding", "left")},
+    ),
+    "padding_is_attended_to": (
+        "lightning_heads_hydra_head.py",
+        "linear_attention if call.padding is None else functools.partial(_past_padding, call.padding)",
+        "linear_attention",
         {("padding", "left")},
     ),
     "positions_count_right_padding": (

@@ -61,9 +61,7 @@ LITERALS = [
 @pytest.mark.parametrize(("cls", "name", "choices"), LITERALS, ids=[name for _, name, _ in LITERALS])
 def test_named_choices(cls, name, choices):
     for choice in choices:
-        # One choice is refused next to the default of another option; that has its own test.
-        beside = {"gdn_kv": "per_group"} if (name, choice) == ("qkv", "shared") else {}
-        assert getattr(cls(**{name: choice}, **beside), name) == choice
+        assert getattr(cls(**{name: choice}), name) == choice
     with pytest.raises(ConfigError, match=f"^{name} is 'sideways'; choose one of .*{choices[-1]}"):
         cls(**{name: "sideways"})
 
@@ -82,7 +80,12 @@ NAN = float("nan")
         (HydraOptions, {"fa_log_scale_base": NAN}, "fa_log_scale_base must exceed 1"),
         (HydraOptions, {"gdn_half_life": 0.0}, "gdn_half_life must exceed 0"),
         (HydraOptions, {"gdn_half_life": NAN}, "gdn_half_life must exceed 0"),
-        (HydraOptions, {"qkv": "shared"}, "set gdn_kv to 'per_group'"),
+        (HydraOptions, {"kda_conv_kernel": 2**12 + 1}, "kda_conv_kernel is 4097; it counts taps"),
+        (HydraOptions, {"kda_write_max": NAN}, "kda_write_max is nan"),
+        (HydraOptions, {"kda_half_life": -1.0}, "kda_half_life must exceed 0"),
+        (HydraOptions, {"lightning_slope": 0.0}, "lightning_slope is 0.0; choose 0 < slope <= 1"),
+        (HydraOptions, {"lightning_slope": 1.5}, "lightning_slope is 1.5"),
+        (HydraOptions, {"lightning_slope": NAN}, "lightning_slope is nan"),
         (StageOptions, {"kl_temperature": 0.0}, "kl_temperature is .*; it must be a number of at least 1e-06"),
         (StageOptions, {"kl_temperature": NAN}, "kl_temperature is .*; it must be a number of at least 1e-06"),
         (StageOptions, {"kl_weight": -0.1}, "_weight is .*; it must be a number of at least 0"),
@@ -96,7 +99,7 @@ def test_numbers_out_of_range(cls, changes, message):
 
 
 def test_edges_of_the_ranges_are_allowed():
-    HydraOptions(gdn_conv_kernel=0, gdn_write_max=2.0, fa_log_scale_base=1.01, gdn_half_life=0.5)
+    HydraOptions(gdn_conv_kernel=0, gdn_write_max=2.0, fa_log_scale_base=1.01, gdn_half_life=0.5, lightning_slope=1.0)
     StageOptions(kl_weight=0.0, ce_weight=0.0, kl_temperature=0.1)
 
 

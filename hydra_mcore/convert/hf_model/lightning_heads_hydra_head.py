@@ -41,7 +41,7 @@ class LightningHeads(Heads):
         return out_bshd, self.gate(x_bsm)
 
     def log_decay(self, device: torch.device) -> Tensor:
-        """[h], in float64; made on the device, because numbers from the host would hold up one-token steps."""
+        """[h], float64; made where it is used, because numbers from the host would hold up a GPU's one-token steps."""
         total = self.config.num_attention_heads
         rates = self.config.lightning_slope ** (torch.arange(1, total + 1, dtype=torch.float64, device=device) / total)
         return -torch.stack([rates[head] for head in self.heads])

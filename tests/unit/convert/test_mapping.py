@@ -13,7 +13,7 @@ from hydra_mcore.convert.families import EMBEDDING, OUTPUT_LAYER
 from hydra_mcore.convert.hydra_family import from_config, to_config
 from hydra_mcore.convert.mapping import Columns, InEachBlock, Stacked, Whole
 from hydra_mcore.convert.tensor_table import is_teacher, tensor_rules
-from hydra_mcore.heads import HeadMap
+from hydra_mcore.heads import HeadMap, HeadsByKind
 
 SHAPE = ModelShape(
     num_layers=3,
@@ -25,8 +25,13 @@ SHAPE = ModelShape(
     vocab_size=11,
     native_length=8,
 )
-# A layer with some FA heads (two of the three kv groups live), one with none, one with all.
-HEAD_MAP = HeadMap.from_fa([(0, 1), (0, 4), *((2, h) for h in range(6))], 3, 6, 3)
+# A layer with heads of every kind (of FA, two of the three kv groups live), one without FA heads, one of these alone.
+LAYERS = (
+    HeadsByKind(fa=(1, 4), gdn=(0,), kda=(2, 3), lightning=(5,)),
+    HeadsByKind(gdn=(0, 4), kda=(1,), lightning=(2, 3, 5)),
+    HeadsByKind(fa=range(6)),
+)
+HEAD_MAP = HeadMap(num_heads=6, num_kv_groups=3, layers=LAYERS)
 
 
 @pytest.mark.parametrize(
@@ -100,11 +105,14 @@ def test_a_teachers_table_gives_every_part_of_a_tensor_once(tied, qk_norm, bias)
 
 OPTIONS = [
     {},
-    {"fa_gate": "headwise", "gdn_gate": "elementwise", "fusion": "competition"},
+    {"fa_gate": "headwise", "gdn_gate": "elementwise", "kda_gate": "headwise", "lightning_gate": "none",
+        "fusion": "competition"},
     {"fa_gate": "none", "gdn_gate": "headwise", "gdn_conv_kernel": 0, "gdn_qk_norm": "none", "fusion": "norm"},
-    {"gdn_kv": "per_group", "fusion_norm_weight": "none"},
-    {"gdn_kv": "per_group", "qkv": "shared", "fusion": "none"},
-]
+    {"kda_gate": "elementwise", "kda_conv_kernel": 0, "kda_qk_norm": "none", "lightning_qk_norm": "none",
+        "lightning_gate": "headwise", "lightning_slope": 0.5},
+    {"gdn_kv": "per_group", "kda_kv": "per_group", "lightning_kv": "per_group", "fusion_norm_weight": "none"},
+    {"qkv": "shared", "fusion": "none"},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

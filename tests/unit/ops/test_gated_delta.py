@@ -33,3 +33,14 @@ def test_equal_decays_of_all_channels_are_a_decay_of_the_head(s: int) -> None:
 
     actual = outputs_and_gradients(by_channel, inputs)  # autograd sums the decays' gradients over channels
     assert_same(actual, outputs_and_gradients(HEAD_DECAY.ours, inputs), 1e-10)
+
+
+@pytest.mark.parametrize("s", [1, 64, 150])
+def test_equals_flash_linear_attention_in_float32(s: int) -> None:
+    reference = pytest.importorskip("fla.ops.kda.naive", reason="needs flash-linear-attention")
+    inputs = CHANNEL_DECAY.inputs(b=2, s=s, d=32, v=16, dtype=torch.float32)
+
+    def recurrent(*x: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.naive_recurrent_kda(*x[:5], initial_state=x[5], output_final_state=True)
+
+    assert_same(outputs_and_gradients(CHANNEL_DECAY.ours, inputs), outputs_and_gradients(recurrent, inputs), 1e-5)
