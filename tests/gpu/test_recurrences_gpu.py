@@ -5,9 +5,10 @@
 Not yet run on a GPU. On 2026-11-29 the same comparisons passed on a CPU in Triton's interpreter (flash-linear-attention
 0.6.0, float32, 70 tokens, 16 channels, packed and not, with an initial state): outputs, states and all gradients of all
 three recurrences to 8e-7. Where three channels in ten decay by -5, -20 or -1,000, KDA's are equal to 3e-6, 2e-5 and
-6e-4. This checks names, layouts and signs but neither bfloat16 nor compiled code. The interpreter (TRITON_INTERPRET=1)
-takes these tests with DEVICE = "cpu", a ``serve`` that does not ask for a GPU, one configuration of each kernel, and
-loop counters that have ``.to``. The other kernels: ``test_fla_kernels_gpu.py``.
+6e-4. Two context-parallel ranks of 70 tokens, KDA's and linear attention's, equal the naive recurrence to 1e-6. This
+checks names, layouts and signs but neither bfloat16 nor compiled code. The interpreter (TRITON_INTERPRET=1) takes these
+tests with DEVICE = "cpu", a ``serve`` that does not ask for a GPU, one configuration of each kernel, and loop counters
+that have ``.to``. The other kernels: ``test_fla_kernels_gpu.py``.
 """
 
 from __future__ import annotations
