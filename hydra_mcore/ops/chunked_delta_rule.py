@@ -139,7 +139,31 @@ def _chunks(q_cnrd: Tensor, k_cnrd: Tensor, log_decay_cnr: Tensor, write_cnr: Te
 def _forward(
     inputs: tuple[Tensor, ...], scale: float, segments: list[Segment], r: int, kept: list[Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """Outputs [b, s, h, v] and the last state of each document [k, n, d, v]; ``kept`` gets what backward needs.
+    """Outputs [b, s, h, v] and the last state of each document [k, n, d, v]; ``kept`` gets what backward needs."""
+    *tokens, initial_kndv = inputs
+    last_kndv = initial_kndv.clone()
+    out_bshv = torch.empty_like(inputs[2], dtype=inputs[0].dtype)
+    state_ndv = initial_kndv[0]
+    for segment in segments:
+        state_ndv = _forward_segment(
+            tokens, segment, scale, r, state_ndv, initial_kndv, out_bshv=out_bshv, last_kndv=last_kndv, kept=kept
+        )
+    return out_bshv, last_kndv
+
+
+def _forward_segment(
+    tokens: Sequence[Tensor],
+    segment: Segment,
+    scale: float,
+    r: int,
+    state_ndv: Tensor,
+    initial_kndv: Tensor,
+    *,
+    out_bshv: Tensor,
+    last_kndv: Tensor,
+    kept: list[Tensor] | None,
+) -> Tensor:
+    """The state behind a segment; fills in its outputs and the states that documents end with.
 
     What a row writes is what it brings less what it reads, of earlier rows of its chunk and of the state before it,
 
@@ -147,38 +171,30 @@ def _forward(
 
     with L the strictly lower scores of keys with keys.
     """
-    *tokens, initial_kndv = inputs
-    last_kndv = initial_kndv.clone()
-    out_bshv = torch.empty_like(inputs[2], dtype=inputs[0].dtype)
+    q_cnrd, k_cnrd, v_cnrv, log_decay_cnr, write_cnr = (to_chunks(x, segment, r, initial_kndv.dtype) for x in tokens)
+    chunks = _chunks(q_cnrd, k_cnrd, log_decay_cnr, write_cnr, scale)
+    # The solver takes the diagonal as 1 and reads nothing above it.
+    lower_cnrr = chunks.scores_cnpr[:, :, r:]
     eye_rr = torch.eye(r, dtype=initial_kndv.dtype, device=initial_kndv.device)
-    state_ndv = initial_kndv[0]
-    for segment in segments:
-        q_cnrd, k_cnrd, v_cnrv, log_decay_cnr, write_cnr = (
-            to_chunks(x, segment, r, initial_kndv.dtype) for x in tokens
-        )
-        chunks = _chunks(q_cnrd, k_cnrd, log_decay_cnr, write_cnr, scale)
-        # The solver takes the diagonal as 1 and reads nothing above it.
-        lower_cnrr = chunks.scores_cnpr[:, :, r:]
-        inverse_cnrr = torch.linalg.solve_triangular(
-            lower_cnrr, eye_rr.expand_as(lower_cnrr), upper=False, unitriangular=True
-        )
-        written_cnrv = v_cnrv * write_cnr[..., None]
-        out_cnrv = torch.empty_like(v_cnrv)
-        before_ndv = state_ndv
-        for c, (begins, ends) in enumerate(zip(segment.begins, segment.ends, strict=True)):
-            if begins is not None:
-                state_ndv = initial_kndv[begins]
-            read_npv = chunks.decayed_readers_cnpd[c] @ state_ndv
-            out_cnrv[c] = read_npv[:, :r]
-            written_cnrv[c] = inverse_cnrr[c] @ (written_cnrv[c] - read_npv[:, r:])
-            state_ndv = (state_ndv * chunks.decay.forget_cnx1[c]).baddbmm_(chunks.decayed_k_cnrd[c].mT, written_cnrv[c])
-            if ends is not None:
-                last_kndv[ends] = state_ndv
-        add_product(out_cnrv, chunks.scores_cnpr[:, :, :r], written_cnrv)
-        from_chunks(out_cnrv, segment, out_bshv)
-        if kept is not None:
-            kept += [before_ndv, inverse_cnrr, written_cnrv]
-    return out_bshv, last_kndv
+    inverse_cnrr = torch.linalg.solve_triangular(
+        lower_cnrr, eye_rr.expand_as(lower_cnrr), upper=False, unitriangular=True
+    )
+    written_cnrv = v_cnrv * write_cnr[..., None]
+    out_cnrv = torch.empty_like(v_cnrv)
+    if kept is not None:
+        kept += [state_ndv, inverse_cnrr, written_cnrv]
+    for c, (begins, ends) in enumerate(zip(segment.begins, segment.ends, strict=True)):
+        if begins is not None:
+            state_ndv = initial_kndv[begins]
+        read_npv = chunks.decayed_readers_cnpd[c] @ state_ndv
+        out_cnrv[c] = read_npv[:, :r]
+        written_cnrv[c] = inverse_cnrr[c] @ (written_cnrv[c] - read_npv[:, r:])
+        state_ndv = (state_ndv * chunks.decay.forget_cnx1[c]).baddbmm_(chunks.decayed_k_cnrd[c].mT, written_cnrv[c])
+        if ends is not None:
+            last_kndv[ends] = state_ndv
+    add_product(out_cnrv, chunks.scores_cnpr[:, :, :r], written_cnrv)
+    from_chunks(out_cnrv, segment, out_bshv)
+    return state_ndv
 
 
 class _ChunkedDeltaRule(torch.autograd.Function):
@@ -206,32 +222,57 @@ class _ChunkedDeltaRule(torch.autograd.Function):
         gradients = [torch.empty_like(x) for x in inputs]
         d_state_ndv = d_last_kndv[-1]
         for i, segment in reversed(list(enumerate(ctx.segments))):
-            tensors = [to_chunks(x, segment, ctx.r, initial_kndv.dtype) for x in (*inputs, d_out_bshv)]
-            q_cnrd, k_cnrd, v_cnrv, log_decay_cnr, write_cnr, d_out_cnrv = tensors
-            before_ndv, inverse_cnrr, written_cnrv = kept[3 * i : 3 * i + 3]
-            chunks = _chunks(q_cnrd, k_cnrd, log_decay_cnr, write_cnr, ctx.scale)
-            state_cndv = _states(segment, chunks, written_cnrv, before_ndv, initial_kndv)
-            # The gradient of what each reader read; that of a key's is also minus that of what its row brought, beta v.
-            d_read_cnpv = torch.cat([d_out_cnrv, torch.empty_like(v_cnrv)], dim=2)
-            d_written_cnrv = chunks.scores_cnpr[:, :, : ctx.r].mT @ d_out_cnrv
-            d_state_cndv = torch.empty_like(state_cndv)
-            for c in reversed(range(len(k_cnrd))):
-                if (document := segment.ends[c]) is not None:
-                    d_state_ndv = d_last_kndv[document]
-                d_state_cndv[c] = d_state_ndv
-                d_brought_nrv = inverse_cnrr[c].mT @ d_written_cnrv[c].baddbmm_(chunks.decayed_k_cnrd[c], d_state_ndv)
-                torch.neg(d_brought_nrv, out=d_read_cnpv[c, :, ctx.r :])
-                d_state_ndv = (d_state_ndv * chunks.decay.forget_cnx1[c]).baddbmm_(
-                    chunks.decayed_readers_cnpd[c].mT, d_read_cnpv[c]
-                )
-                if (document := segment.begins[c]) is not None:
-                    d_initial_kndv[document] = d_state_ndv
-            found = _gradients(
-                chunks, state_cndv, d_state_cndv, written_cnrv, d_read_cnpv, v_cnrv, write_cnr, ctx.scale
-            )
+            d_state_ndv, found = _backward_segment(
+                (*inputs, d_out_bshv), kept[3 * i : 3 * i + 3], segment, ctx.scale, ctx.r, d_state_ndv, initial_kndv,
+                d_last_kndv, d_initial_kndv,
+            )  # fmt: skip
             for gradient, found_cnr in zip(gradients, found, strict=True):
                 from_chunks(found_cnr, segment, gradient)
+            del found
         return *gradients, d_initial_kndv, None, None, None
+
+
+def _backward_segment(
+    tokens: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    segment: Segment,
+    scale: float,
+    r: int,
+    d_state_ndv: Tensor,
+    initial_kndv: Tensor,
+    d_last_kndv: Tensor,
+    d_initial_kndv: Tensor,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The gradient of the state before a segment, and those of its inputs; fills in those of documents' first states.
+
+    Args:
+        tokens: inputs, and the gradient of the output.
+        kept: of the forward pass.
+        d_state_ndv: the gradient of the state behind the segment.
+    """
+    q_cnrd, k_cnrd, v_cnrv, log_decay_cnr, write_cnr, d_out_cnrv = (
+        to_chunks(x, segment, r, initial_kndv.dtype) for x in tokens
+    )
+    before_ndv, inverse_cnrr, written_cnrv = kept
+    chunks = _chunks(q_cnrd, k_cnrd, log_decay_cnr, write_cnr, scale)
+    state_cndv = _states(segment, chunks, written_cnrv, before_ndv, initial_kndv)
+    # The gradient of what each reader read; that of a key's is also minus that of what its row brought, beta v.
+    d_read_cnpv = torch.cat([d_out_cnrv, torch.empty_like(v_cnrv)], dim=2)
+    d_written_cnrv = chunks.scores_cnpr[:, :, :r].mT @ d_out_cnrv
+    d_state_cndv = torch.empty_like(state_cndv)
+    for c in reversed(range(len(k_cnrd))):
+        if (document := segment.ends[c]) is not None:
+            d_state_ndv = d_last_kndv[document]
+        d_state_cndv[c] = d_state_ndv
+        d_brought_nrv = inverse_cnrr[c].mT @ d_written_cnrv[c].baddbmm_(chunks.decayed_k_cnrd[c], d_state_ndv)
+        torch.neg(d_brought_nrv, out=d_read_cnpv[c, :, r:])
+        d_state_ndv = (d_state_ndv * chunks.decay.forget_cnx1[c]).baddbmm_(
+            chunks.decayed_readers_cnpd[c].mT, d_read_cnpv[c]
+        )
+        if (document := segment.begins[c]) is not None:
+            d_initial_kndv[document] = d_state_ndv
+    found = _gradients(chunks, state_cndv, d_state_cndv, written_cnrv, d_read_cnpv, v_cnrv, write_cnr, scale)
+    return d_state_ndv, found
 
 
 def _states(

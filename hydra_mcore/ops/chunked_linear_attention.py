@@ -133,16 +133,32 @@ def _forward(
     out_bshv = torch.empty_like(inputs[2], dtype=inputs[0].dtype)
     state_ndv = initial_kndv[0]
     for segment in segments:
-        q_cnrd, k_cnrd, v_cnrv = (to_chunks(x, segment, r, initial_kndv.dtype) for x in tokens)
-        decay = _decay(rate_n, segment, r, q_cnrd.dtype)
-        q_cnrd *= scale
         if kept is not None:
             kept.append(state_ndv)
-        state_cndv, state_ndv = _states(segment, decay, k_cnrd, v_cnrv, state_ndv, initial_kndv, last_kndv)
-        out_cnrv = ((q_cnrd @ k_cnrd.mT).mul_(decay.between_nrr)) @ v_cnrv
-        add_product(out_cnrv, q_cnrd.mul_(decay.from_start_nr1), state_cndv)
-        from_chunks(out_cnrv, segment, out_bshv)
+        state_ndv = _forward_segment(tokens, segment, rate_n, scale, r, state_ndv, initial_kndv, out_bshv, last_kndv)
     return out_bshv, last_kndv
+
+
+def _forward_segment(
+    tokens: Sequence[Tensor],
+    segment: Segment,
+    rate_n: Tensor,
+    scale: float,
+    r: int,
+    state_ndv: Tensor,
+    initial_kndv: Tensor,
+    out_bshv: Tensor,
+    last_kndv: Tensor,
+) -> Tensor:
+    """The state behind a segment; fills in its outputs and the states that documents end with."""
+    q_cnrd, k_cnrd, v_cnrv = (to_chunks(x, segment, r, initial_kndv.dtype) for x in tokens)
+    decay = _decay(rate_n, segment, r, q_cnrd.dtype)
+    q_cnrd *= scale
+    state_cndv, state_ndv = _states(segment, decay, k_cnrd, v_cnrv, state_ndv, initial_kndv, last_kndv)
+    out_cnrv = ((q_cnrd @ k_cnrd.mT).mul_(decay.between_nrr)) @ v_cnrv
+    add_product(out_cnrv, q_cnrd.mul_(decay.from_start_nr1), state_cndv)
+    from_chunks(out_cnrv, segment, out_bshv)
+    return state_ndv
 
 
 def _states(
@@ -190,26 +206,52 @@ class _ChunkedLinearAttention(torch.autograd.Function):
         gradients = [torch.empty_like(x) for x in inputs]
         d_state_ndv = d_last_kndv[-1]
         for segment, before_ndv in zip(reversed(ctx.segments), reversed(kept), strict=True):
-            tensors = [to_chunks(x, segment, ctx.r, initial_kndv.dtype) for x in (*inputs, d_out_bshv)]
-            q_cnrd, k_cnrd, v_cnrv, d_out_cnrv = tensors
-            decay = _decay(rate_n, segment, ctx.r, q_cnrd.dtype)
-            q_cnrd *= ctx.scale
-            state_cndv, _ = _states(segment, decay, k_cnrd, v_cnrv, before_ndv, initial_kndv, initial_kndv.clone())
-            # A state is read by the rows of its chunk and by the state behind it.
-            d_read_cndv = (q_cnrd * decay.from_start_nr1).mT @ d_out_cnrv
-            d_state_cndv = torch.empty_like(d_read_cndv)
-            for c in reversed(range(len(d_read_cndv))):
-                if (document := segment.ends[c]) is not None:
-                    d_state_ndv = d_last_kndv[document]
-                d_state_cndv[c] = d_state_ndv
-                d_state_ndv = torch.addcmul(d_read_cndv[c], d_state_ndv, decay.through_cn11[c])
-                if (document := segment.begins[c]) is not None:
-                    d_initial_kndv[document] = d_state_ndv
-            found = _gradients(decay, (q_cnrd, k_cnrd, v_cnrv), d_out_cnrv, state_cndv, d_state_cndv)
-            found[0].mul_(ctx.scale)
+            d_state_ndv, found = _backward_segment(
+                (*inputs, d_out_bshv), segment, rate_n, ctx.scale, ctx.r, before_ndv, d_state_ndv, initial_kndv,
+                d_last_kndv, d_initial_kndv,
+            )  # fmt: skip
             for gradient, found_cnr in zip(gradients, found, strict=True):
                 from_chunks(found_cnr, segment, gradient)
+            del found
         return *gradients, d_initial_kndv, None, None, None, None
+
+
+def _backward_segment(
+    tokens: Sequence[Tensor],
+    segment: Segment,
+    rate_n: Tensor,
+    scale: float,
+    r: int,
+    before_ndv: Tensor,
+    d_state_ndv: Tensor,
+    initial_kndv: Tensor,
+    d_last_kndv: Tensor,
+    d_initial_kndv: Tensor,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The gradient of the state before a segment, and those of its inputs; fills in those of documents' first states.
+
+    Args:
+        tokens: inputs, and the gradient of the output.
+        before_ndv: the state before the segment.
+        d_state_ndv: the gradient of the one behind it.
+    """
+    q_cnrd, k_cnrd, v_cnrv, d_out_cnrv = (to_chunks(x, segment, r, initial_kndv.dtype) for x in tokens)
+    decay = _decay(rate_n, segment, r, q_cnrd.dtype)
+    q_cnrd *= scale
+    state_cndv, _ = _states(segment, decay, k_cnrd, v_cnrv, before_ndv, initial_kndv, initial_kndv.clone())
+    # A state is read by the rows of its chunk and by the state behind it.
+    d_read_cndv = (q_cnrd * decay.from_start_nr1).mT @ d_out_cnrv
+    d_state_cndv = torch.empty_like(d_read_cndv)
+    for c in reversed(range(len(d_read_cndv))):
+        if (document := segment.ends[c]) is not None:
+            d_state_ndv = d_last_kndv[document]
+        d_state_cndv[c] = d_state_ndv
+        d_state_ndv = torch.addcmul(d_read_cndv[c], d_state_ndv, decay.through_cn11[c])
+        if (document := segment.begins[c]) is not None:
+            d_initial_kndv[document] = d_state_ndv
+    found = _gradients(decay, (q_cnrd, k_cnrd, v_cnrv), d_out_cnrv, state_cndv, d_state_cndv)
+    found[0].mul_(scale)
+    return d_state_ndv, found
 
 
 def _gradients(

@@ -197,8 +197,7 @@ def choose_heads(
     kept, kinds = picks[strategy.removesuffix("_random")](), parse_linear(linear, layers)
     facts = {"model": dataclasses.asdict(shape), "strategy": strategy, "made_by": made_by or {}}
     head_map = HeadMap.from_fa(kept, layers, heads, groups, kinds, fingerprint=fingerprint, **facts)
-    objective = _objective(strategy, shape, budget, kv_budget, tp_size)
-    alive = kv_groups_alive(shape, kept)
+    objective, alive = _objective(strategy, shape, budget, kv_budget, tp_size), kv_groups_alive(shape, kept)
     return Choice(head_map, objective, *_shares(kept, scores), alive, alive / (layers * groups), kinds)
 
 

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import itertools
 import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -34,14 +33,15 @@ def heat_map(path: str | Path, head_map: HeadMap, scores: HeadScores | None, mod
     layers, heads = head_map.num_layers, head_map.num_heads
     mark, meaning = "filled" if scores is None else "framed", STRATEGIES.get(head_map.strategy, "made elsewhere")
     dotted = [kind for kind in linear_kinds() if head_map.heads_of(kind)][1:]
-    marks = "".join(f"dot = {KINDS[kind].title}; " for kind in dotted)
     title = f"{model_name}: {head_map.num_fa} of {layers * heads} heads keep full attention"
     cell_w, cell_h = min(0.38, 14 / heads), min(0.3, 12 / layers)
     size = max(6.5, 2.6 + cell_w * heads), max(2.8, 1.3 + cell_h * layers)
-    figure = _figure(*size, title, f"{mark} = kept; {marks}{head_map.strategy}: {meaning}")
+    figure = _figure(*size, title, f"{mark} = kept; {head_map.strategy}: {meaning}")
     axes = figure.add_subplot()
     image = _cells(axes, np.zeros((layers, heads)) if scores is None else scores.scores_lh)
     _dots(axes, dotted, head_map, 14)
+    if dotted:
+        figure.legend(loc="outside lower left", ncols=len(dotted), frameon=False, fontsize=9)
     for layer_idx, layer in enumerate(head_map.layers):
         for head_idx in layer[FA]:
             corner = (head_idx - 0.42, layer_idx - 0.42)
@@ -92,8 +92,9 @@ def statistic_maps(path: str | Path, title: str, values: Mapping[str, np.ndarray
 
 
 def _dots(axes: Axes, kinds: Iterable[str], head_map: HeadMap, size: int) -> None:
-    for kind, (layer_idx, layer) in itertools.product(kinds, enumerate(head_map.layers)):
-        axes.scatter(layer[kind], [layer_idx] * len(layer[kind]), s=size, color=KINDS[kind].colour, lw=0)
+    for kind in kinds:
+        heads = np.array(head_map.heads_of(kind)).reshape(-1, 2)
+        axes.scatter(heads[:, 1], heads[:, 0], s=size, color=KINDS[kind].colour, lw=0, label=KINDS[kind].title)
 
 
 def role_maps(path: str | Path, scores: HeadScores, critical_lh: np.ndarray) -> None:

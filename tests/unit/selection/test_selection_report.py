@@ -232,6 +232,13 @@ def test_a_map_without_scores_has_its_picture(tmp_path: Path) -> None:
     assert_pngs(tmp_path, "heads")
 
 
+@pytest.mark.parametrize("kept", [[], [(0, 1), (2, 3)]])
+def test_maps_of_statistics_without_and_with_heads_to_mark(tmp_path: Path, kept: list[tuple[int, int]]) -> None:
+    head_map = HeadMap.from_fa(kept, 3, 4, 2)
+    figures.statistic_maps(tmp_path / "size.png", NAME, {"size": np.arange(12.0).reshape(3, 4)}, head_map)
+    assert_pngs(tmp_path, "size")
+
+
 def test_half_of_the_score() -> None:
     assert figures.half_of(np.array([0.1, 0.5, 0.4])) == 1 and figures.half_of(np.array([0.3, 0.3, 0.4])) == 2
     assert figures.half_of(np.zeros(3)) == 0
