@@ -23,7 +23,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hydra_mcore.config import HydraOptions, ModelCard, ModelShape
-from hydra_mcore.heads import HeadMap
+from hydra_mcore.heads import HeadMap, HeadsByKind
 from hydra_mcore.model.build import build_model
 from hydra_mcore.model.cache import DecodingCache
 from hydra_mcore.model.forward import last_hidden
@@ -64,7 +64,8 @@ class NeverWaits(TorchDispatchMode):
 
 
 def student(**options: Any) -> torch.nn.Module:
-    head_map = HeadMap.from_fa([(0, 0), (0, 3)], SHAPE.num_layers, SHAPE.num_heads, SHAPE.num_kv_groups)
+    layers = (HeadsByKind(fa=(0, 3), gdn=(1, 2)), HeadsByKind(gdn=(0,), kda=(1, 3), lightning=(2,)))
+    head_map = HeadMap(num_heads=SHAPE.num_heads, num_kv_groups=SHAPE.num_kv_groups, layers=layers)
     torch.manual_seed(0)
     return build_model(ModelCard(shape=SHAPE, head_map=head_map, options=HydraOptions(**options), fingerprint=""))
 
@@ -123,7 +124,7 @@ def test_the_kernel_s_convolution_knows_documents_and_parts(
     conv.weight.normal_()
     x_sbhc, before = torch.randn(24, 1, 2, 24), conv.block[1] - 1
     whole = conv(x_sbhc, SequencePart(24, documents=documents))
-    kernels = fla_kernels.Kernels(chunked=None, recurrent=None, conv=naive_conv, l2norm=None)
+    kernels = fla_kernels.Kernels(*[None] * 6, conv=naive_conv, l2norm=None)
     monkeypatch.setattr(fla_kernels, "kernels", lambda: kernels)
     monkeypatch.setattr(fla_kernels, "serve", lambda x: True)
     torch.testing.assert_close(conv(x_sbhc, SequencePart(24, documents=documents)), whole)
@@ -135,8 +136,8 @@ def test_the_kernel_s_convolution_knows_documents_and_parts(
         torch.testing.assert_close(found, whole[8 * rank : 8 * rank + 8])
 
 
-def pieces(attention: HydraAttention) -> dict[str, Callable[[Tensor], Any]]:
-    """Parts of a layer that a compiler fuses, each of the layer's input."""
+def pieces(attention: HydraAttention, other: HydraAttention) -> dict[str, Callable[[Tensor], Any]]:
+    """Parts of the two layers that a compiler fuses, each of the layer's input."""
     part = SequencePart(7)
 
     def fused(x_sbm: Tensor) -> Tensor:
@@ -146,6 +147,7 @@ def pieces(attention: HydraAttention) -> dict[str, Callable[[Tensor], Any]]:
     return {
         "output gate": attention.fa.gate,
         "decay and write": attention.gdn._gates,
+        "decay by channel": other.kda._gates,
         "short convolution": lambda x_sbm: attention.gdn.conv(
             x_sbm.repeat(1, 1, 2)[..., :48].unflatten(-1, (2, 24)), part
         ),
@@ -156,9 +158,9 @@ def pieces(attention: HydraAttention) -> dict[str, Callable[[Tensor], Any]]:
 @pytest.mark.parametrize(
     "options", [{}, {"fusion": "competition", "gdn_conv_activation": "silu", "gate_order": "after_norm"}], ids=str
 )
-@pytest.mark.parametrize("name", ["output gate", "decay and write", "short convolution", "fusion"])
+@pytest.mark.parametrize("name", ["output gate", "decay and write", "decay by channel", "short convolution", "fusion"])
 def test_pieces_compile_without_a_break(name: str, options: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    piece = pieces(student(**options).decoder.layers[0].self_attention)[name]
+    piece = pieces(*(layer.self_attention for layer in student(**options).decoder.layers))[name]
     x_sbm = torch.randn(7, 2, SHAPE.hidden_size)
     torch._dynamo.reset()
     graphs = CompileCounter()
