@@ -11,8 +11,8 @@ where alpha_t is one decay a head, or, as in Kimi Delta Attention (arXiv 2510.26
 Diag(alpha_t) S_{t-1}^T in place of alpha_t S_{t-1}^T. ``decays.py`` knows the difference. The state is stored
 transposed, [d, v], as flash-linear-attention does. Shape suffixes are those of ``chunks.py``, and
 
-    p = 2r readers of a chunk     its queries, then its keys: both read the state, the queries for the output, the keys
-                                  (times beta) for what stands already where they are about to write
+    p = 2r readers of a chunk     of each row its query, then its key: both read the state, the query for the output,
+                                  the key (times beta) for what stands already where it is about to write
     x                             1, or d where every key channel has a decay
 
 This file needs torch only: a copy of it travels with every model exported to Hugging Face.
@@ -119,21 +119,21 @@ class _Chunks(NamedTuple):
     """What the rows of chunks are to one another, the state aside."""
 
     k_cnrd: Tensor
-    readers_cn2rd: Tensor  # scaled queries, then keys times beta
+    readers_cnr2d: Tensor  # scaled query and key times beta of each row
     decay: HeadDecay | ChannelDecay
-    scores_cnpr: Tensor  # readers times keys, decayed
+    scores_cnr2r: Tensor  # readers times keys, decayed
     decayed_readers_cnpd: Tensor  # to apply to the state before the chunk
     decayed_k_cnrd: Tensor  # to add to the state after the chunk
 
 
-def _chunks(q_cnrd: Tensor, k_cnrd: Tensor, log_decay_cnr: Tensor, write_cnr: Tensor, scale: float) -> _Chunks:
+def _chunks(
+    q_cnrd: Tensor, k_cnrd: Tensor, log_decay_cnr: Tensor, write_cnr: Tensor, scale: float, for_backward: bool
+) -> _Chunks:
     """From what does not depend on the state."""
     decay = (HeadDecay if log_decay_cnr.dim() == 3 else ChannelDecay)(log_decay_cnr, k_cnrd.dtype)
-    readers_cn2rd = torch.stack([q_cnrd * scale, k_cnrd * write_cnr[..., None]], dim=2)
-    return _Chunks(
-        k_cnrd, readers_cn2rd, decay, decay.scores(readers_cn2rd, k_cnrd),
-        (readers_cn2rd * decay.from_start_cn1rx).flatten(2, 3), k_cnrd * decay.to_end_cnrx,
-    )  # fmt: skip
+    readers_cnr2d = torch.stack([q_cnrd * scale, k_cnrd * write_cnr[..., None]], dim=3)
+    scores_cnr2r, decayed_readers_cnr2d, decayed_k_cnrd = decay.apply(readers_cnr2d, k_cnrd, for_backward)
+    return _Chunks(k_cnrd, readers_cnr2d, decay, scores_cnr2r, decayed_readers_cnr2d.flatten(2, 3), decayed_k_cnrd)
 
 
 def _forward(
@@ -172,9 +172,9 @@ def _forward_segment(
     with L the strictly lower scores of keys with keys.
     """
     q_cnrd, k_cnrd, v_cnrv, log_decay_cnr, write_cnr = (to_chunks(x, segment, r, initial_kndv.dtype) for x in tokens)
-    chunks = _chunks(q_cnrd, k_cnrd, log_decay_cnr, write_cnr, scale)
+    chunks = _chunks(q_cnrd, k_cnrd, log_decay_cnr, write_cnr, scale, for_backward=False)
     # The solver takes the diagonal as 1 and reads nothing above it.
-    lower_cnrr = chunks.scores_cnpr[:, :, r:]
+    lower_cnrr = chunks.scores_cnr2r[:, :, :, 1]
     eye_rr = torch.eye(r, dtype=initial_kndv.dtype, device=initial_kndv.device)
     inverse_cnrr = torch.linalg.solve_triangular(
         lower_cnrr, eye_rr.expand_as(lower_cnrr), upper=False, unitriangular=True
@@ -186,13 +186,13 @@ def _forward_segment(
     for c, (begins, ends) in enumerate(zip(segment.begins, segment.ends, strict=True)):
         if begins is not None:
             state_ndv = initial_kndv[begins]
-        read_npv = chunks.decayed_readers_cnpd[c] @ state_ndv
-        out_cnrv[c] = read_npv[:, :r]
-        written_cnrv[c] = inverse_cnrr[c] @ (written_cnrv[c] - read_npv[:, r:])
+        read_nr2v = (chunks.decayed_readers_cnpd[c] @ state_ndv).unflatten(1, (r, 2))
+        out_cnrv[c] = read_nr2v[:, :, 0]
+        written_cnrv[c] = inverse_cnrr[c] @ (written_cnrv[c] - read_nr2v[:, :, 1])
         state_ndv = (state_ndv * chunks.decay.forget_cnx1[c]).baddbmm_(chunks.decayed_k_cnrd[c].mT, written_cnrv[c])
         if ends is not None:
             last_kndv[ends] = state_ndv
-    add_product(out_cnrv, chunks.scores_cnpr[:, :, :r], written_cnrv)
+    add_product(out_cnrv, chunks.scores_cnr2r[:, :, :, 0], written_cnrv)
     from_chunks(out_cnrv, segment, out_bshv)
     return state_ndv
 
@@ -254,24 +254,24 @@ def _backward_segment(
         to_chunks(x, segment, r, initial_kndv.dtype) for x in tokens
     )
     before_ndv, inverse_cnrr, written_cnrv = kept
-    chunks = _chunks(q_cnrd, k_cnrd, log_decay_cnr, write_cnr, scale)
+    chunks = _chunks(q_cnrd, k_cnrd, log_decay_cnr, write_cnr, scale, for_backward=True)
     state_cndv = _states(segment, chunks, written_cnrv, before_ndv, initial_kndv)
     # The gradient of what each reader read; that of a key's is also minus that of what its row brought, beta v.
-    d_read_cnpv = torch.cat([d_out_cnrv, torch.empty_like(v_cnrv)], dim=2)
-    d_written_cnrv = chunks.scores_cnpr[:, :, :r].mT @ d_out_cnrv
+    d_read_cnr2v = torch.stack([d_out_cnrv, torch.empty_like(v_cnrv)], dim=3)
+    d_written_cnrv = chunks.scores_cnr2r[:, :, :, 0].mT @ d_out_cnrv
     d_state_cndv = torch.empty_like(state_cndv)
     for c in reversed(range(len(k_cnrd))):
         if (document := segment.ends[c]) is not None:
             d_state_ndv = d_last_kndv[document]
         d_state_cndv[c] = d_state_ndv
         d_brought_nrv = inverse_cnrr[c].mT @ d_written_cnrv[c].baddbmm_(chunks.decayed_k_cnrd[c], d_state_ndv)
-        torch.neg(d_brought_nrv, out=d_read_cnpv[c, :, r:])
+        torch.neg(d_brought_nrv, out=d_read_cnr2v[c, :, :, 1])
         d_state_ndv = (d_state_ndv * chunks.decay.forget_cnx1[c]).baddbmm_(
-            chunks.decayed_readers_cnpd[c].mT, d_read_cnpv[c]
+            chunks.decayed_readers_cnpd[c].mT, d_read_cnr2v[c].flatten(1, 2)
         )
         if (document := segment.begins[c]) is not None:
             d_initial_kndv[document] = d_state_ndv
-    found = _gradients(chunks, state_cndv, d_state_cndv, written_cnrv, d_read_cnpv, v_cnrv, write_cnr, scale)
+    found = _gradients(chunks, state_cndv, d_state_cndv, written_cnrv, d_read_cnr2v, v_cnrv, write_cnr, scale)
     return d_state_ndv, found
 
 
@@ -293,25 +293,25 @@ def _gradients(
     state_cndv: Tensor,
     d_state_cndv: Tensor,
     written_cnrv: Tensor,
-    d_read_cnpv: Tensor,
+    d_read_cnr2v: Tensor,
     v_cnrv: Tensor,
     write_cnr: Tensor,
     scale: float,
 ) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, log decay and write, from those of the states after the chunks and of what was read."""
-    k_cnrd, decay, r = chunks.k_cnrd, chunks.decay, write_cnr.shape[-1]
-    d_scores_cnpr = d_read_cnpv @ written_cnrv.mT
-    d_scores_cnpr[:, :, r:].tril_(-1)
-    d_readers_cnpd = d_read_cnpv @ state_cndv.mT
-    d_readers_cn2rd = d_readers_cnpd.unflatten(2, (2, r)).mul_(decay.from_start_cn1rx)
+    k_cnrd, rows_and_readers = chunks.k_cnrd, d_read_cnr2v.shape[2:4]
+    d_read_cnpv = d_read_cnr2v.flatten(2, 3)
+    d_scores_cnr2r = (d_read_cnpv @ written_cnrv.mT).unflatten(2, rows_and_readers)
+    d_scores_cnr2r[:, :, :, 1].tril_(-1)
+    d_readers_cnr2d = (d_read_cnpv @ state_cndv.mT).unflatten(2, rows_and_readers)
     # Keys in their other part, as what is written to, which the state after the chunk and the scores read.
-    d_k_cnrd = (written_cnrv @ d_state_cndv.mT).mul_(decay.to_end_cnrx)
-    d_log_decay = decay.gradient(
-        chunks.readers_cn2rd, k_cnrd, chunks.scores_cnpr, d_scores_cnpr, d_readers_cn2rd, d_k_cnrd, state_cndv,
+    d_k_cnrd = written_cnrv @ d_state_cndv.mT
+    d_log_decay = chunks.decay.gradient(
+        chunks.readers_cnr2d, k_cnrd, chunks.scores_cnr2r, d_scores_cnr2r, d_readers_cnr2d, d_k_cnrd, state_cndv,
         d_state_cndv,
     )  # fmt: skip
-    d_q_cnrd, d_weighted_k_cnrd = d_readers_cnpd[:, :, :r] * scale, d_readers_cnpd[:, :, r:]
-    d_brought_cnrv = d_read_cnpv[:, :, r:].neg()
+    d_q_cnrd, d_weighted_k_cnrd = d_readers_cnr2d[:, :, :, 0] * scale, d_readers_cnr2d[:, :, :, 1]
+    d_brought_cnrv = d_read_cnr2v[:, :, :, 1].neg()
     d_write_cnr = (k_cnrd * d_weighted_k_cnrd).sum(-1) + (v_cnrv * d_brought_cnrv).sum(-1)
     d_k_cnrd.addcmul_(d_weighted_k_cnrd, write_cnr[..., None])
     return d_q_cnrd, d_k_cnrd, d_brought_cnrv.mul_(write_cnr[..., None]), d_log_decay, d_write_cnr
