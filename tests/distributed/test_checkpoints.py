@@ -179,7 +179,7 @@ def test_a_disk_without_room_is_noticed_before_training_and_before_a_save(
     folder: Path, small_disk: Callable[[int], Path]
 ) -> None:
     line = refused(disturbed(folder, str(small_disk(500))))
-    assert "a checkpoint will take about 904.9 kB and" in line
+    assert "a checkpoint will take about 926.2 kB and" in line
     disk = small_disk(9_000)
     line = refused(disturbed(folder, str(disk), "--keep-last", "3"))
     assert "a checkpoint takes 3.3 MB and" in line and "step 6 is not saved" in line and "step 4 is complete" in line

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from hydra_mcore.config import ModelCard
+from hydra_mcore.config import HydraOptions, ModelCard
 from hydra_mcore.costs.flops import step_flops
+from hydra_mcore.kinds import KINDS
 from tests.support.launch import model_parallel, run_ranks
 from tests.support.stages import FLAGS, HEAD_MAP, SHAPE, make_run, run_stage, write_data
 
@@ -59,8 +60,9 @@ def test_statistics_of_every_head_on_every_layout(folder: Path, name: str) -> No
         for statistic, values in by_name.items():
             there, here = (np.array(v, dtype=float) for v in (values, found[step][statistic]))
             np.testing.assert_allclose(here, there, rtol=2e-5, err_msg=f"{step} {statistic}")
-    fa = ~np.isnan(np.array(expected["step_0000001"]["gate"], dtype=float))
-    assert fa.sum() == HEAD_MAP.num_fa and (folder / name / stage / "heads" / "step_0000002.png").is_file()
+    gated = ~np.isnan(np.array(expected["step_0000001"]["gate"], dtype=float))
+    kinds = [name for name, kind in KINDS.items() if kind.gate(HydraOptions()) != "none"]
+    assert gated.sum() == sum(len(HEAD_MAP.heads_of(name)) for name in kinds) and (folder / name / stage / "heads" / "step_0000002.png").is_file()
 
 
 @pytest.fixture(scope="module")
