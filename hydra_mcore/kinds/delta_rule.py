@@ -47,6 +47,18 @@ RECURRENT_FLOPS = 7
 STATISTICS = (Statistic("half-life", lambda mean: math.log(2.0) / -mean, log_scale=True), Statistic("write gate"))
 
 
+def chunked_flops(d: int, length: int, per_channel: bool = False) -> Flops:
+    """The chunked delta rule of one head, for each token (ops/chunked_delta_rule.py), keys and values of one size d.
+
+    Of r rows of a chunk: queries and keys times keys (2 r r d; by channel r (r - 1) d, the pairs of rows that there
+    are), both read the state (2 r d d), an inverse (r r r) and scores are applied to what is written (2 r r d), which
+    goes into the state (r d d). What backward makes anew is not counted. A last chunk is filled up with padding.
+    """
+    scores = product(CHUNK * (CHUNK - 1), d) if per_channel else 2 * product(CHUNK * CHUNK, d)
+    products = scores + 2 * product(CHUNK * CHUNK, d) + 3 * product(CHUNK * d, d)
+    return padding(length) / CHUNK * (products + Flops(float(CHUNK**3), 0.0))
+
+
 @dataclass(frozen=True)
 class DeltaRuleHeads:
     """What such heads say of themselves; an option is the kind's name and one of position, qk_norm, conv_kernel,
@@ -106,18 +118,8 @@ class DeltaRuleHeads:
         return found + output_gate(shape, option(options, self.name, "gate"))
 
     def core_flops(self, shape: ModelShape, options: Options, length: int) -> Flops:
-        """The chunked delta rule of one head, for each token (ops/chunked_delta_rule.py), keys and values of one size
-        d.
-
-        Of r rows of a chunk: queries and keys times keys (2 r r d; by channel r (r - 1) d, the pairs of rows that there
-        are), both read the state (2 r d d), an inverse (r r r) and scores are applied to what is written (2 r r d),
-        which goes into the state (r d d). What backward makes anew is not counted. A last chunk is filled up with
-        padding.
-        """
-        d = shape.head_dim
-        scores = product(CHUNK * (CHUNK - 1), d) if self.per_channel else 2 * product(CHUNK * CHUNK, d)
-        products = scores + 2 * product(CHUNK * CHUNK, d) + 3 * product(CHUNK * d, d)
-        return padding(length) / CHUNK * (products + Flops(float(CHUNK**3), 0.0))
+        """``chunked_flops`` of one head."""
+        return chunked_flops(shape.head_dim, length, self.per_channel)
 
     def kept(self, shape: ModelShape, options: Options, load: Workload, heads: HeadCount) -> Kept:
         """Convolution, norms, rotary and gates, the inputs of the delta rule; what ``chunked_delta_rule`` or the kernel

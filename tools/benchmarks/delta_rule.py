@@ -23,8 +23,8 @@ from tqdm import tqdm
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule as transformers_rule
 
 from hydra_mcore.compat import install
+from hydra_mcore.kinds.delta_rule import chunked_flops
 from hydra_mcore.kinds.full_attention import causal_attention
-from hydra_mcore.kinds.gated_delta import delta_rule
 from hydra_mcore.ops.chunked_delta_rule import chunked_delta_rule, recurrent_delta_rule
 from hydra_mcore.ops.gated_delta import gated_delta_rule
 from tools.benchmarks.measure import Point, chosen_machine, gemm_speed, measured
@@ -194,7 +194,7 @@ class Rules:
     def flops(self, lengths: Sequence[int], gradient: bool) -> dict[str, dict[int, float]]:
         """Operations by length of "delta rule" and "attention"."""
         found = {}
-        for name, counted in (("delta rule", delta_rule), ("attention", causal_attention)):
+        for name, counted in (("delta rule", chunked_flops), ("attention", causal_attention)):
             a_token = {length: counted(self.head_dim, length) for length in lengths}
             tokens = self.batch * self.heads
             found[name] = {n: n * tokens * (flops.total if gradient else flops.forward) for n, flops in a_token.items()}
