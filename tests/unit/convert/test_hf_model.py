@@ -289,7 +289,7 @@ def test_reading_in_chunks_equals_reading_at_once(options, lengths, tmp_path):
     assert_same(in_chunks(model, tokens_bs, lengths), logits(model, tokens_bs))
 
 
-@pytest.mark.parametrize("steps", [200, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [100, pytest.param(2000, marks=pytest.mark.slow)])
 def test_many_steps_equal_one_call(model, steps):
     tokens_bs = random_tokens(2, 10 + steps)
     assert_same(in_chunks(model, tokens_bs, [10, *[1] * steps]), logits(model, tokens_bs), 1e-11)
