@@ -160,24 +160,22 @@ class DeltaRuleHeads:
         return gradients + segment * segment_share(shape, heads, load)
 
     def working(self, shape: ModelShape, options: Options, load: Workload, heads: HeadCount) -> float:
-        """The short convolution, rotary, norms, or inside the delta rule, whichever is most."""
+        """The short convolution, or inside the delta rule; with kernels rotary or norms may be most."""
         d, p = shape.head_dim, load.value_bytes
-        mixing = 16 * d * p if option(options, self.name, "conv_kernel") else 6 * d * p
-        rotary = 9 * d * p
-        normalised = 6 * d * p + 2 * FLOAT * d
-        decays = FLOAT * d if self.per_channel else 0
+        convolves = bool(option(options, self.name, "conv_kernel"))
+        decays = FLOAT * self._decays(shape)
         if load.fused:
+            mixing, rotary, normalised = (16 if convolves else 6) * d * p, 9 * d * p, 6 * d * p + 2 * FLOAT * d
             # q, k and the tensor that holds v; v alone; the kernel's w, u, new values, outputs; its states, C x C
             # matrices
-            rule = 10 * d * p + p * d * d / CHUNK + CHUNK * (FLOAT + p) + 3 * FLOAT + 2 * decays
-        else:
-            # q, k, the tensor that holds v, the result; in float32 what is made of so many tokens at a time. In the
-            # search for the state before a part, values and results are twice as wide.
-            wider = 3 if load.cp_size > 1 else 0
-            levels = math.log2(CHUNK) + 4 if self.per_channel else 0
-            together = segment_share(shape, heads.own, load)
-            rule = (6 + wider) * d * p + together * FLOAT * ((10 + wider + levels) * d + 4 * CHUNK) + decays
-        return load.tokens * heads.own * max(mixing, rotary, normalised, rule)
+            rule = 10 * d * p + p * d * d / CHUNK + CHUNK * (FLOAT + p) + 2 * FLOAT + 2 * decays
+            return load.tokens * heads.own * max(mixing, rotary, normalised, rule)
+        # q, k, the tensor that holds v, the result; in float32 what is made of so many tokens at a time. In the search
+        # for the state before a part, values and results are twice as wide.
+        wider = 3 if load.cp_size > 1 else 0
+        made = (13 + wider) * d + 3 * CHUNK if self.per_channel else (10 + wider) * d + 4 * CHUNK
+        rule = (6 + wider) * d * p + segment_share(shape, heads.own, load) * FLOAT * made + decays
+        return load.tokens * heads.own * max((9 if convolves else 6) * d * p, rule)
 
     def sent(
         self, shape: ModelShape, options: Options, part: SequencePart, heads: HeadCount, rows: int, value_bytes: int

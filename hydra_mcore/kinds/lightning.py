@@ -104,16 +104,19 @@ def kept(shape: ModelShape, options: Options, load: Workload, heads: HeadCount) 
 
 
 def working(shape: ModelShape, options: Options, load: Workload, heads: HeadCount) -> float:
-    """Norms, rotary, or inside linear attention, whichever is most."""
+    """Inside linear attention, or before it, where it is made what this part adds to the next one's state; with kernels
+    rotary or norms may be most.
+    """
     d, p = shape.head_dim, load.value_bytes
-    rotary, normalised = 9 * d * p, 6 * d * p + 2 * FLOAT * d
     if load.fused:
         core = 7 * d * p + FLOAT * d * d / CHUNK
-    else:
-        together = segment_share(shape, heads.own, load)
-        core = 6 * d * p + together * FLOAT * (6 * d + 2 * CHUNK + 2 * d * d / CHUNK)
-        core += 2 * FLOAT * d if load.cp_size > 1 else 0  # keys and values as the next part's state is made of them
-    return load.tokens * heads.own * max(rotary, normalised, core)
+        return load.tokens * heads.own * max(9 * d * p, 6 * d * p + 2 * FLOAT * d, core)
+    states = d * d / CHUNK
+    # Of so many tokens at a time: their inputs, with the scores and outputs or with the states as these are made.
+    made = max(4 * d + states + CHUNK, 3 * d + 3 * states)
+    core = 5 * d * p + segment_share(shape, heads.own, load) * FLOAT * made  # queries, keys, both with values, results
+    adds = 4 * d * p + (FLOAT if p == FLOAT else 2 * FLOAT) * d if load.cp_size > 1 else 0
+    return load.tokens * heads.own * max(core, adds)
 
 
 def sent(
