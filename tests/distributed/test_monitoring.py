@@ -62,7 +62,8 @@ def test_statistics_of_every_head_on_every_layout(folder: Path, name: str) -> No
             np.testing.assert_allclose(here, there, rtol=2e-5, err_msg=f"{step} {statistic}")
     gated = ~np.isnan(np.array(expected["step_0000001"]["gate"], dtype=float))
     kinds = [name for name, kind in KINDS.items() if kind.gate(HydraOptions()) != "none"]
-    assert gated.sum() == sum(len(HEAD_MAP.heads_of(name)) for name in kinds) and (folder / name / stage / "heads" / "step_0000002.png").is_file()
+    assert gated.sum() == sum(len(HEAD_MAP.heads_of(name)) for name in kinds)
+    assert (folder / name / stage / "heads" / "step_0000002.png").is_file()
 
 
 @pytest.fixture(scope="module")
