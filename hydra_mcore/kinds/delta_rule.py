@@ -154,9 +154,11 @@ class DeltaRuleHeads:
         d, p = shape.head_dim, load.value_bytes
         if load.fused:
             return 2 * p * d * d / CHUNK + 10 * p * d + (FLOAT * 2 * d if self.per_channel else 0)
-        by_channel = (math.log2(CHUNK) + 9) * d if self.per_channel else 0  # decays at each width, and gradients
-        segment = FLOAT * (18 * d + by_channel + 9 * CHUNK + 3 * d * d / CHUNK)
-        gradients = 3 * p * d + FLOAT * (self._decays(shape) + 1)
+        if self.per_channel:  # readers and keys as they are decayed in steps
+            segment = FLOAT * (32 * d + 4 * CHUNK + 2.5 * d * d / CHUNK)
+        else:
+            segment = FLOAT * (18 * d + 7 * CHUNK + 2 * d * d / CHUNK)
+        gradients = 4 * p * d + FLOAT * (self._decays(shape) + 1)  # the output's too
         return gradients + segment * segment_share(shape, heads, load)
 
     def working(self, shape: ModelShape, options: Options, load: Workload, heads: HeadCount) -> float:

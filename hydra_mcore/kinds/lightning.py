@@ -96,8 +96,8 @@ def kept(shape: ModelShape, options: Options, load: Workload, heads: HeadCount) 
         inputs += p * d + (2 * FLOAT if options.lightning_qk_norm == "rms" else 0)  # rotary's input; 1 / rms
         core, workspace = p * d, 2 * FLOAT * d * d / CHUNK + 6 * p * d  # contiguous values; states, gradients
     else:
-        segment = FLOAT * (10 * d + 3 * CHUNK + 4 * d * d / CHUNK)
-        core, workspace = states_kept(shape, heads.own, load), 3 * p * d
+        segment = FLOAT * (10 * d + 2 * CHUNK + 2 * d * d / CHUNK)
+        core, workspace = states_kept(shape, heads.own, load), 4 * p * d  # gradients, the output's too
         workspace += segment * segment_share(shape, heads.own, load)
     common = rotary_kept(shape, options.lightning_position, load)
     return Kept(heads.own * inputs + common, heads.own * core, heads.own * workspace)

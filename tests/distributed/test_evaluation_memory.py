@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -13,25 +14,37 @@ import torch
 from hydra_mcore.config import HydraOptions, ModelCard, ModelShape, teacher_card
 from hydra_mcore.costs.evaluation_memory import Forward, fullest_rank, rank_memory
 from hydra_mcore.evaluation.parallel import ParallelModel
-from hydra_mcore.heads import HeadMap
+from hydra_mcore.heads import HeadMap, HeadsByKind
 from hydra_mcore.model.build import build_model
 from tests.support.launch import model_parallel, run_ranks
 from tools.tracked_memory import tracked_peak
 
-LENGTH, ROOM = 1024, 16
+LENGTH, ROOM, DEFAULT = 1024, 16, HydraOptions()
 SHAPE = ModelShape(
     num_layers=2, hidden_size=96, num_heads=8, num_kv_groups=4, head_dim=16, ffn_hidden_size=160, vocab_size=512,
     native_length=256
 )  # fmt: skip
-# One FA head or two of different groups; ranks of TP 2 hold different numbers.
-HEAD_MAP = HeadMap.from_fa([(0, 2), (1, 0), (1, 5)], 2, 8, 4)
 TEACHER = teacher_card(SHAPE, fingerprint="")
-STUDENT = dataclasses.replace(TEACHER, head_map=HEAD_MAP, options=HydraOptions())
+
+
+def student(options: HydraOptions = DEFAULT, **others: Sequence[int]) -> ModelCard:
+    """A layer of all kinds, and one of two FA heads, of different groups, and ``others``, by default GDN heads; ranks
+    of TP 2 hold different numbers.
+    """
+    mixed = HeadsByKind(fa=[2], gdn=[0, 1], kda=[3, 4], lightning=[5, 6, 7])
+    layer = HeadsByKind(fa=[0, 5], **others) if others else HeadsByKind.from_fa([0, 5], 8)
+    return dataclasses.replace(TEACHER, head_map=HeadMap(8, 4, (mixed, layer)), options=options)
+
+
 CARDS = {
     "teacher": TEACHER,
-    "student": STUDENT,
-    "no convolution": dataclasses.replace(
-        STUDENT, options=HydraOptions(gdn_conv_kernel=0, fa_gate="headwise", fa_position="rope")
+    "GDN": student(),
+    "KDA": student(kda=[1, 2, 3, 4, 6, 7]),
+    "Lightning": student(lightning=[1, 2, 3, 4, 6, 7]),
+    "no convolution": student(
+        HydraOptions(
+            gdn_conv_kernel=0, kda_conv_kernel=0, lightning_gate="none", fa_gate="headwise", fa_position="rope"
+        )
     ),
     "wide MLP": dataclasses.replace(TEACHER, shape=dataclasses.replace(SHAPE, ffn_hidden_size=1200)),
     "many words": dataclasses.replace(TEACHER, shape=dataclasses.replace(SHAPE, vocab_size=32_768)),
@@ -40,9 +53,13 @@ TP, CP, PP = {"tp_size": 2}, {"cp_size": 2}, {"pp_size": 2}
 F32, BF16 = torch.float32, torch.bfloat16
 CASES = [
     *(("teacher", BF16, layout, room) for layout, room in (({}, 0), (TP, 0), (CP, 0), (CP, ROOM))),
-    *(("student", BF16, layout, room) for layout, room in (({}, 0), (TP, 0), (CP, 0), (TP, ROOM))),
+    ("GDN", BF16, {}, 0),
+    ("KDA", BF16, TP, 0),
+    ("GDN", BF16, CP, 0),
+    ("Lightning", BF16, CP, 0),
+    ("KDA", BF16, TP, ROOM),
     ("teacher", F32, {}, ROOM),
-    ("student", F32, PP, 0),
+    ("Lightning", F32, PP, 0),
     ("no convolution", F32, {}, 0),
     ("wide MLP", BF16, TP, 0),
     ("many words", BF16, {}, 0),

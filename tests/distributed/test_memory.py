@@ -13,7 +13,7 @@ import pytest
 from hydra_mcore.config import ModelCard, ModelShape
 from hydra_mcore.costs.activations import Run
 from hydra_mcore.costs.training_memory import rank_memory
-from hydra_mcore.heads import HeadMap
+from hydra_mcore.heads import HeadMap, HeadsByKind
 from hydra_mcore.train.arguments import model_flags, recipe_flags
 from tests.support.launch import run_ranks
 from tests.support.stages import make_run
@@ -24,7 +24,16 @@ SHAPE = ModelShape(
     native_length=256
 )  # fmt: skip
 # One FA head or two of different groups; ranks of TP 2 hold different numbers.
-HEAD_MAP = HeadMap.from_fa([(0, 2), (1, 0), (1, 5), (2, 2), (3, 0), (3, 5)], 4, 8, 4)
+HEAD_MAP = HeadMap(
+    8,
+    4,
+    (
+        HeadsByKind(fa=[2], gdn=[0, 1], kda=[3, 4], lightning=[5, 6, 7]),
+        HeadsByKind(fa=[0, 5], kda=[1, 2, 3, 4, 6, 7]),
+        HeadsByKind(fa=[2], lightning=[0, 1, 3, 4, 5, 6, 7]),
+        HeadsByKind(fa=[0, 5], gdn=[1, 2, 3, 4, 6, 7]),
+    ),
+)
 FLAGS = [
     "--tokenizer-type", "NullTokenizer", "--split", "100,0,0", "--seq-length", "256", "--micro-batch-size", "1",
     "--global-batch-size", "4",
