@@ -113,6 +113,28 @@ def delta_rule(p: argparse.ArgumentParser) -> None:
 
 
 @section(
+    "seconds and memory of the core of each kind of heads, beside attention, GDN and the torch code of others",
+    """\
+  all kinds forward and backward at 2K and 16K tokens, time beside counted operations (minutes)
+      python tools/benchmark.py kinds --json kinds.json --figure kinds.png
+""",
+    figure=True,
+)
+def kinds(p: argparse.ArgumentParser) -> None:
+    """The core of each kind of heads, forward and backward, beside attention, Gated DeltaNet and the torch code that
+    one would call instead: Megatron-Core's, and flash-linear-attention's where it is installed.
+    """
+    number(p, "--lengths", "tokens (default 2048 16384)", [2048, 16_384], nargs="+")
+    number(p, "--heads", "default 4", 4)
+    number(p, "--head-dim", "channels of queries, keys and values (default 128)", 128)
+    number(p, "--batch", "rows (default 1)", 1)
+    number(p, "--repeats", "the median counts (default 5)", 5)
+    slow = "longest row that the torch code of others reads (default 2048; 0 leaves it out)"
+    p.add_argument("--slow-limit", type=int, default=2048, metavar="N", help=slow)
+    add_machine(p)
+
+
+@section(
     "seconds and memory of causal attention by torch's kernels, keys and values copied per head or shared in a group",
     """\
   the kernels that FA heads could take, at Qwen3-1.7B's heads

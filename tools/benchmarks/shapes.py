@@ -35,6 +35,14 @@ DECODED = {"layers": 4, "heads": 16, "kv_groups": 8, "head_dim": 64, "hidden": 5
 DECODED_FA_HEADS = [4, 2]
 
 
+def heads_alone(heads: int, head_dim: int) -> ModelShape:
+    """A shape for what depends on its heads alone."""
+    return ModelShape(
+        num_layers=1, hidden_size=heads * head_dim, num_heads=heads, num_kv_groups=heads, head_dim=head_dim,
+        ffn_hidden_size=1, vocab_size=1, native_length=1,
+    )  # fmt: skip
+
+
 def spread_heads(count: int, shape: ModelShape) -> list[int]:
     """So many heads, in as many kv groups as there are: the most keys and values for that number.
 
