@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> Report:
     kind_of = {kind.label: kind.name for kind in KINDS.values()} | {name: kind for kind, (name, _) in others.items()}
     points: list[Point] = []
     for length in tqdm(lengths, desc="kinds", unit="length"):
-        inputs = _inputs(args.batch, length, args.heads, args.head_dim, device, dtype)
+        inputs = make_inputs(args.batch, length, args.heads, args.head_dim, device, dtype)
         ours = {kind.label: partial(_step, CORES[kind.name], inputs) for kind in KINDS.values()}
         points += measured(ours, length, args.repeats, device)
         if length <= args.slow_limit:
@@ -158,7 +158,7 @@ def _growth(
     return Report("Growth with the length", notes, GROWTH_COLUMNS, rows)
 
 
-def _inputs(batch: int, length: int, heads: int, head_dim: int, device: str, dtype: str) -> Inputs:
+def make_inputs(batch: int, length: int, heads: int, head_dim: int, device: str, dtype: str) -> Inputs:
     """q and k of length 1, v, log decays of half-lives of 7 tokens and more, write strengths 0 to 1; the same every
     time. Gates are float32, as branches make them; Lightning's rates are those of a layer of as many heads.
     """

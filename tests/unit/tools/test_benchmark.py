@@ -14,9 +14,12 @@ from typing import Any
 import pytest
 import torch
 
+from hydra_mcore.kinds import KINDS
 from tools.benchmark import main
 from tools.benchmarks.delta_rule import ATTENTION, OURS, Rules
 from tools.benchmarks.flags import SECTIONS
+from tools.benchmarks.kinds import CORES as CORES_OF
+from tools.benchmarks.kinds import MEGATRON, make_inputs, references
 from tools.benchmarks.layer import TEACHER, crossing
 from tools.benchmarks.measure import in_turn, measured, peak_bytes
 from tools.benchmarks.report import Report, markdown
@@ -25,6 +28,7 @@ RULE = (
     "delta-rule --lengths 96 160 --heads 2 --head-dim 16 --batch 2 --repeats 3 --slow-limit 160 --chunk-sizes 32 64"
     " --accuracy-length 70"
 )
+CORES = "kinds --lengths 64 128 --heads 2 --head-dim 16 --repeats 3 --slow-limit 64"
 LAYER = "layer --lengths 64 128 --heads 8 --kv-groups 4 --head-dim 16 --hidden 32 --repeats 2"
 DECODE = (
     "decode --lengths 24 40 --steps 3 --layers 1 --hidden 32 --heads 4 --kv-groups 2 --head-dim 8 --ffn 16 --vocabulary"
@@ -107,6 +111,28 @@ def test_a_wrong_rule_has_an_error() -> None:
     wrong, *others = rules.errors(70)
     assert all(float(b) > 100 * float(a) for a, b in zip(right[1:], wrong[1:], strict=True))
     assert all(float(cell) < 1e-5 for other in others for cell in other[1:])
+
+
+def test_kinds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table, growth = run_command(CORES, tmp_path, capsys)["tables"]
+    labels, seconds = [kind.label for kind in KINDS.values()], medians(table)
+    names = [*labels, *(name for name, _ in references().values())]
+    assert list(seconds) == [(64, name) for name in names] + [(128, name) for name in labels]
+    assert column(table, "times GDN") == [f"{taken / seconds[n, 'GDN']:.3g}" for (n, _), taken in seconds.items()]
+    assert column(table, "times attention") == [f"{taken / seconds[n, 'FA']:.3g}" for (n, _), taken in seconds.items()]
+    assert column(table, "times its kind")[len(labels)] == f"{seconds[64, MEGATRON] / seconds[64, 'GDN']:.3g}"
+    assert [row[0] for row in growth["rows"]] == labels
+    assert column(growth, "operations") == ["3.97", "2.00", "2.00", "2.00"]  # attention: 128 * 129 over 64 * 65
+    # By hand, of a row: products of 64 x 16 and 16 x 16 forward, twice as many backward; the inverse of GDN.
+    gdn, lightning = 3 * (4 * 2 * 64 * 16 + 3 * 2 * 256) + 64 * 64, 3 * (2 * 2 * 64 * 16 + 2 * 2 * 256)
+    assert column(table, "operations, times GDN")[3] == f"{lightning / gdn:.3g}"
+
+
+def test_every_kind_has_a_core_and_references_compute_the_same() -> None:
+    assert list(CORES_OF) == list(KINDS)
+    inputs = make_inputs(1, 128, 2, 16, "cpu", "float32")
+    for kind, (name, reference) in references().items():
+        torch.testing.assert_close(reference(inputs), CORES_OF[kind](inputs), rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
