@@ -29,7 +29,7 @@ from hydra_mcore.convert.hf_config import CONFIG_NAME, read_object
 from hydra_mcore.convert.hydra_family import MODEL_TYPE, to_config
 from hydra_mcore.errors import InputError, first_line
 from hydra_mcore.heads import HeadLayout, HeadMap, HeadsByKind
-from hydra_mcore.kinds import FA, KINDS
+from hydra_mcore.kinds import DEFAULT_LINEAR, FA, KINDS
 from tools.benchmarks.measure import Point, chosen_machine, in_turn, timed
 from tools.benchmarks.report import Report
 from tools.benchmarks.shapes import DECODED, DECODED_FA_HEADS, spread_heads
@@ -115,7 +115,10 @@ def _decoders(args: argparse.Namespace, device: str, dtype: str) -> list[Decoder
     fa_heads: list[Sequence[int]] = []
     for count in args.fa_heads:
         fa_heads += [range(count), spread_heads(count, shape)]
-    return random_decoders(shape, fa_heads, device, dtype)
+    layers = [HeadsByKind.from_fa(fa, shape.num_heads) for fa in fa_heads]
+    other_kinds = [kind for kind in KINDS if kind not in (FA, DEFAULT_LINEAR)]
+    layers += [HeadsByKind.from_fa(fa_heads[0], shape.num_heads, kind) for kind in other_kinds]
+    return random_decoders(shape, layers, device, dtype)
 
 
 @dataclass(frozen=True)
@@ -213,20 +216,23 @@ def _layouts(config: PretrainedConfig) -> list[HeadLayout]:
 
 
 def label(config: PretrainedConfig) -> str:
-    """A map in words: the share of heads that are FA, and of kv groups that live."""
-    counts = [layout.count(FA, 0) for layout in _layouts(config)]
+    """A map in words: the share of heads that are FA, and of kv groups that live; kinds beside FA and GDN."""
+    layouts = _layouts(config)
+    counts = [layout.count(FA, 0) for layout in layouts]
     kept = sum(count.own for count in counts) / (len(counts) * config.num_attention_heads)
     living = sum(count.groups for count in counts) / (len(counts) * config.num_key_value_heads)
-    return f"{100 * kept:.3g}% FA in {100 * living:.3g}% of kv groups"
+    others = [kind for kind in KINDS if any(layout.layer[kind] for layout in layouts)]
+    named = [KINDS[kind].label for kind in others if kind not in (FA, DEFAULT_LINEAR)]
+    return ", ".join([f"{100 * kept:.3g}% FA in {100 * living:.3g}% of kv groups", *named])
 
 
-def random_decoders(shape: ModelShape, maps: Sequence[Sequence[int]], device: str, dtype: str) -> list[Decoder]:
-    """A teacher of random weights, and a HydraHead model for each choice of FA heads (the same in all layers).
+def random_decoders(shape: ModelShape, layers: Sequence[HeadsByKind], device: str, dtype: str) -> list[Decoder]:
+    """A teacher of random weights, and a HydraHead model for each choice of kinds (the same in all layers).
 
     Maps that have a label in common make one model.
     """
     torch.manual_seed(0)
-    configs = [_student_config(shape, fa, dtype) for fa in maps]
+    configs = [_student_config(shape, heads, dtype) for heads in layers]
     students = {label(config): model_class()._from_config(config, dtype=getattr(torch, dtype)) for config in configs}
     sizes = {key: getattr(shape, name) for name, key in SHAPE_KEYS.items()}
     teacher = Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=shape.head_dim, tie_word_embeddings=shape.tied_embeddings))
@@ -234,10 +240,9 @@ def random_decoders(shape: ModelShape, maps: Sequence[Sequence[int]], device: st
     return [Decoder(name, model, device) for name, model in models.items()]
 
 
-def _student_config(shape: ModelShape, fa: Sequence[int], dtype: str) -> PretrainedConfig:
+def _student_config(shape: ModelShape, heads: HeadsByKind, dtype: str) -> PretrainedConfig:
     """As an export writes it."""
-    pairs = itertools.product(range(shape.num_layers), fa)
-    head_map = HeadMap.from_fa(pairs, shape.num_layers, shape.num_heads, shape.num_kv_groups)
+    head_map = HeadMap(shape.num_heads, shape.num_kv_groups, (heads,) * shape.num_layers)
     card = ModelCard(shape=shape, head_map=head_map, options=HydraOptions(), fingerprint="")
     try:
         return model_class().config_class(**to_config(card, dtype))

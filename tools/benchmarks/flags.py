@@ -234,7 +234,10 @@ def decode(p: argparse.ArgumentParser) -> None:
     exported = "exported HydraHead models; the code in them is run"
     p.add_argument("--hf", nargs="+", type=Path, default=[], metavar="DIR", help=exported)
     random_models = p.add_argument_group("random models, without --hf")
-    counts = "FA heads of each layer, in the fewest kv groups that hold them and spread over the most (default 4 2)"
+    counts = (
+        "FA heads of each layer, in the fewest kv groups that hold them and spread over the most (default 4 2); the"
+        " first of these maps with each other kind in place of GDN, too"
+    )
     number(random_models, "--fa-heads", counts, DECODED_FA_HEADS, nargs="+")
     for name, default in DECODED.items():
         number(random_models, "--" + name.replace("_", "-"), "default %(default)s", default)

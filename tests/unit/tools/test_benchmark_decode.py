@@ -5,11 +5,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from hydra_mcore.config import ModelShape
+from hydra_mcore.heads import HeadsByKind
 from tests.support.hf_model import random_model
 from tests.support.tiny_hf import tiny_qwen3
 from tools.benchmark import main
@@ -43,10 +45,15 @@ def test_table_and_figure(tmp_path, capsys):
     main(["decode", *FLAGS, *SMALL, "--fa-heads", "2", "3", "--figure", str(tmp_path / "decode.png")])
     rows = table(capsys.readouterr().out)
     maps = [f"{fa}% FA in {groups}% of kv groups" for fa in ("33.3", "50") for groups in (50, 100)]
+    maps += [f"{maps[0]}, {kind}" for kind in ("KDA", "Lightning")]
     assert [row[:2] for row in rows] == [[length, name] for length in ("40", "72") for name in maps]
     assert all(row[-2] == "yes" for row in rows)
     assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["decode.png"]
+
+
+def students(fa: Sequence[int]) -> HeadsByKind:
+    return HeadsByKind.from_fa(fa, SHAPE.num_heads)
 
 
 def test_bytes_and_calls_by_hand():
@@ -54,17 +61,19 @@ def test_bytes_and_calls_by_hand():
     channels each.
     """
     lengths = (9, 64)
-    found = list(measured(random_decoders(SHAPE, [[0, 1], [0, 3]], "cpu", "float32"), lengths, steps=3))
-    constant = 2 * 4 * (16 * 16 * 4 + 3 * 3 * 16 * 4)
+    layers = [*map(students, ([0, 1], [0, 3])), HeadsByKind(fa=[0, 1], lightning=[2, 3, 4, 5])]
+    found = list(measured(random_decoders(SHAPE, layers, "cpu", "float32"), lengths, steps=3))
+    states, convolution = 2 * 4 * 16 * 16 * 4, 2 * 4 * 3 * 3 * 16 * 4
     for length, points in zip(lengths, found, strict=True):
         expected = {
             "teacher": 2 * 2 * 128 * length,
-            "33.3% FA in 50% of kv groups": 2 * 1 * 128 * length + constant,
-            "33.3% FA in 100% of kv groups": 2 * 2 * 128 * length + constant,
+            "33.3% FA in 50% of kv groups": 2 * 1 * 128 * length + states + convolution,
+            "33.3% FA in 100% of kv groups": 2 * 2 * 128 * length + states + convolution,
+            "33.3% FA in 50% of kv groups, Lightning": 2 * 1 * 128 * length + states,
         }
         assert {point.name: point.cache_bytes for point in points} == expected
         assert {point.name: point.formula_bytes for point in points} == expected
-        assert [(len(point.seconds), len(point.faults)) for point in points] == [(3, 3)] * 3
+        assert [(len(point.seconds), len(point.faults)) for point in points] == [(3, 3)] * 4
     # Tied embedding, final norm; a layer's norms, MLP, q and o, k and v, q_norm and k_norm.
     teacher = 64 * 48 + 48 + 2 * (2 * 48 + 3 * 80 * 48 + 2 * 96 * 48 + 2 * 32 * 48 + 2 * 16)
     assert found[0][0].read_bytes == 4 * teacher + 2 * 2 * 128 * 9
@@ -73,7 +82,7 @@ def test_bytes_and_calls_by_hand():
 def test_stored_models(exported, tmp_path, capsys):
     tiny_qwen3(tmp_path)
     main(["decode", "--teacher-hf", str(tmp_path), "--hf", str(exported), *SMALL])
-    name = f"{exported}: 50% FA in 66.7% of kv groups"
+    name = f"{exported}: 50% FA in 66.7% of kv groups, KDA, Lightning"
     assert [(*row[:2], row[-2]) for row in table(capsys.readouterr().out)] == [("40", name, "yes"), ("72", name, "yes")]
 
 
@@ -107,7 +116,7 @@ def test_bad_input_is_one_line(flags, message, capsys):
 
 
 def test_a_prefill_reads_the_whole_prompt_in_one_call():
-    decoders, lengths = random_decoders(SHAPE, [[0, 1]], "cpu", "float32"), []
+    decoders, lengths = random_decoders(SHAPE, [students([0, 1])], "cpu", "float32"), []
     decoders[1].model.get_input_embeddings().register_forward_pre_hook(
         lambda _, inputs: lengths.append(inputs[0].shape[1])
     )
