@@ -113,11 +113,11 @@ def check_settings(out: Path, settings: dict[str, object]) -> None:
         raise InputError(f"{out}: holds students of other {key} ({before.get(key)}); choose another --out")
 
 
-# Measured on the two cores of docs/results.md with two students side by side: tokens a second that one student trains
-# on and answers, and seconds in which its nine commands start and its heads are chosen.
-TOKENS_PER_S = {"align": 2_200, "distill": 1_700, "extend": 2_000}
-ANSWERED_PER_S = 20_000
-START_S = 90
+# Processor seconds measured on the two cores of docs/results.md: tokens that a student trains on and answers in one,
+# and how many pass while its six commands start, its heads are chosen and it reads the held-out text.
+TOKENS_PER_S = {"align": 2_700, "distill": 2_300, "extend": 2_300}
+ANSWERED_PER_S = 11_000
+START_S = 80
 
 
 def announce(args: argparse.Namespace, settings: dict[str, object], students: Sequence[Student]) -> None:
