@@ -17,9 +17,14 @@ from tests.support.stages import HEAD_MAP, SHAPE, randomise
 OPTIONS = {
     "default": HydraOptions(),
     "others": HydraOptions(
-        fa_gate="headwise", gdn_gate="elementwise", gate_order="after_norm", fusion="norm", gdn_write_max=2.0
+        fa_gate="headwise",
+        gdn_gate="elementwise",
+        gate_order="after_norm",
+        fusion="norm",
+        gdn_write_max=2.0,
+        lightning_gate="none",
     ),
-    "bare": HydraOptions(fa_gate="none", fusion="none"),
+    "bare": HydraOptions(fa_gate="none", fusion="none", kda_gate="headwise"),
 }
 
 
@@ -73,11 +78,11 @@ def _by_hand(outputs: list[tuple], options: HydraOptions, head_map: HeadMap) -> 
     values = {name: np.full((SHAPE.num_layers, SHAPE.num_heads), math.nan) for name in STATISTICS}
     for attention in {id(a): a for a, *_ in outputs}.values():
         layer, kinds = attention.layer_idx, head_map.layers[attention.layer_idx]
-        order = kinds["fa"] + kinds["gdn"]
+        order = kinds.heads
         if hasattr(attention.fusion, "scale"):
             for at, head in enumerate(order):
                 values["scale"][layer, head] = attention.fusion.scale.weight[at].item()
-        for kind in ("fa", "gdn"):
+        for kind in kinds:
             mine = [(x, out) for a, k, x, out in outputs if a is attention and k == kind]
             for at, head in enumerate(kinds[kind]):
                 out = torch.stack([o[:, :, at] for _, (o, _) in mine]).double()
@@ -86,9 +91,10 @@ def _by_hand(outputs: list[tuple], options: HydraOptions, head_map: HeadMap) -> 
                     values["gate"][layer, head] = gate.mean().item()
                     out = out * gate if options.gate_order == "before_norm" else out
                 values["rms"][layer, head] = out.square().mean().sqrt().item()
-                if kind == "gdn":
-                    decay, write = zip(*(attention.gdn._gates(x) for x, _ in mine), strict=True)
-                    values["half-life"][layer, head] = -math.log(2) / torch.stack(decay)[..., at].double().mean().item()
+                if kind in ("gdn", "kda"):
+                    decay, write = zip(*(attention.branches[kind]._gates(x) for x, _ in mine), strict=True)
+                    mean_decay = torch.stack(decay)[:, :, :, at].double().mean().item()
+                    values["half-life"][layer, head] = -math.log(2) / mean_decay
                     values["write gate"][layer, head] = torch.stack(write)[..., at].double().mean().item()
     return values
 
