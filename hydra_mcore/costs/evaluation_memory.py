@@ -9,7 +9,7 @@ the MLP's width:
     a layer attends       keys and values of its kv groups, of the part and, gathered, of the row (2d a token and group
                           each); beside them queries with what rotary or norm makes of them, or keys and values of the
                           row by FA head (2d) and attention's result
-    recurrent heads       the short convolution (16d a token and head), or inside the recurrence, beside the
+    recurrent heads       the short convolution (9d a token and head), or inside the recurrence, beside the
                           results of the kinds before
     an MLP                five values for each of its width
     logits are made       ``batch_sizes.LOGITS_AT_ONCE`` of them at most, whatever the length

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -105,8 +106,7 @@ def run(args: argparse.Namespace) -> Report:
     shape, heads = heads_alone(args.heads, args.head_dim), args.batch * args.heads
     operations = {
         (label, length): heads * length * KINDS[kind].core_flops(shape, HydraOptions(), length).total
-        for label, kind in kind_of.items()
-        for length in lengths
+        for (label, kind), length in itertools.product(kind_of.items(), lengths)
     }
     left_out = " Those for KDA and Lightning are left out: flash-linear-attention is not installed."
     notes = (

@@ -89,7 +89,8 @@ def _measured(card: ModelCard, stage: str) -> int:
 def _not_as_counted(card: ModelCard, stage: str) -> float:
     """What the run computes beyond the formula: attention without causality, and what backward makes anew.
 
-    The convolution is elementwise here, so the counter does not see it.
+    The convolution is elementwise here, and so are, in backward, products with an inner size of 1 or 2 between blocks
+    of one row and of two (decays by channel); the counter does not see them.
     """
     d, tokens, rows = card.shape.head_dim, LENGTH * ROWS, -(-LENGTH // CHUNK) * CHUNK * ROWS
     heads = {kind: sum(len(layer[kind]) for layer in card.head_map.layers) for kind in KINDS}
@@ -97,7 +98,7 @@ def _not_as_counted(card: ModelCard, stage: str) -> float:
     extra = heads["fa"] * tokens * (all_pairs.total - causal.total)
     extra += sum(heads.values()) * tokens * (all_pairs.forward - causal.forward) if stage != "extend" else 0.0
     # Of a row: its scores as query and as key, its write to the state.
-    anew = {"gdn": 4 * CHUNK * d, "kda": 2 * (CHUNK - 1) * d, "lightning": 2 * CHUNK * d}
+    anew = {"gdn": 4 * CHUNK * d, "kda": 2 * (CHUNK - 1) * d - (2 + 2 + 4) * d, "lightning": 2 * CHUNK * d}
     extra += sum(heads[kind] * rows * (scores + 2 * d * d) for kind, scores in anew.items())
     taps = {"gdn": card.options.gdn_conv_kernel, "kda": card.options.kda_conv_kernel}
     return extra - sum(heads[kind] * tokens * product(3 * d, count).total for kind, count in taps.items())

@@ -161,8 +161,8 @@ def test_crossing(contestant: dict[int, float], words: str) -> None:
 
 def test_decode_with_prefill(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     decoded, prompts = run_command(DECODE, tmp_path, capsys)["tables"]
-    student, seconds = "25% FA in 50% of kv groups", medians(prompts)
-    assert list(seconds) == [(n, name) for n in (24, 40) for name in ("teacher", student)]
+    students, seconds = ["25% FA in 50% of kv groups" + kind for kind in ("", ", KDA", ", Lightning")], medians(prompts)
+    assert list(seconds) == [(n, name) for n in (24, 40) for name in ("teacher", *students)]
     faster = [f"{seconds[n, 'teacher'] / seconds[n, name]:.2f}" for n, name in seconds]
     assert column(prompts, "times faster than the teacher") == faster
     teacher_cache = {point["length"]: point["peak_bytes"] for point in decoded["points"] if point["name"] == "teacher"}
