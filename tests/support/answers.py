@@ -3,17 +3,24 @@
 """The folder that an evaluation leaves, with answers set by hand."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
-GROUP = "single-key"
 
-
-def answered(evaluation: Path, models: Mapping[str, Mapping[int, float]], perplexity: float = 20.0) -> Path:
-    """A finished evaluation: model -> prompt length -> share of single keys found; one perplexity for all text."""
+def answered(
+    evaluation: Path,
+    models: Mapping[str, Mapping[int, float]],
+    perplexity: float = 20.0,
+    groups: Sequence[str] = ("single-key",),
+) -> Path:
+    """A finished evaluation: model -> prompt length -> share of prompts of each group; one perplexity for all text."""
     results = {
         model: {
-            "groups": [{"group": GROUP, "length": length, "accuracy": share} for length, share in by_length.items()],
+            "groups": [
+                {"group": group, "length": length, "accuracy": share}
+                for group, (length, share) in product(groups, by_length.items())
+            ],
             "text": [{"length": length, "perplexity": perplexity} for length in by_length],
         }
         for model, by_length in models.items()

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from examples.tiny.kinds import main
+from examples.tiny.kinds_run import CHOICES, LENGTHS
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.kinds import KINDS
 from hydra_mcore.selection.choose import linear_kinds
@@ -81,21 +82,28 @@ def test_what_cannot_be_summed_up_or_gone_on_with_is_one_line(tmp_path: Path) ->
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_run_that_is_killed_goes_on_and_finished_students_stay(tmp_path: Path) -> None:
-    out, recipe = tmp_path / "run", tmp_path / "short.yaml"
+    out, recipe, left = tmp_path / "run", tmp_path / "short.yaml", f"{LABEL}-selected-7to1"
     recipe.write_text(SHORT)
+    for choice in ("teacher", *(f"{LABEL} {name}" for name, *_ in CHOICES)):
+        place = choice.replace(" ", "-").replace(":", "to")
+        if place != left:  # one student is enough to wait for
+            answers = {choice: dict.fromkeys(LENGTHS, 0.5)}
+            answered(out / "evaluation" / place, answers, groups=("single-key", "multi-key"))
     command = [sys.executable, "-m", "examples.tiny.kinds", "--kinds", KIND, "--prompts", "1"]
     command += ["--out", str(out), "--recipe", str(recipe)]
-    first = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True)
-    while not (there := list(out.glob(f"evaluation/{LABEL}*/results.json"))):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    first = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+    align = out / left / "align" / "latest_checkpointed_iteration.txt"
+    while not align.exists():
         assert first.poll() is None
         time.sleep(0.1)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
-    scores = out / "scores" / "scores.json"
-    before = {path: path.stat().st_mtime_ns for path in (*there, out / "align.bin", scores)}
-    said = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, stdout=-1).stdout
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert len(re.findall(rf"\n\| {LABEL} ", said.decode())) == 3 * 5  # two groups of needles and the text
-    kept = {path.parent.parent.name: HeadMap.load(path).num_fa for path in out.glob("*/heads/head_map.json")}
-    assert sorted(kept.values()) == [4, 4, 8, 8, 8]
-    assert {"iter_0000002"} == {path.name for path in out.glob("*/extend/iter_*")}
+    kept = (align, out / "align.bin", out / "scores" / "scores.json", *out.glob("evaluation/*/results.json"))
+    before = {path: path.stat().st_mtime_ns for path in kept}
+    said = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    assert {path: path.stat().st_mtime_ns for path in before} == before and len(before) == 3 + 5
+    assert len(re.findall(rf"^\| {LABEL} ", said, re.MULTILINE)) == 3 * len(CHOICES)  # two groups of needles, the text
+    made = [path.relative_to(out).parts[0] for path in out.glob("*/extend/iter_0000002")]
+    head_map = HeadMap.load(out / left / "extend" / "head_map.json")
+    assert made == [left] and (head_map.num_fa, len(head_map.heads_of(KIND))) == (4, 28)
