@@ -31,6 +31,7 @@ def write_data(out: Path, seed: int, steps: tqdm) -> None:
     if (out / LAST).exists():
         steps.update()
         return
+    out.mkdir(parents=True, exist_ok=True)
     tokenizer = open_tokenizer(HERE / "teacher")
     fmt = NeedleFormat.load(HERE / "teacher" / "needles.json")
     text_ids = load_text(tokenizer, "train", 300_000)

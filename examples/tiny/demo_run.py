@@ -39,7 +39,6 @@ def run(args: argparse.Namespace) -> None:
         if not (args.out / "report.md").exists() and not (args.out / "teacher").exists():
             sys.exit(f"demo: {args.out} is not empty and no demo of ours; choose another --out")
         shutil.rmtree(args.out)
-    args.out.mkdir(parents=True)
     begin = time.monotonic()
     with tqdm(total=6 + len(STUDENTS), desc="demo", unit="step", position=0) as steps:
         write_data(args.out, args.seed, steps)
