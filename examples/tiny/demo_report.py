@@ -32,8 +32,7 @@ def write_report(out: Path, students: Sequence[Student], seconds: float) -> None
 
 {table}
 Made in {seconds / 60:.1f} minutes. "selected" keeps the heads with the highest causal scores, "random" as many at
-random; a student's last stage stands behind its name. 3:1 keeps one head in four as full attention, 15:1 one in
-sixteen.
+random; a student's last stage stands behind its name. 3:1 keeps one head in four as full attention.
 
 ## Which heads carry retrieval
 
