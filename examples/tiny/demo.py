@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole pipeline on the tiny teacher: import, select, hybridize, align, distill, extend, evaluate, export, report.
 
-Runs the project's own commands, one after the other, and writes <out>/report.md. About a quarter of an hour on two
+Runs the project's own commands, one after the other, and writes <out>/report.md. About eight minutes on two
 cores.
 
 examples:
@@ -29,7 +29,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="of data, head selection and random maps (default 0)")
     parser.add_argument(
-        "--prompts", type=int, default=30, metavar="N", help="evaluation prompts for each task and length (default 30)"
+        "--prompts", type=int, default=20, metavar="N", help="evaluation prompts for each task and length (default 20)"
     )
     return parser.parse_args(argv)
 

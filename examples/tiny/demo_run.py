@@ -69,7 +69,7 @@ def examine(args: argparse.Namespace, steps: tqdm) -> None:
     ]
     steps.set_postfix_str("evaluating")
     asked = ("--lengths", 512, 1024, "--prompts", args.prompts)
-    evaluate(args.out, "evaluate", models, args.seed, args.out / "evaluation", *asked)
+    evaluate(args.out, "evaluate", models, args.seed, args.out / "evaluation", *asked, ranks=2)
     steps.update()
 
 

@@ -76,6 +76,11 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "WANDB_MODE": "offline"}
 
 
+def launcher(ranks: int) -> list[object]:
+    """What starts a command on several ranks."""
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks] if ranks > 1 else []
+
+
 def fail(path: Path, code: int) -> None:
     tail = "\n".join(path.read_text(errors="replace").splitlines()[-15:])
     sys.exit(f"a step failed (exit status {code}), its output is in {path}:\n{tail}")
@@ -164,9 +169,8 @@ def train(out: Path, student: Student, stage: str, ranks: int, position: int, re
     """One stage of one student, its steps shown as they are logged."""
     if is_trained(out, student, stage, recipes):
         return
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks] if ranks > 1 else []
     place, data = folder(out, student), out / ("extend" if stage == "extend" else "align")
-    command = [sys.executable, *launcher, "-m", "hydra_mcore.train", "--stage", stage, "--config", *recipes]
+    command = [sys.executable, *launcher(ranks), "-m", "hydra_mcore.train", "--stage", stage, "--config", *recipes]
     command += ["--run-dir", place, "--teacher", out / "teacher", "--data-path", data]
     command += ["--data-cache-path", place / "cache", "--micro-batch-size", BATCH[stage] // ranks]
     path = out / "logs" / f"{slug(student)}-{stage}.log"
@@ -193,7 +197,8 @@ def train(out: Path, student: Student, stage: str, ranks: int, position: int, re
         fail(path, code)
 
 
-def evaluate(out: Path, log: str, models: Sequence[str], seed: int, into: Path, *asked: object) -> None:
+def evaluate(out: Path, log: str, models: Sequence[str], seed: int, into: Path, *asked: object, ranks: int = 1) -> None:
     """Let models (NAME=DIR) answer prompts in held-out text that the whole run shares; answers in ``into`` stay."""
     shared = ("--haystack", out / "held_out.txt", "--seed", EVALUATION_SEED + seed, "--cache", out / "prompts")
-    run_command(out, log, "tools/evaluate.py", "--models", *models, *shared, *asked, "--out", into)
+    command = (*launcher(ranks), "tools/evaluate.py", "--models", *models, *shared, *asked, "--out", into)
+    run_command(out, log, *command)
