@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Relative: exported models hold a copy of these files side by side.
-from .chunks import CHUNK, Segment, add_product, cut, first_state, from_chunks, segment_tokens, state_dtype, to_chunks
+from .chunks import CHUNK, Segment, add_product, first_state, from_chunks, lay_out, state_dtype, to_chunks
 from .decays import ChannelDecay, HeadDecay
 
 __all__ = ["chunked_delta_rule", "recurrent_delta_rule"]
@@ -70,13 +70,9 @@ def chunked_delta_rule(
     Raises:
         ValueError: the shape of the initial state is wrong.
     """
-    b, s, h, d = q_bshd.shape
-    bounds = (0, s) if bounds is None else bounds
-    documents = len(bounds) - 1
-    initial_state_bhdv = first_state(q_bshd, (documents * b, h, d, v_bshv.shape[-1]), initial_state_bhdv)
-    initial_kndv = initial_state_bhdv.unflatten(0, (documents, b)).flatten(1, 2)
+    b, _, h, d = q_bshd.shape
+    initial_kndv, segments = lay_out(q_bshd, v_bshv, initial_state_bhdv, bounds, chunk_size)
     inputs = (q_bshd, k_bshd, v_bshv, log_decay, write_bsh, initial_kndv)
-    segments = cut(bounds, chunk_size, segment_tokens(b * h, d, chunk_size) // chunk_size)
     scale = d**-0.5 if scale is None else scale
     if torch.is_grad_enabled():
         out_bshv, last_kndv = _ChunkedDeltaRule.apply(*inputs, scale, segments, chunk_size)

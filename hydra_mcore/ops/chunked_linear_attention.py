@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Relative: exported models hold a copy of these files side by side.
-from .chunks import CHUNK, Segment, add_product, cut, first_state, from_chunks, segment_tokens, state_dtype, to_chunks
+from .chunks import CHUNK, Segment, add_product, first_state, from_chunks, lay_out, state_dtype, to_chunks
 
 __all__ = ["chunked_linear_attention", "recurrent_linear_attention"]
 
@@ -59,12 +59,8 @@ def chunked_linear_attention(
     Raises:
         ValueError: the shape of the initial state is wrong.
     """
-    b, s, h, d = q_bshd.shape
-    bounds = (0, s) if bounds is None else bounds
-    documents = len(bounds) - 1
-    initial_state_bhdv = first_state(q_bshd, (documents * b, h, d, v_bshv.shape[-1]), initial_state_bhdv)
-    initial_kndv = initial_state_bhdv.unflatten(0, (documents, b)).flatten(1, 2)
-    segments = cut(bounds, chunk_size, segment_tokens(b * h, d, chunk_size) // chunk_size)
+    b, _, h, d = q_bshd.shape
+    initial_kndv, segments = lay_out(q_bshd, v_bshv, initial_state_bhdv, bounds, chunk_size)
     scale, rate_n = d**-0.5 if scale is None else scale, log_decay_h.double().repeat(b)
     inputs = (q_bshd, k_bshd, v_bshv, initial_kndv)
     if torch.is_grad_enabled():

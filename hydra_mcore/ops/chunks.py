@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 64
+FEW_TOKENS = 8  # up to so many a recurrence token by token is less work than one chunk
 # A segment is as many chunks as stay in a processor's cache, some megabytes with all that is made of them. Measured on
 # two cores with 32 MiB: half to four times as many take as long, an eighth a third longer, all at once twice as long.
 SEGMENT_VALUES = 2**18  # of one of q, k, v
@@ -61,6 +62,21 @@ def cut(bounds: Sequence[int], chunk_size: int, at_once: int) -> list[Segment]:
         full = len(slots) == len(firsts) * chunk_size
         segments.append(Segment(slice(firsts[0], lasts[-1]), None if full else slots, lengths, begins, ends))
     return segments
+
+
+def lay_out(
+    q_bshd: Tensor, v_bshv: Tensor, initial_state_bhdv: Tensor | None, bounds: Sequence[int] | None, chunk_size: int
+) -> tuple[Tensor, list[Segment]]:
+    """The states before the documents of each row, [k, n, d, v], and the segments in which the rows are worked on.
+
+    Arguments as chunked recurrences have them; raises ValueError where the shape of the initial state is wrong.
+    """
+    b, s, h, d = q_bshd.shape
+    bounds = (0, s) if bounds is None else bounds
+    documents = len(bounds) - 1
+    initial_bhdv = first_state(q_bshd, (documents * b, h, d, v_bshv.shape[-1]), initial_state_bhdv)
+    segments = cut(bounds, chunk_size, segment_tokens(b * h, d, chunk_size) // chunk_size)
+    return initial_bhdv.unflatten(0, (documents, b)).flatten(1, 2), segments
 
 
 def to_chunks(x_bsh: Tensor, segment: Segment, chunk_size: int, dtype: torch.dtype) -> Tensor:

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from hydra_mcore.ops import fla_kernels
 from hydra_mcore.ops.chunked_delta_rule import chunked_delta_rule, recurrent_delta_rule
+from hydra_mcore.ops.chunks import FEW_TOKENS
 from hydra_mcore.ops.context_parallel import Group, state_from_previous
 from hydra_mcore.sequence import SequencePart
 
 __all__ = ["gated_delta_rule"]
-
-FEW_TOKENS = 8  # up to so many the recurrence is less work than one chunk of 64 rows
 
 
 def gated_delta_rule(
@@ -61,9 +60,7 @@ def gated_delta_rule(
         ValueError: the tokens are not those of the part, or the shape of the initial state is wrong.
     """
     part = SequencePart(q_bshd.shape[1]) if part is None else part
-    check_part(part, q_bshd)
-    if part.cp_size > 1 and initial_state_bhdv is not None:
-        raise ValueError("an initial state comes from the previous rank under context parallelism; pass none")
+    check_part(part, q_bshd, initial_state_bhdv)
     inputs = (q_bshd, k_bshd, v_bshv, log_decay, write_bsh)
     few = part.cp_size == 1 and not part.packed and 0 < part.length <= FEW_TOKENS
     fused = fla_kernels.serve(q_bshd)
@@ -107,8 +104,10 @@ def _state_before(part: SequencePart, cp_group: Group, inputs: tuple[Tensor, ...
     return torch.cat([first_bhdv, first_bhdv.new_zeros(b * (len(part.bounds) - 2), h, d, v.shape[-1])])
 
 
-def check_part(part: SequencePart, q_bshd: Tensor) -> None:
-    """Raise ValueError unless these are the tokens of the part."""
+def check_part(part: SequencePart, q_bshd: Tensor, initial_state_bhdv: Tensor | None) -> None:
+    """Raise ValueError unless these are the tokens of the part, and its initial state one that can be given."""
+    if part.cp_size > 1 and initial_state_bhdv is not None:
+        raise ValueError("an initial state comes from the previous rank under context parallelism; pass none")
     b, s = q_bshd.shape[:2]
     if part.num_tokens != s:
         raise ValueError(f"{s} tokens were given, the part has {part.num_tokens}")

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from hydra_mcore.ops import fla_kernels
 from hydra_mcore.ops.chunked_linear_attention import chunked_linear_attention, recurrent_linear_attention
-from hydra_mcore.ops.chunks import state_dtype
+from hydra_mcore.ops.chunks import FEW_TOKENS, state_dtype
 from hydra_mcore.ops.context_parallel import Group, state_from_previous
-from hydra_mcore.ops.gated_delta import FEW_TOKENS, check_part
+from hydra_mcore.ops.gated_delta import check_part
 from hydra_mcore.sequence import SequencePart
 
 
@@ -54,10 +54,8 @@ def linear_attention(
         ValueError: the tokens are not those of the part, or the shape of the initial state is wrong.
     """
     part = SequencePart(q_bshd.shape[1]) if part is None else part
-    check_part(part, q_bshd)
+    check_part(part, q_bshd, initial_state_bhdv)
     if part.cp_size > 1:
-        if initial_state_bhdv is not None:
-            raise ValueError("an initial state comes from the previous rank under context parallelism; pass none")
         initial_state_bhdv = _state_before(part, cp_group, k_bshd, v_bshv, log_decay_h)
     inputs, packed = (q_bshd, k_bshd, v_bshv, log_decay_h), len(part.bounds) > 2
     few = not packed and 0 < part.num_tokens <= FEW_TOKENS

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from .cache_hydra_head import HydraHeadCacheLayer
 from .chunked_delta_rule import chunked_delta_rule, recurrent_delta_rule
+from .chunks import FEW_TOKENS
 from .configuration_hydra_head import HydraHeadConfig
 from .heads_hydra_head import Call, Heads, Padding, common_options, precise, take
-
-FEW_TOKENS = 8  # up to so many the recurrence is less work than one chunk of 64 rows
 
 
 class GatedDeltaHeads(Heads):

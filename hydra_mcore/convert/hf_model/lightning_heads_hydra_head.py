@@ -12,10 +12,9 @@ from torch import Tensor
 
 from .cache_hydra_head import HydraHeadCacheLayer
 from .chunked_linear_attention import chunked_linear_attention, recurrent_linear_attention
+from .chunks import FEW_TOKENS
 from .configuration_hydra_head import HydraHeadConfig
 from .heads_hydra_head import Call, Heads, Padding, common_options, precise, take
-
-FEW_TOKENS = 8  # up to so many the recurrence is less work than one chunk of 64 rows
 
 
 class LightningHeads(Heads):

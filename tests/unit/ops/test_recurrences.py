@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hydra_mcore.ops import chunks
-from hydra_mcore.ops.gated_delta import FEW_TOKENS
+from hydra_mcore.ops.chunks import FEW_TOKENS
 from hydra_mcore.sequence import SequencePart
 from tests.support.rules import (
     CHANNEL_DECAY,
