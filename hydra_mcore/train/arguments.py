@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.training.arguments import add_megatron_arguments
 
 from hydra_mcore.config import CARD_NAME, ConfigError, ModelCard, StageOptions, add_stage_flags
@@ -22,6 +23,7 @@ from hydra_mcore.files import check_writable
 from hydra_mcore.heads import HeadLayout
 from hydra_mcore.kinds import KINDS
 from hydra_mcore.model.checkpoints import TRACKER, latest_iteration, trainings
+from hydra_mcore.model.te_layers import FP8_MULTIPLE
 from hydra_mcore.recipe import Recipe
 from hydra_mcore.sequence import SequencePart
 from hydra_mcore.stages import STAGES, default_flags
@@ -32,6 +34,7 @@ from hydra_mcore.train.flags import FlagParser, check_values
 # the only one that reshards when ranks hold different numbers of heads.
 ENGINE: dict[str, Any] = {
     "transformer-impl": "local",
+    "fp8-recipe": "tensorwise",
     "use-distributed-optimizer": True,
     "dist-ckpt-optim-fully-reshardable": True,
     "exit-signal-handler": True,
@@ -57,6 +60,8 @@ ENGINE: dict[str, Any] = {
 # The writer is a process of its own that copies tensors off the GPU while training waits, then writes them while it
 # goes on. On a CPU it shares the cores and doubles a rank's memory, so saves are synchronous unless asked for.
 ENGINE_GPU: dict[str, Any] = {"async-save": True}
+# Where Transformer Engine loads, which it never does on a CPU (compat).
+ENGINE_TE: dict[str, Any] = {"transformer-impl": "transformer_engine", "no-gradient-accumulation-fusion": False}
 ENGINE_CPU: dict[str, Any] = {
     "distributed-backend": "gloo",
     "num-workers": 0,
@@ -127,7 +132,7 @@ def recipe_flags(argv: list[str], with_gpu: bool) -> tuple[argparse.ArgumentPars
     first.add_argument("--config", nargs="+")
     chosen, _ = first.parse_known_args(argv)
     recipe = Recipe.load(chosen.config, chosen.stage) if chosen.config else Recipe("command line")
-    engine = ENGINE | (ENGINE_GPU if with_gpu else ENGINE_CPU)
+    engine = ENGINE | (ENGINE_TE if HAVE_TE else {}) | (ENGINE_GPU if with_gpu else ENGINE_CPU)
     recipe = recipe.over(engine | default_flags(chosen.stage))
     known = parser.parse_args(recipe.to_flags(parser) + argv)
     return (
@@ -224,6 +229,7 @@ def _check_writable(known: argparse.Namespace, save: Path) -> None:
 def check_settings(known: argparse.Namespace, card: ModelCard, ranks: int) -> None:
     """Raise ConfigError for what Megatron would not notice, or say less clearly."""
     _check_layout(known, card, ranks)
+    _check_engine(known, card)
     if known.packed_documents and known.micro_batch_size != 1:
         raise ConfigError(
             f"packed documents are rows of their own: set micro-batch-size 1 instead of {known.micro_batch_size}"
@@ -291,6 +297,43 @@ def _check_layout(known: argparse.Namespace, card: ModelCard, ranks: int) -> Non
                 f"{part} tokens a context-parallel rank are fewer than the {looked_at} that {kind.label} heads look"
                 " back"
             )
+
+
+def _check_engine(known: argparse.Namespace, card: ModelCard) -> None:
+    """Raise ConfigError for what Transformer Engine alone has, and for sizes that its FP8 products do not take."""
+    with_te = known.transformer_impl == "transformer_engine"
+    if with_te and not HAVE_TE:
+        raise ConfigError("transformer-impl transformer_engine needs Transformer Engine and a GPU; use local")
+    asked = {
+        "fp8-format": known.fp8,
+        "no-gradient-accumulation-fusion false": known.gradient_accumulation_fusion,
+        "no-rope-fusion false": known.apply_rope_fusion,
+    }
+    if not with_te and (needs := [name for name, value in asked.items() if value]):
+        raise ConfigError(f"{needs[0]} needs transformer-impl transformer_engine, not local; leave it out")
+    kept = {
+        "teacher-fp8": known.teacher_fp8,
+        "first-last-layers-bf16": known.first_last_layers_bf16,
+        "num-layers-at-start-in-bf16": known.num_layers_at_start_in_bf16 != 1,
+        "num-layers-at-end-in-bf16": known.num_layers_at_end_in_bf16 != 1,
+    }
+    if not known.fp8:
+        if needs := [name for name, value in kept.items() if value]:
+            raise ConfigError(f"{needs[0]} says where FP8 is used; set fp8-format, or leave it out")
+        return
+    if known.recompute_modules and "layernorm" in known.recompute_modules:
+        raise ConfigError("recompute-modules layernorm would keep FP8 inputs that are made again; leave layernorm out")
+    tokens = SequencePart(known.seq_length, known.context_parallel_size).num_tokens * known.micro_batch_size
+    ranks = known.tensor_model_parallel_size
+    sizes = {
+        "the model's width": card.shape.hidden_size,
+        "the size of a head": card.shape.head_dim,
+        f"the MLP's width on {ranks} tensor-parallel ranks": card.shape.ffn_hidden_size / ranks,
+        "the tokens of a rank (seq-length, micro-batch-size)": tokens / (ranks if known.sequence_parallel else 1),
+    }
+    for what, size in sizes.items():
+        if size % FP8_MULTIPLE:
+            raise ConfigError(f"fp8-format: {what} is {size:g}, no multiple of {FP8_MULTIPLE}; leave fp8-format out")
 
 
 def _shard_flags(known: argparse.Namespace) -> list[str]:

@@ -52,9 +52,9 @@ UNUSED = {
         spec yaml-cfg"""
     ),
     "weights come from a checkpoint": "init-method-* embedding-init-method-std data-parallel-random-init",
-    "the layers are not Transformer Engine's": (
+    "of Transformer Engine's layers, HydraHead's use none of this": (
         """
-        [Transformer-Engine] *fp8* *fp4* first-last-layers-bf16 no-stream-ckpt-dequant num-layers-at-* tp-comm-*
+        [Transformer-Engine] *fp8* *fp4* no-stream-ckpt-dequant tp-comm-*
         no-tp-comm-*
         delay-wgrad-compute use-te-* te-rng-tracker use-transformer-engine-* *kitchen-* symmetric-ar-type
         fused-residual-rmsnorm
@@ -114,7 +114,9 @@ UNUSED = {
 SUPPORTED = {
     "optimizer": ("adam",),
     "ckpt-format": ("torch_dist",),
-    "transformer-impl": ("local",),
+    "transformer-impl": ("local", "transformer_engine"),
+    "fp8-format": ("hybrid", "e4m3"),
+    "fp8-recipe": ("tensorwise", "blockwise"),  # delayed hangs: it joins ranks that have unequal numbers of layers
     "dataloader-type": ("single", "cyclic"),
 }
 
