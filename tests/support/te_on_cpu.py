@@ -143,8 +143,11 @@ def _rmsnorm_bwd(dz: Tensor, x: Tensor, inverse: Tensor, weight: Tensor, *_setti
 def _use_torch() -> None:
     """Replace the kernels and checks on the way of Linear and LayerNormLinear."""
     import transformer_engine_torch as extension
+    from transformer_engine.common import recipe
     from transformer_engine.pytorch import cpp_extensions
+    from transformer_engine.pytorch.custom_recipes.reference_current_scaling import current_scaling_ref_factory
     from transformer_engine.pytorch.module import base, layernorm_linear, linear
+    from transformer_engine.pytorch.tensor.utils import is_custom
 
     layer = base.TransformerEngineBaseModule
     for name in ("__init__", "prepare_forward"):
@@ -152,12 +155,13 @@ def _use_torch() -> None:
     real = cpp_extensions.general_gemm
 
     def gemm(A: Any, B: Any, *args: Any, **keywords: Any) -> Any:
-        from transformer_engine.pytorch.tensor.utils import is_custom
-
         return (real if is_custom(A) or is_custom(B) else _gemm)(A, B, *args, **keywords)
 
     for module in (linear, layernorm_linear, cpp_extensions):
         module.general_gemm = gemm
+    # The recipe "tensorwise" by the package's own slow reference: numbers are rounded to FP8, products are torch's.
+    emulation = {"__new__": lambda _cls, **_: recipe.CustomRecipe(qfactory=current_scaling_ref_factory)}
+    recipe.Float8CurrentScaling = type("Float8CurrentScaling", (recipe.Float8CurrentScaling,), emulation)
     for module in (extension, cpp_extensions):
         module.rmsnorm_fwd, module.rmsnorm_bwd = _rmsnorm_fwd, _rmsnorm_bwd
     torch.cuda.is_current_stream_capturing = lambda: False
