@@ -166,7 +166,9 @@ def test_transformer_engine(site: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert said().verdict == "fail" and "no libcurand" in said().found and "--force-reinstall" in said().fix
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     megatron = only(iter(apart(packages.megatron)))
-    assert megatron.verdict == "fail" and "Transformer Engine" in megatron.found and "Transformer Engine" in megatron.fix
+    assert (
+        megatron.verdict == "fail" and "Transformer Engine" in megatron.found and "Transformer Engine" in megatron.fix
+    )
     (site / "transformer_engine" / "pytorch.py").write_text("")
     assert said() == ok("Transformer Engine", "2.20.2")
 
