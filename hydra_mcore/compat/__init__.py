@@ -9,7 +9,7 @@ Transformer Engine and Apex are used (``accelerators.py``):
 group           installed when                      fixes
 ==============  ==================================  ============================================
 ``datasets``    the package has no Makefile (wheel) ``make`` is run for helpers that are there
-``optimizer``   always; more without TE and Apex    saving and resuming the distributed optimizer
+``optimizer``   always                              saving and resuming the distributed optimizer
 ``saving``      always                              kills, signals and failures during a save
 ``reading``     always                              checkpoints that are damaged, or made to run code
 ``cpu``         torch sees no GPU                   CUDA calls, device names, generators
@@ -73,9 +73,7 @@ def install() -> tuple[Patch, ...]:
     if datasets.needed():
         patching.apply(datasets.PATCHES)
     patching.apply(datasets.INDEX_PATCHES)
-    patching.apply(optimizer.GENERAL_PATCHES)
-    if optimizer.needed():
-        patching.apply(optimizer.PATCHES)
+    patching.apply(optimizer.PATCHES)
     patching.apply(saving.PATCHES)
     patching.apply(reading.PATCHES)
     return applied()

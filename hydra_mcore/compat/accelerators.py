@@ -154,9 +154,10 @@ def _fix(error: Exception) -> str:
     for library, (cuda13, cuda12) in _LIBRARIES.items():
         if re.search(rf"\b{library}\b.*(not found|or later)", str(error), re.IGNORECASE):
             return f"pip install --upgrade {cuda13} ({cuda12} for CUDA 12)"
-    if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] not in TE:
-        return f"pip install {error.name}"
-    if isinstance(error, AssertionError | FileNotFoundError | RuntimeError):
+    halves = AssertionError | FileNotFoundError | RuntimeError | importlib.metadata.PackageNotFoundError
+    if isinstance(error, halves):
         return f"it is half installed; {_install('')}"
+    if isinstance(error, ModuleNotFoundError):
+        return f"pip install {error.name}"
     rebuild = "pip install --force-reinstall --no-deps --no-cache-dir --no-build-isolation transformer-engine-torch"
     return f"it was built for another torch or CUDA; {rebuild} transformer-engine-cu13 (-cu12 for CUDA 12)"
