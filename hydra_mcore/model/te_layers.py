@@ -23,7 +23,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 FP8_MULTIPLE = 16  # of every dimension of a product in FP8
-TE_NAMES = {"mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm."}  # in checkpoints: the MLP's norm as the local layer has it
+# In checkpoints: the MLP's norm has the name that it has with local layers.
+TE_NAMES = {"mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm."}
 
 
 def uses_te(config: TransformerConfig) -> bool:
@@ -52,7 +53,9 @@ class TELinear:
         bias: [rows].
     """
 
-    def __init__(self, config: TransformerConfig, weight: torch.nn.Parameter, bias: torch.nn.Parameter | None = None) -> None:
+    def __init__(
+        self, config: TransformerConfig, weight: torch.nn.Parameter, bias: torch.nn.Parameter | None = None
+    ) -> None:
         from transformer_engine.pytorch import Linear
 
         rows, columns = weight.shape
@@ -65,6 +68,12 @@ class TELinear:
     def __call__(self, x: Tensor) -> Tensor:
         """[..., columns] -> [..., rows]."""
         return self.linear(x)
+
+
+def _no_state(_layer: torch.nn.Module, _state: object = None) -> None:
+    """What a layer saves, as the local one, and all that it reads: the FP8 recipes in use keep nothing between steps,
+    and a checkpoint must not have its own unpickled.
+    """
 
 
 class NormedColumnLinear(TELayerNormColumnParallelLinear):
@@ -80,18 +89,13 @@ class NormedColumnLinear(TELayerNormColumnParallelLinear):
             self.layer_norm_weight.sequence_parallel = False
             self.layer_norm_weight.register_hook(partial(_summed, self._tp_group))
 
-    def get_extra_state(self) -> None:
-        """None, as of the local layer: the supported FP8 recipes keep no state between steps."""
-
-    def set_extra_state(self, state: object) -> None:
-        """Nothing is read, so a checkpoint cannot have its state unpickled."""
+    get_extra_state, set_extra_state = _no_state, _no_state
 
 
 class RowLinear(TERowParallelLinear):
     """The MLP's second projection."""
 
-    get_extra_state = NormedColumnLinear.get_extra_state
-    set_extra_state = NormedColumnLinear.set_extra_state
+    get_extra_state, set_extra_state = _no_state, _no_state
 
 
 def te_mlp(fuse_gradients: bool) -> ModuleSpec:

@@ -61,7 +61,7 @@ ENGINE: dict[str, Any] = {
 # goes on. On a CPU it shares the cores and doubles a rank's memory, so saves are synchronous unless asked for.
 ENGINE_GPU: dict[str, Any] = {"async-save": True}
 # Where Transformer Engine loads, which it never does on a CPU (compat).
-ENGINE_TE: dict[str, Any] = {"transformer-impl": "transformer_engine", "no-gradient-accumulation-fusion": False}
+ENGINE_TE: dict[str, Any] = {"transformer-impl": "transformer_engine"}
 ENGINE_CPU: dict[str, Any] = {
     "distributed-backend": "gloo",
     "num-workers": 0,
@@ -300,7 +300,7 @@ def _check_layout(known: argparse.Namespace, card: ModelCard, ranks: int) -> Non
 
 
 def _check_engine(known: argparse.Namespace, card: ModelCard) -> None:
-    """Raise ConfigError for what Transformer Engine alone has, and for sizes that its FP8 products do not take."""
+    """Raise ConfigError for what only Transformer Engine's layers can do, where they are not used."""
     with_te = known.transformer_impl == "transformer_engine"
     if with_te and not HAVE_TE:
         raise ConfigError("transformer-impl transformer_engine needs Transformer Engine and a GPU; use local")
@@ -311,25 +311,29 @@ def _check_engine(known: argparse.Namespace, card: ModelCard) -> None:
     }
     if not with_te and (needs := [name for name, value in asked.items() if value]):
         raise ConfigError(f"{needs[0]} needs transformer-impl transformer_engine, not local; leave it out")
-    kept = {
+    of_fp8 = {
         "teacher-fp8": known.teacher_fp8,
         "first-last-layers-bf16": known.first_last_layers_bf16,
         "num-layers-at-start-in-bf16": known.num_layers_at_start_in_bf16 != 1,
         "num-layers-at-end-in-bf16": known.num_layers_at_end_in_bf16 != 1,
     }
-    if not known.fp8:
-        if needs := [name for name, value in kept.items() if value]:
-            raise ConfigError(f"{needs[0]} says where FP8 is used; set fp8-format, or leave it out")
-        return
-    if known.recompute_modules and "layernorm" in known.recompute_modules:
-        raise ConfigError("recompute-modules layernorm would keep FP8 inputs that are made again; leave layernorm out")
+    if known.fp8:
+        _check_fp8(known, card)
+    elif needs := [name for name, value in of_fp8.items() if value]:
+        raise ConfigError(f"{needs[0]} says where FP8 is used; set fp8-format, or leave it out")
+
+
+def _check_fp8(known: argparse.Namespace, card: ModelCard) -> None:
+    """Raise ConfigError for sizes that products in FP8 do not take, and for settings that FP8 excludes."""
+    if "layernorm" in (known.recompute_modules or []):
+        raise ConfigError("fp8-format keeps the inputs that recompute-modules layernorm drops; leave layernorm out")
     tokens = SequencePart(known.seq_length, known.context_parallel_size).num_tokens * known.micro_batch_size
     ranks = known.tensor_model_parallel_size
     sizes = {
         "the model's width": card.shape.hidden_size,
         "the size of a head": card.shape.head_dim,
-        f"the MLP's width on {ranks} tensor-parallel ranks": card.shape.ffn_hidden_size / ranks,
-        "the tokens of a rank (seq-length, micro-batch-size)": tokens / (ranks if known.sequence_parallel else 1),
+        "the MLP's width on a tensor-parallel rank": card.shape.ffn_hidden_size / ranks,
+        "a rank's number of tokens (seq-length x micro-batch-size)": tokens / (ranks if known.sequence_parallel else 1),
     }
     for what, size in sizes.items():
         if size % FP8_MULTIPLE:

@@ -23,11 +23,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(tmp_path_factory.mktemp("bad"))
 
 
-def refusal(folder: Path, *flags: str, stage: str = "extend", run: str = "run") -> str:
+def refusal(folder: Path, *flags: str, stage: str = "extend", run: str = "run", ranks: int = 1) -> str:
     """The one line on stderr of a run that must end with exit status 2."""
     argv = ["--stage", stage, "--run-dir", str(folder / run), "--teacher", str(folder / "teacher"), *FLAGS]
     argv += ["--start-from", str(folder / "student"), "--data-path", str(folder / "data"), *flags]
-    code, said = run_ranks(training_ended, 1, argv)[0]
+    code, said = run_ranks(training_ended, ranks, argv)[0]
     lines = [line for line in said.splitlines() if line.startswith("train: ")]
     assert code == 2 and len(lines) == 1 and "Traceback" not in said, said
     return lines[0]
@@ -54,6 +54,9 @@ def refusal(folder: Path, *flags: str, stage: str = "extend", run: str = "run") 
         (("--global-batch-size", "3"), "Megatron refuses these settings: eval_global_batch_size (3) must be divisible"),
         (("--min-lr", "1"), "Megatron refuses these settings: args.min_lr <= args.lr (min-lr 1.0, lr 1e-05)"),
         (("--fp16",), "fp16 is not supported"),
+        (("--transformer-impl", "transformer_engine"), "needs Transformer Engine and a GPU; use local"),
+        (("--fp8-format", "hybrid"), "fp8-format needs transformer-impl transformer_engine, not local; leave it out"),
+        (("--teacher-fp8",), "teacher-fp8 says where FP8 is used; set fp8-format, or leave it out"),
         (("--lr", "fast"), "argument --lr: invalid float value: 'fast'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

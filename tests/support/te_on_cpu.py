@@ -11,6 +11,7 @@ of its own, or a forked rank, before ``compat.install()``: what is loaded stays 
 import contextlib
 import enum
 import functools
+import importlib
 import importlib.util
 import os
 import re
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.support.adams import multi_tensor_adam
 from tests.support.paths import ROOT
 
 SITE = ROOT / ".venv" / "te"
@@ -55,8 +57,7 @@ def load() -> ModuleType:
         sys.modules[_EXTENSION] = _extension(Path(spec.origin).parent)
         sys.modules[_ONNX] = _onnx(Path(spec.origin).parent)
         spec.loader.exec_module(package)
-        import transformer_engine.pytorch
-
+        importlib.import_module("transformer_engine.pytorch")
         _use_torch()
     return sys.modules["transformer_engine.pytorch"]
 
@@ -82,11 +83,30 @@ def _extension(root: Path) -> ModuleType:
         else:
             found = functools.partial(_needs_gpu, name)
         setattr(extension, name, found)
+    extension.multi_tensor_adam, extension.multi_tensor_l2norm = multi_tensor_adam, _l2norm
+    extension.multi_tensor_scale = extension.multi_tensor_scale_tensor = _scale
+    extension.bgrad_quantize = _bgrad_quantize
     return extension
 
 
 def _needs_gpu(name: str, *_args: Any, **_keywords: Any) -> None:
     raise NotImplementedError(f"{_EXTENSION}.{name} needs a GPU")
+
+
+def _l2norm(
+    _chunk_size: int, _overflow: Tensor, tensors: list[list[Tensor]], _per_tensor: bool = False
+) -> tuple[Tensor, None]:
+    norms = [torch.linalg.vector_norm(tensor.float()) for tensor in tensors[0]]
+    return torch.linalg.vector_norm(torch.stack(norms)).view(1), None
+
+
+def _scale(_chunk_size: int, _overflow: Tensor, tensors: list[list[Tensor]], scale: Tensor | float) -> None:
+    for source, target in zip(*tensors, strict=True):
+        target.copy_(source * scale)
+
+
+def _bgrad_quantize(gradient: Tensor, quantizer: Any) -> tuple[Tensor, Any]:
+    return gradient.flatten(0, -2).float().sum(0).to(gradient.dtype), quantizer(gradient)
 
 
 def _onnx(root: Path) -> ModuleType:

@@ -161,7 +161,7 @@ def test_flags_that_do_nothing_are_refused_by_name(parser: argparse.ArgumentPars
 
 
 @pytest.mark.parametrize(
-    "name", ["fp8-format", "num-experts", "sft", "spec", "yaml-cfg", "trust-remote-code", "save", "moe-layer-freq"]
+    "name", ["fp8-margin", "num-experts", "sft", "spec", "yaml-cfg", "trust-remote-code", "save", "moe-layer-freq"]
 )
 def test_recipes_cannot_ask_for_them_either(
     parser: argparse.ArgumentParser, card: argparse.Namespace, name: str

@@ -1,0 +1,45 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What training says where Transformer Engine is there and its settings cannot work."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.test_bad_input import refusal
+from tests.support.stages import SHAPE, make_run
+
+FP8 = ("--fp8-format", "hybrid")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Heads of 16, and an MLP of 48 that two ranks would cut to 24."""
+    return make_run(tmp_path_factory.mktemp("refused"), shape=dataclasses.replace(SHAPE, head_dim=16))
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ((*FP8, "--fp8-recipe", "delayed"), "fp8-recipe is delayed; the stages train with tensorwise or blockwise"),
+        ((*FP8, "--fp8-recipe", "mxfp8"), "fp8-recipe is mxfp8; the stages train with tensorwise or blockwise"),
+        ((*FP8, "--seq-length", "36"), "tokens (seq-length x micro-batch-size) is 72, no multiple of 16"),
+        ((*FP8, "--transformer-impl", "local"), "fp8-format needs transformer-impl transformer_engine, not local"),
+        (("--first-last-layers-bf16",), "first-last-layers-bf16 says where FP8 is used; set fp8-format"),
+        ((*FP8, "--fp8-param-gather"), "--fp8-param-gather: cannot be used here"),
+        (
+            (*FP8, "--recompute-granularity", "selective", "--recompute-modules", "layernorm"),
+            "fp8-format keeps the inputs that recompute-modules layernorm drops",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_settings(folder: Path, flags: tuple[str, ...], said: str) -> None:
+    assert said in refusal(folder, *flags)
+
+
+def test_sizes_that_fp8_does_not_take(folder: Path, tmp_path: Path) -> None:
+    two_ranks = (*FP8, "--tensor-model-parallel-size", "2")
+    assert "the MLP's width on a tensor-parallel rank is 24" in refusal(folder, *two_ranks, ranks=2)
+    assert "the size of a head is 8" in refusal(make_run(tmp_path), *FP8)
