@@ -89,11 +89,6 @@ def choose(on_cpu: bool) -> None:
             print(f"Apex is not used: {unusable}", file=sys.stderr, flush=True)
 
 
-def transformer_engine_loads() -> bool:
-    """Tell whether Transformer Engine is in use, so that layers may be taken from it; for after choose()."""
-    return sys.modules.get("transformer_engine.pytorch") is not None
-
-
 def transformer_engine() -> str | None:
     """Import Transformer Engine for torch and return its version; None if it is not installed.
 

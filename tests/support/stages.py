@@ -132,9 +132,7 @@ def gradients(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def optimizer_state(checkpoint: Path, key: str) -> dict[str, torch.Tensor]:
-    """What the optimizer keeps of every parameter, whole, by its name in a checkpoint: ``exp_avg``, ``exp_avg_sq`` or
-    ``fp32_param``.
-    """
+    """What the optimizer keeps of every parameter (exp_avg, exp_avg_sq, param), whole, by its name in a checkpoint."""
     import torch.distributed.checkpoint as dcp
 
     prefix, reader = f"optimizer.state.{key}.", dcp.FileSystemReader(checkpoint)
