@@ -22,7 +22,6 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
-import os
 import re
 import sys
 import warnings
@@ -30,7 +29,8 @@ from pathlib import Path
 
 from packaging.version import Version
 
-from hydra_mcore.errors import InputError, first_line
+from hydra_mcore.commands import first_of_machine
+from hydra_mcore.errors import MachineError, first_line
 
 OLDEST_TE = "2.19"  # setup.py asks for the same
 TE = ("transformer_engine", "transformer_engine_torch")
@@ -49,7 +49,7 @@ _LIBRARIES = {
 }
 
 
-class Unusable(InputError):
+class Unusable(MachineError):
     """An installation that cannot be used.
 
     Attributes:
@@ -85,13 +85,8 @@ def choose(on_cpu: bool) -> None:
         nvidia_apex()
     except Unusable as unusable:
         _hide(APEX)
-        if int(os.environ.get("RANK", "0")) == 0:
+        if first_of_machine():
             print(f"Apex is not used: {unusable}", file=sys.stderr, flush=True)
-
-
-def transformer_engine_loads() -> bool:
-    """Tell whether Transformer Engine is in use, so that layers may be taken from it; for after choose()."""
-    return sys.modules.get("transformer_engine.pytorch") is not None
 
 
 def transformer_engine() -> str | None:

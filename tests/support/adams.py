@@ -22,8 +22,7 @@ def use_adam(kind: str) -> None:
     from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer
 
-    adam = {"torch": torch.optim.AdamW, "te": _te_fused_adam, "apex": ApexFusedAdam}[kind]
-    optimizer.Adam = adam if kind != "te" else adam()
+    optimizer.Adam = _te_fused_adam() if kind == "te" else ApexFusedAdam  # torch's has another name there
     optimizer.USING_PYTORCH_OPTIMIZER = kind == "torch"
     distrib_optimizer.HAVE_APEX_OR_TE = kind != "torch"
     distrib_optimizer.USING_TE_OPTIMIZER = kind == "te"
@@ -31,7 +30,7 @@ def use_adam(kind: str) -> None:
 
 
 def _te_fused_adam() -> type[torch.optim.Optimizer]:
-    if not accelerators.transformer_engine_loads():
+    if sys.modules.get("transformer_engine") is None:
         for name in accelerators.TE:
             sys.modules.pop(name, None)  # conftest.py hid them
     from tests.support import te_on_cpu

@@ -93,7 +93,7 @@ def transformer_engine(has_gpu: bool) -> Iterator[Line]:
     if version:
         yield ok(TE, version)
     else:
-        yield warn(TE, "not installed: no FP8, no layers with fused norms, optimizer steps in more kernels", NO_BUILD)
+        yield warn(TE, "not installed: no FP8, no layers with fused norms, torch's optimizer", NO_BUILD)
 
 
 def apex(has_gpu: bool) -> Iterator[Line]:

@@ -146,7 +146,7 @@ def test_an_apex_that_cannot_be_used_is_hidden_with_a_line(broken: str, said: st
     line, there = decision(site)
     assert line.startswith("Apex is not used: ") and said in line and line.count("\n") == 1
     assert there == {name for name in ASKED if name.startswith("transformer_engine")}
-    assert decision(site, environment={"RANK": "1"})[0] == ""
+    assert decision(site, environment={"LOCAL_RANK": "1"})[0] == ""
     assert decision(site, on_cpu=True) == NOTHING
 
 
