@@ -42,7 +42,7 @@ def refusal(folder: Path, *flags: str, stage: str = "extend", run: str = "run") 
         (("--tensor-model-parallel-size", "2"), "tensor 2 x pipeline 1 x context parallel 1 does not divide 1 ranks"),
         (("--context-parallel-size", "4"), "tensor 1 x pipeline 1 x context parallel 4 does not divide 1 ranks"),
         (("--packed-documents",), "packed documents are rows of their own: set micro-batch-size 1 instead of 2"),
-        (("--reset-attention-mask",), "do not reach recurrent heads; use packed-documents"),
+        (("--reset-attention-mask",), "does not reach recurrent heads; use packed-documents"),
         (
             ("--recompute-granularity", "full"),
             "Megatron refuses these settings: Using recompute_granularity: full so recompute_method",

@@ -157,7 +157,7 @@ def away_from_the_default(name: str, folder: Path) -> dict[str, Any]:
         return {name: next(str(choice) for choice in action.choices if choice != value and choice not in taken)}
     if action.type in (int, float):
         value = float(value) / 2 + 0.25 if action.type is float and value is not None else int(value or 1) + 1
-        return {name: [str(value)] * (action.nargs if isinstance(action.nargs, int) else 1)}
+        return {name: [str(value)] * action.nargs if isinstance(action.nargs, int) else str(value)}
     return {name: "x"}
 
 
