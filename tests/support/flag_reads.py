@@ -46,7 +46,10 @@ def settings_read(rank: int, argv: list[str]) -> set[str]:
         return args, *rest
 
     run._validated = validated
-    run.run_stage(argv)
+    try:
+        run.run_stage(argv)
+    except SystemExit as ended:  # of --exit-interval
+        assert not ended.code
     return found
 
 

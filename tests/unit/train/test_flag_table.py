@@ -150,6 +150,7 @@ def away_from_the_default(name: str, folder: Path) -> dict[str, Any]:
     if name in TRIED:
         return values_of(TRIED[name], folder)
     value = stage.get(name, action.default)
+    value = value[0] if isinstance(value, list) and value else value
     if action.nargs == 0:
         return {name: stage.get(name) is not True}
     if action.choices:
