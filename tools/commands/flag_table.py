@@ -68,8 +68,9 @@ PAGE = """\
 What becomes of each flag of Megatron-Core {version} in the stages of training. The flags of the stages themselves are
 in `python -m hydra_mcore.train --help`.
 
-- **works**: the flag does what Megatron says, on a CPU as well. A flag that belongs to another, as `--profile-ranks`
-  belongs to `--profile`, acts where that one is set.
+- **works**: the flag does what Megatron says, on a CPU as well. A flag that belongs to another acts where that one is
+  set: `--profile-ranks` with `--profile`, `--rerun-mode` and `--error-injection-rate` with `--check-for-large-grads`,
+  `--dist-ckpt-workers` with `--async-save` and `--ckpt-assume-constant-structure`.
 - **works on a GPU**: only code for GPUs reads the flag. Without a GPU a dry run takes it, and training refuses it. None
   of them has been run on a GPU yet.
 - **from the card**: the model's `model.json` sets it; another value is refused.
@@ -84,8 +85,10 @@ takes back what the stage would switch on. Settings that Megatron does not take 
 How it is known: `tests/unit/train/test_flag_table.py` gives each flag a value other than its default and does what
 `--dry-run` does with a tiny student, up to Megatron's own validation. It compares what was taken with this page, and
 fails when Megatron has a flag that nobody has judged. Short trainings of the three stages then record which settings
-are read after validation, and by which code. So a flag that works is taken and is read by code that runs; that it has
-the right effect is proven by the tests of its subject alone, such as those of layouts, checkpoints and logs.
+are read by code that trains, not only by code that checks or prints them. All flags that work on a CPU are, but six:
+one that torch is told at the check, and five of tokenizers that the tests do not have. This proves that a flag is taken
+and read. That it has the right effect is proven for those alone that other tests are about, such as those of layouts,
+checkpoints and logs.
 
 This page is made by `python tools/flag_table.py --out docs/flags.md` from the tables that refuse flags.
 
