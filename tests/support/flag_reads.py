@@ -22,7 +22,8 @@ CONFIGS += [kind for name, kind in vars(config).items() if name.endswith("Config
 HANDING_ON = {"argument_utils.py", "arguments.py", "argparse.py", "copy.py", "dataclasses.py", "<string>"}
 HANDING_ON |= {Path(sys.modules[kind.__module__].__file__ or "").name for kind in CONFIGS}
 HANDING_ON |= {"model_parallel_config.py", "theoretical_memory_usage.py"}
-PRINTING = {"get_megatron_optimizer_config", "get_megatron_ddp_config", "write_args_to_tensorboard"}
+HANDING_ON |= {"get_megatron_optimizer_config", "get_megatron_ddp_config"}  # functions among them
+HANDING_ON |= {"write_args_to_tensorboard", "check_checkpoint_args"}
 
 
 class ReadArguments(argparse.Namespace):
@@ -56,7 +57,7 @@ def settings_read(rank: int, argv: list[str]) -> set[str]:
 def _noting(stock: Any, found: set[str]) -> Any:
     def read(self: Any, name: str) -> Any:
         code = sys._getframe(1).f_code
-        if Path(code.co_filename).name not in HANDING_ON and code.co_name not in PRINTING:
+        if not {Path(code.co_filename).name, code.co_name} & HANDING_ON:
             found.add(name)
         return stock(self, name)
 
