@@ -28,7 +28,7 @@ from hydra_mcore.recipe import Recipe
 from hydra_mcore.sequence import SequencePart
 from hydra_mcore.stages import STAGES, default_flags
 from hydra_mcore.train.checkpoint_care import difference, resumable
-from hydra_mcore.train.flags import FlagParser, check_values
+from hydra_mcore.train.flags import FlagParser, check_values, check_without_gpu
 
 # Our layer brings its own modules, so Megatron's local implementation serves around it; the optimizer format is
 # the only one that reshards when ranks hold different numbers of heads.
@@ -104,6 +104,8 @@ def resolve(argv: list[str]) -> ResolvedStage:
     resume = _check_output(save, card)
     recipe = recipe.over(_places(options, start, save))
     known, flags = model_flags(parser, recipe, argv, card, ranks=int(os.environ.get("WORLD_SIZE", "1")))
+    if not (options.dry_run or torch.cuda.is_available()):
+        check_without_gpu(parser, known)
     _check_writable(known, save)
     flags += ["--save", str(save)] + (["--load", str(save)] if resume else [])
     card = dataclasses.replace(card, stages=[*trainings(card, start), _this_stage(known)])
@@ -234,11 +236,6 @@ def check_settings(known: argparse.Namespace, card: ModelCard, ranks: int) -> No
         raise ConfigError(
             f"packed documents are rows of their own: set micro-batch-size 1 instead of {known.micro_batch_size}"
         )
-    if known.reset_position_ids or known.reset_attention_mask:
-        raise ConfigError(
-            "reset-position-ids and reset-attention-mask do not reach recurrent heads; use packed-documents, which does"
-            " both"
-        )
     if known.calculate_per_token_loss and STAGES[known.stage].fits_layers:
         raise ConfigError(
             f"the {known.stage} loss is a mean over rows, not over tokens; leave calculate-per-token-loss to the other"
@@ -255,14 +252,6 @@ def check_settings(known: argparse.Namespace, card: ModelCard, ranks: int) -> No
             f"profile-step-start {start} to profile-step-end {end} is no window of the {known.train_iters} steps of"
             " training"
         )
-    if known.trust_remote_code or known.metadata_path:
-        raise ConfigError(
-            "trust-remote-code and tokenizer-metadata would run code that a folder brings along; leave them out"
-        )
-    if known.save_retain_interval:
-        raise ConfigError("save-retain-interval deletes checkpoints unsafely; use keep-last and keep-every")
-    if known.fp16:
-        raise ConfigError("fp16 is not supported (the distillation losses carry no loss scale); use bf16")
 
 
 def _check_layout(known: argparse.Namespace, card: ModelCard, ranks: int) -> None:

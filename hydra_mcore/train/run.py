@@ -96,6 +96,7 @@ def _validated(resolved: ResolvedStage) -> tuple[Any, GPTModelConfig, dict[str, 
     try:
         validate_args(args)
         config = gpt_config_from_args(args)
+        pretrain_cfg_container_from_args(args, config)  # what it holds checks itself
     except Exception as error:  # it asserts, and falls over, in many ways, and has built nothing yet
         raise refusal(error, args) from None
     config.vocab_size, config.should_pad_vocab = resolved.card.shape.vocab_size, False

@@ -23,11 +23,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(tmp_path_factory.mktemp("bad"))
 
 
-def refusal(folder: Path, *flags: str, stage: str = "extend", run: str = "run", ranks: int = 1) -> str:
-    """The one line on stderr of a run that must end with exit status 2."""
+def arguments(folder: Path, *flags: str, stage: str = "extend", run: str = "run") -> list[str]:
     argv = ["--stage", stage, "--run-dir", str(folder / run), "--teacher", str(folder / "teacher"), *FLAGS]
-    argv += ["--start-from", str(folder / "student"), "--data-path", str(folder / "data"), *flags]
-    code, said = run_ranks(training_ended, ranks, argv)[0]
+    return [*argv, "--start-from", str(folder / "student"), "--data-path", str(folder / "data"), *flags]
+
+
+def refusal(folder: Path, *flags: str, ranks: int = 1, **places: str) -> str:
+    """The one line on stderr of a run that must end with exit status 2."""
+    code, said = run_ranks(training_ended, ranks, arguments(folder, *flags, **places))[0]
     lines = [line for line in said.splitlines() if line.startswith("train: ")]
     assert code == 2 and len(lines) == 1 and "Traceback" not in said, said
     return lines[0]
@@ -42,7 +45,7 @@ def refusal(folder: Path, *flags: str, stage: str = "extend", run: str = "run", 
         (("--tensor-model-parallel-size", "2"), "tensor 2 x pipeline 1 x context parallel 1 does not divide 1 ranks"),
         (("--context-parallel-size", "4"), "tensor 1 x pipeline 1 x context parallel 4 does not divide 1 ranks"),
         (("--packed-documents",), "packed documents are rows of their own: set micro-batch-size 1 instead of 2"),
-        (("--reset-attention-mask",), "do not reach recurrent heads; use packed-documents"),
+        (("--reset-attention-mask",), "does not reach recurrent heads; use packed-documents"),
         (
             ("--recompute-granularity", "full"),
             "Megatron refuses these settings: Using recompute_granularity: full so recompute_method",

@@ -1,14 +1,18 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What training says where Transformer Engine is there and its settings cannot work."""
+"""What training says to settings of Transformer Engine where it is there: those that cannot work, and those that do."""
 
 import dataclasses
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tests.distributed.test_bad_input import refusal
+from tests.distributed.test_bad_input import arguments, refusal
+from tests.support.commands import training_ended
+from tests.support.launch import run_ranks
 from tests.support.stages import SHAPE, make_run
+from tools.commands.flag_table import WORKS_WITH_TE
 
 FP8 = ("--fp8-format", "hybrid")
 
@@ -43,3 +47,21 @@ def test_sizes_that_fp8_does_not_take(folder: Path, tmp_path: Path) -> None:
     two_ranks = (*FP8, "--tensor-model-parallel-size", "2")
     assert "the MLP's width on a tensor-parallel rank is 24" in refusal(folder, *two_ranks, ranks=2)
     assert "the size of a head is 8" in refusal(make_run(tmp_path), *FP8)
+
+
+TAKEN = {
+    "no-gradient-accumulation-fusion": {"no-gradient-accumulation-fusion": False},
+    "no-rope-fusion": {"no-rope-fusion": False},
+    "first-last-layers-bf16": {"fp8-format": "hybrid", "first-last-layers-bf16": True},
+    "num-layers-at-start-in-bf16": {"fp8-format": "e4m3", "num-layers-at-start-in-bf16": 2},
+    "num-layers-at-end-in-bf16": {"fp8-format": "hybrid", "num-layers-at-end-in-bf16": 2},
+}
+
+
+def test_what_works_with_transformer_engine_is_taken(folder: Path, tmp_path: Path) -> None:
+    assert set(TAKEN) == WORKS_WITH_TE
+    for values in (*TAKEN.values(), {"fp8-format": "hybrid", "fp8-recipe": "blockwise", "teacher-fp8": True}):
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump(values))
+        code, said = run_ranks(training_ended, 1, arguments(folder, "--config", str(recipe), "--dry-run"))[0]
+        assert (code, said) == (0, ""), values
