@@ -70,7 +70,10 @@ used='from hydra_mcore import compat; compat.install()
 import datasets, hypothesis, lm_eval.models.huggingface, matplotlib.pyplot, megatron.core.tokenizers.text, pytest
 import torch.utils.tensorboard, wandb
 from transformers import AutoTokenizer, Qwen3ForCausalLM'
+# Beside the environment: its tests run without a GPU and so without these kernels, and one of them compiles all.
+kernels=(--target "$venv/kernels" --upgrade fla-core einops)
 if ! "$venv/bin/python" -m pip install --quiet --no-compile --editable '.[eval,test]' --constraint constraints.txt ||
+    ! "$venv/bin/python" -m pip install --quiet --no-compile --no-deps --constraint constraints.txt "${kernels[@]}" ||
     ! env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" -W ignore -c "$used"; then
     echo "error: the installation failed; run this again to continue it" >&2
     exit 1

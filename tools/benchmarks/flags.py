@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.benchmarks.shapes import BLOCKS, DECODED, DECODED_FA_HEADS, DTYPES, QWEN3, SMALL, STEP_SIZES
+from tools.benchmarks.shapes import BLOCKS, CALLERS, CAPABILITIES, DECODED, DECODED_FA_HEADS, DTYPES, QWEN3, SMALL
+from tools.benchmarks.shapes import STEP_SIZES as SIZES
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Section:
         help: one line for the list of sections.
         examples: command lines.
         figure: its results are curves, so ``--figure`` draws them.
-        plain: it installs by itself what hydra_mcore changes in the process, once it measured others without it.
+        plain: it does without what hydra_mcore changes in the process, or installs it once it measured others without.
     """
 
     add_flags: Callable[[argparse.ArgumentParser], None]
@@ -206,7 +207,7 @@ def step(p: argparse.ArgumentParser) -> None:
     add_machine(p)
     model = p.add_argument_group("model (default: a small one; on a GPU that of Qwen3-1.7B)")
     model.add_argument("--fa-heads", type=int, metavar="N", help="FA heads of every layer (default: a quarter)")
-    for name, field in STEP_SIZES.items():
+    for name, field in SIZES.items():
         default = f"default {getattr(SMALL, field)}, on a GPU {getattr(QWEN3, field)}"
         number(model, "--" + name.replace("_", "-"), default)
 
@@ -369,3 +370,26 @@ def start_up(p: argparse.ArgumentParser) -> None:
     example.
     """
     number(p, "--repeats", "the median counts (default 3)", 3)
+
+
+@section(
+    "registers and memory of every Triton kernel that we call, compiled for GPUs on a machine without one",
+    """\
+  every kernel for Hopper (H100, H200) and Blackwell (B200); minutes to an hour on one core
+      python tools/benchmark.py kernels --json kernels.json
+  what a model with GDN heads of 128 channels calls on Hopper in bf16
+      python tools/benchmark.py kernels --gpus sm_90 --calls gdn conv norm --head-dims 128 --dtypes bfloat16
+""",
+    plain=True,
+)
+def kernels(p: argparse.ArgumentParser) -> None:
+    """The functions of hydra_mcore/ops/fla_kernels.py run as in a layer; Triton compiles what they launch for GPUs that
+    are not there. Exit status 1 where a kernel does not compile or fit. Flash-linear-attention: make env.
+    """
+    gpus, formats = list(CAPABILITIES), ["bfloat16", "float32"]
+    p.add_argument("--gpus", nargs="+", choices=gpus, default=gpus, help="default %(default)s")
+    whose = "kinds of heads, their short convolution and the norm of queries and keys (default: all)"
+    p.add_argument("--calls", nargs="+", choices=CALLERS, default=list(CALLERS), help=whose)
+    number(p, "--head-dims", "channels of a head (default 64 128)", [64, 128], nargs="+")
+    p.add_argument("--dtypes", nargs="+", choices=formats, default=formats, help="default %(default)s")
+    p.add_argument("--forward", action="store_true", help="leave out the backward pass")

@@ -8,6 +8,9 @@ from hydra_mcore.config import ModelShape
 from hydra_mcore.errors import InputError
 
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
+# Section kernels: GPUs by their compute capability, times ten, and whose kernels.
+CAPABILITIES = {"sm_90": 90, "sm_100": 100}
+CALLERS = ("gdn", "kda", "lightning", "conv", "norm")
 # Qwen3-1.7B (its config.json).
 QWEN3 = ModelShape(
     num_layers=28, hidden_size=2048, num_heads=16, num_kv_groups=8, head_dim=128, ffn_hidden_size=6144,
