@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.benchmarks.shapes import BLOCKS, CALLERS, CAPABILITIES, DECODED, DECODED_FA_HEADS, DTYPES, QWEN3, SMALL
-from tools.benchmarks.shapes import STEP_SIZES as SIZES
+from tools.benchmarks import shapes
+from tools.benchmarks.shapes import BLOCKS, DECODED, DECODED_FA_HEADS, DTYPES, QWEN3, SMALL, STEP_SIZES
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,11 @@ def layers_x_heads(text: str) -> tuple[int, int]:
 def number(p: argparse._ActionsContainer, flag: str, help: str, default: int | None = None, **kinds: Any) -> None:
     """Add a flag that counts something; ``nargs="+"`` makes it several."""
     p.add_argument(flag, type=positive, metavar="N", help=help, default=default, **kinds)
+
+
+def several(p: argparse.ArgumentParser, flag: str, choices: Iterable[str], help: str) -> None:
+    """Add a flag that takes some of the choices, all unless given."""
+    p.add_argument(flag, nargs="+", choices=list(choices), default=list(choices), help=f"{help} (default: all)")
 
 
 def add_machine(p: argparse.ArgumentParser) -> None:
@@ -178,6 +183,7 @@ def layer(p: argparse.ArgumentParser) -> None:
     for name, on_cpu in BLOCKS["cpu"].items():
         number(p, "--" + name.replace("_", "-"), f"default {on_cpu}, on a GPU {BLOCKS['cuda'][name]}")
     number(p, "--repeats", "the median counts (default 3)", 3)
+    several(p, "--ratios", shapes.SHARES, "what stands beside the teacher")
     add_profile(p)
     add_machine(p)
 
@@ -207,7 +213,7 @@ def step(p: argparse.ArgumentParser) -> None:
     add_machine(p)
     model = p.add_argument_group("model (default: a small one; on a GPU that of Qwen3-1.7B)")
     model.add_argument("--fa-heads", type=int, metavar="N", help="FA heads of every layer (default: a quarter)")
-    for name, field in SIZES.items():
+    for name, field in STEP_SIZES.items():
         default = f"default {getattr(SMALL, field)}, on a GPU {getattr(QWEN3, field)}"
         number(model, "--" + name.replace("_", "-"), default)
 
@@ -386,10 +392,8 @@ def kernels(p: argparse.ArgumentParser) -> None:
     """The functions of hydra_mcore/ops/fla_kernels.py run as in a layer; Triton compiles what they launch for GPUs that
     are not there. Exit status 1 where a kernel does not compile or fit. Flash-linear-attention: make env.
     """
-    gpus, formats = list(CAPABILITIES), ["bfloat16", "float32"]
-    p.add_argument("--gpus", nargs="+", choices=gpus, default=gpus, help="default %(default)s")
-    whose = "kinds of heads, their short convolution and the norm of queries and keys (default: all)"
-    p.add_argument("--calls", nargs="+", choices=CALLERS, default=list(CALLERS), help=whose)
+    several(p, "--gpus", shapes.CAPABILITIES, "what to compile for: H100 and H200, B200")
+    several(p, "--calls", shapes.CALLERS, "kinds of heads, their short convolution, the norm of queries and keys")
     number(p, "--head-dims", "channels of a head (default 64 128)", [64, 128], nargs="+")
-    p.add_argument("--dtypes", nargs="+", choices=formats, default=formats, help="default %(default)s")
+    several(p, "--dtypes", ("bfloat16", "float32"), "of queries, keys and values")
     p.add_argument("--forward", action="store_true", help="leave out the backward pass")

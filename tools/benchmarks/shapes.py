@@ -25,7 +25,8 @@ STEP_SIZES = {
     "layers": "num_layers", "hidden": "hidden_size", "heads": "num_heads", "kv_groups": "num_kv_groups",
     "head_dim": "head_dim", "ffn": "ffn_hidden_size", "vocabulary": "vocab_size",
 }  # fmt: skip
-# Section layer, by device.
+# Section layer: the share of heads that are FA, and sizes by device.
+SHARES = {"3:1": 1 / 4, "7:1": 1 / 8, "all GDN": 0.0}
 BLOCKS = {
     "cpu": {"heads": 8, "kv_groups": 4, "head_dim": 128, "hidden": 1024},
     "cuda": {
