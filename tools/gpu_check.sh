@@ -23,14 +23,13 @@ python=${PYTHON:-python3}
 device=${HYDRA_TEST_DEVICE:-gpu}
 out=${OUT:-gpu-check-$(date -u +%Y-%m-%dT%H%M%S)}
 packages="megatron-core flash-linear-attention fla-core einops wonderwords"
-flash_linear_attention=0.6.0 # the version whose kernels ops/fla_kernels.py was written for; the others are in constraints.txt
 
 fetch() { # $1: folder, then further packages as pip names them
     local name version folder=$1
     local wanted=("${@:2}")
     for name in $packages; do
         version=$(sed -n "s/^$name==\([^ ]*\).*/\1/p" constraints.txt)
-        wanted+=("$name==${version:-$flash_linear_attention}")
+        wanted+=("$name==$version")
     done
     # the GPU's machine may be another one than this: Linux, x86-64, and the Python below
     "$python" -m pip download --quiet --no-deps --only-binary=:all: --implementation cp --python-version "${PYTHON_VERSION:-3.12}" \

@@ -14,7 +14,7 @@ from torch import Tensor
 from hydra_mcore.config import HydraOptions
 from hydra_mcore.heads import HeadLayout
 from hydra_mcore.model.attention_plan import HeadSet
-from hydra_mcore.model.parameters import PerHead, RMSNorm, gathered, new_parameter, replicated
+from hydra_mcore.model.parameters import PerHead, RMSNorm, gathered, new_index, new_parameter, replicated
 from hydra_mcore.ops.tiles import in_tiles
 
 
@@ -47,8 +47,7 @@ class Fusion(MegatronModule):
                 torch.nn.init.ones_(parameter)
         if options.fusion == "competition":
             self.competition = new_parameter(config, self.num_heads, config.hidden_size)
-            held = torch.tensor(heads.ordinals + heads.shared, dtype=torch.long)
-            self.register_buffer("heads", held, persistent=False)
+            self.register_buffer("heads", new_index(config, heads.ordinals + heads.shared), persistent=False)
 
     def forward(self, branches: dict[str, tuple[Tensor, Tensor | None]], x_sbm: Tensor, shared: bool = False) -> Tensor:
         """Join the kinds' (output, gate) pairs: [s, b, h, d] in the rank's own head order.

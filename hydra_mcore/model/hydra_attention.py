@@ -33,7 +33,14 @@ from hydra_mcore.model.attention_plan import AttentionPlan, HeadSet
 from hydra_mcore.model.branch import Branch, GroupedKeysValues, branch_class
 from hydra_mcore.model.cache import DecodingCache, LayerCache
 from hydra_mcore.model.fusion import Fusion
-from hydra_mcore.model.parameters import GroupLinear, data_parallel_replica, head_shards, new_parameter, replicated
+from hydra_mcore.model.parameters import (
+    GroupLinear,
+    data_parallel_replica,
+    head_shards,
+    new_index,
+    new_parameter,
+    replicated,
+)
 from hydra_mcore.model.te_layers import TELinear, uses_te
 from hydra_mcore.ops.rows import positions, take_rows
 from hydra_mcore.sequence import SequencePart
@@ -157,8 +164,7 @@ class SharedKeysValues(GroupLinear):
             groups = sorted(set(group_of_head))
             index = {"groups": groups, "group_of_head": [groups.index(group) for group in group_of_head]}
             for name, values in index.items():
-                buffer = torch.tensor(values, dtype=torch.long)
-                self.register_buffer(f"{kind}_{name}", buffer, persistent=False)
+                self.register_buffer(f"{kind}_{name}", new_index(config, values), persistent=False)
 
     def by_kind(self, x_sbm: Tensor) -> dict[str, GroupedKeysValues]:
         kv_sbgd = self(x_sbm)

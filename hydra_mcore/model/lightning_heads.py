@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -19,7 +18,7 @@ from hydra_mcore.kinds.recurrent import keys_values_by_head
 from hydra_mcore.model.attention_plan import AttentionPlan
 from hydra_mcore.model.branch import Branch, BranchOutput, GroupedKeysValues
 from hydra_mcore.model.cache import LayerCache, left_behind
-from hydra_mcore.model.parameters import recomputed
+from hydra_mcore.model.parameters import new_index, recomputed
 from hydra_mcore.ops.linear_attention import linear_attention
 from hydra_mcore.sequence import SequencePart
 
@@ -46,7 +45,7 @@ class LightningHeads(Branch):
             self.add_qk_norms()
         self.add_gate()
         self.num_heads = layout.num_heads
-        own = torch.tensor(layout.ranks[self.tp_group.rank()][self.kind], dtype=torch.long)
+        own = new_index(config, layout.ranks[self.tp_group.rank()][self.kind])
         self.register_buffer("head_idx", own, persistent=False)  # rates themselves would be rounded with the model
 
     def forward(

@@ -89,8 +89,16 @@ def data_parallel_replica(metadata: dict[str, Any] | None, tp_rank: int = 0) -> 
 
 
 def new_parameter(config: TransformerConfig, *shape: int) -> torch.nn.Parameter:
-    device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
-    return torch.nn.Parameter(torch.zeros(*shape, dtype=config.params_dtype, device=device))
+    return torch.nn.Parameter(torch.zeros(*shape, dtype=config.params_dtype, device=_device(config)))
+
+
+def new_index(config: TransformerConfig, values: Sequence[int]) -> Tensor:
+    """For a buffer, on the parameters' device: only training moves a model that is built."""
+    return torch.tensor(values, dtype=torch.long, device=_device(config))
+
+
+def _device(config: TransformerConfig) -> Any:
+    return "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
 
 
 class PerHead(torch.nn.Module):
@@ -222,7 +230,7 @@ class GroupLinear(torch.nn.Module):
             "group_of_head": [self.groups.index(layout.group_of(head_idx)) for head_idx in own + shared],
         }
         for name, values in index.items():
-            self.register_buffer(name, torch.tensor(values, dtype=torch.long), persistent=False)
+            self.register_buffer(name, new_index(config, values), persistent=False)
         for suffix, groups in (("", self.local), ("_split", self.split)):
             if groups:
                 weight = new_parameter(config, len(groups) * rows, config.hidden_size)

@@ -16,13 +16,15 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hydra_mcore.ops.context_parallel import Group
 from hydra_mcore.sequence import SequencePart
+
+if TYPE_CHECKING:
+    from hydra_mcore.ops.context_parallel import Group  # it imports Megatron
 
 NEVER_ZERO = 1e-24  # beside a squared length: 1e-12 beside a length, as in F.normalize
 

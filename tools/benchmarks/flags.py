@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tools.benchmarks import shapes
 from tools.benchmarks.shapes import BLOCKS, DECODED, DECODED_FA_HEADS, DTYPES, QWEN3, SMALL, STEP_SIZES
 
 
@@ -26,7 +27,7 @@ class Section:
         help: one line for the list of sections.
         examples: command lines.
         figure: its results are curves, so ``--figure`` draws them.
-        plain: it installs by itself what hydra_mcore changes in the process, once it measured others without it.
+        plain: it does without what hydra_mcore changes in the process, or installs it once it measured others without.
     """
 
     add_flags: Callable[[argparse.ArgumentParser], None]
@@ -69,6 +70,11 @@ def layers_x_heads(text: str) -> tuple[int, int]:
 def number(p: argparse._ActionsContainer, flag: str, help: str, default: int | None = None, **kinds: Any) -> None:
     """Add a flag that counts something; ``nargs="+"`` makes it several."""
     p.add_argument(flag, type=positive, metavar="N", help=help, default=default, **kinds)
+
+
+def several(p: argparse.ArgumentParser, flag: str, choices: Iterable[str], help: str) -> None:
+    """Add a flag that takes some of the choices, all unless given."""
+    p.add_argument(flag, nargs="+", choices=list(choices), default=list(choices), help=f"{help} (default: all)")
 
 
 def add_machine(p: argparse.ArgumentParser) -> None:
@@ -177,6 +183,7 @@ def layer(p: argparse.ArgumentParser) -> None:
     for name, on_cpu in BLOCKS["cpu"].items():
         number(p, "--" + name.replace("_", "-"), f"default {on_cpu}, on a GPU {BLOCKS['cuda'][name]}")
     number(p, "--repeats", "the median counts (default 3)", 3)
+    several(p, "--ratios", shapes.SHARES, "what stands beside the teacher")
     add_profile(p)
     add_machine(p)
 
@@ -369,3 +376,24 @@ def start_up(p: argparse.ArgumentParser) -> None:
     example.
     """
     number(p, "--repeats", "the median counts (default 3)", 3)
+
+
+@section(
+    "registers and memory of every Triton kernel that we call, compiled for GPUs on a machine without one",
+    """\
+  every kernel for Hopper (H100, H200) and Blackwell (B200); minutes to an hour on one core
+      python tools/benchmark.py kernels --json kernels.json
+  what a model with GDN heads of 128 channels calls on Hopper in bf16
+      python tools/benchmark.py kernels --gpus sm_90 --calls gdn conv norm --head-dims 128 --dtypes bfloat16
+""",
+    plain=True,
+)
+def kernels(p: argparse.ArgumentParser) -> None:
+    """The functions of hydra_mcore/ops/fla_kernels.py run as in a layer; Triton compiles what they launch for GPUs that
+    are not there. Exit status 1 where a kernel does not compile or fit. Flash-linear-attention: make env.
+    """
+    several(p, "--gpus", shapes.CAPABILITIES, "what to compile for: H100 and H200, B200")
+    several(p, "--calls", shapes.CALLERS, "kinds of heads, their short convolution, the norm of queries and keys")
+    number(p, "--head-dims", "channels of a head (default 64 128)", [64, 128], nargs="+")
+    several(p, "--dtypes", ("bfloat16", "float32"), "of queries, keys and values")
+    p.add_argument("--forward", action="store_true", help="leave out the backward pass")

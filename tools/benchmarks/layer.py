@@ -29,14 +29,13 @@ from hydra_mcore.model.runtime import process_groups
 from tools.benchmarks.measure import Point, chosen_machine, gemm_speed, measured
 from tools.benchmarks.profile_table import parts_report
 from tools.benchmarks.report import Report
-from tools.benchmarks.shapes import BLOCKS, spread_heads
+from tools.benchmarks.shapes import BLOCKS, SHARES, spread_heads
 
 COLUMNS = ("tokens", "heads", "s (least..most)", "of all FA", "limit, s", "limit, of all FA", "peak MiB", "KiB a token")
 CROSSING_COLUMNS = ("heads", "faster than all FA from, tokens")
 LENGTHS = {"cpu": [2**power for power in range(11, 16)], "cuda": [2**power for power in range(11, 20)]}
 TEACHER = "all FA (teacher)"
 FLA = "flash-linear-attention's own layer"
-SHARES = {"3:1": 1 / 4, "7:1": 1 / 8, "all GDN": 0.0}  # of heads that are FA
 
 
 def run(args: argparse.Namespace) -> Report:
@@ -48,7 +47,7 @@ def run(args: argparse.Namespace) -> Report:
         hidden_size=sizes["hidden"], ffn_hidden_size=1, vocab_size=1, native_length=max(lengths),
     )  # fmt: skip
     before = gemm_speed(device, dtype)
-    points, parts = measured_layers(shape, lengths, args.repeats, device, dtype, args.profile)
+    points, parts = measured_layers(args, shape, lengths, device, dtype)
     speed = max(before, gemm_speed(device, dtype))  # of a machine that may be busy for a moment
     names = ", ".join(f"{name.replace('_', ' ')} {size}" for name, size in sizes.items())
     notes = (
@@ -58,7 +57,7 @@ def run(args: argparse.Namespace) -> Report:
         " projections, times the share of FA heads, and everything else at the speed of matrix products."
     )
     teachers = _medians(points, TEACHER)
-    least, rows = limits(shape, teachers, speed), []
+    least, rows = limits(args.ratios, shape, teachers, speed), []
     for point in points:
         teacher, limit = teachers[point.length], least.get(point.name, {}).get(point.length)
         bound = ["-", "-"] if limit is None else [f"{limit:.3g}", f"{limit / teacher:.3f}"]
@@ -96,24 +95,28 @@ def _medians(points: Sequence[Point], name: str) -> dict[int, float]:
 
 
 def measured_layers(
-    shape: ModelShape, lengths: Sequence[int], repeats: int, device: str, dtype: str, profile: bool
+    args: argparse.Namespace, shape: ModelShape, lengths: Sequence[int], device: str, dtype: str
 ) -> tuple[list[Point], list[Report]]:
-    """The points of every length, and where ``profile`` asks for them tables by part, at the last length."""
+    """The points of every length, and where the flags ask for them tables by part, at the last length."""
     points = []
     with process_groups():
-        blocks = _blocks(shape, device, dtype)
+        blocks = _blocks(args.ratios, shape, device, dtype)
         for length in tqdm(lengths, desc="layer", unit="length"):
             x_sbm = torch.randn(
                 length, 1, shape.hidden_size, device=device, dtype=getattr(torch, dtype)
             ).requires_grad_()
             rotary = RotaryEmbedding(shape.head_dim, 1.0, rotary_base=shape.rope_theta).get_emb(length).to(device)
             calls = {name: partial(_step, block, x_sbm, rotary) for name, block in blocks.items()}
-            points += measured(calls, length, repeats, device)
-        parts = [parts_report(name, length, calls[name], [block]) for name, block in blocks.items()] if profile else []
+            points += measured(calls, length, args.repeats, device)
+        parts = (
+            [parts_report(name, length, calls[name], [block]) for name, block in blocks.items()] if args.profile else []
+        )
     return points, parts
 
 
-def limits(shape: ModelShape, teachers: Mapping[int, float], speed: float) -> dict[str, dict[int, float]]:
+def limits(
+    ratios: Sequence[str], shape: ModelShape, teachers: Mapping[int, float], speed: float
+) -> dict[str, dict[int, float]]:
     """What HydraHead's blocks need at least: name -> length -> seconds.
 
     The share of FA heads of what the teacher takes beyond its projections, and all else at the speed of matrix
@@ -125,7 +128,7 @@ def limits(shape: ModelShape, teachers: Mapping[int, float], speed: float) -> di
     """
     everyone = HeadsByKind.from_fa(range(shape.num_heads), shape.num_heads)
     found: dict[str, dict[int, float]] = {}
-    for name, fa in _fa_heads(shape).items():
+    for name, fa in _fa_heads(ratios, shape).items():
         heads, found[name] = HeadsByKind.from_fa(fa, shape.num_heads), {}
         for length, seconds in teachers.items():
             attention = KINDS[FA].core_flops(shape, HydraOptions(), length).total
@@ -138,11 +141,11 @@ def limits(shape: ModelShape, teachers: Mapping[int, float], speed: float) -> di
     return found
 
 
-def _fa_heads(shape: ModelShape) -> dict[str, list[int]]:
-    return {name: spread_heads(round(share * shape.num_heads), shape) for name, share in SHARES.items()}
+def _fa_heads(ratios: Sequence[str], shape: ModelShape) -> dict[str, list[int]]:
+    return {name: spread_heads(round(SHARES[name] * shape.num_heads), shape) for name in ratios}
 
 
-def _blocks(shape: ModelShape, device: str, dtype: str) -> dict[str, torch.nn.Module]:
+def _blocks(ratios: Sequence[str], shape: ModelShape, device: str, dtype: str) -> dict[str, torch.nn.Module]:
     """By name; every weight has a gradient that the next one adds to, as in training."""
     groups = ProcessGroupCollection.use_mpu_process_groups()
     config = transformer_config(shape, getattr(torch, dtype))
@@ -152,8 +155,8 @@ def _blocks(shape: ModelShape, device: str, dtype: str) -> dict[str, torch.nn.Mo
         return HydraAttention(config, 1, AttentionPlan(head_map, options, options.log_scale_in("distill")), groups)
 
     blocks: dict[str, torch.nn.Module] = {TEACHER: block(range(shape.num_heads), HydraOptions.teacher())}
-    blocks |= {name: block(fa, HydraOptions()) for name, fa in _fa_heads(shape).items()}
-    if device == "cuda" and importlib.util.find_spec("fla"):
+    blocks |= {name: block(fa, HydraOptions()) for name, fa in _fa_heads(ratios, shape).items()}
+    if device == "cuda" and "all GDN" in ratios and importlib.util.find_spec("fla"):
         blocks[FLA] = _FlaLayer(shape).to(getattr(torch, dtype))
     for module in blocks.values():
         for parameter in module.to(device).parameters():

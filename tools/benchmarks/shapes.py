@@ -8,6 +8,9 @@ from hydra_mcore.config import ModelShape
 from hydra_mcore.errors import InputError
 
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
+# Section kernels: GPUs by their compute capability, times ten, and whose kernels.
+CAPABILITIES = {"sm_90": 90, "sm_100": 100}
+CALLERS = ("gdn", "kda", "lightning", "conv", "norm")
 # Qwen3-1.7B (its config.json).
 QWEN3 = ModelShape(
     num_layers=28, hidden_size=2048, num_heads=16, num_kv_groups=8, head_dim=128, ffn_hidden_size=6144,
@@ -22,7 +25,8 @@ STEP_SIZES = {
     "layers": "num_layers", "hidden": "hidden_size", "heads": "num_heads", "kv_groups": "num_kv_groups",
     "head_dim": "head_dim", "ffn": "ffn_hidden_size", "vocabulary": "vocab_size",
 }  # fmt: skip
-# Section layer, by device.
+# Section layer: the share of heads that are FA, and sizes by device.
+SHARES = {"3:1": 1 / 4, "7:1": 1 / 8, "all GDN": 0.0}
 BLOCKS = {
     "cpu": {"heads": 8, "kv_groups": 4, "head_dim": 128, "hidden": 1024},
     "cuda": {
