@@ -104,6 +104,8 @@ def resolve(argv: list[str]) -> ResolvedStage:
     resume = _check_output(save, card)
     recipe = recipe.over(_places(options, start, save))
     known, flags = model_flags(parser, recipe, argv, card, ranks=int(os.environ.get("WORLD_SIZE", "1")))
+    if torch.cuda.is_available() or not options.dry_run:  # a dry run may stand for another machine, with a GPU
+        _check_transformer_engine(known)
     if not (options.dry_run or torch.cuda.is_available()):
         check_without_gpu(parser, known)
     _check_writable(known, save)
@@ -231,7 +233,7 @@ def _check_writable(known: argparse.Namespace, save: Path) -> None:
 def check_settings(known: argparse.Namespace, card: ModelCard, ranks: int) -> None:
     """Raise ConfigError for what Megatron would not notice, or say less clearly."""
     _check_layout(known, card, ranks)
-    _check_engine(known, card)
+    _check_fp8(known, card)
     if known.packed_documents and known.micro_batch_size != 1:
         raise ConfigError(
             f"packed documents are rows of their own: set micro-batch-size 1 instead of {known.micro_batch_size}"
@@ -288,7 +290,7 @@ def _check_layout(known: argparse.Namespace, card: ModelCard, ranks: int) -> Non
             )
 
 
-def _check_engine(known: argparse.Namespace, card: ModelCard) -> None:
+def _check_transformer_engine(known: argparse.Namespace) -> None:
     """Raise ConfigError for what only Transformer Engine's layers can do, where they are not used."""
     with_te = known.transformer_impl == "transformer_engine"
     if with_te and not HAVE_TE:
@@ -300,20 +302,20 @@ def _check_engine(known: argparse.Namespace, card: ModelCard) -> None:
     }
     if not with_te and (needs := [name for name, value in asked.items() if value]):
         raise ConfigError(f"{needs[0]} needs transformer-impl transformer_engine, not local; leave it out")
-    of_fp8 = {
-        "teacher-fp8": known.teacher_fp8,
-        "first-last-layers-bf16": known.first_last_layers_bf16,
-        "num-layers-at-start-in-bf16": known.num_layers_at_start_in_bf16 != 1,
-        "num-layers-at-end-in-bf16": known.num_layers_at_end_in_bf16 != 1,
-    }
-    if known.fp8:
-        _check_fp8(known, card)
-    elif needs := [name for name, value in of_fp8.items() if value]:
-        raise ConfigError(f"{needs[0]} says where FP8 is used; set fp8-format, or leave it out")
 
 
 def _check_fp8(known: argparse.Namespace, card: ModelCard) -> None:
-    """Raise ConfigError for sizes that products in FP8 do not take, and for settings that FP8 excludes."""
+    """Raise ConfigError for sizes that products in FP8 do not take, and for settings that need or exclude FP8."""
+    if not known.fp8:
+        of_fp8 = {
+            "teacher-fp8": known.teacher_fp8,
+            "first-last-layers-bf16": known.first_last_layers_bf16,
+            "num-layers-at-start-in-bf16": known.num_layers_at_start_in_bf16 != 1,
+            "num-layers-at-end-in-bf16": known.num_layers_at_end_in_bf16 != 1,
+        }
+        if needs := [name for name, value in of_fp8.items() if value]:
+            raise ConfigError(f"{needs[0]} says where FP8 is used; set fp8-format, or leave it out")
+        return
     if "layernorm" in (known.recompute_modules or []):
         raise ConfigError("fp8-format keeps the inputs that recompute-modules layernorm drops; leave layernorm out")
     tokens = SequencePart(known.seq_length, known.context_parallel_size).num_tokens * known.micro_batch_size

@@ -15,7 +15,7 @@ from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.checkpoints import TRACKER
 from tests.support.commands import training_ended
 from tests.support.launch import run_ranks
-from tests.support.stages import FLAGS, make_run
+from tests.support.stages import FLAGS, SHAPE, make_run
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def refusal(folder: Path, *flags: str, ranks: int = 1, **places: str) -> str:
         (("--min-lr", "1"), "Megatron refuses these settings: args.min_lr <= args.lr (min-lr 1.0, lr 1e-05)"),
         (("--fp16",), "fp16 is not supported"),
         (("--transformer-impl", "transformer_engine"), "needs Transformer Engine and a GPU; use local"),
-        (("--fp8-format", "hybrid"), "fp8-format needs transformer-impl transformer_engine, not local; leave it out"),
+        (("--fp8-format", "hybrid"), "fp8-format: the size of a head is 8, no multiple of 16; leave fp8-format out"),
         (("--teacher-fp8",), "teacher-fp8 says where FP8 is used; set fp8-format, or leave it out"),
         (("--lr", "fast"), "argument --lr: invalid float value: 'fast'"),
     ],
@@ -67,6 +67,12 @@ def refusal(folder: Path, *flags: str, ranks: int = 1, **places: str) -> str:
 def test_flags(folder: Path, flags: tuple[str, ...], said: str) -> None:
     assert said in refusal(folder, *flags)
     assert not (folder / "run").exists()
+
+
+def test_a_dry_run_stands_for_a_machine_with_transformer_engine(tmp_path: Path) -> None:
+    folder, fp8 = make_run(tmp_path, shape=dataclasses.replace(SHAPE, head_dim=16)), ("--fp8-format", "hybrid")
+    assert "fp8-format needs transformer-impl transformer_engine, not local" in refusal(folder, *fp8)
+    assert run_ranks(training_ended, 1, arguments(folder, *fp8, "--dry-run")) == [(0, "")]
 
 
 @pytest.mark.parametrize(

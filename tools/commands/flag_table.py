@@ -80,7 +80,7 @@ in `python -m hydra_mcore.train --help`.
 - **works on a GPU**: only code for GPUs reads the flag. Without a GPU a dry run takes it, and training refuses it. None
   of them has been run on a GPU yet.
 - **works with Transformer Engine**: its layers alone read the flag ([Transformer Engine](transformer_engine.md)), so
-  that it is refused with `--transformer-impl local`. None of them has been run on a GPU yet.
+  that training refuses it with `--transformer-impl local`. None of them has been run on a GPU yet.
 - **from the card**: the model's `model.json` sets it; another value is refused.
 - **only ...**: other values are refused, and the words after the colon say why.
 - **refused**: the flag would have no effect on HydraHead's layers or on the stages, or would break them; it is refused
