@@ -18,10 +18,12 @@ demo: env       ## the whole pipeline, small, on this machine
 
 test: env       ## the tests that need no GPU, without the slow ones
 	@$(PYTEST) $(SIDE_BY_SIDE) -m "not slow and not gpu"
+	@HYDRA_TEST_TE=1 $(PYTEST) $(SIDE_BY_SIDE) tests/te -m "not slow and not gpu"
 	@$(PYTEST) tests/slurm -m "not slow and not gpu"
 
 test-all: env   ## all tests that need no GPU
 	@$(PYTEST) $(SIDE_BY_SIDE) -m "not gpu"
+	@HYDRA_TEST_TE=1 $(PYTEST) $(SIDE_BY_SIDE) tests/te -m "not gpu"
 	@$(PYTEST) tests/slurm -m "not gpu"
 
 gpu-check:      ## the tests and benchmarks that need a GPU, on its machine (tools/gpu_check.sh --help)

@@ -41,7 +41,10 @@ setup(
         "psutil>=5.9",  # megatron.core's checkpoint writer imports it and does not ask for it
     ],
     extras_require={
-        "gpu": ["transformer-engine[pytorch]>=2.10", "flash-linear-attention>=0.6"],
+        "gpu": ["hydra_mcore[kernels,te]"],
+        "kernels": ["flash-linear-attention>=0.6"],
+        # It opens CUDA's curand, but does not ask for it; README.md has the flags that its build needs.
+        "te": ["transformer-engine[pytorch]>=2.19", "nvidia-curand"],
         "eval": ["lm-eval>=0.4.10", "accelerate>=1.1"],  # not lm-eval[hf]: it adds peft, for adapters
         "test": [
             "pytest>=8.0",

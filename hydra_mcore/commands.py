@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from hydra_mcore.errors import InputError
+from hydra_mcore.errors import InputError, MachineError
 from hydra_mcore.files import disk_problem, disk_refusal, named
 
 INTERRUPTED = 130  # a shell's status for Ctrl-C: 128 + SIGINT
@@ -33,9 +33,10 @@ _POLL_S = 0.2
 def one_line_errors(command: str) -> Iterator[None]:
     """Turn bad input and a disk that refuses into one line on stderr and exit status 2, Ctrl-C into one and 130.
 
-    Other errors keep their traceback. Of several ranks that see the same bad input, the first one says it. It decorates
-    a command's ``main``, so that it holds for the seconds of imports too. Whatever a Ctrl-C ends in counts as one (an
-    import or a network that it broke raise errors of their own); a second one ends the process at once.
+    Other errors keep their traceback. Of several ranks that see the same bad input, the first one says it; what is
+    wrong with a machine, its own first one. It decorates a command's ``main``, so that it holds for the seconds of
+    imports too. Whatever a Ctrl-C ends in counts as one (an import or a network that it broke raise errors of their
+    own); a second one ends the process at once.
     """
     first_rank = int(os.environ.get("RANK", "0")) == 0
     with _noticing_ctrl_c() as pressed:
@@ -47,6 +48,8 @@ def one_line_errors(command: str) -> Iterator[None]:
                 line, status = "stopped by Ctrl-C", INTERRUPTED
             elif isinstance(error, InputError):
                 line, status = str(error), 2
+                if isinstance(error, MachineError):
+                    first_rank = first_of_machine()
             elif not isinstance(error, SystemExit) and (refusal := disk_refusal(error)):
                 line, status, first_rank = disk_problem(refusal), 2, True
             if line is None:
@@ -54,6 +57,11 @@ def one_line_errors(command: str) -> Iterator[None]:
             if first_rank:
                 print(f"{command}: {_one_line(line)}", file=sys.stderr)
             sys.exit(status)
+
+
+def first_of_machine() -> bool:
+    """Tell whether this process speaks for the machine that it runs on."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
 def _one_line(text: str) -> str:

@@ -217,6 +217,8 @@ class StageOptions:
     """Documents packed into a row do not see each other: attention, recurrence, convolution and positions start anew at
     each.
     """
+    teacher_fp8: bool = False
+    """The teacher computes in FP8 as well, under fp8-format; otherwise it stays in the precision of training."""
     fa_balance: Literal["heads", "queries"] = "heads"
     """FA heads on tensor-parallel ranks: whole heads, or left-over heads shared by all ranks, each for its part of the
     queries.

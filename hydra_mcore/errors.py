@@ -11,6 +11,10 @@ class InputError(ValueError):
     """
 
 
+class MachineError(InputError):
+    """Something that this machine has and others of the job may not have: the first rank of each machine says it."""
+
+
 class ConfigError(InputError):
     """A setting or a checkpoint that cannot be used."""
 

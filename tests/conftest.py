@@ -3,7 +3,8 @@
 """Settings of the test process.  They come before torch is imported, and forked ranks inherit them.
 
 The tests run on the CPU, also on a machine with a GPU, so that they mean the same everywhere.
-``HYDRA_TEST_DEVICE=gpu pytest -m gpu`` runs the others.
+``HYDRA_TEST_DEVICE=gpu pytest -m gpu`` runs the others.  ``HYDRA_TEST_TE=1 pytest tests/te`` runs those for which
+Transformer Engine's own Python works on the CPU, in processes of their own: it must be there when Megatron is imported.
 """
 
 import gc
@@ -33,7 +34,13 @@ import torch  # noqa: E402
 from hydra_mcore import compat  # noqa: E402
 
 torch.set_num_threads(1)
+WITH_TE = "HYDRA_TEST_TE" in os.environ
+if WITH_TE:
+    from tests.support import te_on_cpu
+
+    te_on_cpu.load()
 compat.install()
+collect_ignore = [] if WITH_TE else ["te"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

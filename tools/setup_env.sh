@@ -54,6 +54,11 @@ make_venv() {
     exit 2
 }
 
+install_apart() { # $1: a folder of the environment that is on no path, then packages for tests that put it there
+    "$venv/bin/python" -m pip install --quiet --no-compile --no-deps --upgrade --target "$venv/$1" "${@:2}" \
+        --constraint constraints.txt
+}
+
 if command -v flock >/dev/null; then # one at a time: `make test` and `make demo` may start together
     exec 9>.venv.lock
     flock 9
@@ -70,11 +75,9 @@ used='from hydra_mcore import compat; compat.install()
 import datasets, hypothesis, lm_eval.models.huggingface, matplotlib.pyplot, megatron.core.tokenizers.text, pytest
 import torch.utils.tensorboard, wandb
 from transformers import AutoTokenizer, Qwen3ForCausalLM'
-# Beside the environment: its tests run without a GPU and so without these kernels, and one of them compiles all.
-kernels=(--target "$venv/kernels" --upgrade fla-core einops)
 if ! "$venv/bin/python" -m pip install --quiet --no-compile --editable '.[eval,test]' --constraint constraints.txt ||
-    ! "$venv/bin/python" -m pip install --quiet --no-compile --no-deps --constraint constraints.txt "${kernels[@]}" ||
-    ! env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" -W ignore -c "$used"; then
+    ! env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" -W ignore -c "$used" ||
+    ! install_apart te transformer-engine einops || ! install_apart kernels fla-core einops; then
     echo "error: the installation failed; run this again to continue it" >&2
     exit 1
 fi

@@ -2,13 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The only code that knows where the pinned Megatron-Core assumes a GPU, Transformer Engine or Apex.
 
-Importing this package changes nothing.  ``install()`` does, and only what this machine needs:
+Importing this package changes nothing.  ``install()`` does, and only what this machine needs.  It first decides whether
+Transformer Engine and Apex are used (``accelerators.py``):
 
 ==============  ==================================  ============================================
 group           installed when                      fixes
 ==============  ==================================  ============================================
 ``datasets``    the package has no Makefile (wheel) ``make`` is run for helpers that are there
-``optimizer``   always; more without TE and Apex    saving and resuming the distributed optimizer
+``optimizer``   always                              saving and resuming the distributed optimizer
 ``saving``      always                              kills, signals and failures during a save
 ``reading``     always                              checkpoints that are damaged, or made to run code
 ``cpu``         torch sees no GPU                   CUDA calls, device names, generators
@@ -23,6 +24,7 @@ from importlib.metadata import version
 
 import torch
 
+from hydra_mcore.compat import accelerators
 from hydra_mcore.compat.patching import Patch, applied
 
 __all__ = ["MEGATRON_VERSION", "Patch", "applied", "install", "is_cpu_only"]
@@ -46,17 +48,20 @@ def is_cpu_only() -> bool:
 def install() -> tuple[Patch, ...]:
     """Put in place the patches this machine needs; calling it again changes nothing.
 
-    Megatron-Core is imported here, so it makes no difference whether it was imported before.
+    Megatron-Core is imported here.  Where Transformer Engine or Apex is installed, it must not have been imported
+    before: it decides at its import what it takes from them.
 
     Returns:
         The patches in place.
 
     Raises:
         RuntimeError: the installed megatron-core is not the version the patches were written for.
+        InputError: there is a GPU, and a Transformer Engine that cannot be used.
     """
     found = version("megatron-core")
     if found != MEGATRON_VERSION:
         raise RuntimeError(f"hydra_mcore needs megatron-core {MEGATRON_VERSION}, found {found}: pip install -e .")
+    accelerators.choose(is_cpu_only())
     # Here and not at the top: importing this package must stay free of side effects.
     from hydra_mcore.compat import cpu, datasets, optimizer, patching, reading, saving
 
@@ -68,9 +73,7 @@ def install() -> tuple[Patch, ...]:
     if datasets.needed():
         patching.apply(datasets.PATCHES)
     patching.apply(datasets.INDEX_PATCHES)
-    patching.apply(optimizer.GENERAL_PATCHES)
-    if optimizer.needed():
-        patching.apply(optimizer.PATCHES)
+    patching.apply(optimizer.PATCHES)
     patching.apply(saving.PATCHES)
     patching.apply(reading.PATCHES)
     return applied()

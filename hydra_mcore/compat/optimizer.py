@@ -2,8 +2,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What DistributedOptimizer gets wrong when it is saved and resumed.
 
-``PATCHES``: on torch's AdamW, that is without Transformer Engine and Apex, whatever the device.
-``GENERAL_PATCHES``: with any optimizer: gradients in more than one bucket, settings that were changed.
+Megatron-Core takes Adam from Transformer Engine, else from Apex, else from torch.  A run that was saved with one goes
+on with another.  They compute the same update, but they count its steps in different places:
+
+============================  ===================================  =======================================
+Adam                          its step count                       a rank without trainable parameters
+============================  ===================================  =======================================
+torch's                       a float32 tensor for each parameter  has none
+Apex's                        an int in each group of parameters   has none, nor has an empty group
+Transformer Engine's (2.19)   an int in each group of parameters   counts
+============================  ===================================  =======================================
+
+In a checkpoint the count is a number in each group, with all of them.
 """
 
 import functools
@@ -18,7 +28,7 @@ from hydra_mcore.errors import InputError
 
 _MODULE = "megatron.core.optimizer.distrib_optimizer"
 _SCHEDULE = ("max_lr", "min_lr", "start_wd", "end_wd")  # of a group, what settings may change between two starts
-_STATE = ("params", "step", "lr", "weight_decay")  # what is not a setting; the scheduler sets the last two
+_STATE = ("params", "step", "lr", "weight_decay")  # of a group, what is no setting; the scheduler sets the last two
 
 
 def _owned(optimizer: Any) -> list[tuple[dict[str, Any], torch.Tensor]]:
@@ -29,22 +39,29 @@ def _owned(optimizer: Any) -> list[tuple[dict[str, Any], torch.Tensor]]:
     return owned
 
 
+def _groups_count() -> bool:
+    """Tell whether Megatron-Core took an Adam that counts steps in its groups: Transformer Engine's or Apex's."""
+    from megatron.core.optimizer import distrib_optimizer
+
+    return distrib_optimizer.HAVE_APEX_OR_TE
+
+
 def _make_state_dict(original: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
     @functools.wraps(original)
     def state_dict(self: Any) -> dict[str, Any]:
         """The original, also before the first step and on a rank that owns no trainable parameter."""
         inner = self.optimizer
-        if inner.state:
+        # Transformer Engine's precision-aware optimizer has moments of its own kinds, and makes them itself.
+        if inner.state or (_groups_count() and self.config.use_precision_aware_optimizer):
             return original(self)
         for group, shard in _owned(inner):
-            # What AdamW itself creates at its first step: zeros, and a step count on the CPU unless the kernel
+            # What Adam itself creates at its first step: zeros, and torch's a step count on the CPU unless the kernel
             # wants it on the device.
-            on_device = group.get("capturable") or group.get("fused")
-            inner.state[shard] = {
-                "step": torch.zeros((), device=shard.device if on_device else "cpu"),
-                **{key: torch.zeros_like(shard) for key in self.optimizer_state_keys},
-            }
-        if inner.state:
+            inner.state[shard] = {key: torch.zeros_like(shard) for key in self.optimizer_state_keys}
+            if not _groups_count():
+                on_device = group.get("capturable") or group.get("fused")
+                inner.state[shard]["step"] = torch.zeros((), device=shard.device if on_device else "cpu")
+        if inner.state or _groups_count():
             return original(self)
         groups = [{k: v for k, v in group.items() if k != "params"} for group in inner.state_dict()["param_groups"]]
         for group in groups:
@@ -58,7 +75,9 @@ def _make_state_dict(original: Callable[[Any], dict[str, Any]]) -> Callable[[Any
 
 
 def _groups_of_now(saved: list[dict[str, Any]], current: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Saved groups with the settings of the current group that holds the same kind of parameters.
+    """The current groups with the state of the saved group that holds the same kind of parameters.
+
+    Settings are those of now: another Adam has other ones, and another command line other values.
 
     Raises:
         InputError: a current group that no saved one corresponds to.
@@ -74,7 +93,10 @@ def _groups_of_now(saved: list[dict[str, Any]], current: list[dict[str, Any]]) -
                 "the checkpoint's optimizer has other groups of parameters (a decoupled learning rate, other exceptions"
                 " from weight decay); set those flags as they were, or add no-load-optim to begin with fresh moments"
             )
-        merged.append(found | {key: value for key, value in group.items() if key not in _STATE})
+        settings = {key: value for key, value in group.items() if key not in _STATE}
+        state = {key: found[key] for key in _STATE if key in found}
+        # Whoever saved before its first step may have no count yet. Kernels want an int, and torch takes one too.
+        merged.append(settings | state | {"step": int(found.get("step", 0))})
     return merged
 
 
@@ -106,10 +128,14 @@ def _make_step(original: Callable[[Any], bool]) -> Callable[[Any], bool]:
     @functools.wraps(original)
     def step_with_ready_grads(self: Any) -> bool:
         """The original, counting steps on a rank that owns no trainable parameter, for its state_dict()."""
+        if self.is_stub_optimizer or _owned(self.optimizer):
+            return original(self)
+        groups = self.optimizer.param_groups
+        before = [group.get("step", 0) for group in groups]
         successful = original(self)
-        if successful and not self.is_stub_optimizer and not _owned(self.optimizer):
-            for group in self.optimizer.param_groups:
-                group["step"] = float(group.get("step", 0.0)) + 1.0
+        for group, count in zip(groups, before, strict=True):
+            if successful and group.get("step", 0) == count:  # Transformer Engine's counted by itself
+                group["step"] = count + 1
         return successful
 
     return step_with_ready_grads
@@ -141,7 +167,7 @@ def _make_fully_reshardable(original: Callable[..., Any]) -> Callable[..., Any]:
     return sharded_param_state_fully_reshardable
 
 
-GENERAL_PATCHES = (
+PATCHES = (
     Patch(
         target=f"{_MODULE}:DistributedOptimizer.sharded_param_state_fully_reshardable",
         caller=f"{_MODULE}:DistributedOptimizer.sharded_param_state_fully_reshardable",
@@ -159,21 +185,21 @@ GENERAL_PATCHES = (
         marker="{**param_groups_map[needed_groups], \"params\": inner_param_group['params']}",
         reason=(
             "Groups are told apart by their learning rate, so a run with another one finds none (KeyError); betas and"
-            " eps of the command line are dropped without a word. And on torch's AdamW every parameter gets the same"
-            " step tensor, which AdamW increments once a parameter, so the bias correction of a resumed run is wrong."
+            " eps of the command line are dropped without a word, and so are the settings that another Adam has. Its"
+            " step count is handed on as it is, but kernels refuse a float. And on torch's AdamW every parameter gets"
+            " the same step tensor, which AdamW increments once a parameter, so the bias correction of a resumed run is"
+            " wrong."
         ),
         make=_make_load_state_dict,
     ),
-)
-
-PATCHES = (
     Patch(
         target=f"{_MODULE}:DistributedOptimizer.state_dict",
         caller=f"{_MODULE}:DistributedOptimizer.sharded_state_dict",
         marker="self.load_state_dict(self.state_dict())",
         reason=(
-            "Asserts that one step count exists: fails on load, before any state exists, and on save on a rank "
-            "that owns no trainable parameter (a frozen pipeline stage, a tiny shard)."
+            "On torch's AdamW asserts that one step count exists: fails on load, before any state exists, and on save "
+            "on a rank that owns no trainable parameter (a frozen pipeline stage, a tiny shard). With any Adam there "
+            "are no moments to save before the first step."
         ),
         make=_make_state_dict,
     ),
@@ -192,16 +218,9 @@ PATCHES = (
         caller=f"{_MODULE}:DistributedOptimizer.state_dict",
         marker='param_group["step"] = step',
         reason=(
-            "The step count lives in per-parameter state only. Rank 0's count is what all ranks load, so a rank 0 "
-            "that owns no trainable parameter has to count as well."
+            "torch's AdamW counts for parameters only, and Apex's for groups that have some. Rank 0's count is what "
+            "all ranks load, so a rank 0 that owns no trainable parameter has to count as well."
         ),
         make=_make_step,
     ),
 )
-
-
-def needed() -> bool:
-    """Tell whether Megatron-Core fell back to torch's AdamW."""
-    from megatron.core.optimizer import distrib_optimizer
-
-    return not distrib_optimizer.HAVE_APEX_OR_TE

@@ -16,23 +16,26 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
-from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
-from safetensors.torch import save_file
-from torch import Tensor
-
 from hydra_mcore.compat import install
-from hydra_mcore.config import ModelCard
-from hydra_mcore.costs.batch_sizes import rows_a_forward
-from hydra_mcore.errors import InputError
-from hydra_mcore.files import replacing, write_json
-from hydra_mcore.model.build import load_model, model_config, transformer_config
-from hydra_mcore.model.forward import last_hidden
-from hydra_mcore.model.runtime import process_groups
-from hydra_mcore.ops.context_parallel import gather_parts
-from hydra_mcore.sequence import SequencePart
+
+install()
+
+import torch  # noqa: E402  the patches come before the engine
+import torch.nn.functional as F  # noqa: E402
+from megatron.core.models.gpt import GPTModel  # noqa: E402
+from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from hydra_mcore.config import ModelCard  # noqa: E402
+from hydra_mcore.costs.batch_sizes import rows_a_forward  # noqa: E402
+from hydra_mcore.errors import InputError  # noqa: E402
+from hydra_mcore.files import replacing, write_json  # noqa: E402
+from hydra_mcore.model.build import load_model, model_config, transformer_config  # noqa: E402
+from hydra_mcore.model.forward import last_hidden  # noqa: E402
+from hydra_mcore.model.runtime import process_groups  # noqa: E402
+from hydra_mcore.ops.context_parallel import gather_parts  # noqa: E402
+from hydra_mcore.sequence import SequencePart  # noqa: E402
 
 LAUNCH_SECONDS = 1800  # for all layouts of one launch: minutes for a model of some billion parameters on a CPU
 GRACE_SECONDS = 2.0  # a rank that fails takes its peers down: wait so long to see who failed first
@@ -166,7 +169,6 @@ def _wait(ranks: list[subprocess.Popen], folder: Path) -> str:
 
 def main() -> None:
     """One rank: the logits of every layout that the request names."""
-    install()
     folder = Path(sys.argv[1])
     request = json.loads((folder / "request.json").read_text())
     rows = Rows(torch.tensor(request["tokens"]), tuple(request["documents"]))

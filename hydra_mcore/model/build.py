@@ -34,6 +34,7 @@ def transformer_config(shape: ModelShape, dtype: torch.dtype, tp_size: int = 1, 
         return TransformerConfig(
             tensor_model_parallel_size=tp_size,
             pipeline_model_parallel_size=pp_size,
+            transformer_impl="local",
             num_layers=shape.num_layers,
             hidden_size=shape.hidden_size,
             num_attention_heads=shape.num_heads,
@@ -92,7 +93,10 @@ def apply_card(config: GPTModelConfig, card: ModelCard, stage: str, fa_balance: 
     plan = AttentionPlan(card.head_map, card.options, log_scale, fa_balance, attention_factor)
     plan.layout(0, tp_size)  # raises where the size does not divide the heads
     transformer.hetereogenous_dist_checkpoint = True
-    config.transformer_layer_spec = hydra_block_spec(plan)
+    # Of the MLP alone: align takes gradients of attention itself, and the local output layer would ask for Apex.
+    fuse_gradients = transformer.gradient_accumulation_fusion
+    transformer.gradient_accumulation_fusion = False
+    config.transformer_layer_spec = hydra_block_spec(plan, fuse_gradients)
 
 
 def contiguous_parts(model: GPTModel, shape: ModelShape) -> GPTModel:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hydra_mcore.model.cache import DecodingCache
 from hydra_mcore.model.parameters import gathered
+from hydra_mcore.model.te_layers import without_fp8
 from hydra_mcore.ops.rows import positions
 from hydra_mcore.sequence import SequencePart
 
@@ -56,7 +57,8 @@ def last_hidden(
         # of virtual stages, the later ones get what went around the ring of ranks
         chunk.set_input_tensor(pipe.recv_forward((rows, batch, config.hidden_size), chunk.pre_process))
         processor = {"output_processor": hidden_and_weight} if chunk.post_process else {}
-        out = chunk(mine_bs, position_ids_bs, None, inference_context=cache, packed_seq_params=packed, **processor)
+        with without_fp8(config):  # in training too: prompts have any length
+            out = chunk(mine_bs, position_ids_bs, None, inference_context=cache, packed_seq_params=packed, **processor)
         pipe.send_forward(out, chunk.post_process)
     if not chunks[-1].post_process:
         return None

@@ -41,6 +41,7 @@ from hydra_mcore.model.parameters import (
     new_parameter,
     replicated,
 )
+from hydra_mcore.model.te_layers import TELinear, uses_te
 from hydra_mcore.ops.rows import positions, take_rows
 from hydra_mcore.sequence import SequencePart
 
@@ -194,15 +195,22 @@ class OutputProjection(torch.nn.Module):
                 weight = new_parameter(config, config.hidden_size, len(owned) * config.kv_channels)
                 config.output_layer_init_method(weight)
                 self.register_parameter("weight" + suffix, weight)
+        self.te: TELinear | None = None
         if heads.ordinals:
             set_tensor_model_parallel_attributes(self.weight, True, 1, 1)
+            if uses_te(config):
+                self.te = TELinear(config, self.weight)
 
     def forward(self, own_sbn: Tensor, shared_sbn: Tensor | None = None, rows_s: Tensor | None = None) -> Tensor:
         """[s, b, own heads * d], and the shared heads' outputs of the tokens ``rows_s`` -> [s, b, m], summed over
         ranks.
         """
-        own = bool(self.heads.ordinals)
-        out_sbm = F.linear(own_sbn, self.weight) if own else own_sbn.new_zeros(*own_sbn.shape[:2], self.width)
+        if self.te is not None:
+            out_sbm = self.te(own_sbn)
+        elif self.heads.ordinals:
+            out_sbm = F.linear(own_sbn, self.weight)
+        else:
+            out_sbm = own_sbn.new_zeros(*own_sbn.shape[:2], self.width)
         if shared_sbn is not None:
             out_sbm = out_sbm.index_add(0, rows_s, F.linear(shared_sbn, replicated(self.weight_shared, self.tp_group)))
         if self.sequence_parallel:

@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hydra_mcore.heads import HeadLayout
 from hydra_mcore.model.attention_plan import HeadSet
+from hydra_mcore.model.te_layers import TELinear, uses_te
 from hydra_mcore.ops.context_parallel import gather_parts
 
 
@@ -171,6 +172,9 @@ class HeadLinear(PerHead):
     ) -> None:
         super().__init__(config, heads, (rows, config.hidden_size if width is None else width), pg_collection, bias)
         self.rows = rows
+        self.te: TELinear | None = None
+        if uses_te(config) and not self.empty and width is None and rows % config.kv_channels == 0:
+            self.te = TELinear(config, self.weight, getattr(self, "bias", None))
 
     def forward(self, x_sbm: Tensor, shared: bool = False) -> Tensor:
         """The rank's own heads, or the ones it shares."""
@@ -178,6 +182,8 @@ class HeadLinear(PerHead):
             out = F.linear(x_sbm, self.shared_parameter("weight"), self.shared_parameter("bias"))
         elif self.empty:
             return x_sbm.new_zeros(*x_sbm.shape[:-1], 0, self.rows)
+        elif self.te is not None:
+            out = self.te(x_sbm)
         else:
             out = F.linear(x_sbm, self.weight, getattr(self, "bias", None))
         return out.unflatten(-1, (-1, self.rows))
@@ -235,8 +241,13 @@ class GroupLinear(torch.nn.Module):
         for name, parameter in self.named_parameters():
             if not name.endswith("_split"):
                 set_tensor_model_parallel_attributes(parameter, True, 0, 1)
+        self.te: TELinear | None = None
+        if uses_te(config) and self.local and not self.split:
+            self.te = TELinear(config, self.weight, getattr(self, "bias", None))
 
     def forward(self, x_sbm: Tensor) -> Tensor:
+        if self.te is not None:
+            return self.te(x_sbm).unflatten(-1, (-1, self.rows))
         (weight, gathered_weight), (bias, gathered_bias) = self._used("weight"), self._used("bias")
         if weight is None:
             return x_sbm.new_zeros(*x_sbm.shape[:-1], 0, self.rows)

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from torch import Tensor
@@ -32,9 +33,9 @@ def align_forward(teacher: GPTModel, student: GPTModel, batch: MicroBatch, measu
 
     def fit(layer: torch.nn.Module, hidden_sbm: Tensor, keywords: dict[str, Any], teacher_sbm: Tensor) -> None:
         def loss() -> Tensor:
-            student_sbm, _ = layer.self_attention(
-                hidden_sbm, rotary_pos_emb=keywords["rotary_pos_emb"], packed_seq_params=keywords["packed_seq_params"]
-            )
+            inputs = {name: keywords[name] for name in ("rotary_pos_emb", "packed_seq_params")}
+            with get_fp8_context(layer.config, layer.layer_number - 1):  # the teacher's layer may have another
+                student_sbm, _ = layer.self_attention(hidden_sbm, **inputs)
             return align_loss(student_sbm, teacher_sbm, measure, groups)
 
         if with_gradient:

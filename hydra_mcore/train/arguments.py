@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.training.arguments import add_megatron_arguments
 
 from hydra_mcore.config import CARD_NAME, ConfigError, ModelCard, StageOptions, add_stage_flags
@@ -22,16 +23,18 @@ from hydra_mcore.files import check_writable
 from hydra_mcore.heads import HeadLayout
 from hydra_mcore.kinds import KINDS
 from hydra_mcore.model.checkpoints import TRACKER, latest_iteration, trainings
+from hydra_mcore.model.te_layers import FP8_MULTIPLE
 from hydra_mcore.recipe import Recipe
 from hydra_mcore.sequence import SequencePart
 from hydra_mcore.stages import STAGES, default_flags
 from hydra_mcore.train.checkpoint_care import difference, resumable
-from hydra_mcore.train.flags import FlagParser, check_values
+from hydra_mcore.train.flags import FlagParser, check_values, check_without_gpu
 
 # Our layer brings its own modules, so Megatron's local implementation serves around it; the optimizer format is
 # the only one that reshards when ranks hold different numbers of heads.
 ENGINE: dict[str, Any] = {
     "transformer-impl": "local",
+    "fp8-recipe": "tensorwise",
     "use-distributed-optimizer": True,
     "dist-ckpt-optim-fully-reshardable": True,
     "exit-signal-handler": True,
@@ -57,6 +60,8 @@ ENGINE: dict[str, Any] = {
 # The writer is a process of its own that copies tensors off the GPU while training waits, then writes them while it
 # goes on. On a CPU it shares the cores and doubles a rank's memory, so saves are synchronous unless asked for.
 ENGINE_GPU: dict[str, Any] = {"async-save": True}
+# Where Transformer Engine loads, which it never does on a CPU (compat).
+ENGINE_TE: dict[str, Any] = {"transformer-impl": "transformer_engine"}
 ENGINE_CPU: dict[str, Any] = {
     "distributed-backend": "gloo",
     "num-workers": 0,
@@ -99,6 +104,10 @@ def resolve(argv: list[str]) -> ResolvedStage:
     resume = _check_output(save, card)
     recipe = recipe.over(_places(options, start, save))
     known, flags = model_flags(parser, recipe, argv, card, ranks=int(os.environ.get("WORLD_SIZE", "1")))
+    if torch.cuda.is_available() or not options.dry_run:  # a dry run may stand for another machine, with a GPU
+        _check_transformer_engine(known)
+    if not (options.dry_run or torch.cuda.is_available()):
+        check_without_gpu(parser, known)
     _check_writable(known, save)
     flags += ["--save", str(save)] + (["--load", str(save)] if resume else [])
     card = dataclasses.replace(card, stages=[*trainings(card, start), _this_stage(known)])
@@ -127,7 +136,7 @@ def recipe_flags(argv: list[str], with_gpu: bool) -> tuple[argparse.ArgumentPars
     first.add_argument("--config", nargs="+")
     chosen, _ = first.parse_known_args(argv)
     recipe = Recipe.load(chosen.config, chosen.stage) if chosen.config else Recipe("command line")
-    engine = ENGINE | (ENGINE_GPU if with_gpu else ENGINE_CPU)
+    engine = ENGINE | (ENGINE_TE if HAVE_TE else {}) | (ENGINE_GPU if with_gpu else ENGINE_CPU)
     recipe = recipe.over(engine | default_flags(chosen.stage))
     known = parser.parse_args(recipe.to_flags(parser) + argv)
     return (
@@ -224,14 +233,10 @@ def _check_writable(known: argparse.Namespace, save: Path) -> None:
 def check_settings(known: argparse.Namespace, card: ModelCard, ranks: int) -> None:
     """Raise ConfigError for what Megatron would not notice, or say less clearly."""
     _check_layout(known, card, ranks)
+    _check_fp8(known, card)
     if known.packed_documents and known.micro_batch_size != 1:
         raise ConfigError(
             f"packed documents are rows of their own: set micro-batch-size 1 instead of {known.micro_batch_size}"
-        )
-    if known.reset_position_ids or known.reset_attention_mask:
-        raise ConfigError(
-            "reset-position-ids and reset-attention-mask do not reach recurrent heads; use packed-documents, which does"
-            " both"
         )
     if known.calculate_per_token_loss and STAGES[known.stage].fits_layers:
         raise ConfigError(
@@ -249,14 +254,6 @@ def check_settings(known: argparse.Namespace, card: ModelCard, ranks: int) -> No
             f"profile-step-start {start} to profile-step-end {end} is no window of the {known.train_iters} steps of"
             " training"
         )
-    if known.trust_remote_code or known.metadata_path:
-        raise ConfigError(
-            "trust-remote-code and tokenizer-metadata would run code that a folder brings along; leave them out"
-        )
-    if known.save_retain_interval:
-        raise ConfigError("save-retain-interval deletes checkpoints unsafely; use keep-last and keep-every")
-    if known.fp16:
-        raise ConfigError("fp16 is not supported (the distillation losses carry no loss scale); use bf16")
 
 
 def _check_layout(known: argparse.Namespace, card: ModelCard, ranks: int) -> None:
@@ -291,6 +288,47 @@ def _check_layout(known: argparse.Namespace, card: ModelCard, ranks: int) -> Non
                 f"{part} tokens a context-parallel rank are fewer than the {looked_at} that {kind.label} heads look"
                 " back"
             )
+
+
+def _check_transformer_engine(known: argparse.Namespace) -> None:
+    """Raise ConfigError for what only Transformer Engine's layers can do, where they are not used."""
+    with_te = known.transformer_impl == "transformer_engine"
+    if with_te and not HAVE_TE:
+        raise ConfigError("transformer-impl transformer_engine needs Transformer Engine and a GPU; use local")
+    asked = {
+        "fp8-format": known.fp8,
+        "no-gradient-accumulation-fusion false": known.gradient_accumulation_fusion,
+        "no-rope-fusion false": known.apply_rope_fusion,
+    }
+    if not with_te and (needs := [name for name, value in asked.items() if value]):
+        raise ConfigError(f"{needs[0]} needs transformer-impl transformer_engine, not local; leave it out")
+
+
+def _check_fp8(known: argparse.Namespace, card: ModelCard) -> None:
+    """Raise ConfigError for sizes that products in FP8 do not take, and for settings that need or exclude FP8."""
+    if not known.fp8:
+        of_fp8 = {
+            "teacher-fp8": known.teacher_fp8,
+            "first-last-layers-bf16": known.first_last_layers_bf16,
+            "num-layers-at-start-in-bf16": known.num_layers_at_start_in_bf16 != 1,
+            "num-layers-at-end-in-bf16": known.num_layers_at_end_in_bf16 != 1,
+        }
+        if needs := [name for name, value in of_fp8.items() if value]:
+            raise ConfigError(f"{needs[0]} says where FP8 is used; set fp8-format, or leave it out")
+        return
+    if "layernorm" in (known.recompute_modules or []):
+        raise ConfigError("fp8-format keeps the inputs that recompute-modules layernorm drops; leave layernorm out")
+    tokens = SequencePart(known.seq_length, known.context_parallel_size).num_tokens * known.micro_batch_size
+    ranks = known.tensor_model_parallel_size
+    sizes = {
+        "the model's width": card.shape.hidden_size,
+        "the size of a head": card.shape.head_dim,
+        "the MLP's width on a tensor-parallel rank": card.shape.ffn_hidden_size / ranks,
+        "a rank's number of tokens (seq-length x micro-batch-size)": tokens / (ranks if known.sequence_parallel else 1),
+    }
+    for what, size in sizes.items():
+        if size % FP8_MULTIPLE:
+            raise ConfigError(f"fp8-format: {what} is {size:g}, no multiple of {FP8_MULTIPLE}; leave fp8-format out")
 
 
 def _shard_flags(known: argparse.Namespace) -> list[str]:

@@ -51,9 +51,9 @@ def check_data(args: argparse.Namespace) -> None:
         ConfigError: no data path, a missing file, fewer tokens than seq-length + 1, fewer documents than the split
             needs, prepared data that is not what its manifest says, or is from another tokenizer than the student's.
     """
-    if args.mock_data:
-        return
     blend, per_split = get_blend_and_blend_per_split(args)
+    if per_split and args.split:
+        raise ConfigError("split is for data-path; with data of its own for each part leave it out")
     prefixes = (blend or (per_split or [None])[0] or (None,))[0]
     if not prefixes:
         raise ConfigError("no training data: set data-path in the recipe (the prefix of a .bin/.idx pair)")

@@ -26,7 +26,8 @@ from hydra_mcore.files import LARGEST_INT
 UNUSED = {
     "each layer has one dense MLP": (
         """
-        [moe] moe-* *expert-* use-grouped-gemm-* overlap-moe-* overlap-dispatch-* ep-overlap-* high-priority-a2a-*"""
+        [moe] moe-* *expert-* use-grouped-gemm-* overlap-moe-* overlap-dispatch-* ep-overlap-* high-priority-a2a-*
+        ckpt-fully-parallel-*-process-group"""
     ),
     "the layer splits a sequence among ranks in its own way": (
         """
@@ -38,7 +39,7 @@ UNUSED = {
         mamba-*
         disable-mamba-* is-hybrid-model hybrid-* attention-output-gate attention-backend attention-softmax-in-fp32
         flash-attention-version use-flash-attn fp32-residual-connection softmax-type
-        qk-l2-norm qk-clip* window-* apply-query-key-layer-scaling"""
+        qk-l2-norm qk-clip* window-* apply-query-key-layer-scaling test-mode"""
     ),
     "the model's form and its rotary angles come from the card of the checkpoint": (
         """
@@ -52,9 +53,9 @@ UNUSED = {
         spec yaml-cfg"""
     ),
     "weights come from a checkpoint": "init-method-* embedding-init-method-std data-parallel-random-init",
-    "the layers are not Transformer Engine's": (
+    "HydraHead's layers use nothing of this": (
         """
-        [Transformer-Engine] *fp8* *fp4* first-last-layers-bf16 no-stream-ckpt-dequant num-layers-at-* tp-comm-*
+        [Transformer-Engine] *fp8* *fp4* no-stream-ckpt-dequant tp-comm-*
         no-tp-comm-*
         delay-wgrad-compute use-te-* te-rng-tracker use-transformer-engine-* *kitchen-* symmetric-ar-type
         fused-residual-rmsnorm
@@ -62,11 +63,10 @@ UNUSED = {
         delta-offload-*
         activation-offload-* log-max-attention-logit *cuda-graph cuda-graph-*"""
     ),
-    "the losses are fused with the output layer, and carry no loss scale": (
-        """
-        cross-entropy-* fp16-lm-cross-entropy *loss-scale *loss-scale-window hysteresis defer-embedding-*
-        wgrad-deferral-limit"""
+    "fp16 is not supported, the losses carry no loss scale; use bf16": (
+        "fp16 fp16-lm-cross-entropy *loss-scale *loss-scale-window hysteresis"
     ),
+    "the losses are fused with the output layer": "cross-entropy-* defer-embedding-* wgrad-deferral-limit",
     "training does not generate text; see tools/evaluate.py": (
         """
         [inference] inference-* nccl-all-reduce-for-prefill mlp-chunks-for-prefill flash-decode batch-invariant-mode"""
@@ -81,6 +81,8 @@ UNUSED = {
         """
         train-samples lr-decay-samples lr-warmup-samples lr-wsd-decay-samples phase-transition-iterations"""
     ),
+    "global-batch-size is always set; use rampup-batch-size": "step-batch-size-schedule",
+    "a stage that goes on follows the schedule of its flags anyway": "override-opt*param-scheduler",
     "checkpoints lie below run-dir, a stage goes on by itself, and start-from names another start": (
         """
         save load pretrained-checkpoint finetune ckpt-step override-ckpt-iteration exit-on-missing-checkpoint
@@ -89,6 +91,9 @@ UNUSED = {
         dist-ckpt-format ckpt-fully-parallel-save non-persistent-* replication* load-main-params-from-ckpt
         no-strict-fsdp-*"""
     ),
+    "it deletes checkpoints unsafely; use keep-last and keep-every": "save-retain-interval",
+    "Megatron does not take it with distributed checkpoints": "overlap-param-gather-with-optimizer-step",
+    "only the writer of nvidia-resiliency-ext does it, and the stages use Megatron's own": "async-ckpt-use-cpu-shm",
     "parameters are whole on each rank, their optimizer's state is sharded": (
         """
         use-megatron-fsdp use-torch-fsdp2 megatron-fsdp-* fsdp-* torch-fsdp2-* *-sharding-strategy
@@ -100,24 +105,83 @@ UNUSED = {
         """
         per-dataset-sequences-path dataloader-* no-create-attention-mask-* object-storage-cache-path
         mid-level-dataset-surplus
-        allow-ambiguous-pad-tokens"""
+        allow-ambiguous-pad-tokens mock-data"""
     ),
-    "the optimizer is Adam": "muon-* lion-* sgd-*",
+    "it does not reach recurrent heads; use packed-documents": "reset-position-ids reset-attention-mask",
+    "there is one validation set, read in rows of micro-batch-size for eval-iters steps": (
+        "full-validation multiple-validation-sets validation-set-names eval-micro-batch-size"
+    ),
+    "text becomes tokens before training; see tools/prepare_data.py": (
+        """
+        chat-template tokenizer-hf-no-* tokenizer-sentencepiece-legacy no-tokenizer-sentencepiece-*
+        tiktoken-pattern"""
+    ),
+    "the optimizer is Adam": "muon-* lion-* sgd-* no-use-layer-wise-param-layout",
+    "Adam keeps its state in float32, beside the parameters; checkpoints of another state are not proven": (
+        """
+        use-precision-aware-optimizer main-grads-dtype main-params-dtype exp-avg-dtype exp-avg-sq-dtype
+        optimizer-cpu-offload optimizer-offload-fraction use-torch-optimizer-for-cpu-offload
+        overlap-cpu-optimizer-* no-pin-cpu-*"""
+    ),
+    "weight decay is for matrices; no vector has it, nor have the norms of queries and keys": (
+        "apply-wd-to-qk-layernorm no-weight-decay-cond-type"
+    ),
+    "no step measures its products and its data for it": "[straggler]",
+    "profile records with a profiler of its own": "use-pytorch-profiler pytorch-profiler-*",
+    "exit-signal saves before it stops": "exit-signal-handler-for-*",
+    "a process makes its groups at once": "lazy-mpu-init",
+    "torch has no such exchange": "use-ring-exchange-p2p",
+    "model.json and settings.json say how a model was built": "config-logger-dir",
+    "Megatron looks at its own linear layers alone": "save-activations-interval save-dgrads-interval",
+    "one distributed optimizer serves all data-parallel ranks": "num-distributed-optimizer-instances",
+    "Megatron knows the name but reads it nowhere": (
+        "check-for-spiky-loss enable-experimental no-gradient-reduce-div-fusion use-mcore-models"
+    ),
+    "Megatron gave the name up; use micro-batch-size, tensor-model-parallel-size, lr-warmup-iters, recompute-*": (
+        "batch-size model-parallel-size warmup checkpoint-activations"
+    ),
     "jobs are started again by SLURM, and logs go to the console, TensorBoard and Weights & Biases": (
         """
         [In-process restart] [ft_package] [autoresume] [one logger] [workload inspector] [fault injector] [msc]
         fake-process-group"""
     ),
-    "code that comes with a tokenizer is not run": "trust-remote-code",
+    "code that comes with a tokenizer is not run": "trust-remote-code tokenizer-metadata",
 }
-# Flags that have a meaning here, with fewer values than Megatron's.
-SUPPORTED = {
-    "optimizer": ("adam",),
-    "ckpt-format": ("torch_dist",),
-    "transformer-impl": ("local",),
-    "dataloader-type": ("single", "cyclic"),
+# Flags that have a meaning here, with fewer values than Megatron's: the values of what they set, and why.
+SUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "optimizer": (("adam",), "no other was tried"),
+    "ckpt-format": (("torch_dist",), "its checkpoints load on every layout"),
+    "dist-ckpt-optim-fully-reshardable": ((True,), "ranks hold different numbers of heads"),
+    "async-strategy": (("mcore",), "a kill during its saves leaves the last checkpoint whole"),
+    "use-persistent-ckpt-worker": ((True,), "without it Megatron switches async-save off"),
+    "dataloader-type": (("single", "cyclic"), "data come from data-path"),
+    "tokenizer-type": (
+        (
+            *("HuggingFaceTokenizer", "NullTokenizer", "TikTokenizer", "GPT2BPETokenizer"),
+            *("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer"),
+        ),
+        "others are not for text that is read from left to right",
+    ),
+    "recompute-modules": (("core_attn", "layernorm", "mlp"), "the layers have no other modules of that kind"),
+    "no-check-for-nan-in-loss-and-grad": ((False,), "all ranks stop together, with one line, at what is not finite"),
+    "no-persist-layer-norm": ((True,), "the norms are HydraHead's"),
+    "no-masked-softmax-fusion": ((False,), "attention is HydraHead's"),
+    "transformer-impl": (("local", "transformer_engine"), "layers are made in these two ways"),
+    "fp8-format": (("hybrid", "e4m3"), "Transformer Engine has these"),
+    "fp8-recipe": (("tensorwise", "blockwise"), "delayed waits for all ranks, which hold unequal numbers of layers"),
 }
+# Flags that only code for GPUs reads. They are refused where there is none, except by a dry run.
+NEEDS_GPU = frozenset(
+    """
+    pipeline-model-parallel-comm-backend use-sharp sharp-enabled-group use-nccl-ub disable-symmetric-registration
+    high-priority-stream-groups nccl-communicator-config-path flight-recorder-dump-path
+    flight-recorder-trace-buffer-size no-flight-recorder-dump-on-timeout flight-recorder-include-stack-trace
+    no-flight-recorder-include-only-active no-flight-recorder-extra-dump-on-exec empty-unused-memory-level
+    gpu-sniff-test-interval record-memory-history memory-snapshot-path record-shapes nvtx-ranges log-energy
+    log-device-memory-used""".split()
+)
 
+OURS = "hydra_mcore"  # how the titles of our groups of flags begin
 MAX_SEQUENCES = 2**31 - 1  # of a stage: Megatron lists all of them, in memory, before the first step
 POSITIVE = (
     "seq-length train-iters *-size *-interval *-minutes *-mins *-instances *-layers *-per-* *-threads *-count"
@@ -166,7 +230,8 @@ class FlagParser(argparse.ArgumentParser):
 
 def unused(action: argparse.Action) -> str:
     """Why a flag does nothing in the stages, or breaks them; empty if it does what Megatron says."""
-    return _reason(flag_name(action), action.container.title)
+    title = action.container.title
+    return "" if title.startswith(OURS) else _reason(flag_name(action), title)
 
 
 @functools.cache
@@ -181,6 +246,11 @@ def _reason(name: str, title: str) -> str:
 def flag_name(action: argparse.Action) -> str:
     """A flag as recipes write it."""
     return action.option_strings[0].removeprefix("--")
+
+
+def _setting(action: argparse.Action) -> str:
+    """What a flag sets, as a recipe may write it: of a switch its own name may say the opposite."""
+    return action.dest.replace("_", "-") if action.nargs == 0 else flag_name(action)
 
 
 def check_values(
@@ -202,13 +272,11 @@ def check_values(
             continue
         name, value = flag_name(action), getattr(known, action.dest)
         if name in fixed and value != getattr(card, action.dest):
-            shown = action.dest.replace("_", "-") if action.nargs == 0 else name
             raise ConfigError(
-                f"{shown} is {str(value)[:40]}, and the card of the model says {getattr(card, action.dest)}; leave"
-                " it out"
+                f"{_setting(action)} is {str(value)[:40]}, and the card of the model says"
+                f" {getattr(card, action.dest)}; leave it out"
             )
-        if name in SUPPORTED and value not in (None, *SUPPORTED[name]):
-            raise ConfigError(f"{name} is {str(value)[:40]}; the stages train with {' or '.join(SUPPORTED[name])}")
+        _check_supported(name, action, value if isinstance(value, list) else [value])
         if value is not None and action.nargs != 0 and action.type in (int, float) and not unused(action):
             _check_range(name, action, value if isinstance(value, list) else [value])
     _check_split(known.split)
@@ -219,9 +287,30 @@ def check_values(
         )
 
 
+def _check_supported(name: str, action: argparse.Action, values: list[Any]) -> None:
+    supported, why = SUPPORTED.get(name, (values, ""))
+    for value in values:
+        if value is not None and value not in supported:
+            taken = " or ".join(map(str, supported))
+            raise ConfigError(f"{_setting(action)} is {str(value)[:40]}; the stages train with {taken} ({why})")
+
+
+def check_without_gpu(parser: argparse.ArgumentParser, known: argparse.Namespace) -> None:
+    """Refuse what a training without a GPU would not heed, or fall over.
+
+    Raises:
+        ConfigError: naming the flag.
+    """
+    for action in parser._actions:
+        if action.option_strings and flag_name(action) in NEEDS_GPU and getattr(known, action.dest) != action.default:
+            raise ConfigError(f"{flag_name(action)} needs a GPU, and torch sees none here; leave it out")
+    if known.distributed_backend != "gloo":
+        raise ConfigError(f"distributed-backend {known.distributed_backend} needs a GPU, and torch sees none; use gloo")
+
+
 def _check_range(name: str, action: argparse.Action, values: list[float]) -> None:
     default = action.default if isinstance(action.default, int | float) else None
-    ours = action.container.title.startswith("hydra_mcore")  # StageOptions says which of ours may be 0
+    ours = action.container.title.startswith(OURS)  # StageOptions says which of ours may be 0
     positive = default != 0 and not ours and any(fnmatchcase(name, pattern) for pattern in POSITIVE)
     low, high = RANGES.get(name, (default if default and default < 0 else int(positive), LARGEST_INT))
     for value in values:

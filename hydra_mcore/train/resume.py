@@ -145,15 +145,16 @@ def schedule_of_now(save: Path, args: argparse.Namespace) -> Iterator[None]:
 def samples_of_now(num_samples: list[int], args: argparse.Namespace) -> list[int]:
     """Samples of training and validation that Megatron asks for, at least those behind and those to come.
 
-    Megatron multiplies all steps with the batch size of now, which is too little after steps of larger batches.
+    Megatron multiplies all steps with the batch size of now, which is too little after steps of larger batches, and
+    forgets the evaluation at start-eval-at-iter where one is due at that very step.
     """
     train, valid, *rest = num_samples
-    behind, batch = args.iteration, args.global_batch_size
+    behind = args.iteration
     if args.rampup_batch_size is None:
-        train = args.consumed_train_samples + (args.train_iters - behind) * batch
-    if args.eval_interval and args.consumed_valid_samples:
+        train = args.consumed_train_samples + (args.train_iters - behind) * args.global_batch_size
+    if args.eval_interval:
         evaluations = args.train_iters // args.eval_interval - behind // args.eval_interval + 1
-        valid = max(valid, args.consumed_valid_samples + evaluations * args.eval_iters * batch)
+        valid = max(valid, args.consumed_valid_samples + evaluations * args.eval_iters * args.eval_global_batch_size)
     return [train, valid, *rest]
 
 

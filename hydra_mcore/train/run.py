@@ -96,6 +96,7 @@ def _validated(resolved: ResolvedStage) -> tuple[Any, GPTModelConfig, dict[str, 
     try:
         validate_args(args)
         config = gpt_config_from_args(args)
+        pretrain_cfg_container_from_args(args, config)  # what it holds checks itself
     except Exception as error:  # it asserts, and falls over, in many ways, and has built nothing yet
         raise refusal(error, args) from None
     config.vocab_size, config.should_pad_vocab = resolved.card.shape.vocab_size, False
@@ -166,6 +167,8 @@ def _build_teachers(resolved: ResolvedStage, config: GPTModelConfig, students: l
     except ConfigError as error:
         raise ConfigError(f"the student does not descend from teacher {resolved.options.teacher}: {error}") from None
     teacher_config = model_config(card, resolved.options.stage, copy.copy(config.transformer))
+    if not resolved.options.teacher_fp8:
+        teacher_config.transformer.fp8 = None
     teacher_config.virtual_pipeline_model_parallel_size = config.virtual_pipeline_model_parallel_size
     builder, groups = teacher_config.get_builder_cls()(teacher_config), ProcessGroupCollection.use_mpu_process_groups()
     # Without an output layer there is no copy of the embedding on the last pipeline stage to keep equal.

@@ -15,7 +15,7 @@ from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.checkpoints import TRACKER
 from tests.support.commands import training_ended
 from tests.support.launch import run_ranks
-from tests.support.stages import FLAGS, make_run
+from tests.support.stages import FLAGS, SHAPE, make_run
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +23,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(tmp_path_factory.mktemp("bad"))
 
 
-def refusal(folder: Path, *flags: str, stage: str = "extend", run: str = "run") -> str:
-    """The one line on stderr of a run that must end with exit status 2."""
+def arguments(folder: Path, *flags: str, stage: str = "extend", run: str = "run") -> list[str]:
     argv = ["--stage", stage, "--run-dir", str(folder / run), "--teacher", str(folder / "teacher"), *FLAGS]
-    argv += ["--start-from", str(folder / "student"), "--data-path", str(folder / "data"), *flags]
-    code, said = run_ranks(training_ended, 1, argv)[0]
+    return [*argv, "--start-from", str(folder / "student"), "--data-path", str(folder / "data"), *flags]
+
+
+def refusal(folder: Path, *flags: str, ranks: int = 1, **places: str) -> str:
+    """The one line on stderr of a run that must end with exit status 2."""
+    code, said = run_ranks(training_ended, ranks, arguments(folder, *flags, **places))[0]
     lines = [line for line in said.splitlines() if line.startswith("train: ")]
     assert code == 2 and len(lines) == 1 and "Traceback" not in said, said
     return lines[0]
@@ -42,7 +45,7 @@ def refusal(folder: Path, *flags: str, stage: str = "extend", run: str = "run") 
         (("--tensor-model-parallel-size", "2"), "tensor 2 x pipeline 1 x context parallel 1 does not divide 1 ranks"),
         (("--context-parallel-size", "4"), "tensor 1 x pipeline 1 x context parallel 4 does not divide 1 ranks"),
         (("--packed-documents",), "packed documents are rows of their own: set micro-batch-size 1 instead of 2"),
-        (("--reset-attention-mask",), "do not reach recurrent heads; use packed-documents"),
+        (("--reset-attention-mask",), "does not reach recurrent heads; use packed-documents"),
         (
             ("--recompute-granularity", "full"),
             "Megatron refuses these settings: Using recompute_granularity: full so recompute_method",
@@ -54,6 +57,9 @@ def refusal(folder: Path, *flags: str, stage: str = "extend", run: str = "run") 
         (("--global-batch-size", "3"), "Megatron refuses these settings: eval_global_batch_size (3) must be divisible"),
         (("--min-lr", "1"), "Megatron refuses these settings: args.min_lr <= args.lr (min-lr 1.0, lr 1e-05)"),
         (("--fp16",), "fp16 is not supported"),
+        (("--transformer-impl", "transformer_engine"), "needs Transformer Engine and a GPU; use local"),
+        (("--fp8-format", "hybrid"), "fp8-format: the size of a head is 8, no multiple of 16; leave fp8-format out"),
+        (("--teacher-fp8",), "teacher-fp8 says where FP8 is used; set fp8-format, or leave it out"),
         (("--lr", "fast"), "argument --lr: invalid float value: 'fast'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -61,6 +67,12 @@ def refusal(folder: Path, *flags: str, stage: str = "extend", run: str = "run") 
 def test_flags(folder: Path, flags: tuple[str, ...], said: str) -> None:
     assert said in refusal(folder, *flags)
     assert not (folder / "run").exists()
+
+
+def test_a_dry_run_stands_for_a_machine_with_transformer_engine(tmp_path: Path) -> None:
+    folder, fp8 = make_run(tmp_path, shape=dataclasses.replace(SHAPE, head_dim=16)), ("--fp8-format", "hybrid")
+    assert "fp8-format needs transformer-impl transformer_engine, not local" in refusal(folder, *fp8)
+    assert run_ranks(training_ended, 1, arguments(folder, *fp8, "--dry-run")) == [(0, "")]
 
 
 @pytest.mark.parametrize(

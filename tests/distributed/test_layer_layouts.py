@@ -172,13 +172,20 @@ def _groups() -> tuple[Any, Any]:
     return groups, alone
 
 
-def _build(case: Case, groups: Any, sequence_parallel: bool, recompute: bool) -> torch.nn.Module:
+def _build(
+    case: Case,
+    groups: Any,
+    sequence_parallel: bool,
+    recompute: bool,
+    dtype: torch.dtype = torch.float64,
+    implementation: str = "local",
+) -> torch.nn.Module:
     from hydra_mcore.model.attention_plan import AttentionPlan
     from hydra_mcore.model.build import transformer_config
     from hydra_mcore.model.hydra_attention import HydraAttention
 
-    config = transformer_config(case.shape, torch.float64)
-    config.sequence_parallel = sequence_parallel
+    config = transformer_config(case.shape, dtype)
+    config.sequence_parallel, config.transformer_impl = sequence_parallel, implementation
     if recompute:
         config.recompute_granularity, config.recompute_modules = "selective", ["core_attn"]
     of_kind = {kind: [head for head in range(HEADS) if case.kinds[head] == kind] for kind in KINDS}

@@ -106,14 +106,7 @@ def arguments(folder: Path, stage: str, run: str, iterations: int) -> list[str]:
         str(folder / "student"),
     ]
     argv += ["--data-path", str(folder / "data"), "--data-cache-path", str(folder / "cache"), *SAVING]
-    return [
-        *argv,
-        "--train-iters",
-        str(iterations),
-        "--rerun-mode",
-        "validate_results",
-        "--override-opt_param-scheduler",
-    ]
+    return [*argv, "--train-iters", str(iterations), "--rerun-mode", "validate_results"]
 
 
 @pytest.fixture(scope="module")

@@ -127,16 +127,19 @@ def run_stage(
 
 
 def gradients(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Adam's first moment of every parameter, whole, by its name in a checkpoint; after one step, 0.1 x the clipped
-    gradient.
-    """
+    """Adam's first moment of every parameter, which after one step is 0.1 x the clipped gradient."""
+    return optimizer_state(checkpoint, "exp_avg")
+
+
+def optimizer_state(checkpoint: Path, key: str) -> dict[str, torch.Tensor]:
+    """What the optimizer keeps of every parameter (exp_avg, exp_avg_sq, param), whole, by its name in a checkpoint."""
     import torch.distributed.checkpoint as dcp
 
-    prefix, reader = "optimizer.state.exp_avg.", dcp.FileSystemReader(checkpoint)
+    prefix, reader = f"optimizer.state.{key}.", dcp.FileSystemReader(checkpoint)
     index = reader.read_metadata().state_dict_metadata
-    state = {key: torch.zeros(value.size) for key, value in index.items() if key.startswith(prefix)}
+    state = {name: torch.zeros(value.size) for name, value in index.items() if name.startswith(prefix)}
     dcp.load(state, storage_reader=reader, no_dist=True)
-    return {key.removeprefix(prefix): value for key, value in state.items()}
+    return {name.removeprefix(prefix): value for name, value in state.items()}
 
 
 def _train(rank: int, argv: list[str]) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from hydra_mcore.commands import one_line_errors, sole_writer
-from hydra_mcore.errors import InputError
+from hydra_mcore.errors import InputError, MachineError
 from tests.support.paths import ROOT
 
 HOLD = """
@@ -208,3 +208,16 @@ def test_other_errors_keep_their_traceback(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit) as stop, one_line_errors("tool"):
         sys.exit(7)
     assert stop.value.code == 7 and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("error", "says"), [(InputError, "RANK"), (MachineError, "LOCAL_RANK")])
+def test_one_rank_says_it(
+    error: type[InputError], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first rank of the job what all of them see, and the first of each machine what is wrong with that."""
+    for rank, local_rank in (("0", "0"), ("1", "1"), ("8", "0")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        with pytest.raises(SystemExit, match="2"), one_line_errors("tool"):
+            raise error("a fault")
+        assert capsys.readouterr().err == ("tool: a fault\n" if os.environ[says] == "0" else "")

@@ -9,7 +9,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from hydra_mcore.compat import install
+from hydra_mcore.compat import accelerators, install, is_cpu_only
 from tools.benchmarks.flags import SECTIONS
 from tools.benchmarks.report import markdown, save_json
 
@@ -20,7 +20,9 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> None:
     Args:
         command: the command line, for the JSON.
     """
-    if not SECTIONS[args.section].plain:
+    if SECTIONS[args.section].plain:
+        accelerators.choose(is_cpu_only())  # Megatron-Core is imported all the same
+    else:
         install()
     # By name: a section brings in the code that it measures, which another must not find loaded.
     report = importlib.import_module(f"tools.benchmarks.{args.section}").run(args)

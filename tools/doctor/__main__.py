@@ -134,9 +134,10 @@ def chosen(args: argparse.Namespace, place: Place, found: list[machine.Gpu], pro
     capability, run_dir = found[0].capability if found else "", args.run_dir
     checks = [
         Check("packages", "packages", packages.requirements),
+        Check("packages", packages.TE, partial(packages.transformer_engine, bool(found))),
+        Check("packages", "Apex", partial(packages.apex, bool(found))),
         Check("packages", "Megatron-Core", packages.megatron),
-        Check("packages", "Apex", packages.apex),
-        *(Check("packages", what, partial(packages.gpu_package, what, bool(found))) for what in packages.FAST),
+        Check("packages", packages.FLA, partial(packages.flash_linear_attention, bool(found))),
         Check("packages", "Triton", partial(packages.triton, capability)),
         Check("GPU", "driver", partial(machine.driver, found, problem)),
         Check("GPU", "torch", partial(machine.torch_on, found)),

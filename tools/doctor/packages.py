@@ -12,24 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hydra_mcore.errors import InputError
 from tools.doctor.lines import Line, fail, ok, one_line, version_of, warn
 
 ROOT = Path(__file__).resolve().parents[2]
 SETUP = ROOT / "setup.py"
 INSTALL = "make env, or: pip install -e . --constraint constraints.txt"
-# Training on GPUs works without them, slowly: the module that must load, what happens without, what helps.
-FAST = {
-    "Transformer Engine": (
-        "transformer_engine.pytorch",
-        "Megatron's slower local layers run",
-        "built for another torch or CUDA: reinstall transformer-engine[pytorch] with --no-build-isolation",
-    ),
-    "flash-linear-attention": (
-        "fla.ops.gated_delta_rule",
-        "GDN heads run on the torch reference, far slower",
-        "reinstall it, fla-core and the Triton that torch asks for",
-    ),
-}
+TE, FLA = "Transformer Engine", "flash-linear-attention"
+FAST = (TE, FLA)  # training on GPUs works without them, slowly
+NO_BUILD = "pip install --no-build-isolation -e .[te]"  # its extension for torch is compiled against the torch in use
 HOPPER = "9.0"
 BAD_ON_HOPPER = ">=3.4,<3.7.1"  # Triton miscompiles the gated backward there (flash-linear-attention, issue 640)
 
@@ -70,6 +61,9 @@ def megatron() -> Iterator[Line]:
         from hydra_mcore.compat import install
 
         patches = install()
+    except InputError:  # a GPU, and a Transformer Engine that its own line is about
+        yield fail("Megatron-Core", "not imported because of Transformer Engine", f"that of {TE}, above")
+        return
     except Exception as error:
         yield fail("Megatron-Core", f"does not load: {one_line(error)}", INSTALL)
         return
@@ -83,41 +77,61 @@ def megatron() -> Iterator[Line]:
         yield ok("dataset helpers", "Megatron's load")
 
 
-def apex() -> Iterator[Line]:
-    """NVIDIA's Apex, or the web toolkit of that name on the public index, which Megatron would try to import."""
-    spec = importlib.util.find_spec("apex")
-    places = [Path(place) for place in spec.submodule_search_locations or ()] if spec else []
-    if not places:
+def transformer_engine(has_gpu: bool) -> Iterator[Line]:
+    """Transformer Engine: there, new enough and loading; only a node with a GPU can use it."""
+    spec, version = importlib.util.find_spec("transformer_engine"), version_of("transformer-engine")
+    if not has_gpu:
+        yield ok(TE, f"{version}, hidden: it needs a GPU" if version else "not installed; it needs a GPU")
+        return
+    from hydra_mcore.compat import accelerators
+
+    try:
+        version = spec and accelerators.transformer_engine()
+    except accelerators.Unusable as unusable:
+        yield fail(TE, unusable.found, unusable.fix)
+        return
+    if version:
+        yield ok(TE, version)
+    else:
+        yield warn(TE, "not installed: no FP8, no layers with fused norms, torch's optimizer", NO_BUILD)
+
+
+def apex(has_gpu: bool) -> Iterator[Line]:
+    """NVIDIA's Apex, or another package of that name on the public index; what does not load is not used."""
+    if importlib.util.find_spec("apex") is None:
         yield ok("Apex", "not installed; not needed")
-    elif not any((place / "optimizers" / "fused_adam.py").exists() for place in places):
-        fix = "pip uninstall apex; NVIDIA's comes from github.com/NVIDIA/apex"
-        yield fail("Apex", f"{places[0]} is not NVIDIA's (no apex.optimizers)", fix)
-    elif importlib.util.find_spec("amp_C") is None:
-        fix = "build with APEX_CPP_EXT=1 APEX_CUDA_EXT=1, or uninstall it"
-        yield warn("Apex", "NVIDIA's, without its CUDA kernels", fix)
+        return
+    if not has_gpu:
+        yield ok("Apex", "hidden: it needs a GPU")
+        return
+    from hydra_mcore.compat import accelerators
+
+    try:
+        accelerators.nvidia_apex()
+    except accelerators.Unusable as unusable:
+        yield warn("Apex", f"not used: {unusable.found}", unusable.fix)
     else:
         yield ok("Apex", "NVIDIA's")
 
 
-def gpu_package(what: str, has_gpu: bool) -> Iterator[Line]:
-    """A package of the extra ``gpu``: there, in its range, and loading; only a node with a GPU needs it."""
-    module, without, fix = FAST[what]
-    distribution = what.lower().replace(" ", "-")
-    found, wanted = version_of(distribution), dict(map(_parsed, _setup_argument("extras_require")["gpu"]))[distribution]
+def flash_linear_attention(has_gpu: bool) -> Iterator[Line]:
+    """The kernels of linear heads: there, in their range, and loading; only a node with a GPU needs them."""
+    found, wanted = version_of(FLA), dict(map(_parsed, _setup_argument("extras_require")["kernels"]))[FLA]
     if found is None and has_gpu:
-        yield warn(what, f"not installed: {without}", "pip install -e .[gpu]")
+        yield warn(FLA, "not installed: linear heads run on torch functions, far slower", "pip install -e .[kernels]")
     elif found is None:
-        yield ok(what, "not installed; not needed without a GPU")
+        yield ok(FLA, "not installed; not needed without a GPU")
     elif not allows(wanted, found):
-        yield fail(what, f"{found}, needs {wanted}", f"pip install '{distribution}{wanted}'")
+        yield fail(FLA, f"{found}, needs {wanted}", f"pip install '{FLA}{wanted}'")
     else:
         try:
             if has_gpu:
-                importlib.import_module(module)
+                importlib.import_module("fla.ops.gated_delta_rule")
         except Exception as error:
-            yield fail(what, f"{found} does not load: {one_line(error)}", fix)
+            fix = "reinstall it, fla-core and the Triton that torch asks for"
+            yield fail(FLA, f"{found} does not load: {one_line(error)}", fix)
         else:
-            yield ok(what, found)
+            yield ok(FLA, found)
 
 
 def triton(capability: str) -> Iterator[Line]:

@@ -133,32 +133,59 @@ def test_dataset_helpers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert verdicts(iter(apart(packages.megatron, 120))) == {"Megatron-Core": "ok", "dataset helpers": "fail"}
 
 
-def test_apex_is_nvidias_or_not(site: Path) -> None:
-    assert only(packages.apex()).verdict == "ok"
+def test_apex_is_nvidias_or_not(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "apex")  # conftest.py hid it
+    monkeypatch.delitem(sys.modules, "amp_C")
+
+    def said(has_gpu: bool = True) -> Line:
+        return only(iter(apart(lambda: packages.apex(has_gpu))))
+
+    assert said().found == "not installed; not needed"
     distribution(site, "apex", "0.9.10.dev0", modules={"apex/__init__.py": "", "apex/models.py": ""})
-    other = only(packages.apex())
-    assert other.verdict == "fail" and "no apex.optimizers" in other.found
-    distribution(site, "apex", "0.1", modules={"apex/optimizers/fused_adam.py": ""})
-    slow = only(packages.apex())
-    assert slow.verdict == "warn" and "CUDA kernels" in slow.found
+    assert said().verdict == "warn" and "is not NVIDIA's Apex" in said().found and "pip uninstall apex" in said().fix
+    assert said(has_gpu=False) == ok("Apex", "hidden: it needs a GPU")
+    modules = {f"apex/{name}.py": "" for name in ("optimizers/__init__", "optimizers/fused_adam", "multi_tensor_apply")}
+    distribution(site, "apex", "0.1", modules=modules)
+    assert said().verdict == "warn" and "No module named 'amp_C'" in said().found and "build it" in said().fix
     (site / "amp_C.py").write_text("")
     importlib.invalidate_caches()
-    assert only(packages.apex()) == ok("Apex", "NVIDIA's")
+    assert said() == ok("Apex", "NVIDIA's")
 
 
-@pytest.mark.parametrize("what", packages.FAST)
-def test_packages_for_gpus(site: Path, what: str) -> None:
-    assert [only(packages.gpu_package(what, has_gpu)).verdict for has_gpu in (False, True)] == ["ok", "warn"]
-    name, module = what.lower().replace(" ", "-"), packages.FAST[what][0].replace(".", "/")
-    modules = {f"{module.split('/')[0]}/__init__.py": "", f"{module}.py": "raise ImportError('undefined symbol: _ZN3')"}
-    distribution(site, name, "2.10.0", modules=modules)
-    line = only(iter(apart(lambda: packages.gpu_package(what, True))))
-    assert line.verdict == "fail" and "undefined symbol" in line.found and "reinstall" in line.fix
-    (site / f"{module}.py").write_text("")
-    assert only(iter(apart(lambda: packages.gpu_package(what, True)))) == ok(what, "2.10.0")
-    shutil.rmtree(site / f"{name.replace('-', '_')}-2.10.0.dist-info")
-    distribution(site, name, "0.1")
-    assert "needs >=" in only(packages.gpu_package(what, False)).found
+def test_transformer_engine(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "transformer_engine")
+
+    def said(has_gpu: bool = True) -> Line:
+        return only(iter(apart(lambda: packages.transformer_engine(has_gpu))))
+
+    assert said(has_gpu=False) == ok("Transformer Engine", "not installed; it needs a GPU")
+    assert said().verdict == "warn" and "FP8" in said().found and said().fix.endswith("[te]")
+    modules = {"transformer_engine/__init__.py": "", "transformer_engine/pytorch.py": "raise OSError('no libcurand')"}
+    distribution(site, "transformer-engine", "2.20.2", modules=modules)
+    assert said(has_gpu=False) == ok("Transformer Engine", "2.20.2, hidden: it needs a GPU")
+    assert said().verdict == "fail" and "no libcurand" in said().found and "--force-reinstall" in said().fix
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    megatron = only(iter(apart(packages.megatron)))
+    assert (
+        megatron.verdict == "fail" and "Transformer Engine" in megatron.found and "Transformer Engine" in megatron.fix
+    )
+    (site / "transformer_engine" / "pytorch.py").write_text("")
+    assert said() == ok("Transformer Engine", "2.20.2")
+
+
+def test_flash_linear_attention(site: Path) -> None:
+    def said(has_gpu: bool = True) -> Line:
+        return only(iter(apart(lambda: packages.flash_linear_attention(has_gpu))))
+
+    assert [said(has_gpu).verdict for has_gpu in (False, True)] == ["ok", "warn"] and "[kernels]" in said().fix
+    modules = {"fla/__init__.py": "", "fla/ops/gated_delta_rule.py": "raise ImportError('undefined symbol: _ZN3')"}
+    distribution(site, "flash-linear-attention", "0.6.1", modules=modules)
+    assert said().verdict == "fail" and "undefined symbol" in said().found and "reinstall" in said().fix
+    (site / "fla" / "ops" / "gated_delta_rule.py").write_text("")
+    assert said() == ok("flash-linear-attention", "0.6.1")
+    shutil.rmtree(site / "flash_linear_attention-0.6.1.dist-info")
+    distribution(site, "flash-linear-attention", "0.1")
+    assert "needs >=" in said(has_gpu=False).found
 
 
 @pytest.mark.parametrize(

@@ -76,13 +76,21 @@ def test_samples_reach_to_the_last_step(batch: int) -> None:
     args = argparse.Namespace(
         iteration=3, train_iters=6, global_batch_size=batch, rampup_batch_size=None, consumed_train_samples=24
     )
-    args.eval_interval, args.eval_iters, args.consumed_valid_samples = 1, 2, 48
+    args.eval_interval, args.eval_iters, args.eval_global_batch_size, args.consumed_valid_samples = 1, 2, batch, 48
     asked = samples_of_now([6 * batch, 7 * 2 * batch, 0], args)
     assert asked[0] == 24 + 3 * batch and asked[1] >= 48 + 4 * 2 * batch and asked[2] == 0
     if (
         batch == 8
     ):  # nothing has changed: what Megatron asks for, so that a resumed run reads what an uninterrupted one reads
         assert asked == [48, 112, 0]
+
+
+def test_evaluations_from_a_later_step_on_find_their_samples() -> None:
+    """Evaluations are due after steps 2 and 4 and at the end; Megatron counts one of them as before the start."""
+    args = argparse.Namespace(iteration=0, train_iters=4, global_batch_size=8, rampup_batch_size=None)
+    args.consumed_train_samples = args.consumed_valid_samples = 0
+    args.eval_interval, args.eval_iters, args.eval_global_batch_size = 2, 1, 4
+    assert samples_of_now([32, 2 * 4, 0], args) == [32, 3 * 4, 0]
 
 
 def test_groups_keep_their_state_and_take_the_settings_of_now() -> None:

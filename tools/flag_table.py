@@ -1,0 +1,45 @@
+#!/usr/bin/env python3
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Write docs/flags.md: what becomes of each of Megatron's flags in the stages."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from hydra_mcore.commands import one_line_errors
+
+EXAMPLES = """\
+The page is made from the tables by which training refuses flags (hydra_mcore/train/flags.py) and from the list of
+those that were judged to work (tools/commands/flag_table.py). A flag that stands in neither is an error: read in
+Megatron what it does, then put it into one of them.
+
+examples:
+  after a table was changed
+      python tools/flag_table.py --out docs/flags.md
+  is the page up to date?
+      python tools/flag_table.py | diff - docs/flags.md
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    layout = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(prog="flag_table", description=__doc__, epilog=EXAMPLES, formatter_class=layout)
+    p.add_argument("--out", type=Path, metavar="FILE", help="where to write the page (default: print it)")
+    return p
+
+
+@one_line_errors("flag_table")
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    from tools.commands.flag_table import run  # takes seconds: not for --help
+
+    run(args)
+
+
+if __name__ == "__main__":
+    main()
