@@ -15,9 +15,11 @@ import logging
 import os
 import re
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiled or not, an operation has the same device
 
@@ -39,6 +41,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: 
 
 from hydra_mcore.compat import cpu  # noqa: E402
 from hydra_mcore.config import HydraOptions, ModelCard, ModelShape, StageOptions, teacher_card  # noqa: E402
+from hydra_mcore.convert.inherit import head_output_rms, inherit  # noqa: E402
 from hydra_mcore.evaluation.parallel import ParallelModel  # noqa: E402
 from hydra_mcore.heads import HeadMap, HeadsByKind  # noqa: E402
 from hydra_mcore.model.build import (  # noqa: E402
@@ -49,6 +52,7 @@ from hydra_mcore.model.build import (  # noqa: E402
     transformer_config,
 )
 from hydra_mcore.ops import fla_kernels  # noqa: E402
+from hydra_mcore.selection import knock_out  # noqa: E402
 from hydra_mcore.selection.attribution import attributed_effects  # noqa: E402
 from hydra_mcore.selection.observe import observed_scores  # noqa: E402
 from hydra_mcore.selection.probes import ProbeBatch  # noqa: E402
@@ -58,6 +62,7 @@ from hydra_mcore.selection.teacher import Teacher  # noqa: E402
 from hydra_mcore.stages import STAGES  # noqa: E402
 from hydra_mcore.train.data import MicroBatch  # noqa: E402
 from hydra_mcore.train.step import forward_step  # noqa: E402
+from tests.support.hf_model import fresh  # noqa: E402
 
 SHAPE = ModelShape(
     num_layers=3, hidden_size=64, num_heads=4, num_kv_groups=2, head_dim=16, ffn_hidden_size=64, vocab_size=96,
@@ -78,7 +83,7 @@ OPTIONS = {
 }  # fmt: skip
 LENGTH = 64
 BOUNDS = torch.tensor([0, 1, 20, LENGTH], dtype=torch.int32)  # of documents; the host's, with values
-Path = tuple[str, Callable[[], object]]
+Call = tuple[str, Callable[[], object]]  # a path's name and itself
 
 
 def student_card(**options: object) -> ModelCard:
@@ -95,6 +100,13 @@ def batch(packed: bool) -> MicroBatch:
     return MicroBatch(tokens_bs, tokens_bs, torch.ones_like(tokens_bs).float(), position_ids_bs, documents)
 
 
+def on_gpu[M: torch.nn.Module](model: M) -> M:
+    """The model, whose parameters and buffers are there."""
+    elsewhere = [name for name, x in (*model.named_parameters(), *model.named_buffers()) if not x.is_cuda]
+    assert not elsewhere, f"on the CPU: {elsewhere}"
+    return model
+
+
 def trained_model(card: ModelCard, stage: str, dtype: torch.dtype) -> GPTModel:
     """As training builds it: with sequence parallelism and shared FA heads, where there are several ranks."""
     groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -102,7 +114,7 @@ def trained_model(card: ModelCard, stage: str, dtype: torch.dtype) -> GPTModel:
     transformer.sequence_parallel = groups.tp.size() > 1
     config = model_config(card, stage, transformer)
     apply_card(config, card, stage, fa_balance="queries")
-    return contiguous_parts(config.get_builder_cls()(config).build_model(groups), card.shape)
+    return on_gpu(contiguous_parts(config.get_builder_cls()(config).build_model(groups), card.shape))
 
 
 def train(stage: str, card: ModelCard, packed: bool, dtype: torch.dtype) -> None:
@@ -121,7 +133,7 @@ def train(stage: str, card: ModelCard, packed: bool, dtype: torch.dtype) -> None
 
 @torch.no_grad()
 def evaluate(card: ModelCard, dtype: torch.dtype, ask: Callable[[ParallelModel, Tensor], object]) -> None:
-    ask(ParallelModel([build_model(card, dtype=dtype).eval()]), torch.zeros(2, 41, dtype=torch.long))
+    ask(ParallelModel([on_gpu(build_model(card, dtype=dtype)).eval()]), torch.zeros(2, 41, dtype=torch.long))
 
 
 def select(ask: Callable[[Teacher, ProbeBatch], object]) -> None:
@@ -132,8 +144,42 @@ def select(ask: Callable[[Teacher, ProbeBatch], object]) -> None:
     ask(teacher, probes.to(teacher.device))
 
 
-def paths() -> Iterator[Path]:
-    """Name and function of each."""
+@torch.no_grad()
+def calibrate() -> None:
+    """As ``convert.py hybridize`` does."""
+    teacher = build_model(teacher_card(SHAPE, "f" * 64))
+    scale_lh = head_output_rms(teacher, torch.zeros(2, LENGTH, dtype=torch.long))
+    inherit(teacher, build_model(student_card()), SHAPE, scale_lh)
+
+
+@torch.no_grad()
+def decode_exported() -> None:
+    """A Hugging Face model of ours: a prompt, then a token from the cache."""
+    with tempfile.TemporaryDirectory() as folder, torch.device("cuda"):
+        model = on_gpu(fresh(Path(folder)))
+        ids_bs = torch.zeros(2, 12, dtype=torch.long)
+        cache = model(ids_bs, use_cache=True).past_key_values
+        model(ids_bs[:, :1], past_key_values=cache)
+
+
+def without_kernels(run: Callable[[], object]) -> None:
+    """As where flash-linear-attention is not installed."""
+    kernels, fla_kernels.kernels = fla_kernels.kernels, lambda: None
+    try:
+        run()
+    finally:
+        fla_kernels.kernels = kernels
+
+
+def alone() -> Iterator[Call]:
+    """What runs on one rank only."""
+    yield "calibration", calibrate
+    yield "exported model", decode_exported
+    yield "knock-out", partial(select, lambda teacher, probes: knock_out._answered(teacher, probes, {(0, 1), (2, 3)}))
+
+
+def paths() -> Iterator[Call]:
+    """What runs on any number of ranks."""
     for (name, options), stage, packed in itertools.product(OPTIONS.items(), STAGES, (False, True)):
         rows = "packed" if packed else "rows"
         yield f"{stage}, {rows}, {name}", partial(train, stage, student_card(**options), packed, torch.bfloat16)
@@ -146,6 +192,11 @@ def paths() -> Iterator[Path]:
     for (name, options), (what, ask) in itertools.product(OPTIONS.items(), asked.items()):
         yield f"{what}, {name}", partial(evaluate, student_card(**options), torch.bfloat16, ask)
     yield "decoding, teacher", partial(evaluate, teacher_card(SHAPE, "f" * 64), torch.float32, asked["decoding"])
+    for stage, packed in (("distill", False), ("extend", True)):
+        run = partial(train, stage, student_card(), packed, torch.bfloat16)
+        yield f"{stage}, without kernels", partial(without_kernels, run)
+    run = partial(evaluate, student_card(), torch.float32, asked["decoding"])
+    yield "decoding, without kernels", partial(without_kernels, run)
     yield "receivers", partial(select, receiver_effects)
     yield "senders", partial(select, lambda teacher, probes: SenderRuns(teacher, probes, ((1, 0), (2, 3))).effects(0))
     yield "attribution", partial(select, attributed_effects)
@@ -161,7 +212,7 @@ def main(tp_size: int, only: str) -> None:
     init_num_microbatches_calculator(0, None, 1, 1, 1)
     found: dict[str, list[str] | str] = {}
     with fake_gpu.fake_ranks(tp_size, tp_size - 1):
-        for name, run in paths():
+        for name, run in (*paths(), *(alone() if tp_size == 1 else ())):
             if not re.search(only, name):
                 continue
             try:
