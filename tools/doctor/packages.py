@@ -136,7 +136,7 @@ def flash_linear_attention(has_gpu: bool) -> Iterator[Line]:
 
 def triton(capability: str) -> Iterator[Line]:
     """Versions that compute wrong gradients; one that is missing or too old shows in what needs it."""
-    found = version_of("triton") or version_of("pytorch-triton")  # its name in some of NVIDIA's images
+    found = version_of("pytorch-triton") or version_of("triton")  # the first is its name in some of NVIDIA's images
     if found and capability == HOPPER and allows(BAD_ON_HOPPER, found) and version_of("tilelang") is None:
         wrong = f"{found}: on Hopper its gated delta rule has wrong gradients"
         yield fail("Triton", wrong, "a torch with Triton 3.7.1, or pip install tilelang")
