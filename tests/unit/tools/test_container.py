@@ -185,6 +185,6 @@ def test_the_whole_build_with_the_package_index(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     assert {"megatron-core", "transformers", "fla-core"} <= added(tmp_path).keys()
     environment["PATH"] = f"{tmp_path}/hydra/bin:{environment['PATH']}"
-    done = run(check, environment, 300)
+    done = run(check, environment, 500)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"torch                    {TORCH}, tested with" in done.stdout and " 0 fail" in done.stdout
