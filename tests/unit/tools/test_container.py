@@ -5,6 +5,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -65,22 +66,33 @@ def image(folder: Path, packages: Mapping[str, str]) -> dict[str, str]:
     command = [sys.executable, "-m", "venv", "--system-site-packages", "--without-pip", str(folder / "python")]
     subprocess.run(command, check=True, timeout=60)
     (folder / "nvidias.txt").write_text("tqdm==4.60\n")
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "VIRTUAL_ENV"))}
     return {
-        **clean,
-        "PATH": f"{folder}/python/bin:{clean['PATH']}",
+        **os.environ,
+        "PATH": f"{folder}/python/bin:{os.environ['PATH']}",
         "PYTHONPATH": str(site),
         "PIP_CONSTRAINT": str(folder / "nvidias.txt"),
     }
 
 
-def steps(folder: Path) -> list[str]:
-    """What the Dockerfile runs, with its folders in this one."""
+@pytest.fixture(scope="module")
+def context(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What .dockerignore leaves for a build."""
+    folder = tmp_path_factory.mktemp("context")
+    ignored, *kept, caches = re.findall(r"(?m)^[^#].*$", (ROOT / ".dockerignore").read_text())
+    assert (ignored, caches) == ("*", "**/__pycache__")
+    for name in (line.removeprefix("!") for line in kept):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, folder / name)
+    return folder
+
+
+def steps(folder: Path, context: Path) -> list[str]:
+    """What the Dockerfile runs, with the new environment in this folder."""
     lines = re.findall(r"(?m)^RUN (?:--\S+ )*(.*)$", (ROOT / "Dockerfile").read_text())
-    return [line.replace("/src", str(ROOT)).replace("/opt/hydra", str(folder / "hydra")) for line in lines]
+    return [line.replace("/src", str(context)).replace("/opt/hydra", str(folder / "hydra")) for line in lines]
 
 
-def run(step: str, environment: Mapping[str, str], limit_s: float = 60) -> subprocess.CompletedProcess:
+def run(step: str, environment: Mapping[str, str], limit_s: float = 120) -> subprocess.CompletedProcess:
     return subprocess.run(["sh", "-c", step], env=environment, cwd="/", capture_output=True, text=True, timeout=limit_s)
 
 
@@ -93,9 +105,9 @@ def added(folder: Path) -> dict[str, str]:
     return installed(str(site))
 
 
-def test_the_image_keeps_its_own_and_gets_pinned_versions(tmp_path: Path, index: Path) -> None:
+def test_the_image_keeps_its_own_and_gets_tested_versions(tmp_path: Path, index: Path, context: Path) -> None:
     environment = image(tmp_path, IMAGE)
-    done = run(steps(tmp_path)[0], environment | offline(index))
+    done = run(steps(tmp_path, context)[0], environment | offline(index))
     assert done.returncode == 0, done.stderr
     new, tested = added(tmp_path), pinned_versions()
     left = {"torch", "numpy", "pyyaml", "pillow"}
@@ -111,30 +123,30 @@ def test_the_image_keeps_its_own_and_gets_pinned_versions(tmp_path: Path, index:
     )
 
 
-def test_an_image_that_does_not_fit_is_refused_in_one_line(tmp_path: Path, index: Path) -> None:
+def test_an_image_that_does_not_fit_is_refused_in_one_line(tmp_path: Path, index: Path, context: Path) -> None:
     packages = {**IMAGE, "torch": "2.9.0a0+50eac811a6.nv25.9.1"}
     environment = image(tmp_path, packages) | offline(index)
-    too_old = run(steps(tmp_path)[0], environment)
+    too_old = run(steps(tmp_path, context)[0], environment)
     assert too_old.returncode == 2 and not added(tmp_path)
     assert "torch>=2.9" in too_old.stderr and too_old.stderr.splitlines()[-1].startswith("container: pip cannot add")
-    again = run(steps(tmp_path)[0], environment)
+    again = run(steps(tmp_path, context)[0], environment)
     assert again.returncode == 2 and "hydra exists; name another folder" in again.stderr
     assert again.stderr.count("\n") == 1
 
 
-def test_nothing_is_put_before_what_the_image_has(tmp_path: Path) -> None:
+def test_nothing_is_put_before_what_the_image_has(tmp_path: Path, context: Path) -> None:
     packages = {name: version for name, version in IMAGE.items() if name != "triton"}
     index = tmp_path / "index"
     for name, wanted in map(parsed, requirements()):
         needs = ["triton"] if name == "flash-linear-attention" else []
         wheel(index, name, pinned_versions().get(normal(name), wanted.lstrip(">=")), *needs)
     wheel(index, "triton", "3.9.0")
-    done = run(steps(tmp_path)[0], image(tmp_path, {**packages, "pytorch-triton": "3.8.0"}) | offline(index))
+    done = run(steps(tmp_path, context)[0], image(tmp_path, {**packages, "pytorch-triton": "3.8.0"}) | offline(index))
     assert done.returncode == 2 and "container: pip has put triton before what the image has" in done.stderr
 
 
-def test_a_python_without_torch_is_no_image(tmp_path: Path) -> None:
-    done = run(steps(tmp_path)[0], image(tmp_path, {}))
+def test_a_python_without_torch_is_no_image(tmp_path: Path, context: Path) -> None:
+    done = run(steps(tmp_path, context)[0], image(tmp_path, {}))
     assert done.returncode == 2 and "has no torch; use the Python of NVIDIA's" in done.stderr
     assert done.stderr.count("\n") == 1 and not (tmp_path / "hydra").exists()
 
@@ -160,16 +172,14 @@ def test_doctor_and_pip_agree_about_versions(tmp_path: Path) -> None:
     assert replaced == {"2.8.0", "2.9.0a0+50eac811a6.nv25.9.1", "2.9.0rc1"}
 
 
-def test_the_build_reads_what_it_copies() -> None:
-    kept = set(re.findall(r"(?m)^!(.*)$", (ROOT / ".dockerignore").read_text()))
-    assert kept == {"constraints.txt", "hydra_mcore", "setup.py", "tools"}
+def test_the_tag_that_is_taken_fits() -> None:
     tag = re.search(r"(?m)^ARG TAG=(\S+)$", (ROOT / "Dockerfile").read_text()).group(1)
-    rows = re.findall(r"(?m)^\| (\d\d\.\d\d) \|.*\| \*{0,2}(\w+).*\|$", (ROOT / "docs" / "container.md").read_text())
-    assert dict(rows)[tag] == "fits"
+    rows = re.findall(r"(?m)^\| (\d\d\.\d\d) \|.*\| (\w+)[^|]*\|$", (ROOT / "docs" / "container.md").read_text())
+    assert len(rows) > 1 and dict(rows)[tag] == "fits"
 
 
 @pytest.mark.slow
-def test_the_whole_build_with_the_package_index(tmp_path: Path) -> None:
+def test_the_whole_build_with_the_package_index(tmp_path: Path, context: Path) -> None:
     """The image has this environment's packages, torch under NVIDIA's version, and none that its makers leave out."""
     lacks = (
         "megatron,transformers,tokenizers,datasets,huggingface_hub,lm_eval,wandb,wonderwords,flash_linear,fla,hydra_"
@@ -180,7 +190,7 @@ def test_the_whole_build_with_the_package_index(tmp_path: Path) -> None:
         other = path.name.startswith((*lacks.split(","), "torch-", "_"))
         if not other and not (site / path.name).exists() and path.suffix != ".pth":
             (site / path.name).symlink_to(path)
-    install, check = steps(tmp_path)
+    install, check = steps(tmp_path, context)
     done = run(install, environment, 500)
     assert done.returncode == 0, done.stderr[-2000:]
     assert {"megatron-core", "transformers", "fla-core"} <= added(tmp_path).keys()
