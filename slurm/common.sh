@@ -35,6 +35,14 @@ for recipe in "${recipes[@]}"; do
     [[ -f $recipe ]] || fail "no recipe $recipe in $PWD"
 done
 
+# Pyxis takes for a file what begins with / or a dot, and looks for all else in a registry, also for image.sqsh.
+if [[ -f $HYDRA_CONTAINER ]]; then
+    HYDRA_CONTAINER=$(realpath --no-symlinks "$HYDRA_CONTAINER")
+elif [[ $HYDRA_CONTAINER == [./]* || $HYDRA_CONTAINER == *.sqsh ]]; then
+    fail "no file $HYDRA_CONTAINER (HYDRA_CONTAINER) in $PWD; enroot import makes it (docs/container.md)"
+elif [[ $HYDRA_CONTAINER && ! $dry_run ]]; then
+    say "HYDRA_CONTAINER=$HYDRA_CONTAINER is no file: every step imports it again; enroot import makes one (docs/container.md)"
+fi
 container=()
 [[ -z $HYDRA_CONTAINER ]] || container=(
     --container-image="$HYDRA_CONTAINER" --container-mounts="$PWD:$PWD${HYDRA_MOUNTS:+,$HYDRA_MOUNTS}" --container-workdir="$PWD"

@@ -16,8 +16,8 @@ set -a
 #: "${HYDRA_RANKS_PER_NODE:=2}"            # where it is not one a GPU
 
 # what they run in
-: "${HYDRA_PYTHON:=.venv/bin/python}"      # made by `make env`; in a container usually python3
-: "${HYDRA_CONTAINER:=}"                   # image for Pyxis/Enroot, such as nvcr.io#nvidia/pytorch:25.09-py3; empty: none
+: "${HYDRA_PYTHON:=.venv/bin/python}"      # made by `make env`; in the container /opt/hydra/bin/python
+: "${HYDRA_CONTAINER:=}"                   # image file for Pyxis/Enroot, imported once (docs/container.md); empty: none
 : "${HYDRA_MOUNTS:=}"                      # folders it needs beside this repository: /data:/data,/models:/models
 #module load cuda
 

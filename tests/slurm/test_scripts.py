@@ -125,7 +125,8 @@ def test_a_recipe_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
 
 def test_outside_of_jobs_a_container_is_not_asked_for_sections(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("run-dir: a\n")
-    site = {"HYDRA_CONTAINER": "image.sqsh", "HYDRA_PYTHON": "/in/the/container/python"}
+    (tmp_path / "image.sqsh").touch()
+    site = {"HYDRA_CONTAINER": str(tmp_path / "image.sqsh"), "HYDRA_PYTHON": "/in/the/container/python"}
     assert bash("slurm/pipeline.sh", "--dry-run", str(tmp_path / "recipe.yaml"), **site).stdout.count("sbatch ") == 6
     done = bash("slurm/prepare.sh", str(tmp_path / "recipe.yaml"))  # in the job, the answer is no
     assert done.returncode == 0 and "no section prepare: nothing to do" in done.stdout
@@ -199,18 +200,31 @@ def test_without_a_recipe_it_is_the_example() -> None:
     assert " --stage extend --config examples/qwen3-1.7b/recipe.yaml\n" in bash("slurm/stage3.sh", "--dry-run").stdout
 
 
-def test_a_container_is_srun_s_business(recipe: str) -> None:
-    said = bash(
-        "slurm/stage3.sh",
-        "--dry-run",
-        recipe,
-        HYDRA_CONTAINER="image.sqsh",
-        HYDRA_MOUNTS="/data:/data",
-        HYDRA_PYTHON="python3",
-    ).stdout
+def test_a_container_is_srun_s_business(recipe: str, tmp_path: Path) -> None:
+    (tmp_path / "image.sqsh").touch()
+    relative = os.path.relpath(tmp_path / "image.sqsh", ROOT)  # Pyxis would look for it in a registry
+    variables = {"HYDRA_CONTAINER": relative, "HYDRA_MOUNTS": "/data:/data", "HYDRA_PYTHON": "python3"}
+    done = bash("slurm/stage3.sh", "--dry-run", recipe, **variables)
     mounts = f"--container-mounts={ROOT}:{ROOT},/data:/data"
-    assert f"--container-image=image.sqsh {mounts} --container-workdir={ROOT} bash slurm/node.sh python3 -m" in said
+    step = f"--container-image={tmp_path}/image.sqsh {mounts} --container-workdir={ROOT} bash slurm/node.sh python3 -m"
+    assert step in done.stdout and not done.stderr
     assert "--container" not in bash("slurm/stage3.sh", "--dry-run", recipe).stdout
+
+
+@pytest.mark.parametrize("image", ["image.sqsh", "./image", "/nowhere/image.sqsh"])
+def test_an_image_that_is_not_there_is_refused(image: str, recipe: str) -> None:
+    for script in ("stage3", "pipeline"):
+        done = bash(f"slurm/{script}.sh", "--dry-run", recipe, HYDRA_CONTAINER=image)
+        assert done.returncode == 2 and not done.stdout and done.stderr.count("\n") == 1
+        assert f"no file {image} (HYDRA_CONTAINER) in {ROOT}; enroot import makes it" in done.stderr
+
+
+def test_an_image_in_a_registry_is_imported_by_every_step(recipe: str) -> None:
+    variables = {"HYDRA_CONTAINER": "nvcr.io#nvidia/pytorch:26.09-py3"}
+    said = bash("slurm/stage3.sh", recipe, **variables).stdout  # a job; this is none, and ends after that
+    assert said.count("\n") == 1 and "every step imports it again" in said and "docs/container.md" in said
+    step = bash("slurm/stage3.sh", "--dry-run", recipe, **variables).stdout
+    assert step.count("\n") == 1 and f"--container-image={variables['HYDRA_CONTAINER']} --container-mounts=" in step
 
 
 @pytest.mark.parametrize("job", JOBS)

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Python, the packages that setup.py asks for, and Megatron-Core: are they there, do they fit, do they load?"""
 
-import ast
 import importlib
 import importlib.metadata
 import importlib.util
@@ -10,13 +9,13 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from hydra_mcore.errors import InputError
 from tools.doctor.lines import Line, fail, ok, one_line, version_of, warn
+from tools.doctor.wanted import CONSTRAINTS, SETUP, allows, normal, parsed, pinned_versions, setup_argument
 
-ROOT = Path(__file__).resolve().parents[2]
-SETUP = ROOT / "setup.py"
+NVIDIAS = re.compile(r"\+(.*\.)?nv\d")  # the version of a build in NVIDIA's images: 2.14.0a0+b2c75dd062.nv26.9.1
+OTHER_IMAGE = "take another of NVIDIA's images (docs/container.md)"
 INSTALL = "make env, or: pip install -e . --constraint constraints.txt"
 TE, FLA = "Transformer Engine", "flash-linear-attention"
 FAST = (TE, FLA)  # training on GPUs works without them, slowly
@@ -25,19 +24,20 @@ HOPPER = "9.0"
 BAD_ON_HOPPER = ">=3.4,<3.7.1"  # Triton miscompiles the gated backward there (flash-linear-attention, issue 640)
 
 
-def requirements(setup: Path = SETUP, constraints: Path = ROOT / "constraints.txt") -> Iterator[Line]:
+def requirements(setup: Path = SETUP, constraints: Path = CONSTRAINTS) -> Iterator[Line]:
     """Every package that setup.py asks for: missing or outside its range fails, other than the tested version warns."""
     python = ".".join(map(str, sys.version_info[:3]))
     yield ok("Python", f"{python} ({sys.executable})")  # tools/doctor.py refuses one that is too old
-    pins = re.findall(r"(?m)^([\w.-]+)==([\w.+!]+)", constraints.read_text(encoding="utf-8"))
-    tested = {_normal(name): version for name, version in pins}
-    for name, wanted in map(_parsed, _setup_argument("install_requires", setup)):
-        found, tried = version_of(name), tested.get(_normal(name))
-        install = f"pip install '{name}{f'=={tried}' if tried else wanted}'"
+    tested = pinned_versions(constraints)
+    for name, wanted in map(parsed, setup_argument("install_requires", setup)):
+        found, tried = version_of(name), tested.get(normal(name))
+        nvidias = bool(found and NVIDIAS.search(found))  # what else is in the image was built for it
+        install = OTHER_IMAGE if nvidias else f"pip install '{name}{f'=={tried}' if tried else wanted}'"
         if found is None:
             yield fail(name, "not installed", INSTALL)
         elif not allows(wanted, found):
-            yield fail(name, f"{found}, needs {wanted}", install)
+            replaced = "; pip would put another build in its place" if nvidias else ""
+            yield fail(name, f"{found}, needs {wanted}{replaced}", install)
         elif tried and not allows(f"=={tried}", found):
             yield warn(name, f"{found}, tested with {tried}", f"{install}, if something breaks")
         else:
@@ -116,7 +116,7 @@ def apex(has_gpu: bool) -> Iterator[Line]:
 
 def flash_linear_attention(has_gpu: bool) -> Iterator[Line]:
     """The kernels of linear heads: there, in their range, and loading; only a node with a GPU needs them."""
-    found, wanted = version_of(FLA), dict(map(_parsed, _setup_argument("extras_require")["kernels"]))[FLA]
+    found, wanted = version_of(FLA), dict(map(parsed, setup_argument("extras_require")["kernels"]))[FLA]
     if found is None and has_gpu:
         yield warn(FLA, "not installed: linear heads run on torch functions, far slower", "pip install -e .[kernels]")
     elif found is None:
@@ -136,36 +136,9 @@ def flash_linear_attention(has_gpu: bool) -> Iterator[Line]:
 
 def triton(capability: str) -> Iterator[Line]:
     """Versions that compute wrong gradients; one that is missing or too old shows in what needs it."""
-    found = version_of("triton")
+    found = version_of("pytorch-triton") or version_of("triton")  # the first is its name in some of NVIDIA's images
     if found and capability == HOPPER and allows(BAD_ON_HOPPER, found) and version_of("tilelang") is None:
         wrong = f"{found}: on Hopper its gated delta rule has wrong gradients"
         yield fail("Triton", wrong, "a torch with Triton 3.7.1, or pip install tilelang")
     else:
         yield ok("Triton", found or "not installed")
-
-
-def allows(specifier: str, version: str) -> bool:
-    """Tell whether a version is in a range; containers ship builds such as 2.9.0a0+nv25.10, good for ``>=2.9``."""
-    from packaging.specifiers import SpecifierSet  # comes with the packages whose versions are asked for here
-    from packaging.version import Version
-
-    found, wanted = Version(version), SpecifierSet(specifier, prereleases=True)
-    return found in wanted or (found.local is not None and found.base_version in wanted)
-
-
-def _setup_argument(name: str, setup: Path = SETUP) -> Any:
-    """A literal argument of the call of setup() in a setup.py, which is read and not run."""
-    for node in ast.walk(ast.parse(setup.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.keyword) and node.arg == name:
-            return ast.literal_eval(node.value)
-    raise ValueError(f"{setup}: no {name}")
-
-
-def _parsed(requirement: str) -> tuple[str, str]:
-    """The name and the range of ``name[extra]>=1.0``."""
-    name, wanted = re.fullmatch(r"([\w.-]+)(?:\[[^\]]*\])?\s*(.*)", requirement).groups()
-    return name, wanted
-
-
-def _normal(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()

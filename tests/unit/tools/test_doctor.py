@@ -20,6 +20,7 @@ import pytest
 from tests.support.doctor import apart, distribution, doctor, only, verdicts
 from tools.doctor import packages
 from tools.doctor.lines import Line, ok
+from tools.doctor.wanted import allows
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # other tests' threads hold no lock of ours
 
@@ -118,13 +119,27 @@ def test_a_python_without_packages_and_one_with_a_foreign_megatron(tmp_path: Pat
 @pytest.mark.parametrize(
     ("specifier", "inside", "outside"),
     [
-        (">=2.9", ["2.9", "2.15.0+cu132", "2.9.0a0+nv25.10"], ["2.8.9", "2"]),
+        (">=2.9", ["2.9", "2.15.0+cu132", "2.10.0a0+nv25.12"], ["2.8.9", "2", "2.9.0a0+nv25.10"]),
         ("==0.19.2", ["0.19.2", "0.19.2+local"], ["0.19.3", "0.19.2rc1"]),
     ],
 )
-def test_builds_of_containers_count_as_their_release(specifier: str, inside: list[str], outside: list[str]) -> None:
-    assert all(packages.allows(specifier, version) for version in inside)
-    assert not any(packages.allows(specifier, version) for version in outside)
+def test_versions_count_as_pip_counts_them(specifier: str, inside: list[str], outside: list[str]) -> None:
+    assert all(allows(specifier, version) for version in inside)
+    assert not any(allows(specifier, version) for version in outside)
+
+
+def test_another_build_is_not_advised_in_nvidias_image(tmp_path: Path, site: Path) -> None:
+    setup, constraints = tmp_path / "setup.py", tmp_path / "constraints.txt"
+    setup.write_text('setup(install_requires=["torch>=2.9", "numpy>=2.0"])')
+    constraints.write_text("torch==2.15.0\n")
+    distribution(site, "torch", "2.9.0a0+145a3a7bda.nv25.10")
+    _, torch, _ = packages.requirements(setup, constraints)
+    assert torch.verdict == "fail" and torch.found.endswith("needs >=2.9; pip would put another build in its place")
+    assert "docs/container.md" in torch.fix and "pip install" not in torch.fix
+    shutil.rmtree(site / "torch-2.9.0a0+145a3a7bda.nv25.10.dist-info")
+    distribution(site, "torch", "2.14.0a0+b2c75dd062.nv26.9.1")
+    _, torch, _ = packages.requirements(setup, constraints)
+    assert torch.verdict == "warn" and "tested with 2.15.0" in torch.found and "docs/container.md" in torch.fix
 
 
 def test_dataset_helpers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,6 +219,11 @@ def test_a_triton_with_wrong_gradients(site: Path, version: str, capability: str
     if tilelang:
         distribution(site, "tilelang", "0.1.9")
     assert only(packages.triton(capability)).verdict == verdict
+
+
+def test_nvidias_triton_is_seen_by_its_other_name(site: Path) -> None:
+    distribution(site, "pytorch-triton", "3.6.0+nvinternal")
+    assert only(packages.triton("9.0")).verdict == "fail"
 
 
 # The command
