@@ -51,8 +51,7 @@ def _make_state_dict(original: Callable[[Any], dict[str, Any]]) -> Callable[[Any
     def state_dict(self: Any) -> dict[str, Any]:
         """The original, also before the first step and on a rank that owns no trainable parameter."""
         inner = self.optimizer
-        # Transformer Engine's precision-aware optimizer has moments of its own kinds, and makes them itself.
-        if inner.state or (_groups_count() and self.config.use_precision_aware_optimizer):
+        if inner.state:
             return original(self)
         for group, shard in _owned(inner):
             # What Adam itself creates at its first step: zeros, and torch's a step count on the CPU unless the kernel

@@ -21,7 +21,7 @@ from hydra_mcore.model.parameters import RMSNorm
 from hydra_mcore.model.te_layers import TE_NAMES, te_mlp, uses_te
 
 
-def hydra_layer_spec(plan: AttentionPlan, config: TransformerConfig, fuse_gradients: bool = False) -> ModuleSpec:
+def hydra_layer_spec(plan: AttentionPlan, config: TransformerConfig, fuse_gradients: bool) -> ModuleSpec:
     """One transformer layer; ``fuse_gradients`` as in ``te_mlp``."""
     if uses_te(config):
         mlp = {"mlp": te_mlp(fuse_gradients), "sharded_state_dict_keys_map": TE_NAMES}
@@ -41,7 +41,7 @@ def hydra_layer_spec(plan: AttentionPlan, config: TransformerConfig, fuse_gradie
 
 
 def hydra_block_spec(
-    plan: AttentionPlan, fuse_gradients: bool = False
+    plan: AttentionPlan, fuse_gradients: bool
 ) -> Callable[[GPTModelConfig, int | None], TransformerBlockSubmodules]:
     """The layers of one pipeline stage, in the form that Megatron's GPT builder asks for."""
 

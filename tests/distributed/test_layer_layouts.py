@@ -5,6 +5,7 @@
 import copy
 import dataclasses
 import itertools
+from functools import partial
 from typing import Any
 
 import pytest
@@ -55,6 +56,10 @@ OPTIONS = [
         lightning_slope=0.3,
     ),
 ]
+
+
+# All ranks draw the same.
+ALIKE = partial(settings, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,9 +115,7 @@ def _check_cases(rank: int, tp_size: int, cp_size: int) -> int:
     """Every rank draws the same cases; a difference anywhere is a failure everywhere, so that all shrink alike."""
     ran = []
 
-    @settings(
-        max_examples=CASES, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
-    )
+    @ALIKE(max_examples=CASES)
     @given(cases())
     def check(case: Case) -> None:
         ran.append(case)

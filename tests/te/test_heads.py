@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 
 from hydra_mcore.kinds import FA, KINDS
 from hydra_mcore.model.te_layers import TELinear
-from tests.distributed.test_layer_layouts import OPTIONS, SHAPE, WIDTH, Case, _build, _groups, _run, cases
+from tests.distributed.test_layer_layouts import ALIKE, OPTIONS, SHAPE, WIDTH, Case, _build, _groups, _run, cases
 from tests.support.launch import model_parallel, run_ranks
 
 CASES = 12
@@ -29,9 +29,7 @@ def _check_cases(rank: int, tp_size: int, cp_size: int) -> int:
     """Returns the number of projections by Transformer Engine on this rank, of all cases together."""
     used = []
 
-    @settings(
-        max_examples=CASES, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
-    )
+    @ALIKE(max_examples=CASES)
     @given(cases())
     def check(case: Case) -> None:
         equal, worst, projections = _compare(case, groups)

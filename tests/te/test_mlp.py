@@ -9,6 +9,7 @@ from hydra_mcore.config import teacher_card
 from hydra_mcore.model.build import model_config, transformer_config
 from tests.support.launch import model_parallel, run_ranks
 from tests.support.stages import SHAPE, randomise
+from tests.te.test_heads import _worst
 
 TOKENS, BATCH, GRADIENTS = 12, 2, 2e-6
 
@@ -37,10 +38,10 @@ def _compare(rank: int, tp_size: int, sequence_parallel: bool) -> tuple[bool, fl
             x, weight = x.chunk(tp_size)[rank], weight.chunk(tp_size)[rank]
         results = [_run(layer, x, weight) for layer in (local, other)]
         (out, gradients), (other_out, other_gradients) = results
-        worst = max(_difference(other_gradients[name], gradient) for name, gradient in gradients.items())
+        worst = max(_worst(other_gradients[name], gradient) for name, gradient in gradients.items())
         copies = [torch.empty_like(other_gradients["norm"]) for _ in range(tp_size)]
         torch.distributed.all_gather(copies, other_gradients["norm"])
-        return torch.equal(out, other_out), worst, max(_difference(copy, copies[0]) for copy in copies)
+        return torch.equal(out, other_out), worst, max(_worst(copy, copies[0]) for copy in copies)
 
 
 def _layer(implementation: str, tp_size: int, sequence_parallel: bool) -> torch.nn.Module:
@@ -64,7 +65,3 @@ def _run(layer: torch.nn.Module, x: torch.Tensor, weight: torch.Tensor) -> tuple
     out, _ = layer.mlp(layer.pre_mlp_layernorm(x))
     (out * weight).sum().backward()
     return out.detach(), {"input": x.grad} | {name: weight.grad for name, weight in _parameters(layer).items()}
-
-
-def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found - expected).abs().max() / expected.abs().max()).item()
