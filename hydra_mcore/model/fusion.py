@@ -91,5 +91,6 @@ class Fusion(MegatronModule):
     def _competition(self, x_sbm: Tensor, heads: Tensor) -> Tensor:
         """Softmax over all heads of the layer, times their number (1 at the start): [s, b, h, 1] of the given heads."""
         logits_sbh = F.linear(x_sbm, replicated(self.competition, self.tp_group))
-        share_sbh = self.num_heads * logits_sbh.float().softmax(dim=-1).to(x_sbm.dtype)
+        exact = torch.promote_types(x_sbm.dtype, torch.float32)
+        share_sbh = self.num_heads * logits_sbh.softmax(dim=-1, dtype=exact).to(x_sbm.dtype)
         return share_sbh.index_select(-1, heads)[..., None]

@@ -23,6 +23,7 @@ from hydra_mcore.model.cache import LayerCache, left_behind
 from hydra_mcore.model.parameters import HeadLinear, PerHead, gathered, recomputed
 from hydra_mcore.model.short_conv import ShortConv
 from hydra_mcore.ops import fla_kernels
+from hydra_mcore.ops.chunks import state_dtype
 from hydra_mcore.ops.context_parallel import Group
 from hydra_mcore.ops.gated_delta import gated_delta_rule
 from hydra_mcore.ops.tiles import in_tiles
@@ -123,10 +124,10 @@ class GatedDeltaHeads(Branch):
         return BranchOutput((out_sbhd, None if self.gate is None else self.gate(x_sbm)))
 
     def _gates(self, x_sbm: Tensor) -> tuple[Tensor, Tensor]:
-        """Log decay (<= 0), [s, b, h] or [s, b, h, d], and write strength [s, b, h], float32."""
+        """Log decay (<= 0), [s, b, h] or [s, b, h, d], and write strength [s, b, h], in float32 at least."""
         logits_sbhx = self.decay_logits(x_sbm)
-        log_decay_sbhx = in_tiles(self._log_decay, [logits_sbhx], [self._log_rate()], dtype=torch.float32)
-        write_sbh = self._write(self.linear_write(x_sbm).float()).squeeze(-1)
+        log_decay_sbhx = in_tiles(self._log_decay, [logits_sbhx], [self._log_rate()], dtype=state_dtype(logits_sbhx))
+        write_sbh = self._write(_precise(self.linear_write(x_sbm))).squeeze(-1)
         return log_decay_sbhx.squeeze(-1) if self.linear_decay.rows == 1 else log_decay_sbhx, write_sbh
 
     def decay_logits(self, x_sbm: Tensor) -> Tensor:
@@ -138,8 +139,8 @@ class GatedDeltaHeads(Branch):
         return None if self.A_log.empty else gathered(self.A_log).weight
 
     def _log_decay(self, logits_sbhx: Tensor, log_rate_h: Tensor | None) -> Tensor:
-        decay_sbhx = F.softplus(logits_sbhx.float())
-        return -decay_sbhx if log_rate_h is None else -(decay_sbhx * log_rate_h.float().exp()[:, None])
+        decay_sbhx = F.softplus(_precise(logits_sbhx))
+        return -decay_sbhx if log_rate_h is None else -(decay_sbhx * _precise(log_rate_h).exp()[:, None])
 
     def _write(self, logits_sbh1: Tensor) -> Tensor:
         return self.option("write_max") * torch.sigmoid(logits_sbh1)
@@ -153,4 +154,9 @@ class GatedDeltaHeads(Branch):
 
 
 def _unit_length(x: Tensor) -> Tensor:
-    return fla_kernels.unit_length(x) if fla_kernels.serve(x) else F.normalize(x.float(), dim=-1).to(x.dtype)
+    return fla_kernels.unit_length(x) if fla_kernels.serve(x) else F.normalize(_precise(x), dim=-1).to(x.dtype)
+
+
+def _precise(x: Tensor) -> Tensor:
+    """In float32 at least: a decay to half in thousands of tokens is too near 1 for bf16."""
+    return x.to(state_dtype(x))

@@ -25,8 +25,8 @@ SHAPE = ModelShape(
     native_length=64, norm_epsilon=1e-2,
 )  # fmt: skip
 SHAPES = [SHAPE, dataclasses.replace(SHAPE, qkv_bias=True, qk_norm=False)]  # Qwen3's attention, Qwen2's
-# The weights are float64, but gates and the L2 norm compute in float32: a scalar's gradient sums such values.
-TOLERANCE = {"output": 1e-6, "input": 1e-6, "parameters": 1e-5}
+# Everything is float64 but for the positions' log scale, which is the same on all ranks.
+TOLERANCE = {"output": 1e-12, "input": 1e-12, "parameters": 1e-10}
 OPTIONS = [
     HydraOptions(fa_log_scale_base=5.0, gdn_half_life=10.0, kda_half_life=5.0),
     HydraOptions(
