@@ -17,7 +17,7 @@ from hydra_mcore.kinds import DEFAULT_LINEAR, KINDS
 from hydra_mcore.recipe import parse_with_recipe  # light, so that --help is quick
 from hydra_mcore.selection.capabilities import BUILT_IN
 from hydra_mcore.selection.choose import STRATEGIES, linear_kinds
-from hydra_mcore.selection.score import ROLES
+from hydra_mcore.selection.score import ROLES, SCORES
 from tools.layout_flags import add_layout_flags
 
 EXAMPLES = """\
@@ -47,6 +47,8 @@ examples:
       python tools/select_heads.py --config examples/qwen3-1.7b/recipe.yaml --skip-existing
   a capability of your own: lines of {"clean": ..., "corrupt": ..., "answer": ..., "distractor": ...}
       python tools/select_heads.py --teacher runs/teacher --out runs/heads --probe law=my_pairs.jsonl
+  heads that matter and that no linear head can imitate
+      python tools/select_heads.py --teacher runs/teacher --out runs/heads --ratio 15:1 --score product
   a random map to compare with; no scores needed
       python tools/select_heads.py --teacher runs/teacher --out runs/random --ratio 3:1 \\
           --strategy global_random --seed 1
@@ -80,6 +82,10 @@ def parser() -> argparse.ArgumentParser:
     budget.add_argument("--budget", type=int, metavar="K", help="number of full-attention heads, instead of a ratio")
     named = "; ".join(f"{name}: {text}" for name, text in STRATEGIES.items())
     choice.add_argument("--strategy", choices=list(STRATEGIES), default="global_c", help=f"{named} (default global_c)")
+    rule = "; ".join(f"{name}: {text}" for name, text in SCORES.items())
+    choice.add_argument(
+        "--score", choices=list(SCORES), default="causal", help=f"best by what: {rule} (default causal)"
+    )
     groups = (
         "strategy kv_groups: how many key/value groups may stay in the cache (default: the fewest that hold the heads)"
     )
@@ -125,6 +131,11 @@ def add_scoring_flags(p: argparse.ArgumentParser) -> None:
         " (default both)"
     )
     scoring.add_argument("--roles", choices=ROLES, help=roles)
+    tried = (
+        "linear heads that are to imitate each head, in closed form (default: with another --score than causal what"
+        " --linear names, else none)"
+    )
+    scoring.add_argument("--replaceable-by", nargs="+", choices=linear_kinds(), default=[], metavar="KIND", help=tried)
     longer = "score at these lengths too, to see in the report whether the ranking depends on it"
     scoring.add_argument("--also-lengths", type=int, nargs="+", default=[], metavar="N", help=longer)
     scoring.add_argument(

@@ -63,7 +63,7 @@ def heat_map(path: str | Path, head_map: HeadMap, scores: HeadScores | None, mod
     if scores is not None:
         names = ", ".join(scores.by_capability)
         bar = _bar(figure, image, axes, pad=0.6 / size[0])
-        bar.set_label(f"score of the head, 0 to 1\n({names})", fontsize=9, parse_math=False)
+        bar.set_label(f"score of the head: {scores.score}\n({names})", fontsize=9, parse_math=False)
     save(figure, path)
 
 

@@ -22,7 +22,8 @@ from hydra_mcore.selection import figures
 from hydra_mcore.selection.choose import Choice, linear_words
 from hydra_mcore.selection.evidence import ESTIMATES, Evidence, KnockOut, gather, gini, role_effects
 from hydra_mcore.selection.html_page import facts_table, page, paragraph, picture, section, table
-from hydra_mcore.selection.score import CRITICAL, MIN_GAP, MIN_SHARE, HeadScores
+from hydra_mcore.selection.imitation_section import imitations
+from hydra_mcore.selection.score import CRITICAL, MIN_GAP, MIN_SHARE, SCORES, HeadScores
 
 REPORT_NAME, FIGURES_NAME = "report.html", "figures"
 
@@ -67,6 +68,7 @@ def write_report(
         _certain(pictures, scores, evidence),
         _by_layer(pictures, evidence),
         _costs(pictures, scores, choice, evidence),
+        imitations(pictures, scores, choice),
         _observed(evidence),
         _caveats(scores, choice),
         _origin(scores, choice),
@@ -103,6 +105,7 @@ def _chosen(pictures: Path, scores: HeadScores, choice: Choice) -> str:
                 "A head's score says how much of the answer it carries: its output is replaced by the one that it"
                 " gives when another answer stands in the prompt, and the change of the answer's logits is measured,"
                 f" directly (receiver){senders}.",
+                *([] if scores.score == "causal" else [f"Heads were chosen by {SCORES[scores.score]}."]),
                 *([f"{passed} of the {kept} best heads are not kept under this objective."] if passed else []),
             ),
             facts_table(facts),

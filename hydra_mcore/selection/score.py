@@ -30,6 +30,11 @@ CRITICAL = 0.01  # |IE| from which a head counts in a sub-probe (paper section 2
 MIN_GAP = 0.5  # logits by which the corruption must lower m; a smaller gap would blow rounding up into an effect
 
 ROLES = ("both", "receiver")  # what Eq 11 may look at
+SCORES = {
+    "causal": "the effect, the paper's rule",
+    "replaceable": "what the best linear head would leave of the output",
+    "product": "the effect times what the best linear head would leave",
+}
 MIN_SHARE = 0.25  # of a sub-probe's pairs that must count, or it is left out
 
 
@@ -89,6 +94,17 @@ class ProbeEffects:
         return dataclasses.replace(self, **arrays)
 
 
+@dataclass(frozen=True, eq=False)
+class Replaceability:
+    """How well a linear head of one kind could imitate each head (``model/imitation.py``); arrays [l, h]."""
+
+    residual: np.ndarray  # share of the head's output, squared, that the best values leave on held-out tokens
+    inherited: np.ndarray  # the same with the inherited values in the same memory
+    half_life: np.ndarray  # of the best memory, in tokens
+    fastest: np.ndarray  # its half-life in the fastest channels
+    write: np.ndarray  # its write strength
+
+
 def capability_scores(means: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Eq 11 of one capability from the mean effects [r, l, h] of its sub-probes: score s and size of the effect, [l,
     h].
@@ -120,6 +136,9 @@ class HeadScores:
     weights: dict[str, float] = field(default_factory=dict)  # of capabilities in Eq 12; those not named count 1
     roles: str = "both"  # one of ROLES
     observed: dict[str, np.ndarray] = field(default_factory=dict)  # [l, h] scores that look and do not patch, by name
+    replaceability: dict[str, Replaceability] = field(default_factory=dict)  # by kind of linear heads
+    score: str = "causal"  # one of SCORES
+    become: tuple[str, ...] = ()  # for each layer the kind of its linear heads; needed by scores other than causal
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -140,6 +159,11 @@ class HeadScores:
             raise ScoresError(
                 f"no score without weight: {', '.join(sorted(counted))} count 0; give one a weight above 0"
             )
+        if self.score != "causal" and (missing := sorted(set(self.become) - set(self.replaceability))):
+            raise ScoresError(
+                f"score {self.score}: nobody tried to imitate the heads by {missing[0]}; score the teacher with"
+                f" --replaceable-by {missing[0]}"
+            )
 
     @cached_property
     def by_capability(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -153,7 +177,19 @@ class HeadScores:
 
     @cached_property
     def scores_lh(self) -> np.ndarray:
-        """One score a head, 0..1: Eq 12 over the capabilities that have a usable probe."""
+        """One score a head from 0 on, what ``score`` says."""
+        if self.score == "causal":
+            return self.causal_lh
+        return self.residual_lh if self.score == "replaceable" else self.causal_lh * self.residual_lh
+
+    @cached_property
+    def residual_lh(self) -> np.ndarray:
+        """What the best linear head of the layer's kind leaves of each head's output."""
+        return np.stack([self.replaceability[kind].residual[layer] for layer, kind in enumerate(self.become)])
+
+    @cached_property
+    def causal_lh(self) -> np.ndarray:
+        """0..1: Eq 12 over the capabilities that have a usable probe."""
         scores = {name: score_lh for name, (score_lh, _) in self.by_capability.items()}
         return fuse(scores, {name: self.weights.get(name, 1.0) for name in scores})
 
@@ -196,8 +232,12 @@ class HeadScores:
             "versions": self.versions,
             "weights": self.weights,
             "roles": self.roles,
-            "scores": _rounded(self.scores_lh),  # for readers of the file; they follow from the effects
+            "scores": _rounded(self.causal_lh),  # for readers of the file; they follow from the effects
             "observed": {name: _rounded(value) for name, value in self.observed.items()},
+            "replaceability": {
+                kind: {name: _rounded(value) for name, value in vars(found).items()}
+                for kind, found in self.replaceability.items()
+            },
             "probes": probes,
         }
         write_json(path, raw, indent=None)
@@ -219,6 +259,7 @@ class HeadScores:
             weights=file.weights,
             roles=file.roles,
             observed={name: _array(path, name, value, heads) for name, value in file.observed.items()},
+            replaceability={kind: found.arrays(path, kind, heads) for kind, found in file.replaceability.items()},
             settings=file.settings,
             versions=file.versions,
         )
@@ -249,6 +290,20 @@ class _ProbeFile:
 
 
 @dataclass(frozen=True)
+class _ReplaceabilityFile:
+    residual: Any
+    inherited: Any
+    half_life: Any
+    fastest: Any
+    write: Any
+
+    def arrays(self, path: str | Path, kind: str, heads: tuple[int, int]) -> Replaceability:
+        return Replaceability(
+            **{name: _array(path, f"{name} of {kind}", value, heads) for name, value in vars(self).items()}
+        )
+
+
+@dataclass(frozen=True)
 class _ScoresFile:
     """What stands in a scores file; ``scores`` follows from the effects."""
 
@@ -262,12 +317,21 @@ class _ScoresFile:
     scores: Any
     observed: dict[str, Any]
     probes: dict[str, _ProbeFile]
+    replaceability: dict[str, _ReplaceabilityFile] = field(default_factory=dict)  # older files have none
 
     def __post_init__(self) -> None:
         if min(self.weights.values(), default=0.0) < 0:
             raise ValueError("a weight is negative; give numbers from 0 on")
         capabilities = [probe.capability for probe in self.probes.values()]
-        for text in (self.fingerprint, *self.settings, *self.versions, *self.observed, *self.probes, *capabilities):
+        for text in (
+            self.fingerprint,
+            *self.settings,
+            *self.versions,
+            *self.observed,
+            *self.replaceability,
+            *self.probes,
+            *capabilities,
+        ):
             if not is_name(text):
                 raise ValueError(f"{shown(text)} is not one short line, as names are")
 

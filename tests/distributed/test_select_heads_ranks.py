@@ -15,7 +15,7 @@ from tests.support.commands import ended
 from tests.support.launch import run_ranks
 from tools.select_heads import main
 
-SMALL = ["--length", "128", "--pairs", "2", "--knock-out", "1"]
+SMALL = ["--length", "128", "--pairs", "2", "--knock-out", "1", "--replaceable-by", "lightning"]
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,8 @@ def test_ranks_find_what_one_process_finds(
     assert HeadMap.load(out / "head_map.json").layers == HeadMap.load(alone / "head_map.json").layers
     found, expected = (HeadScores.load(folder / "scores.json") for folder in (out, alone))
     np.testing.assert_allclose(found.scores_lh, expected.scores_lh, rtol=1e-3, atol=1e-4)
+    for name, imitated_lh in vars(expected.replaceability["lightning"]).items():
+        np.testing.assert_allclose(vars(found.replaceability["lightning"])[name], imitated_lh, rtol=1e-3)
     for name, observed_lh in expected.observed.items():
         np.testing.assert_allclose(found.observed[name], observed_lh, rtol=1e-3, atol=1e-4)
     assert (out / "knock_out.json").read_text() == (alone / "knock_out.json").read_text()

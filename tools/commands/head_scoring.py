@@ -31,6 +31,7 @@ from hydra_mcore.selection.evidence import ESTIMATES, KnockOut
 from hydra_mcore.selection.knock_out import FRACTIONS, RANDOM_ORDERS, knock_out
 from hydra_mcore.selection.probes import ProbeBatch, build_probes
 from hydra_mcore.selection.receivers import forward_flops, receiver_flops
+from hydra_mcore.selection.replaceability import ROW_LENGTH, replaceability, replaceability_flops, rows_to_imitate
 from hydra_mcore.selection.score import CRITICAL, MIN_GAP, MIN_SHARE, HeadScores
 from hydra_mcore.selection.scoring import Scoring
 from hydra_mcore.selection.senders import sender_flops
@@ -41,13 +42,21 @@ KNOCK_OUT_FILE = "knock_out.json"
 Probes = dict[str, list[ProbeBatch]]
 
 
-def score_teacher(args: argparse.Namespace, card: ModelCard, weights: dict[str, float]) -> dict[str, Any]:
-    """Scores at the main length and at the others, and knock-out curves; says on the console what each probe gave."""
+def score_teacher(
+    args: argparse.Namespace, card: ModelCard, weights: dict[str, float], imitators: list[str], become: tuple[str, ...]
+) -> dict[str, Any]:
+    """Scores at the main length and at the others, and knock-out curves; says on the console what each probe gave.
+
+    Args:
+        imitators: kinds of linear heads that are to imitate each head.
+        become: for each layer the kind of its linear heads.
+    """
     lengths, material = [main_length(args, card), *args.also_lengths], needle_material(args)
     prompts = {
         length: probes(args, material, length) for length in lengths
     }  # bad input shows before the model is loaded
     silencing = knock_out_prompts(args, material, lengths[0])
+    imitated = rows_to_imitate(material, lengths[0], args.seed) if imitators else None
     _, model = load_model(args.teacher, torch.bfloat16 if args.bf16 else torch.float32)
     teacher, found, curves = Teacher(model), {}, None
     for length in lengths:
@@ -55,6 +64,11 @@ def score_teacher(args: argparse.Namespace, card: ModelCard, weights: dict[str, 
         run = settings | {"model": dataclasses.asdict(card.shape)}
         scoring = Scoring(teacher, prompts[length], args.out / "unfinished" / str(length), run)
         found[length] = measure(args, card, scoring, settings, weights)
+        if length == lengths[0]:
+            by_kind = {} if imitated is None else replaceability(scoring, imitated, imitators)
+        found[length] = dataclasses.replace(
+            found[length], replaceability=by_kind, score=args.score, become=become
+        )  # the same rows whatever the prompts' length
         if length == lengths[0] and silencing:
             curves = knock_out(scoring, silencing, found[length].ranking(), args.seed)
     return {"scores": found.pop(lengths[0]), "knock_out": curves, "by_length": found}
@@ -187,10 +201,11 @@ def load_knock_out(path: Path) -> KnockOut | None:
     return KnockOut.load(path) if path.exists() else None
 
 
-def announce(args: argparse.Namespace, card: ModelCard) -> None:
+def announce(args: argparse.Namespace, card: ModelCard, imitators: list[str]) -> None:
     """The cost of scoring, from operation counts and this machine's matrix-product speed."""
     lengths, material = [main_length(args, card), *args.also_lengths], needle_material(args)
     work, pairs = {"receivers and gradients": 0.0, "senders, a round": 0.0, "knock-out": 0.0}, 0
+    work["imitations"] = replaceability_flops(card.shape, min(lengths[0], ROW_LENGTH), imitators)
     for length in lengths:
         for batch in itertools.chain.from_iterable(probes(args, material, length).values()):
             count, tokens = batch.clean_bs.shape

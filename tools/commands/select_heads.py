@@ -15,6 +15,7 @@ from hydra_mcore.commands import sole_writer
 from hydra_mcore.config import ModelCard
 from hydra_mcore.errors import InputError
 from hydra_mcore.heads import every_head
+from hydra_mcore.kinds import KINDS
 from hydra_mcore.model.runtime import from_first_rank, process_groups
 from hydra_mcore.selection.choose import SCORED, Choice, choose_heads, hybrid_budget, linear_words, parse_ratio
 from hydra_mcore.selection.figures import heat_map
@@ -39,17 +40,17 @@ def select(args: argparse.Namespace) -> None:
     budget, total = trial.head_map.num_fa, card.shape.num_layers * card.shape.num_heads
     findings: dict[str, Any] = {"scores": None, "knock_out": None, "by_length": {}}
     if args.scores:
-        findings = known_findings(args, card, weights)
+        findings = known_findings(args, card, weights, trial)
     scored = args.strategy in SCORED and not args.scores
     if args.dry_run:
         if scored:
-            announce(args, card)
+            announce(args, card, imitators(args, trial))
         said = f"would keep {budget} of {total} heads ({args.strategy}), the others become {linear_words(trial.linear)}"
         return from_first_rank(lambda: print(said if scored else f"{said}; the teacher is not run"))
     with contextlib.ExitStack() as stack:
         from_first_rank(lambda: stack.enter_context(sole_writer(args.out)))
         if scored:
-            findings = score_teacher(args, card, weights)
+            findings = score_teacher(args, card, weights, imitators(args, trial), trial.linear)
         scores: HeadScores | None = findings["scores"]
         from_first_rank(lambda: write(args, choose(args, card, budget, scores), **findings))
 
@@ -97,7 +98,15 @@ def parse_weights(args: argparse.Namespace) -> dict[str, float]:
     return weights
 
 
-def known_findings(args: argparse.Namespace, card: ModelCard, weights: dict[str, float]) -> dict[str, Any]:
+def imitators(args: argparse.Namespace, trial: Choice) -> list[str]:
+    """The kinds that are to imitate heads, in the order of KINDS."""
+    wanted = {*args.replaceable_by, *(trial.linear if args.score != "causal" else ())}
+    return [kind for kind in KINDS if kind in wanted]
+
+
+def known_findings(
+    args: argparse.Namespace, card: ModelCard, weights: dict[str, float], trial: Choice
+) -> dict[str, Any]:
     """What an earlier call found: scores, and the curves and scores of other lengths that lie beside them."""
 
     def load(file: Path) -> HeadScores:
@@ -105,7 +114,13 @@ def known_findings(args: argparse.Namespace, card: ModelCard, weights: dict[str,
         scores.check_teacher(card)
         if args.roles == "both" and scores.settings.get("roles") == "receiver":
             raise InputError(f"{file}: holds no effects of senders; score the teacher with --roles both")
-        return dataclasses.replace(scores, weights=scores.weights | weights, roles=args.roles or scores.roles)
+        return dataclasses.replace(
+            scores,
+            weights=scores.weights | weights,
+            roles=args.roles or scores.roles,
+            score=args.score,
+            become=trial.linear,
+        )
 
     folder = args.scores.parent
     scores = load(args.scores)
@@ -133,6 +148,7 @@ def choose(args: argparse.Namespace, card: ModelCard, budget: int, scores: HeadS
             made_by |= {
                 "scores": scores.settings,
                 "roles": scores.roles,
+                "score": scores.score,
                 "weights": scores.weights,
                 "versions": scores.versions,
             }

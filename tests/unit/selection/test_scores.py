@@ -17,7 +17,16 @@ from numpy.typing import ArrayLike
 from hydra_mcore.config import HydraOptions, ModelCard, ModelShape
 from hydra_mcore.errors import InputError
 from hydra_mcore.heads import HeadMap
-from hydra_mcore.selection.score import MIN_GAP, HeadScores, ProbeEffects, ScoresError, capability_scores, fuse
+from hydra_mcore.selection.replaceability import TABLES
+from hydra_mcore.selection.score import (
+    MIN_GAP,
+    HeadScores,
+    ProbeEffects,
+    Replaceability,
+    ScoresError,
+    capability_scores,
+    fuse,
+)
 
 SHAPE = ModelShape(
     num_layers=2,
@@ -163,6 +172,23 @@ def test_scores_by_receivers_alone() -> None:
         dataclasses.replace(both, roles="sender")
 
 
+def test_scores_by_what_a_linear_head_leaves() -> None:
+    """Of each layer's own kind; the product is 0 where either score is."""
+    gdn, lightning = np.array([[0.1, 0.2], [0.3, 0.4]]), np.array([[0.5, 0.0], [0.7, 0.8]])
+    tables = {"gdn": gdn, "lightning": lightning}
+    replaceability = {kind: Replaceability(table, *np.ones((4, 2, 2))) for kind, table in tables.items()}
+    causal = scores({"one": steady([[0.0, 0.3], [0.6, 0.2]])})
+    whole = dataclasses.replace(causal, replaceability=replaceability, become=("lightning", "gdn"))
+    assert whole.score == "causal" and np.array_equal(whole.scores_lh, causal.scores_lh)
+    residual_lh = np.array([[0.5, 0.0], [0.3, 0.4]])
+    same(dataclasses.replace(whole, score="replaceable").scores_lh, residual_lh)
+    product = dataclasses.replace(whole, score="product")
+    same(product.scores_lh, [[0.0, 0.0], [0.3, 0.4 / 3]])
+    assert product.ranking() == [(1, 0), (1, 1), (0, 1), (0, 0)]  # heads without a score by their effect
+    with pytest.raises(ScoresError, match=r"score product: nobody tried to imitate the heads by kda; .*-by kda$"):
+        dataclasses.replace(product, become=("kda", "gdn"))
+
+
 def test_ranking_is_by_score_then_effect_then_place() -> None:
     below = scores({"one": steady([[0.002, 0.0], [0.005, 0.0]])})  # no effect counts, so all scores are 0
     assert not below.scores_lh.any() and below.ranking() == [(1, 0), (0, 0), (0, 1), (1, 1)]
@@ -198,6 +224,7 @@ def random_scores() -> HeadScores:
         weights={"law": 2.5},
         roles="receiver",
         observed={"attention on the answer": rng.random((2, 2))},
+        replaceability={kind: Replaceability(*rng.random((5, 2, 2))) for kind in ("gdn", "lightning")},
         settings={"length": 64, "seed": 3, "probes": ["one", "two"]},
         versions={"torch": "2.9"},
     )
@@ -238,6 +265,10 @@ def test_round_trip(tmp_path: Path) -> None:
         assert getattr(again, name) == getattr(whole, name)
     assert list(again.probes) == list(whole.probes) and again.observed.keys() == whole.observed.keys()
     np.testing.assert_allclose(list(again.observed.values()), list(whole.observed.values()), rtol=5.01e-7)
+    assert again.replaceability.keys() == whole.replaceability.keys()
+    for kind, tables in whole.replaceability.items():
+        for name, expected in vars(tables).items():
+            np.testing.assert_allclose(vars(again.replaceability[kind])[name], expected, rtol=5.01e-7)
     for found, expected in zip(again.probes.values(), whole.probes.values(), strict=True):
         assert (found.capability, found.receivers) == (expected.capability, expected.receivers)
         for name in ARRAYS:
@@ -327,6 +358,9 @@ BROKEN = [
     (["probes", "one", "receivers", 1], "ab", "is 'ab'; expected a list"),
     (["probes", "one", "capability"], "a\nb", "is not one short line"),
     (["settings"], {"a": [[[]] * 2] * 2, "b\n": 1}, "is not one short line"),
+    (["replaceability", "gdn", "residual"], [[0.1]], r"'residual of gdn' has shape \(1, 1\)"),
+    (["replaceability", "gdn", "write"], GONE, "'write' is missing"),
+    (["replaceability"], {"g\n": {name: [[1.0] * 2] * 2 for name in TABLES}}, "is not one short line"),
 ]
 
 
@@ -349,6 +383,10 @@ def test_broken_files_are_refused(tmp_path: Path, path: list, value: Any, messag
     with pytest.raises(ScoresError, match=f"^scores .*scores.json: .*{message}") as refused:
         HeadScores.load(edited(tmp_path, path, value))
     assert "\n" not in str(refused.value)
+
+
+def test_a_file_from_before_there_were_imitations(tmp_path: Path) -> None:
+    assert HeadScores.load(edited(tmp_path, ["replaceability"], GONE)).replaceability == {}
 
 
 def test_a_file_that_gives_no_score(tmp_path: Path) -> None:

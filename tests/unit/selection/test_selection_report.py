@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from hydra_mcore.kinds import DEFAULT_LINEAR
 from hydra_mcore.selection import figures
 from hydra_mcore.selection.choose import Choice
 from hydra_mcore.selection.evidence import KnockOut, gather
+from hydra_mcore.selection.imitation_section import imitations
 from hydra_mcore.selection.report import write_report
-from hydra_mcore.selection.score import HeadScores, ProbeEffects
+from hydra_mcore.selection.score import HeadScores, ProbeEffects, Replaceability
 
 SHAPE = ModelShape(
     num_layers=3,
@@ -108,12 +110,13 @@ def assert_pngs(folder: Path, *names: str) -> None:
 
 def test_the_whole_page(tmp_path: Path) -> None:
     observed = {"attention <mass>": np.arange(12.0).reshape(3, 4)}
-    scores = made_scores(observed=observed)
+    scores = made_scores(observed=observed, replaceability={DEFAULT_LINEAR: made_imitations()})
     page = report(tmp_path, scores, knock_out=KNOCK_OUT, by_length={8192: made_scores(seed=0, pairs=2), 4096: scores})
-    assert_pngs(tmp_path / "figures", "heads", "roles", "knock_out", "stability", "intervals", "layers", "budgets")
+    names = ("heads", "roles", "knock_out", "stability", "intervals", "layers", "budgets", "replaceability")
+    assert_pngs(tmp_path / "figures", *names)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["figures", "report.html"]
     # It stands alone.
-    assert len(page.sources) == 7 and all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert len(page.sources) == 8 and all(source.startswith("data:image/png;base64,") for source in page.sources)
     assert (
         page.open == []
         and not page.tags & {"script", "link", "iframe", "b"}
@@ -132,6 +135,29 @@ def test_the_whole_page(tmp_path: Path) -> None:
     assert [
         text for text in ("nan", "Not measured", "None were recorded", "Only one capability") if text in page.text
     ] == []
+
+
+def made_imitations() -> Replaceability:
+    """Residuals that grow with the place of a head."""
+    return Replaceability(np.arange(12.0).reshape(3, 4) / 12, *np.arange(48.0).reshape(4, 3, 4))
+
+
+def test_where_effect_and_imitation_disagree(tmp_path: Path) -> None:
+    """The first head of all has an effect, and a linear head does the same."""
+    scores = made_scores(rounds=0)
+    for probe in scores.probes.values():
+        probe.effects_rlhb[0, 0, 0], probe.effects_rlhb[0, 2, 3] = 0.9, 0.3
+    choice = chosen(scores)
+
+    def text(by_kind: dict[str, Replaceability]) -> str:
+        html = imitations(tmp_path, dataclasses.replace(scores, replaceability=by_kind), choice)
+        return " ".join(re.sub(r"<[^>]*>", " ", html).split())
+
+    said = text({DEFAULT_LINEAR: made_imitations()})
+    assert "The 3 best heads by effect and by product overlap to 0.50 (Jaccard index)" in said
+    assert "0.0 effect 0.90 0.00 0.00 12 2.3 product 0.30 0.92 11.00 23" in said  # effect, residual, with inherited values, half-life
+    assert "by effect and by product" not in text({"kda": made_imitations()})  # the map has none of that kind
+    assert "Not measured; --replaceable-by" in text({})
 
 
 def test_the_numbers_are_those_of_the_evidence(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from hydra_mcore.ruler.needle_format import NeedleFormat
 from hydra_mcore.selection.evidence import spearman
 from hydra_mcore.selection.journal import JournalWriter, read_journal
 from hydra_mcore.selection.score import HeadScores
+from tests.support.commands import ended
 from tests.support.paths import ROOT, TINY_TEACHER
 from tools.commands.head_scoring import identity, needle_material, probes
 from tools.select_heads import main, parser
@@ -193,6 +194,32 @@ def without_paths(command: str) -> list[str]:
         (teacher, out) == ("--teacher", "--out") and teacher_path.startswith("runs/") and out_path.startswith("runs/")
     )
     return flags
+
+
+def test_heads_that_a_linear_head_can_imitate_are_not_kept(
+    tiny_teacher: Path,
+    selected: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By effect the previous-token heads of the first layer come first, by product the heads that look far back."""
+    few = ("--budget", "2", "--strategy", "global")
+    asked = ("--score", "product", "--linear", "lightning", "--capabilities", "retrieval", "--knock-out", "0")
+    product = run(tiny_teacher, tmp_path / "product", *SMALL, *few, *asked)
+    monkeypatch.setattr("tools.commands.head_scoring.load_model", None)
+    known = ("--scores", str(product / "scores.json"), *few, "--linear", "lightning")
+    effect = run(tiny_teacher, tmp_path / "effect", *known)
+    assert ({layer for layer, _ in fa_heads(product)}, {layer for layer, _ in fa_heads(effect)}) == ({1}, {0})
+    again = run(tiny_teacher, tmp_path / "again", *known, "--score", "product")
+    assert fa_heads(again) == fa_heads(product) and HeadMap.load(again / "head_map.json").made_by["score"] == "product"
+    residual_lh = scores_of(product).replaceability["lightning"].residual
+    residual = run(tiny_teacher, tmp_path / "residual", *known, "--score", "replaceable")
+    assert sorted(residual_lh[at] for at in fa_heads(residual)) == sorted(residual_lh.ravel())[-2:]
+    other = ("--teacher", str(tiny_teacher), "--out", str(tmp_path / "no"), *known[:-1], "gdn", "--score", "product")
+    code, said = ended(main, other)
+    assert code == 2 and "by gdn; score the teacher with --replaceable-by gdn" in said
+    assert not (tmp_path / "no").exists()
 
 
 def test_a_capability_of_ones_own(tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

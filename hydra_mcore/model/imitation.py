@@ -1,0 +1,177 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""How well a linear head can imitate a full-attention head, before any training and in closed form.
+
+A linear head's output is linear in its values. Take the full-attention head's own queries and keys, and in place of
+values the whole input of the layer: what the recurrence then reads out are features, and the best value projection is a
+ridge regression of the head's output on them. What it leaves on other tokens, no value projection can repair.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hydra_mcore.ops.chunked_delta_rule import chunked_delta_rule
+from hydra_mcore.ops.chunked_linear_attention import chunked_linear_attention
+
+HALF_LIVES = (1.0, 8.0, 64.0, 512.0, 4096.0)  # tokens
+WRITES = (0.5, 1.0)
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the features' mean square: how strongly inherited values are held
+
+
+class Memory(NamedTuple):
+    """How a linear head remembers: constant gates."""
+
+    half_life: float  # tokens; of KDA's channels that of the slowest rotary pair
+    write: float  # write strength; 1 for a kind that has none
+    fastest: float  # half-life of the channels of the fastest rotary pair, between them evenly in log; else half_life
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Three sets of rows: the fit is made on the first, memory and ridge are chosen on the second, and the third says
+    what is left.
+    """
+
+    fit: slice
+    choose: slice
+    report: slice
+
+    @classmethod
+    def of(cls, rows: int) -> Tokens:
+        """Half, a quarter and a quarter of at least four rows; raises ValueError for fewer."""
+        if rows < 4:
+            raise ValueError(f"{rows} rows: a fit needs four at least")
+        half, rest = rows // 2, rows // 2 + rows // 4
+        return cls(slice(0, half), slice(half, rest), slice(rest, rows))
+
+
+class FullAttentionHead(NamedTuple):
+    """What one head of a teacher works with, float32 or float64."""
+
+    q_bsd: Tensor  # after norm and rotary
+    k_bsd: Tensor
+    v_bsd: Tensor
+    out_bsd: Tensor  # before the output projection
+
+
+@dataclass(frozen=True)
+class Imitation:
+    """The best linear head found in a full-attention head's place.
+
+    Its values are ``scale`` times the inherited ones plus x @ ``change_md``.
+    """
+
+    memory: Memory
+    ridge: float
+    scale: float
+    change_md: Tensor
+    residual: float  # share of the output's square that is left on the rows to report, with the best values
+    inherited: float  # the same with the inherited values times the best number, in the same memory
+
+
+def delta_rule(memory: Memory, q_bsd: Tensor, k_bsd: Tensor, values_bsv: Tensor) -> Tensor:
+    """What a delta-rule head with constant gates reads: [b, s, v]."""
+    decay = torch.full_like(q_bsd[:, :, None, 0], -math.log(2) / memory.half_life)
+    if memory.fastest != memory.half_life:
+        decay = decay[..., None] * _faster(memory, q_bsd)
+    q, k, v = _unit(q_bsd), _unit(k_bsd), values_bsv[:, :, None]
+    write_bs1 = torch.full_like(q_bsd[:, :, None, 0], memory.write)
+    return chunked_delta_rule(q, k, v, decay, write_bs1, scale=1.0)[0][:, :, 0]
+
+
+def linear_attention(memory: Memory, q_bsd: Tensor, k_bsd: Tensor, values_bsv: Tensor) -> Tensor:
+    """What a head of decayed linear attention reads: [b, s, v]."""
+    decay_1 = q_bsd.new_tensor([-math.log(2) / memory.half_life], dtype=torch.float64)
+    q, k, v = _unit(q_bsd), _unit(k_bsd), values_bsv[:, :, None]
+    return chunked_linear_attention(q, k, v, decay_1, scale=1.0)[0][:, :, 0]
+
+
+def _faster(memory: Memory, q_bsd: Tensor) -> Tensor:
+    """By how much each channel forgets faster than the slowest: [d]. Channels i and i + d / 2 are a rotary pair, the
+    first the fastest.
+    """
+    pairs = q_bsd.shape[-1] // 2
+    share_p = torch.linspace(1.0, 0.0, pairs, dtype=q_bsd.dtype, device=q_bsd.device)
+    return ((memory.half_life / memory.fastest) ** share_p).repeat(2)
+
+
+def _unit(x_bsd: Tensor) -> Tensor:
+    return F.normalize(x_bsd, dim=-1)[:, :, None]
+
+
+_equal = [Memory(half_life, write, half_life) for half_life, write in itertools.product(HALF_LIVES, WRITES)]
+_spread = [Memory(half_life, write, 1.0) for half_life, write in itertools.product(HALF_LIVES[1:], WRITES)]
+READS: dict[str, tuple[Callable[[Memory, Tensor, Tensor, Tensor], Tensor], list[Memory]]] = {
+    "gdn": (delta_rule, _equal),
+    "kda": (delta_rule, _equal + _spread),  # with equal decays KDA is GDN
+    "lightning": (linear_attention, [Memory(half_life, 1.0, half_life) for half_life in HALF_LIVES]),
+}
+
+
+def imitate(
+    kind: str, head: FullAttentionHead, x_bsm: Tensor, tokens: Tokens, memories: Iterable[Memory] | None = None
+) -> Imitation:
+    """The best imitation of a head by a linear head of a kind in ``READS``.
+
+    Args:
+        x_bsm: the layer's normed input; with a column of ones where the value projection has a bias.
+        tokens: which rows serve for what.
+        memories: those to choose from, all of ``READS`` unless given.
+    """
+    read, every = READS[kind]
+    values_bsv, parts = torch.cat([x_bsm, head.v_bsd], dim=-1), (x_bsm.shape[-1], head.v_bsd.shape[-1])
+    best: tuple[float, Imitation] | None = None
+    for memory in every if memories is None else memories:
+        features_bsm, start_bsd = read(memory, head.q_bsd, head.k_bsd, values_bsv).split(parts, dim=-1)
+        chosen, found = _best_ridge(memory, features_bsm, start_bsd, head.out_bsd, tokens)
+        if best is None or chosen < best[0]:
+            best = (chosen, found)
+    assert best is not None  # memories is never empty
+    return best[1]
+
+
+def _best_ridge(
+    memory: Memory, features_bsm: Tensor, start_bsd: Tensor, out_bsd: Tensor, tokens: Tokens
+) -> tuple[float, Imitation]:
+    """The residual on the rows to choose by, and the fit with the ridge that is best there."""
+    x_tm, start_td, out_td = (t[tokens.fit].flatten(0, 1) for t in (features_bsm, start_bsd, out_bsd))
+    scale = float((start_td * out_td).sum() / start_td.square().sum().clamp(min=1e-30))
+    gram_mm, moment_md = (x_tm.T @ x_tm).double(), (x_tm.T @ (out_td - scale * start_td)).double()
+    mean = gram_mm.diagonal().mean().clamp(min=1e-30)
+    eye_mm = torch.eye(len(gram_mm), dtype=gram_mm.dtype, device=gram_mm.device)
+    missing_bsd = out_bsd - scale * start_bsd
+    fits = []
+    for ridge in RIDGES:
+        change_md = torch.cholesky_solve(moment_md, torch.linalg.cholesky(gram_mm + ridge * mean * eye_mm))
+        change_md = change_md.to(features_bsm.dtype)
+        left = _left(missing_bsd, features_bsm, change_md, out_bsd, tokens.choose)
+        fits.append((left, ridge, change_md))
+    chosen, ridge, change_md = min(fits, key=lambda fit: fit[0])
+    residual = _left(missing_bsd, features_bsm, change_md, out_bsd, tokens.report)
+    inherited = _share(missing_bsd[tokens.report], out_bsd[tokens.report])
+    return chosen, Imitation(memory, ridge, scale, change_md, residual, inherited)
+
+
+def _left(missing_bsd: Tensor, features_bsm: Tensor, change_md: Tensor, out_bsd: Tensor, rows: slice) -> float:
+    return _share(missing_bsd[rows] - features_bsm[rows] @ change_md, out_bsd[rows])
+
+
+def _share(difference: Tensor, whole: Tensor) -> float:
+    """Of two sums of squares; 0 where both are."""
+    return float(difference.double().square().sum() / whole.double().square().sum().clamp(min=1e-30))
+
+
+def imitation_flops(kinds: Sequence[str], tokens: int, hidden: int, head_dim: int) -> float:
+    """Floating-point operations of ``imitate`` for one head and these kinds."""
+    read = 8 * head_dim * hidden * tokens
+    fit = hidden * hidden * tokens + len(RIDGES) * hidden**3 / 3
+    return sum(len(READS[kind][1]) for kind in kinds) * (read + fit)
