@@ -33,6 +33,8 @@ EXPORT_EXAMPLES = """examples:
 HYBRIDIZE_EXAMPLES = """examples:
   python tools/convert.py hybridize --teacher runs/a/teacher --heads runs/a/heads/head_map.json \\
       --calibration-text corpus.txt --out runs/a/student
+  python tools/convert.py hybridize --teacher runs/a/teacher --heads map.json --out runs/c/student \\
+      --start fitted --calibration-text corpus.txt
   python tools/convert.py hybridize --teacher runs/a/teacher --heads map.json --out runs/b/student \\
       --fusion norm --fa-gate headwise
 """
@@ -66,9 +68,17 @@ def add_hybridize(commands: argparse._SubParsersAction) -> None:
     p = add_command(commands, "hybridize", "teacher + head map -> student", HYBRIDIZE_EXAMPLES, usage)
     p.add_argument("--teacher", required=True, metavar="DIR", help="checkpoint folder that import wrote")
     p.add_argument("--heads", required=True, metavar="FILE", help="head map (JSON, from tools/select_heads.py)")
+    starts = (
+        "what training starts from: inherited: the teacher's values; fitted: memories, value projections, fusion scales"
+        " and output projections that imitate each of the teacher's layers best, solved on the calibration text"
+        " (default inherited)"
+    )
+    p.add_argument("--start", choices=("inherited", "fitted"), default="inherited", help=starts)
     scales = "where fusion scales start: at the size of the teacher's head outputs on the calibration text, or at 1"
     p.add_argument("--fusion-scale", choices=("calibrated", "one"), default="calibrated", help=scales)
-    p.add_argument("--calibration-text", metavar="FILE", help="UTF-8 text; its first 4096 tokens are used")
+    p.add_argument(
+        "--calibration-text", metavar="FILE", help="UTF-8 text; its first 4096 tokens are used, 16384 to fit on"
+    )
     p.add_argument("--seed", type=int, default=1234, metavar="N", help="seed of the output gates' random start")
     add_flags(p.add_argument_group("the layer"), HydraOptions)
     add_result(p, "checkpoint")

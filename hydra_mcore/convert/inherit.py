@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hydra_mcore.config import ConfigError, HydraOptions, ModelCard
+from hydra_mcore.convert.fitted_start import fit_start, said
 from hydra_mcore.convert.output_folder import HEAD_MAP_NAME, check_target, new_folder
 from hydra_mcore.convert.tokenizer_files import TOKENIZER_DIR
 from hydra_mcore.errors import InputError
@@ -28,6 +29,7 @@ from hydra_mcore.kinds import FA, KINDS
 from hydra_mcore.model.build import build_model, load_model
 from hydra_mcore.model.checkpoints import save_weights
 from hydra_mcore.model.hydra_attention import HydraAttention
+from hydra_mcore.model.imitation import FEWEST_ROWS
 from hydra_mcore.shape import ModelShape
 
 SCALED_FUSIONS = ("scale", "competition")
@@ -40,14 +42,18 @@ def hybridize(
     student_dir: str | Path,
     calibration_tokens_bs: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    start: str = "inherited",
 ) -> ModelCard:
     """Write the student's checkpoint, its head map and the tokenizer; needs process groups of TP 1 and PP 1.
 
-    ``calibration_tokens_bs`` (token ids) sets the fusion scales; without them these stay 1.
+    Args:
+        calibration_tokens_bs: token ids that the fusion scales are set by, without which these stay 1, or that a fitted
+            start is fitted on.
+        start: "inherited", or "fitted" (``fit_start``).
 
     Raises:
         InputError: the teacher is no imported checkpoint, the head map is for another model, the tokens do not fit
-            the model, or the target already holds a checkpoint.
+            the model or are too few to fit on, or the target already holds a checkpoint.
     """
     check_target(student_dir)
     card = ModelCard.load(teacher_dir)
@@ -56,13 +62,18 @@ def hybridize(
             f"{teacher_dir}: a {card.stage} checkpoint, not a teacher's; give the folder that convert.py import wrote"
         )
     card.check_head_map(head_map)
+    fitted = start == "fitted"
     if calibration_tokens_bs is not None:
         _check_tokens(calibration_tokens_bs, card)
+    if fitted and (calibration_tokens_bs is None or len(calibration_tokens_bs) < FEWEST_ROWS):
+        raise InputError(f"a fitted start needs {FEWEST_ROWS} sequences of calibration text; give a longer one")
     _, teacher = load_model(teacher_dir, dtype)
     student_card = dataclasses.replace(card, head_map=head_map, options=options, stage="student")
     student = build_model(student_card, dtype=dtype)
     scaled = calibration_tokens_bs is not None and options.fusion in SCALED_FUSIONS
     inherit(teacher, student, card.shape, head_output_rms(teacher, calibration_tokens_bs) if scaled else None)
+    if fitted:
+        print(said(fit_start(teacher, student, calibration_tokens_bs)))
     with new_folder(student_dir, sum(parameter.nbytes for parameter in student.parameters())) as folder:
         if (tokenizer := Path(teacher_dir) / TOKENIZER_DIR).is_dir():
             shutil.copytree(tokenizer, folder / TOKENIZER_DIR)

@@ -24,6 +24,7 @@ from hydra_mcore.kinds.recurrent import option
 from hydra_mcore.model.attention_plan import AttentionPlan, HeadSet
 from hydra_mcore.model.cache import LayerCache
 from hydra_mcore.model.gates import OutputGate
+from hydra_mcore.model.imitation import READS, Imitation, Memory
 from hydra_mcore.model.parameters import GroupLinear, HeadLinear, RMSNorm, gathered
 from hydra_mcore.ops.tiles import in_tiles
 from hydra_mcore.sequence import SequencePart
@@ -127,6 +128,20 @@ class Branch(MegatronModule, ABC):
             kv: keys and values where all branches share them.
             cache: has what the tokens before the part left behind, and gets what this part leaves.
         """
+
+    def memories(self, place: int) -> list[Memory]:
+        """How a head of this rank can remember at the start (``model.imitation``)."""
+        return READS[self.kind][1]
+
+    @torch.no_grad()
+    def start_as(self, place: int, found: Imitation) -> None:
+        """Give a head of this rank the values of an imitation; heads need keys and values of their own."""
+        blocks = [("weight", found.change_md[: self.config.hidden_size].T)]
+        if self.config.add_qkv_bias:
+            blocks.append(("bias", found.change_md[-1]))
+        for name, change in blocks:
+            values = getattr(self.linear_kv, name).unflatten(0, (len(self.heads.ordinals), 2, -1))[place, 1]
+            values.mul_(found.scale).add_(change)
 
     def watched(self) -> dict[str, tuple[torch.nn.Module, Callable[[Tensor], Tensor]]]:
         """Statistic of the kind -> the module whose output [s, b, h, 1] it is read from, and how."""

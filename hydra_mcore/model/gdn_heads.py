@@ -20,6 +20,7 @@ from hydra_mcore.kinds.recurrent import keys_values_by_head
 from hydra_mcore.model.attention_plan import AttentionPlan
 from hydra_mcore.model.branch import Branch, BranchOutput, GroupedKeysValues
 from hydra_mcore.model.cache import LayerCache, left_behind
+from hydra_mcore.model.imitation import WRITES, Imitation, decay_rates
 from hydra_mcore.model.parameters import HeadLinear, PerHead, gathered, recomputed
 from hydra_mcore.model.short_conv import ShortConv
 from hydra_mcore.ops import fla_kernels
@@ -100,6 +101,15 @@ class GatedDeltaHeads(Branch):
             self.linear_write.bias.zero_()
             self.A_log.weight.zero_()
 
+    @torch.no_grad()
+    def start_as(self, place: int, found: Imitation) -> None:
+        """As ``Branch.start_as``; the gates' projections stay at zero, their biases are those of the memory."""
+        super().start_as(place, found)
+        rate = decay_rates(found.memory, self.config.kv_channels).view(self.linear_decay.rows, -1)[:, 0]
+        self.linear_decay.bias.unflatten(0, (-1, self.linear_decay.rows))[place] = rate.expm1().log()
+        share = min(found.memory.write / self.option("write_max"), WRITES[-1])
+        self.linear_write.bias[place] = math.log(share / (1 - share))
+
     def forward(
         self,
         x_sbm: Tensor,
@@ -110,6 +120,22 @@ class GatedDeltaHeads(Branch):
     ) -> BranchOutput:
         """As ``Branch.forward``."""
         states = None if cache is None else cache.states[self.kind]
+        qkv_sbhd = self.queries_keys_values(x_sbm, part, rotary, kv, states)
+        delta_rule = partial(self.delta_rule, part, states)
+        out_sbhd, state_bhdv = recomputed(self.config, delta_rule, *qkv_sbhd, *self._gates(x_sbm))
+        if states is not None:
+            states["state"] = left_behind(state_bhdv, part, self.cp_group)
+        return BranchOutput((out_sbhd, None if self.gate is None else self.gate(x_sbm)))
+
+    def queries_keys_values(
+        self,
+        x_sbm: Tensor,
+        part: SequencePart,
+        rotary: Tensor,
+        kv: GroupedKeysValues | None = None,
+        states: dict[str, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the delta rule takes, each [s, b, h, d]; ``states`` has the convolution's last inputs."""
         qkv_sbhd = torch.cat([self.linear_q(x_sbm), self.keys_values_by_head(x_sbm, kv)], dim=-1)
         if self.option("conv_kernel"):
             qkv_sbhd = self.conv(qkv_sbhd, part, states)
@@ -117,11 +143,7 @@ class GatedDeltaHeads(Branch):
         # Rotary without the attention factor, which the L2 norm would take away.
         q_sbhd = self.normed_and_turned(q_sbhd, rotary, "q_norm", then=_unit_length)
         k_sbhd = self.normed_and_turned(k_sbhd, rotary, "k_norm", then=_unit_length)
-        delta_rule = partial(self.delta_rule, part, states)
-        out_sbhd, state_bhdv = recomputed(self.config, delta_rule, q_sbhd, k_sbhd, v_sbhd, *self._gates(x_sbm))
-        if states is not None:
-            states["state"] = left_behind(state_bhdv, part, self.cp_group)
-        return BranchOutput((out_sbhd, None if self.gate is None else self.gate(x_sbm)))
+        return q_sbhd, k_sbhd, v_sbhd
 
     def _gates(self, x_sbm: Tensor) -> tuple[Tensor, Tensor]:
         """Log decay (<= 0), [s, b, h] or [s, b, h, d], and write strength [s, b, h], in float32 at least."""

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hydra_mcore.ops.chunked_delta_rule import chunked_delta_rule
 from hydra_mcore.ops.chunked_linear_attention import chunked_linear_attention
 
 HALF_LIVES = (1.0, 8.0, 64.0, 512.0, 4096.0)  # tokens
-WRITES = (0.5, 1.0)
+WRITES = (0.5, 0.9)  # a sigmoid can start there
+FEWEST_ROWS = 4
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the features' mean square: how strongly inherited values are held
 
 
@@ -32,7 +32,7 @@ class Memory(NamedTuple):
 
     half_life: float  # tokens; of KDA's channels that of the slowest rotary pair
     write: float  # write strength; 1 for a kind that has none
-    fastest: float  # half-life of the channels of the fastest rotary pair, between them evenly in log; else half_life
+    fastest: float  # half-life in the channels of the fastest rotary pair, between the two evenly in log; or half_life
 
 
 @dataclass(frozen=True)
@@ -47,20 +47,20 @@ class Tokens:
 
     @classmethod
     def of(cls, rows: int) -> Tokens:
-        """Half, a quarter and a quarter of at least four rows; raises ValueError for fewer."""
-        if rows < 4:
-            raise ValueError(f"{rows} rows: a fit needs four at least")
+        """Half, a quarter and a quarter of at least ``FEWEST_ROWS``; raises ValueError for fewer."""
+        if rows < FEWEST_ROWS:
+            raise ValueError(f"{rows} rows: a fit needs {FEWEST_ROWS} at least")
         half, rest = rows // 2, rows // 2 + rows // 4
         return cls(slice(0, half), slice(half, rest), slice(rest, rows))
 
 
-class FullAttentionHead(NamedTuple):
-    """What one head of a teacher works with, float32 or float64."""
+class Task(NamedTuple):
+    """What a linear head works with and what it is to put out, float32 or float64."""
 
-    q_bsd: Tensor  # after norm and rotary
+    q_bsd: Tensor  # queries and keys as the recurrence takes them
     k_bsd: Tensor
-    v_bsd: Tensor
-    out_bsd: Tensor  # before the output projection
+    v_bsd: Tensor  # inherited values
+    out_bsd: Tensor  # of the full-attention head, before the output projection
 
 
 @dataclass(frozen=True)
@@ -78,34 +78,29 @@ class Imitation:
     inherited: float  # the same with the inherited values times the best number, in the same memory
 
 
+def decay_rates(memory: Memory, head_dim: int) -> Tensor:
+    """-ln(alpha) of each channel of a head, [d] float64. Channels i and i + d / 2 are a rotary pair, the first the
+    fastest.
+    """
+    share_p = torch.linspace(1.0, 0.0, head_dim // 2, dtype=torch.float64)
+    return math.log(2) / memory.half_life * (memory.half_life / memory.fastest) ** share_p.repeat(2)
+
+
 def delta_rule(memory: Memory, q_bsd: Tensor, k_bsd: Tensor, values_bsv: Tensor) -> Tensor:
     """What a delta-rule head with constant gates reads: [b, s, v]."""
-    decay = torch.full_like(q_bsd[:, :, None, 0], -math.log(2) / memory.half_life)
-    if memory.fastest != memory.half_life:
-        decay = decay[..., None] * _faster(memory, q_bsd)
-    q, k, v = _unit(q_bsd), _unit(k_bsd), values_bsv[:, :, None]
-    write_bs1 = torch.full_like(q_bsd[:, :, None, 0], memory.write)
-    return chunked_delta_rule(q, k, v, decay, write_bs1, scale=1.0)[0][:, :, 0]
+    rate_d = decay_rates(memory, q_bsd.shape[-1]).to(q_bsd)
+    decay_bs1d = -rate_d.expand_as(q_bsd)[:, :, None]
+    decay = decay_bs1d[..., 0] if memory.fastest == memory.half_life else decay_bs1d
+    write_bs1 = torch.full_like(decay_bs1d[..., 0], memory.write)
+    heads = (t[:, :, None] for t in (q_bsd, k_bsd, values_bsv))
+    return chunked_delta_rule(*heads, decay, write_bs1, scale=1.0)[0][:, :, 0]
 
 
 def linear_attention(memory: Memory, q_bsd: Tensor, k_bsd: Tensor, values_bsv: Tensor) -> Tensor:
     """What a head of decayed linear attention reads: [b, s, v]."""
     decay_1 = q_bsd.new_tensor([-math.log(2) / memory.half_life], dtype=torch.float64)
-    q, k, v = _unit(q_bsd), _unit(k_bsd), values_bsv[:, :, None]
-    return chunked_linear_attention(q, k, v, decay_1, scale=1.0)[0][:, :, 0]
-
-
-def _faster(memory: Memory, q_bsd: Tensor) -> Tensor:
-    """By how much each channel forgets faster than the slowest: [d]. Channels i and i + d / 2 are a rotary pair, the
-    first the fastest.
-    """
-    pairs = q_bsd.shape[-1] // 2
-    share_p = torch.linspace(1.0, 0.0, pairs, dtype=q_bsd.dtype, device=q_bsd.device)
-    return ((memory.half_life / memory.fastest) ** share_p).repeat(2)
-
-
-def _unit(x_bsd: Tensor) -> Tensor:
-    return F.normalize(x_bsd, dim=-1)[:, :, None]
+    heads = (t[:, :, None] for t in (q_bsd, k_bsd, values_bsv))
+    return chunked_linear_attention(*heads, decay_1, scale=1.0)[0][:, :, 0]
 
 
 _equal = [Memory(half_life, write, half_life) for half_life, write in itertools.product(HALF_LIVES, WRITES)]
@@ -118,7 +113,7 @@ READS: dict[str, tuple[Callable[[Memory, Tensor, Tensor, Tensor], Tensor], list[
 
 
 def imitate(
-    kind: str, head: FullAttentionHead, x_bsm: Tensor, tokens: Tokens, memories: Iterable[Memory] | None = None
+    kind: str, task: Task, x_bsm: Tensor, tokens: Tokens, memories: Iterable[Memory] | None = None
 ) -> Imitation:
     """The best imitation of a head by a linear head of a kind in ``READS``.
 
@@ -128,11 +123,11 @@ def imitate(
         memories: those to choose from, all of ``READS`` unless given.
     """
     read, every = READS[kind]
-    values_bsv, parts = torch.cat([x_bsm, head.v_bsd], dim=-1), (x_bsm.shape[-1], head.v_bsd.shape[-1])
+    values_bsv, parts = torch.cat([x_bsm, task.v_bsd], dim=-1), (x_bsm.shape[-1], task.v_bsd.shape[-1])
     best: tuple[float, Imitation] | None = None
     for memory in every if memories is None else memories:
-        features_bsm, start_bsd = read(memory, head.q_bsd, head.k_bsd, values_bsv).split(parts, dim=-1)
-        chosen, found = _best_ridge(memory, features_bsm, start_bsd, head.out_bsd, tokens)
+        features_bsm, start_bsd = read(memory, task.q_bsd, task.k_bsd, values_bsv).split(parts, dim=-1)
+        chosen, found = _best_ridge(memory, features_bsm, start_bsd, task.out_bsd, tokens)
         if best is None or chosen < best[0]:
             best = (chosen, found)
     assert best is not None  # memories is never empty
@@ -143,29 +138,36 @@ def _best_ridge(
     memory: Memory, features_bsm: Tensor, start_bsd: Tensor, out_bsd: Tensor, tokens: Tokens
 ) -> tuple[float, Imitation]:
     """The residual on the rows to choose by, and the fit with the ridge that is best there."""
-    x_tm, start_td, out_td = (t[tokens.fit].flatten(0, 1) for t in (features_bsm, start_bsd, out_bsd))
+    start_td, out_td = start_bsd[tokens.fit], out_bsd[tokens.fit]
     scale = float((start_td * out_td).sum() / start_td.square().sum().clamp(min=1e-30))
-    gram_mm, moment_md = (x_tm.T @ x_tm).double(), (x_tm.T @ (out_td - scale * start_td)).double()
-    mean = gram_mm.diagonal().mean().clamp(min=1e-30)
-    eye_mm = torch.eye(len(gram_mm), dtype=gram_mm.dtype, device=gram_mm.device)
     missing_bsd = out_bsd - scale * start_bsd
-    fits = []
-    for ridge in RIDGES:
-        change_md = torch.cholesky_solve(moment_md, torch.linalg.cholesky(gram_mm + ridge * mean * eye_mm))
-        change_md = change_md.to(features_bsm.dtype)
-        left = _left(missing_bsd, features_bsm, change_md, out_bsd, tokens.choose)
-        fits.append((left, ridge, change_md))
-    chosen, ridge, change_md = min(fits, key=lambda fit: fit[0])
-    residual = _left(missing_bsd, features_bsm, change_md, out_bsd, tokens.report)
-    inherited = _share(missing_bsd[tokens.report], out_bsd[tokens.report])
+    left, ridge, change_md = ridge_fit(features_bsm, missing_bsd, tokens)
+    chosen, residual = (share(left[rows], out_bsd[rows]) for rows in (tokens.choose, tokens.report))
+    inherited = share(missing_bsd[tokens.report], out_bsd[tokens.report])
     return chosen, Imitation(memory, ridge, scale, change_md, residual, inherited)
 
 
-def _left(missing_bsd: Tensor, features_bsm: Tensor, change_md: Tensor, out_bsd: Tensor, rows: slice) -> float:
-    return _share(missing_bsd[rows] - features_bsm[rows] @ change_md, out_bsd[rows])
+def ridge_fit(x_bsm: Tensor, missing_bsd: Tensor, tokens: Tokens) -> tuple[Tensor, float, Tensor]:
+    """What is left of ``missing_bsd`` after the best x @ change, with the ridge of ``RIDGES`` that leaves least on the
+    rows to choose by; that ridge, and the change [m, d].
+    """
+    x_tm, missing_td = (t[tokens.fit].flatten(0, 1) for t in (x_bsm, missing_bsd))
+    gram_mm, moment_md = (x_tm.T @ x_tm).double(), (x_tm.T @ missing_td).double()
+    mean = gram_mm.diagonal().mean().clamp(min=1e-30)
+    eye_mm = torch.eye(len(gram_mm), dtype=gram_mm.dtype, device=gram_mm.device)
+
+    def fit(ridge: float) -> Tensor:
+        return torch.cholesky_solve(moment_md, torch.linalg.cholesky(gram_mm + ridge * mean * eye_mm)).to(x_bsm.dtype)
+
+    def squares(change_md: Tensor) -> float:
+        return float((missing_bsd[tokens.choose] - x_bsm[tokens.choose] @ change_md).double().square().sum())
+
+    changes = {ridge: fit(ridge) for ridge in RIDGES}
+    ridge = min(RIDGES, key=lambda ridge: squares(changes[ridge]))
+    return missing_bsd - x_bsm @ changes[ridge], ridge, changes[ridge]
 
 
-def _share(difference: Tensor, whole: Tensor) -> float:
+def share(difference: Tensor, whole: Tensor) -> float:
     """Of two sums of squares; 0 where both are."""
     return float(difference.double().square().sum() / whole.double().square().sum().clamp(min=1e-30))
 

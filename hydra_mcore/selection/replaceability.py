@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hydra_mcore.config import ModelShape
-from hydra_mcore.model.imitation import FullAttentionHead, Tokens, imitate, imitation_flops
+from hydra_mcore.model.imitation import Task, Tokens, imitate, imitation_flops
 from hydra_mcore.ruler.material import PromptMaterial
 from hydra_mcore.selection.capabilities import BUILT_IN, RETRIEVAL
 from hydra_mcore.selection.probes import build_probes
@@ -91,19 +92,19 @@ def _layer(inputs: _LayerInputs, at: int, kinds: Sequence[str]) -> dict[str, Ten
     shape = (len(kinds), len(TABLES), teacher.num_layers, teacher.num_heads)
     tables = torch.zeros(shape, dtype=torch.float64, device=teacher.device)
     for layer_idx in sorted(teacher.layers)[at : at + 1]:
-        x_bsm, heads = _working_heads(teacher, layer_idx, inputs[layer_idx])
+        x_bsm, tasks = _tasks(teacher, layer_idx, inputs[layer_idx])
         tokens = Tokens.of(len(x_bsm))
-        for head_idx, head in zip(teacher.own_heads(layer_idx), heads, strict=True):
+        for head_idx, task in zip(teacher.own_heads(layer_idx), tasks, strict=True):
             for number, kind in enumerate(kinds):
-                best = imitate(kind, head, x_bsm, tokens)
+                best = imitate(kind, task, x_bsm, tokens)
                 values = (best.residual, best.inherited, best.memory.half_life, best.memory.fastest, best.memory.write)
                 tables[number, :, layer_idx, head_idx] = tables.new_tensor(values)
     return {"tables": teacher.whole(tables)}
 
 
-def _working_heads(teacher: Teacher, layer_idx: int, hidden_sbm: Tensor) -> tuple[Tensor, list[FullAttentionHead]]:
-    """The normed input of a layer [b, s, m], with a column of ones where values have a bias, and what each of this
-    rank's heads makes of it; float32.
+def _tasks(teacher: Teacher, layer_idx: int, hidden_sbm: Tensor) -> tuple[Tensor, list[Task]]:
+    """The normed input of a layer [b, s, m], with a column of ones where values have a bias, and what a linear head in
+    the place of each of this rank's heads would work with, queries and keys at unit length; float32.
     """
     layer, seen = teacher.layers[layer_idx], []
     branch = layer.self_attention.fa
@@ -120,8 +121,9 @@ def _working_heads(teacher: Teacher, layer_idx: int, hidden_sbm: Tensor) -> tupl
     x_bsm = layer.input_layernorm(hidden_sbm).transpose(0, 1).float()
     if teacher.model.config.add_qkv_bias:
         x_bsm = torch.cat([x_bsm, torch.ones_like(x_bsm[..., :1])], dim=-1)
-    by_head = (t.permute(2, 1, 0, 3).float() for t in seen)
-    return x_bsm, [FullAttentionHead(*head) for head in zip(*by_head, strict=True)]
+    q_hbsd, k_hbsd, v_hbsd, out_hbsd = (t.permute(2, 1, 0, 3).float() for t in seen)
+    parts = (F.normalize(q_hbsd, dim=-1), F.normalize(k_hbsd, dim=-1), v_hbsd, out_hbsd)
+    return x_bsm, [Task(*of_head) for of_head in zip(*parts, strict=True)]
 
 
 def replaceability_flops(shape: ModelShape, length: int, kinds: Sequence[str]) -> float:

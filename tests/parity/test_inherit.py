@@ -4,6 +4,8 @@
 
 import dataclasses
 import json
+import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -427,6 +429,23 @@ def test_command_hybridizes(source, tmp_path):
     torch.testing.assert_close(scale.double(), expected.double(), rtol=1e-5, atol=0)
 
 
+def test_command_starts_fitted(source, tmp_path):
+    MIXED.save(tmp_path / "map.json")
+    words = random.Random(5).choices([f"w{i}" for i in range(60)], k=64 * 8)
+    (tmp_path / "text").write_text(" ".join(words))
+    (tmp_path / "short").write_text(" ".join(words[: 64 * 3]))
+    given = ["hybridize", "--teacher", source[2], "--heads", tmp_path / "map.json", "--start", "fitted"]
+    done = run_command(*given, "--calibration-text", tmp_path / "text", "--out", tmp_path / "fitted")
+    inherited, fitted = map(float, re.search(r"tokens: (\S+) inherited, (\S+) fitted", done.stdout).groups())
+    assert done.returncode == 0 and fitted < 0.9 * inherited
+    load_model(tmp_path / "fitted")
+    done = run_command(*given, "--calibration-text", tmp_path / "short", "--out", tmp_path / "no")
+    assert done.returncode == 2 and done.stderr.splitlines() == [
+        "convert: a fitted start needs 4 sequences of calibration text; give a longer one"
+    ]
+    assert not (tmp_path / "no").exists()
+
+
 def test_command_refuses_a_broken_head_map_in_one_line(source, tmp_path):
     raw = MIXED.to_dict()
     raw["layers"][1]["gdn"].remove(3)
@@ -447,10 +466,12 @@ def test_command_refuses_a_broken_head_map_in_one_line(source, tmp_path):
         ([], "need --calibration-text FILE"),
         (["--fusion-scale", "one", "--calibration-text", "text"], "has no use here"),
         (["--fusion", "norm", "--calibration-text", "text"], "has no use here"),
+        (["--start", "fitted"], "--start fitted needs --calibration-text"),
+        (["--start", "fitted", "--calibration-text", "text", "--fusion-scale", "one"], "no use with --start fitted"),
         (["--gdn-conv-kernel", "-1"], "gdn_conv_kernel is -1"),
         (["--lightning-slope", "2"], "lightning_slope is 2.0"),
     ],
-    ids=["no text", "unused text", "no scale", "option", "another option"],
+    ids=["no text", "unused text", "no scale", "no text to fit on", "two starts", "option", "another option"],
 )
 def test_command_refuses_flags_that_do_not_go_together(source, tmp_path, flags, words):
     MIXED.save(tmp_path / "map.json")

@@ -11,7 +11,7 @@ import torch
 from transformers.utils.logging import set_verbosity_error
 
 from hydra_mcore.config import HydraOptions
-from hydra_mcore.convert.calibration import calibration_tokens
+from hydra_mcore.convert.calibration import FIT_TOKENS, SCALE_TOKENS, calibration_tokens
 from hydra_mcore.convert.hf_export import export_hf
 from hydra_mcore.convert.hf_import import import_hf
 from hydra_mcore.convert.inherit import SCALED_FUSIONS, hybridize
@@ -32,13 +32,19 @@ def hybridize_from(args: argparse.Namespace) -> None:
     """The hybridize command; raises InputError for anything given that cannot be used."""
     options = HydraOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(HydraOptions)})
     head_map = HeadMap.load(args.heads)
-    calibrated = args.fusion_scale == "calibrated" and options.fusion in SCALED_FUSIONS
+    fitted = args.start == "fitted"
+    calibrated = fitted or (args.fusion_scale == "calibrated" and options.fusion in SCALED_FUSIONS)
+    if fitted and args.calibration_text is None:
+        raise InputError("--start fitted needs --calibration-text FILE")
+    if fitted and args.fusion_scale == "one":
+        raise InputError("--fusion-scale one has no use with --start fitted, which fits the scales; leave it out")
     if calibrated and args.calibration_text is None:
         raise InputError("the fusion scales need --calibration-text FILE; or start them at 1 with --fusion-scale one")
     if args.calibration_text is not None and not calibrated:
         raise InputError("--calibration-text has no use here: the fusion scales are not calibrated; leave it out")
-    tokens_bs = calibration_tokens(args.calibration_text, args.teacher) if calibrated else None
-    card = hybridize(args.teacher, head_map, options, args.out, tokens_bs, getattr(torch, args.dtype))
+    count = FIT_TOKENS if fitted else SCALE_TOKENS
+    tokens_bs = calibration_tokens(args.calibration_text, args.teacher, count) if calibrated else None
+    card = hybridize(args.teacher, head_map, options, args.out, tokens_bs, getattr(torch, args.dtype), args.start)
     num_heads = head_map.num_layers * head_map.num_heads
     print(f"student with {head_map.num_fa} FA heads of {num_heads}, teacher {card.fingerprint[:12]}: {args.out}")
 

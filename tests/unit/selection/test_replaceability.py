@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,13 @@ from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.ruler.haystack import Haystack, read_text
 from hydra_mcore.ruler.material import PromptMaterial
 from hydra_mcore.ruler.wording import own_wording
-from hydra_mcore.selection.replaceability import TABLES, _working_heads, replaceability, rows_to_imitate
+from hydra_mcore.selection.replaceability import TABLES, _tasks, replaceability, rows_to_imitate
 from hydra_mcore.selection.scoring import Scoring
 from hydra_mcore.selection.teacher import Teacher
 from hydra_mcore.tokenizer import load_tokenizer
 from tests.support.teachers import SHAPE, VOCABULARY, random_teacher
 
+same = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
 IDS = torch.randint(VOCABULARY, (4, 24), generator=torch.Generator().manual_seed(7))
 
 
@@ -37,21 +39,25 @@ def groups(tiny_teacher: Path) -> Iterator[None]:  # it is imported first, withi
 @pytest.mark.parametrize("bias", [False, True])
 @torch.no_grad()
 def test_a_head_s_parts_belong_together(bias: bool) -> None:
-    """Values are a projection of the input, and softmax attention of the parts is what the head hands on."""
+    """Values are a projection of the input; softmax attention of queries, keys and values is what the head hands on."""
     teacher = Teacher(random_teacher(dataclasses.replace(SHAPE, qkv_bias=bias, qk_norm=not bias)))
     hidden_sbm = teacher.run(IDS, slice(-1, None), slice(None)).residual_sbm[2]
-    x_bsm, heads = _working_heads(teacher, 2, hidden_sbm)
-    linear_kv = teacher.layers[2].self_attention.fa.linear_kv
+    x_bsm, tasks = _tasks(teacher, 2, hidden_sbm)
+    branch, seen = teacher.layers[2].self_attention.fa, []
+    linear_kv = branch.linear_kv
     weight_gdm = linear_kv.weight.unflatten(0, (SHAPE.num_kv_groups, -1))
     if bias:
         weight_gdm = torch.cat([weight_gdm, linear_kv.bias.view(SHAPE.num_kv_groups, -1, 1)], dim=-1)
-    recorded_sbhd = teacher.run(IDS, slice(-1, None), slice(None)).heads_sbhd[2]
-    for index, head in enumerate(heads):
+    with branch.core_attention.register_forward_pre_hook(lambda _, args: seen.extend(args[1:3])):
+        out_sbhd = teacher.run(IDS, slice(-1, None), slice(None)).heads_sbhd[2]
+    for index, task in enumerate(tasks):
         values_dm = weight_gdm[index * SHAPE.num_kv_groups // SHAPE.num_heads, SHAPE.head_dim :]
-        torch.testing.assert_close(head.v_bsd, x_bsm @ values_dm.T, rtol=1e-4, atol=1e-5)
-        out_bsd = F.scaled_dot_product_attention(head.q_bsd, head.k_bsd, head.v_bsd, is_causal=True)
-        torch.testing.assert_close(head.out_bsd, out_bsd, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(head.out_bsd.transpose(0, 1), recorded_sbhd[:, :, index], rtol=1e-4, atol=1e-5)
+        same(task.v_bsd, x_bsm @ values_dm.T)
+        q_bsd, k_bsd = (t[:, :, index].transpose(0, 1) for t in seen)
+        same(F.scaled_dot_product_attention(q_bsd, k_bsd, task.v_bsd, is_causal=True), task.out_bsd)
+        same(task.out_bsd, out_sbhd[:, :, index].transpose(0, 1))
+        same(task.q_bsd * q_bsd.norm(dim=-1, keepdim=True), q_bsd)
+        same(task.k_bsd * k_bsd.norm(dim=-1, keepdim=True), k_bsd)
 
 
 def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,9 +66,9 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     found = replaceability(scoring, IDS, ["gdn", "lightning"])
     with torch.no_grad():
         hidden_sbm = scoring.teacher.run(IDS, slice(-1, None), slice(None)).residual_sbm[3]
-        x_bsm, heads = _working_heads(scoring.teacher, 3, hidden_sbm)
+        x_bsm, tasks = _tasks(scoring.teacher, 3, hidden_sbm)
         for kind, tables in found.items():
-            best = imitate(kind, heads[4], x_bsm, Tokens.of(len(IDS)))
+            best = imitate(kind, tasks[4], x_bsm, Tokens.of(len(IDS)))
             expected = (best.residual, best.inherited, best.memory.half_life, best.memory.fastest, best.memory.write)
             np.testing.assert_allclose([vars(tables)[name][3, 4] for name in TABLES], expected, rtol=1e-6)
             assert tables.residual.shape == (4, 6) and (tables.residual > 0).all()
@@ -72,8 +78,8 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     journal.write_text("".join(lines[:3]))  # two of four layers are done
     seen = []
     monkeypatch.setattr(
-        "hydra_mcore.selection.replaceability._working_heads",
-        lambda teacher, layer_idx, hidden: seen.append(layer_idx) or _working_heads(teacher, layer_idx, hidden),
+        "hydra_mcore.selection.replaceability._tasks",
+        lambda teacher, layer_idx, hidden: seen.append(layer_idx) or _tasks(teacher, layer_idx, hidden),
     )
     again = replaceability(Scoring(scoring.teacher, {}, tmp_path, {"this": "run"}), IDS, ["gdn", "lightning"])
     assert seen == [2, 3]

@@ -155,7 +155,9 @@ def test_where_effect_and_imitation_disagree(tmp_path: Path) -> None:
 
     said = text({DEFAULT_LINEAR: made_imitations()})
     assert "The 3 best heads by effect and by product overlap to 0.50 (Jaccard index)" in said
-    assert "0.0 effect 0.90 0.00 0.00 12 2.3 product 0.30 0.92 11.00 23" in said  # effect, residual, with inherited values, half-life
+    assert (
+        "0.0 effect 0.90 0.00 0.00 12 2.3 product 0.30 0.92 11.00 23" in said
+    )  # effect, residual, with inherited values, half-life
     assert "by effect and by product" not in text({"kda": made_imitations()})  # the map has none of that kind
     assert "Not measured; --replaceable-by" in text({})
 

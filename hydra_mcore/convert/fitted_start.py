@@ -1,0 +1,156 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A student that starts fitted: what can be solved in closed form is solved before the first training step.
+
+Each layer is fitted on the teacher's own input, as in align, in three steps: every linear head takes the memory and the
+value projection with which it imitates the teacher's head best (``model/imitation.py``); fusion scales make every
+head's output as large as its imitation is good; and the output projection is regressed on all heads of the layer
+together, held near the inherited one. [ours]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+from tqdm import tqdm
+
+from hydra_mcore.model.hydra_attention import HydraAttention
+from hydra_mcore.model.imitation import READS, Task, Tokens, imitate, ridge_fit, share
+from hydra_mcore.model.parameters import HeadLinear
+from hydra_mcore.ops.chunks import state_dtype
+from hydra_mcore.sequence import SequencePart
+
+
+class LayerFit(NamedTuple):
+    """Squared error of a layer's attention output, as a share of the teacher's, on rows that no fit saw."""
+
+    inherited: float
+    fitted: float
+
+
+def said(fits: list[LayerFit]) -> str:
+    """One line for the reader."""
+    inherited, fitted = (sum(column) / len(fits) for column in zip(*fits, strict=True))
+    worst = max(range(len(fits)), key=lambda layer: fits[layer].fitted)
+    return (
+        f"error of a layer's attention output on held-out tokens: {inherited:.3f} inherited, {fitted:.3f} fitted (mean"
+        f" of {len(fits)} layers; worst: layer {worst}, {fits[worst].fitted:.3f})"
+    )
+
+
+class _Layer(NamedTuple):
+    """What the attention of one teacher layer took and gave."""
+
+    x_sbm: Tensor
+    rotary: Tensor
+    heads_sbhd: Tensor  # before the output projection, in HF order
+    out_sbm: Tensor
+
+
+@torch.no_grad()
+def fit_start(teacher: GPTModel, student: GPTModel, tokens_bs: Tensor) -> list[LayerFit]:
+    """Fit a student that has just inherited, both whole (TP 1, PP 1); one result a layer.
+
+    Args:
+        tokens_bs: token ids, four rows at least.
+    """
+    rows, fits, students = Tokens.of(len(tokens_bs)), [], iter(student.decoder.layers)
+    with tqdm(total=len(student.decoder.layers), desc="fit", unit="layer") as progress:
+
+        def fit(layer: _Layer) -> None:
+            fits.append(_fit_layer(next(students).self_attention, layer, rows))
+            progress.update()
+
+        _watch(teacher, tokens_bs, fit)
+    return fits
+
+
+def _watch(teacher: GPTModel, tokens_bs: Tensor, found: Callable[[_Layer], None]) -> None:
+    """Run the teacher and hand on its layers one by one, so that only one is kept."""
+    heads: list[Tensor] = []
+
+    def before_projection(module: Any, args: tuple) -> None:
+        heads[:] = [args[0]]
+
+    def after(module: HydraAttention, args: tuple, keywords: dict[str, Any], output: tuple) -> None:
+        x_sbm = args[0] if args else keywords["hidden_states"]
+        heads_sbhd = heads[0].unflatten(-1, (module.layout.num_heads, -1))
+        found(_Layer(x_sbm, keywords["rotary_pos_emb"], heads_sbhd, output[0]))
+
+    def before_logits(module: Any, args: tuple) -> tuple:
+        return (args[0][-1:], *args[1:])  # nobody reads them
+
+    hooks = [teacher.output_layer.register_forward_pre_hook(before_logits)]
+    for layer in teacher.decoder.layers:
+        hooks.append(layer.self_attention.linear_proj.register_forward_pre_hook(before_projection))
+        hooks.append(layer.self_attention.register_forward_hook(after, with_kwargs=True))
+    tokens_bs = tokens_bs.to(next(teacher.parameters()).device)
+    try:
+        teacher(tokens_bs, torch.arange(tokens_bs.shape[1], device=tokens_bs.device).expand_as(tokens_bs), None)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _fit_layer(student: HydraAttention, layer: _Layer, rows: Tokens) -> LayerFit:
+    inherited = _error(student, layer, rows)
+    for kind in student.branches:
+        if kind in READS:
+            _fit_heads(student, kind, layer, rows)
+    _fit_scales(student, layer, rows)
+    _fit_projection(student, layer, rows)
+    return LayerFit(inherited, _error(student, layer, rows))
+
+
+def _fit_heads(student: HydraAttention, kind: str, layer: _Layer, rows: Tokens) -> None:
+    """Memories and values of a layer's heads of a kind; none where heads share their values."""
+    branch = student.branches[kind]
+    if not isinstance(branch.linear_kv, HeadLinear):
+        return
+    x_bsm = _precise(layer.x_sbm.transpose(0, 1))
+    if student.config.add_qkv_bias:
+        x_bsm = torch.cat([x_bsm, torch.ones_like(x_bsm[..., :1])], dim=-1)
+    parts = branch.queries_keys_values(layer.x_sbm, SequencePart(len(layer.x_sbm)), layer.rotary)
+    q_hbsd, k_hbsd, v_hbsd = (_precise(t.permute(2, 1, 0, 3)) for t in parts)
+    for place, head_idx in enumerate(student.layout.layer[kind]):
+        out_bsd = _precise(layer.heads_sbhd[:, :, head_idx].transpose(0, 1))
+        task = Task(q_hbsd[place], k_hbsd[place], v_hbsd[place], out_bsd)
+        branch.start_as(place, imitate(kind, task, x_bsm, rows, branch.memories(place)))
+
+
+def _fit_scales(student: HydraAttention, layer: _Layer, rows: Tokens) -> None:
+    """Every head's factor that brings it nearest to the teacher's head, none where fusion has no scales."""
+    if not hasattr(student.fusion, "scale"):
+        return
+    found_sbhd = _mixed(student, layer)[0].unflatten(-1, (student.layout.num_heads, -1))[:, rows.fit]
+    wanted_sbhd = layer.heads_sbhd[:, rows.fit, list(student.layout.layer.heads)]
+    products_h, squares_h = ((found_sbhd * t).double().sum(dim=(0, 1, 3)) for t in (wanted_sbhd, found_sbhd))
+    student.fusion.scale.weight.mul_((products_h / squares_h.clamp(min=1e-30)).to(student.fusion.scale.weight.dtype))
+
+
+def _fit_projection(student: HydraAttention, layer: _Layer, rows: Tokens) -> None:
+    heads_sbx, out_sbm = _mixed(student, layer)
+    missing_bsm = _precise((layer.out_sbm - out_sbm).transpose(0, 1))
+    _, _, change_xm = ridge_fit(_precise(heads_sbx.transpose(0, 1)), missing_bsm, rows)
+    student.linear_proj.weight.add_(change_xm.T)
+
+
+def _error(student: HydraAttention, layer: _Layer, rows: Tokens) -> float:
+    out_sbm = _mixed(student, layer)[1]
+    return share((layer.out_sbm - out_sbm)[:, rows.report], layer.out_sbm[:, rows.report])
+
+
+def _mixed(student: HydraAttention, layer: _Layer) -> tuple[Tensor, Tensor]:
+    """What enters the student's output projection, and what leaves it."""
+    seen: list[Tensor] = []
+    with student.linear_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0])):
+        out_sbm = student(layer.x_sbm, rotary_pos_emb=layer.rotary)[0]
+    return seen[0], out_sbm
+
+
+def _precise(x: Tensor) -> Tensor:
+    return x.to(state_dtype(x))
