@@ -207,6 +207,10 @@ class StageOptions:
     """Checkpoint folder to start from instead of the previous stage of run_dir."""
     align_loss: Literal["relative", "squared"] = "relative"
     """Per-layer squared error divided by the teacher's own square, or as it is (paper Eq 15) [ours: relative]."""
+    align_heads: float = 0.0
+    """Weight of the heads' own error in what align trains on: each head's output before the output projection against
+    the teacher's, relative and averaged over heads, beside the layer's. Losses in logs are the layer's alone [ours: 0].
+    """
     kl_weight: float = 1.0
     """Weight of KL(teacher, student) in distill (paper Eq 16) [ours: 1.0]."""
     ce_weight: float = 0.1
@@ -244,9 +248,14 @@ class StageOptions:
         for name, choices in _literal_choices(type(self)).items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
-        for name, least in (("kl_temperature", 1e-6), ("kl_weight", 0), ("ce_weight", 0)):
+        for name, least in (("kl_temperature", 1e-6), ("kl_weight", 0), ("ce_weight", 0), ("align_heads", 0)):
             if not getattr(self, name) >= least:  # so written, NaN is refused too
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be a number of at least {least}")
+        if self.align_heads and self.fa_balance == "queries":
+            raise ConfigError(
+                f"align_heads is {self.align_heads}, but with fa_balance queries no rank has a shared head's whole"
+                " output; use fa_balance heads in align"
+            )
         if self.keep_last < 1 or self.keep_every < 0:
             raise ConfigError(
                 f"keep_last is {self.keep_last} and keep_every {self.keep_every}; keep at least the last checkpoint"

@@ -7,42 +7,56 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from hydra_mcore.config import StageOptions
+from hydra_mcore.model.hydra_attention import HydraAttention
 from hydra_mcore.train.data import MicroBatch
 
 Group = torch.distributed.ProcessGroup
 
 
-def align_forward(teacher: GPTModel, student: GPTModel, batch: MicroBatch, measure: str) -> tuple[Tensor, Tensor]:
+def align_forward(
+    teacher: GPTModel, student: GPTModel, batch: MicroBatch, options: StageOptions
+) -> tuple[Tensor, Tensor]:
     """The teacher's output [s, b, m] of this pipeline stage, and one align loss for each of its layers [layers].
 
     Every student layer is fed the teacher's own input, so layers do not interact: the trunk is the teacher, without
     gradients. A layer's gradient is taken as soon as its loss is known, so that no layer's activations are kept while
-    another's are made. The pipeline hands the teacher's hidden state from stage to stage.
+    another's are made. The pipeline hands the teacher's hidden state from stage to stage. The losses are those of the
+    layers' outputs; ``align_heads`` adds the heads' own error to what gradients are taken of.
     """
     teacher.set_input_tensor(student.decoder.input_tensor)
     with_gradient = torch.is_grad_enabled()
     losses: list[Tensor] = []
 
-    def fit(layer: torch.nn.Module, hidden_sbm: Tensor, keywords: dict[str, Any], teacher_sbm: Tensor) -> None:
-        def loss() -> Tensor:
-            inputs = {name: keywords[name] for name in ("rotary_pos_emb", "packed_seq_params")}
-            with get_fp8_context(layer.config, layer.layer_number - 1):  # the teacher's layer may have another
-                student_sbm, _ = layer.self_attention(hidden_sbm, **inputs)
-            return align_loss(student_sbm, teacher_sbm, measure, groups)
+    def fit(mine: TransformerLayer, layer: TransformerLayer, run: AttentionRun) -> None:
+        def loss() -> tuple[Tensor, Tensor]:
+            inputs = {name: run.keywords[name] for name in ("rotary_pos_emb", "packed_seq_params")}
+            fp8 = get_fp8_context(layer.config, layer.layer_number - 1)  # the teacher's layer may have another
+            with fp8, _projected(layer.self_attention) as heads:
+                student_sbm, _ = layer.self_attention(run.hidden_sbm, **inputs)
+            reported = align_loss(student_sbm, run.out_sbm, options.align_loss, groups)
+            if not options.align_heads:
+                return reported, reported
+            of_heads = heads_loss(layer.self_attention, mine.self_attention, heads[0], run.heads_sbn)
+            return reported, reported + options.align_heads * of_heads
 
         if with_gradient:
             with torch.enable_grad():
                 losses.append(GradientAtOnce.apply(loss, *(p for p in layer.parameters() if p.requires_grad)))
         else:
-            losses.append(loss())
+            losses.append(loss()[0])
 
     groups = [student.pg_collection.cp] + ([student.pg_collection.tp] if student.config.sequence_parallel else [])
     with torch.no_grad(), _after_attention(teacher, student, fit):
@@ -68,38 +82,75 @@ def align_loss(student_sbm: Tensor, teacher_sbm: Tensor, measure: str, groups: l
     return (error_b / scale_b).mean()
 
 
+def heads_loss(student: HydraAttention, teacher: HydraAttention, own_sbn: Tensor, theirs_sbn: Tensor) -> Tensor:
+    """Squared error of each head's output over the square of the teacher's, averaged over heads and rows.
+
+    Args:
+        own_sbn, theirs_sbn: what this rank's heads hand to the output projection, side by side.
+    """
+    theirs_sbn = gather_from_tensor_model_parallel_region(theirs_sbn, group=teacher.tp_group)
+    order = [head_idx for rank in teacher.layout.ranks for head_idx in rank.heads]
+    own = student.layout.ranks[student.tp_group.rank()].heads
+    wanted_sbhd = theirs_sbn.unflatten(-1, (len(order), -1))[:, :, [order.index(head_idx) for head_idx in own]].float()
+    error_bh = (own_sbn.unflatten(-1, (len(own), -1)).float() - wanted_sbhd).square().sum(dim=(0, 3))
+    scale_bh = wanted_sbhd.square().sum(dim=(0, 3))
+    error_bh, scale_bh = (
+        reduce_from_tensor_model_parallel_region(t, group=student.cp_group) for t in (error_bh, scale_bh)
+    )
+    share = (error_bh / scale_bh.clamp(min=torch.finfo(scale_bh.dtype).tiny)).mean(dim=0).sum() / len(order)
+    return reduce_from_tensor_model_parallel_region(share, group=student.tp_group)
+
+
+class AttentionRun(NamedTuple):
+    """What the attention of a teacher layer took and gave."""
+
+    hidden_sbm: Tensor
+    keywords: dict[str, Any]
+    heads_sbn: Tensor
+    out_sbm: Tensor
+
+
 @contextlib.contextmanager
 def _after_attention(teacher: GPTModel, student: GPTModel, fit: Callable[..., None]) -> Iterator[None]:
-    """Call ``fit(student layer, input, keywords, output)`` after the attention of each teacher layer."""
+    """Call ``fit(teacher layer, student layer, run)`` after the attention of each teacher layer."""
 
-    def hook(
-        layer: torch.nn.Module, module: torch.nn.Module, inputs: tuple, keywords: dict[str, Any], output: tuple
-    ) -> None:
-        fit(layer, inputs[0], keywords, output[0])
+    def after(
+        mine: TransformerLayer, layer: TransformerLayer, heads: list[Tensor],
+        module: torch.nn.Module, inputs: tuple, keywords: dict[str, Any], output: tuple,
+    ) -> None:  # fmt: skip
+        fit(mine, layer, AttentionRun(inputs[0], keywords, heads.pop(), output[0]))
 
-    pairs = zip(teacher.decoder.layers, student.decoder.layers, strict=True)
-    hooks = [mine.self_attention.register_forward_hook(partial(hook, layer), with_kwargs=True) for mine, layer in pairs]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for mine, layer in zip(teacher.decoder.layers, student.decoder.layers, strict=True):
+            heads = hooks.enter_context(_projected(mine.self_attention))
+            hook = partial(after, mine, layer, heads)
+            hooks.enter_context(mine.self_attention.register_forward_hook(hook, with_kwargs=True))
         yield
-    finally:
-        for handle in hooks:
-            handle.remove()
+
+
+@contextlib.contextmanager
+def _projected(attention: HydraAttention) -> Iterator[list[Tensor]]:
+    """A list that gets what the rank's own heads hand to the output projection."""
+    heads: list[Tensor] = []
+    with attention.linear_proj.register_forward_pre_hook(lambda _, args: heads.append(args[0])):
+        yield heads
 
 
 class GradientAtOnce(torch.autograd.Function):
-    """``loss()`` with its gradient in ``parameters`` computed in the forward pass, whose graph is then dropped.
+    """The first of ``loss()``, with the gradient of the second in ``parameters``: computed in the forward pass, whose
+    graph is then dropped.
 
     Backward multiplies the kept gradients, so that whatever scale and hooks Megatron applies still hold. Kept is one
     gradient a parameter and micro-batch in flight, instead of the activations of all layers.
     """
 
     @staticmethod
-    def forward(ctx: Any, loss: Callable[[], Tensor], *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, loss: Callable[[], tuple[Tensor, Tensor]], *parameters: Tensor) -> Tensor:
         with torch.enable_grad():
-            value = loss()
-            gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+            reported, trained = loss()
+            gradients = torch.autograd.grad(trained, parameters, allow_unused=True)
         ctx.save_for_backward(*gradients)
-        return value.detach()
+        return reported.detach()
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:

@@ -97,7 +97,7 @@ class AlignStep(TransferStep):
         self.losses: dict[int, Tensor] = {}  # layer -> (sum, count) over the micro-batches of a step
 
     def forward(self, model: torch.nn.Module, student: GPTModel, batch: MicroBatch) -> tuple[Tensor, ToLoss]:
-        hidden_sbm, losses = align_forward(self.teachers[id(student)], student, batch, self.options.align_loss)
+        hidden_sbm, losses = align_forward(self.teachers[id(student)], student, batch, self.options)
         layers = [layer.layer_number - 1 for layer in student.decoder.layers]
         finite = torch.isfinite(losses.detach())
         if not bool(finite.all()):

@@ -80,6 +80,8 @@ BIASED = [("tp2-cp1-pp1-dp1-shared", "align"), ("tp2-cp2-pp2-dp1", "distill"), (
 CASES += [
     pytest.param(name, stage, "biased", marks=pytest.mark.slow if stage == "distill" else ()) for name, stage in BIASED
 ]
+CASES += [("tp2-cp2-pp1-dp1", "align", "heads")]
+ROWS = {"packed": PACKED, "heads": ("--align-heads", "0.5")}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -115,10 +117,10 @@ def single(folder: Path, stage: str, *flags: str) -> tuple[dict[str, dict[int, f
 def test_losses_and_gradients_equal_one_process(folder: Path, biased: Path, name: str, stage: str, rows: str) -> None:
     ranks, flags = LAYOUTS[name]
     folder = biased if rows == "biased" else folder
-    packed = PACKED if rows == "packed" else ()
+    kind = ROWS.get(rows, ())
     per_token = tuple(flag for flag in flags if flag == "--calculate-per-token-loss")
-    losses, expected = single(folder, stage, *packed, *per_token)
-    found = run_stage(folder, stage, ranks, *STEPS, *flags, *packed, run=f"{name}-{rows}")
+    losses, expected = single(folder, stage, *kind, *per_token)
+    found = run_stage(folder, stage, ranks, *STEPS, *flags, *kind, run=f"{name}-{rows}")
     compared = [tag for tag in losses if tag.startswith(WATCHED) and "samples" not in tag]
     assert {f"{stage} loss", "grad-norm", "gdn half-life/all", "kda half-life/all"} <= set(compared)
     for tag in compared:
