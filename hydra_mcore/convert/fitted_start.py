@@ -10,7 +10,9 @@ together, held near the inherited one. [ours]
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +20,8 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from tqdm import tqdm
 
-from hydra_mcore.model.hydra_attention import HydraAttention
-from hydra_mcore.model.imitation import READS, Task, Tokens, imitate, ridge_fit, share
+from hydra_mcore.model.hydra_attention import HydraAttention, head_outputs
+from hydra_mcore.model.imitation import READS, Split, Task, imitate, ridge_fit, share
 from hydra_mcore.model.parameters import HeadLinear
 from hydra_mcore.ops.chunks import state_dtype
 from hydra_mcore.sequence import SequencePart
@@ -58,11 +60,11 @@ def fit_start(teacher: GPTModel, student: GPTModel, tokens_bs: Tensor) -> list[L
     Args:
         tokens_bs: token ids, four rows at least.
     """
-    rows, fits, students = Tokens.of(len(tokens_bs)), [], iter(student.decoder.layers)
+    split, fits, students = Split.of(len(tokens_bs)), [], iter(student.decoder.layers)
     with tqdm(total=len(student.decoder.layers), desc="fit", unit="layer") as progress:
 
         def fit(layer: _Layer) -> None:
-            fits.append(_fit_layer(next(students).self_attention, layer, rows))
+            fits.append(_fit_layer(next(students).self_attention, layer, split))
             progress.update()
 
         _watch(teacher, tokens_bs, fit)
@@ -71,42 +73,35 @@ def fit_start(teacher: GPTModel, student: GPTModel, tokens_bs: Tensor) -> list[L
 
 def _watch(teacher: GPTModel, tokens_bs: Tensor, found: Callable[[_Layer], None]) -> None:
     """Run the teacher and hand on its layers one by one, so that only one is kept."""
-    heads: list[Tensor] = []
 
-    def before_projection(module: Any, args: tuple) -> None:
-        heads[:] = [args[0]]
+    def after(
+        heads: list[Tensor], module: HydraAttention, args: tuple, keywords: dict[str, Any], output: tuple
+    ) -> None:
+        heads_sbhd = heads.pop().unflatten(-1, (module.layout.num_heads, -1))
+        found(_Layer(args[0], keywords["rotary_pos_emb"], heads_sbhd, output[0]))
 
-    def after(module: HydraAttention, args: tuple, keywords: dict[str, Any], output: tuple) -> None:
-        x_sbm = args[0] if args else keywords["hidden_states"]
-        heads_sbhd = heads[0].unflatten(-1, (module.layout.num_heads, -1))
-        found(_Layer(x_sbm, keywords["rotary_pos_emb"], heads_sbhd, output[0]))
-
-    def before_logits(module: Any, args: tuple) -> tuple:
-        return (args[0][-1:], *args[1:])  # nobody reads them
-
-    hooks = [teacher.output_layer.register_forward_pre_hook(before_logits)]
-    for layer in teacher.decoder.layers:
-        hooks.append(layer.self_attention.linear_proj.register_forward_pre_hook(before_projection))
-        hooks.append(layer.self_attention.register_forward_hook(after, with_kwargs=True))
     tokens_bs = tokens_bs.to(next(teacher.parameters()).device)
-    try:
+    with contextlib.ExitStack() as hooks:
+        for layer in teacher.decoder.layers:
+            heads = hooks.enter_context(head_outputs(layer.self_attention))
+            hook = partial(after, heads)
+            hooks.enter_context(layer.self_attention.register_forward_hook(hook, with_kwargs=True))
+        # Of the logits, which nobody reads, one row is made.
+        hooks.enter_context(teacher.output_layer.register_forward_pre_hook(lambda _, args: (args[0][-1:], *args[1:])))
         teacher(tokens_bs, torch.arange(tokens_bs.shape[1], device=tokens_bs.device).expand_as(tokens_bs), None)
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
-def _fit_layer(student: HydraAttention, layer: _Layer, rows: Tokens) -> LayerFit:
-    inherited = _error(student, layer, rows)
+def _fit_layer(student: HydraAttention, layer: _Layer, split: Split) -> LayerFit:
+    inherited = _error(student, layer, split)
     for kind in student.branches:
         if kind in READS:
-            _fit_heads(student, kind, layer, rows)
-    _fit_scales(student, layer, rows)
-    _fit_projection(student, layer, rows)
-    return LayerFit(inherited, _error(student, layer, rows))
+            _fit_heads(student, kind, layer, split)
+    _fit_scales(student, layer, split)
+    _fit_projection(student, layer, split)
+    return LayerFit(inherited, _error(student, layer, split))
 
 
-def _fit_heads(student: HydraAttention, kind: str, layer: _Layer, rows: Tokens) -> None:
+def _fit_heads(student: HydraAttention, kind: str, layer: _Layer, split: Split) -> None:
     """Memories and values of a layer's heads of a kind; none where heads share their values."""
     branch = student.branches[kind]
     if not isinstance(branch.linear_kv, HeadLinear):
@@ -119,37 +114,36 @@ def _fit_heads(student: HydraAttention, kind: str, layer: _Layer, rows: Tokens) 
     for place, head_idx in enumerate(student.layout.layer[kind]):
         out_bsd = _precise(layer.heads_sbhd[:, :, head_idx].transpose(0, 1))
         task = Task(q_hbsd[place], k_hbsd[place], v_hbsd[place], out_bsd)
-        branch.start_as(place, imitate(kind, task, x_bsm, rows, branch.memories(place)))
+        branch.start_as(place, imitate(kind, task, x_bsm, split, branch.memories(place)))
 
 
-def _fit_scales(student: HydraAttention, layer: _Layer, rows: Tokens) -> None:
+def _fit_scales(student: HydraAttention, layer: _Layer, split: Split) -> None:
     """Every head's factor that brings it nearest to the teacher's head, none where fusion has no scales."""
     if not hasattr(student.fusion, "scale"):
         return
-    found_sbhd = _mixed(student, layer)[0].unflatten(-1, (student.layout.num_heads, -1))[:, rows.fit]
-    wanted_sbhd = layer.heads_sbhd[:, rows.fit, list(student.layout.layer.heads)]
+    found_sbhd = _mixed(student, layer)[0].unflatten(-1, (student.layout.num_heads, -1))[:, split.fit]
+    wanted_sbhd = layer.heads_sbhd[:, split.fit, list(student.layout.layer.heads)]
     products_h, squares_h = ((found_sbhd * t).double().sum(dim=(0, 1, 3)) for t in (wanted_sbhd, found_sbhd))
     student.fusion.scale.weight.mul_((products_h / squares_h.clamp(min=1e-30)).to(student.fusion.scale.weight.dtype))
 
 
-def _fit_projection(student: HydraAttention, layer: _Layer, rows: Tokens) -> None:
+def _fit_projection(student: HydraAttention, layer: _Layer, split: Split) -> None:
     heads_sbx, out_sbm = _mixed(student, layer)
     missing_bsm = _precise((layer.out_sbm - out_sbm).transpose(0, 1))
-    _, _, change_xm = ridge_fit(_precise(heads_sbx.transpose(0, 1)), missing_bsm, rows)
+    _, _, change_xm = ridge_fit(_precise(heads_sbx.transpose(0, 1)), missing_bsm, split)
     student.linear_proj.weight.add_(change_xm.T)
 
 
-def _error(student: HydraAttention, layer: _Layer, rows: Tokens) -> float:
+def _error(student: HydraAttention, layer: _Layer, split: Split) -> float:
     out_sbm = _mixed(student, layer)[1]
-    return share((layer.out_sbm - out_sbm)[:, rows.report], layer.out_sbm[:, rows.report])
+    return share((layer.out_sbm - out_sbm)[:, split.report], layer.out_sbm[:, split.report])
 
 
 def _mixed(student: HydraAttention, layer: _Layer) -> tuple[Tensor, Tensor]:
     """What enters the student's output projection, and what leaves it."""
-    seen: list[Tensor] = []
-    with student.linear_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0])):
+    with head_outputs(student) as heads:
         out_sbm = student(layer.x_sbm, rotary_pos_emb=layer.rotary)[0]
-    return seen[0], out_sbm
+    return heads[0], out_sbm
 
 
 def _precise(x: Tensor) -> Tensor:

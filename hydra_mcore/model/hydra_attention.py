@@ -11,6 +11,8 @@ The teacher is this same class with every head FA, rotary positions, no gate and
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -149,6 +151,14 @@ class HydraAttention(MegatronModule):
             raise ValueError("rotary angles of a part; give those of the whole row (model.build.contiguous_parts)")
         angles = rotary_pos_emb[positions(part, hidden_states.device)] if cp_size > 1 or part.packed else rotary_pos_emb
         return self.mix(hidden_states, part, angles), None
+
+
+@contextlib.contextmanager
+def head_outputs(attention: HydraAttention) -> Iterator[list[Tensor]]:
+    """A list that gets what the rank's own heads hand to the output projection, [s, b, h * d], run by run."""
+    outputs: list[Tensor] = []
+    with attention.linear_proj.register_forward_pre_hook(lambda _, args: outputs.append(args[0])):
+        yield outputs
 
 
 class SharedKeysValues(GroupLinear):

@@ -36,7 +36,7 @@ class Memory(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Tokens:
+class Split:
     """Three sets of rows: the fit is made on the first, memory and ridge are chosen on the second, and the third says
     what is left.
     """
@@ -46,7 +46,7 @@ class Tokens:
     report: slice
 
     @classmethod
-    def of(cls, rows: int) -> Tokens:
+    def of(cls, rows: int) -> Split:
         """Half, a quarter and a quarter of at least ``FEWEST_ROWS``; raises ValueError for fewer."""
         if rows < FEWEST_ROWS:
             raise ValueError(f"{rows} rows: a fit needs {FEWEST_ROWS} at least")
@@ -112,14 +112,12 @@ READS: dict[str, tuple[Callable[[Memory, Tensor, Tensor, Tensor], Tensor], list[
 }
 
 
-def imitate(
-    kind: str, task: Task, x_bsm: Tensor, tokens: Tokens, memories: Iterable[Memory] | None = None
-) -> Imitation:
+def imitate(kind: str, task: Task, x_bsm: Tensor, split: Split, memories: Iterable[Memory] | None = None) -> Imitation:
     """The best imitation of a head by a linear head of a kind in ``READS``.
 
     Args:
         x_bsm: the layer's normed input; with a column of ones where the value projection has a bias.
-        tokens: which rows serve for what.
+        split: which rows serve for what.
         memories: those to choose from, all of ``READS`` unless given.
     """
     read, every = READS[kind]
@@ -127,7 +125,7 @@ def imitate(
     best: tuple[float, Imitation] | None = None
     for memory in every if memories is None else memories:
         features_bsm, start_bsd = read(memory, task.q_bsd, task.k_bsd, values_bsv).split(parts, dim=-1)
-        chosen, found = _best_ridge(memory, features_bsm, start_bsd, task.out_bsd, tokens)
+        chosen, found = _best_ridge(memory, features_bsm, start_bsd, task.out_bsd, split)
         if best is None or chosen < best[0]:
             best = (chosen, found)
     assert best is not None  # memories is never empty
@@ -135,23 +133,23 @@ def imitate(
 
 
 def _best_ridge(
-    memory: Memory, features_bsm: Tensor, start_bsd: Tensor, out_bsd: Tensor, tokens: Tokens
+    memory: Memory, features_bsm: Tensor, start_bsd: Tensor, out_bsd: Tensor, split: Split
 ) -> tuple[float, Imitation]:
     """The residual on the rows to choose by, and the fit with the ridge that is best there."""
-    start_td, out_td = start_bsd[tokens.fit], out_bsd[tokens.fit]
+    start_td, out_td = start_bsd[split.fit], out_bsd[split.fit]
     scale = float((start_td * out_td).sum() / start_td.square().sum().clamp(min=1e-30))
     missing_bsd = out_bsd - scale * start_bsd
-    left, ridge, change_md = ridge_fit(features_bsm, missing_bsd, tokens)
-    chosen, residual = (share(left[rows], out_bsd[rows]) for rows in (tokens.choose, tokens.report))
-    inherited = share(missing_bsd[tokens.report], out_bsd[tokens.report])
+    left, ridge, change_md = ridge_fit(features_bsm, missing_bsd, split)
+    chosen, residual = (share(left[rows], out_bsd[rows]) for rows in (split.choose, split.report))
+    inherited = share(missing_bsd[split.report], out_bsd[split.report])
     return chosen, Imitation(memory, ridge, scale, change_md, residual, inherited)
 
 
-def ridge_fit(x_bsm: Tensor, missing_bsd: Tensor, tokens: Tokens) -> tuple[Tensor, float, Tensor]:
+def ridge_fit(x_bsm: Tensor, missing_bsd: Tensor, split: Split) -> tuple[Tensor, float, Tensor]:
     """What is left of ``missing_bsd`` after the best x @ change, with the ridge of ``RIDGES`` that leaves least on the
     rows to choose by; that ridge, and the change [m, d].
     """
-    x_tm, missing_td = (t[tokens.fit].flatten(0, 1) for t in (x_bsm, missing_bsd))
+    x_tm, missing_td = (t[split.fit].flatten(0, 1) for t in (x_bsm, missing_bsd))
     gram_mm, moment_md = (x_tm.T @ x_tm).double(), (x_tm.T @ missing_td).double()
     mean = gram_mm.diagonal().mean().clamp(min=1e-30)
     eye_mm = torch.eye(len(gram_mm), dtype=gram_mm.dtype, device=gram_mm.device)
@@ -160,7 +158,7 @@ def ridge_fit(x_bsm: Tensor, missing_bsd: Tensor, tokens: Tokens) -> tuple[Tenso
         return torch.cholesky_solve(moment_md, torch.linalg.cholesky(gram_mm + ridge * mean * eye_mm)).to(x_bsm.dtype)
 
     def squares(change_md: Tensor) -> float:
-        return float((missing_bsd[tokens.choose] - x_bsm[tokens.choose] @ change_md).double().square().sum())
+        return float((missing_bsd[split.choose] - x_bsm[split.choose] @ change_md).double().square().sum())
 
     changes = {ridge: fit(ridge) for ridge in RIDGES}
     ridge = min(RIDGES, key=lambda ridge: squares(changes[ridge]))

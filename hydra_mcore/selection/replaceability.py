@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hydra_mcore.config import ModelShape
-from hydra_mcore.model.imitation import Task, Tokens, imitate, imitation_flops
+from hydra_mcore.model.imitation import Split, Task, imitate, imitation_flops
 from hydra_mcore.ruler.material import PromptMaterial
 from hydra_mcore.selection.capabilities import BUILT_IN, RETRIEVAL
 from hydra_mcore.selection.probes import build_probes
@@ -93,10 +93,10 @@ def _layer(inputs: _LayerInputs, at: int, kinds: Sequence[str]) -> dict[str, Ten
     tables = torch.zeros(shape, dtype=torch.float64, device=teacher.device)
     for layer_idx in sorted(teacher.layers)[at : at + 1]:
         x_bsm, tasks = _tasks(teacher, layer_idx, inputs[layer_idx])
-        tokens = Tokens.of(len(x_bsm))
+        split = Split.of(len(x_bsm))
         for head_idx, task in zip(teacher.own_heads(layer_idx), tasks, strict=True):
             for number, kind in enumerate(kinds):
-                best = imitate(kind, task, x_bsm, tokens)
+                best = imitate(kind, task, x_bsm, split)
                 values = (best.residual, best.inherited, best.memory.half_life, best.memory.fastest, best.memory.write)
                 tables[number, :, layer_idx, head_idx] = tables.new_tensor(values)
     return {"tables": teacher.whole(tables)}

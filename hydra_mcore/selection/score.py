@@ -161,7 +161,7 @@ class HeadScores:
             )
         if self.score != "causal" and (missing := sorted(set(self.become) - set(self.replaceability))):
             raise ScoresError(
-                f"score {self.score}: nobody tried to imitate the heads by {missing[0]}; score the teacher with"
+                f"score {self.score}: the file holds no imitations by {missing[0]}; score the teacher with"
                 f" --replaceable-by {missing[0]}"
             )
 

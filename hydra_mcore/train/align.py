@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from hydra_mcore.config import StageOptions
-from hydra_mcore.model.hydra_attention import HydraAttention
+from hydra_mcore.model.hydra_attention import HydraAttention, head_outputs
 from hydra_mcore.train.data import MicroBatch
 
 Group = torch.distributed.ProcessGroup
@@ -44,7 +44,7 @@ def align_forward(
         def loss() -> tuple[Tensor, Tensor]:
             inputs = {name: run.keywords[name] for name in ("rotary_pos_emb", "packed_seq_params")}
             fp8 = get_fp8_context(layer.config, layer.layer_number - 1)  # the teacher's layer may have another
-            with fp8, _projected(layer.self_attention) as heads:
+            with fp8, head_outputs(layer.self_attention) as heads:
                 student_sbm, _ = layer.self_attention(run.hidden_sbm, **inputs)
             reported = align_loss(student_sbm, run.out_sbm, options.align_loss, groups)
             if not options.align_heads:
@@ -122,18 +122,10 @@ def _after_attention(teacher: GPTModel, student: GPTModel, fit: Callable[..., No
 
     with contextlib.ExitStack() as hooks:
         for mine, layer in zip(teacher.decoder.layers, student.decoder.layers, strict=True):
-            heads = hooks.enter_context(_projected(mine.self_attention))
+            heads = hooks.enter_context(head_outputs(mine.self_attention))
             hook = partial(after, mine, layer, heads)
             hooks.enter_context(mine.self_attention.register_forward_hook(hook, with_kwargs=True))
         yield
-
-
-@contextlib.contextmanager
-def _projected(attention: HydraAttention) -> Iterator[list[Tensor]]:
-    """A list that gets what the rank's own heads hand to the output projection."""
-    heads: list[Tensor] = []
-    with attention.linear_proj.register_forward_pre_hook(lambda _, args: heads.append(args[0])):
-        yield heads
 
 
 class GradientAtOnce(torch.autograd.Function):

@@ -19,7 +19,7 @@ from hydra_mcore.convert.fitted_start import fit_start
 from hydra_mcore.convert.inherit import inherit
 from hydra_mcore.heads import HeadMap, HeadsByKind
 from hydra_mcore.model.build import build_model
-from hydra_mcore.model.imitation import READS, Imitation, Task, Tokens, imitate
+from hydra_mcore.model.imitation import READS, Imitation, Split, Task, imitate
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.sequence import SequencePart
 from tests.support.teachers import SHAPE, VOCABULARY, random_teacher
@@ -63,8 +63,8 @@ def test_heads_compute_what_the_closed_form_says(
     """Gates and values of every head of every linear kind, before fusion."""
     tried: list[tuple[str, Task, Tensor, Imitation]] = []
 
-    def recording(kind: str, task: Task, x_bsm: Tensor, tokens: Tokens, memories: list) -> Imitation:
-        found = imitate(kind, task, x_bsm, tokens, memories)
+    def recording(kind: str, task: Task, x_bsm: Tensor, split: Split, memories: list) -> Imitation:
+        found = imitate(kind, task, x_bsm, split, memories)
         tried.append((kind, task, x_bsm, found))
         return found
 
@@ -74,7 +74,7 @@ def test_heads_compute_what_the_closed_form_says(
     fitted_start._watch(teacher, IDS, layers.append)
     for own, layer in zip(student.decoder.layers, layers, strict=True):
         attention = own.self_attention
-        fitted_start._fit_layer(attention, layer, Tokens.of(len(IDS)))
+        fitted_start._fit_layer(attention, layer, Split.of(len(IDS)))
         for kind, branch in attention.branches.items():
             outputs = branch(layer.x_sbm, SequencePart(len(layer.x_sbm)), layer.rotary).own[0]
             scale = shape.head_dim**-0.5  # of the recurrences, which a fit leaves to fusion
@@ -117,9 +117,9 @@ def test_no_other_scale_is_nearer_on_the_rows_of_the_fit() -> None:
     teacher, student = pair()
     layers: list[Any] = []
     fitted_start._watch(teacher, IDS, layers.append)
-    attention, rows = student.decoder.layers[0].self_attention, Tokens.of(len(IDS))
-    fitted_start._fit_scales(attention, layers[0], rows)
-    found = fitted_start._mixed(attention, layers[0])[0].unflatten(-1, (6, -1))[:, rows.fit]
-    wanted = layers[0].heads_sbhd[:, rows.fit, list(attention.layout.layer.heads)]
+    attention, split = student.decoder.layers[0].self_attention, Split.of(len(IDS))
+    fitted_start._fit_scales(attention, layers[0], split)
+    found = fitted_start._mixed(attention, layers[0])[0].unflatten(-1, (6, -1))[:, split.fit]
+    wanted = layers[0].heads_sbhd[:, split.fit, list(attention.layout.layer.heads)]
     slope_h = (found * (wanted - found)).sum(dim=(0, 1, 3)) / found.square().sum(dim=(0, 1, 3))
     torch.testing.assert_close(slope_h, torch.zeros_like(slope_h), rtol=0, atol=1e-12)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hydra_mcore.kinds import FA, KINDS
-from hydra_mcore.model.imitation import READS, RIDGES, Memory, Task, Tokens, imitate
+from hydra_mcore.model.imitation import READS, RIDGES, Memory, Split, Task, imitate
 from tests.support.naive_gated_delta import naive_gated_delta_rule
 from tests.support.naive_linear_attention import naive_linear_attention
 
@@ -67,10 +67,10 @@ def naive_fit(x_tm: Tensor, y_td: Tensor, ridge: float) -> Tensor:
 
 @pytest.mark.parametrize(("kind", "memory"), MEMORIES)
 def test_equals_least_squares_on_a_recurrence(kind: str, memory: Memory, task: Task, x_bsm: Tensor) -> None:
-    tokens = Tokens.of(ROWS)
+    split = Split.of(ROWS)
     features, start = (naive_read(kind, memory, task, values) for values in (x_bsm, task.v_bsd))
     fit, choose, report = (
-        [t[rows].flatten(0, 1) for t in (features, start, task.out_bsd)] for rows in vars(tokens).values()
+        [t[rows].flatten(0, 1) for t in (features, start, task.out_bsd)] for rows in vars(split).values()
     )
     scale = float((fit[1] * fit[2]).sum() / fit[1].square().sum())
 
@@ -80,7 +80,7 @@ def test_equals_least_squares_on_a_recurrence(kind: str, memory: Memory, task: T
 
     changes = {ridge: naive_fit(fit[0], fit[2] - scale * fit[1], ridge) for ridge in RIDGES}
     ridge = min(RIDGES, key=lambda ridge: left(choose, changes[ridge]))
-    found = imitate(kind, task, x_bsm, tokens, [memory])
+    found = imitate(kind, task, x_bsm, split, [memory])
     assert (found.memory, found.ridge) == (memory, ridge)
     same(found.change_md, changes[ridge])
     same(torch.tensor([found.scale, found.residual]), torch.tensor([scale, left(report, changes[ridge])]))
@@ -94,24 +94,24 @@ def test_a_head_that_is_linear_already_is_found(kind: str, memory: Memory, task:
     generator = torch.Generator().manual_seed(3)
     values = x_bsm @ torch.randn(WIDTH, HEAD, dtype=torch.float64, generator=generator)
     linear = task._replace(out_bsd=naive_read(kind, memory, task, values))
-    found = imitate(kind, linear, x_bsm, Tokens.of(ROWS))
+    found = imitate(kind, linear, x_bsm, Split.of(ROWS))
     assert found.memory == memory and found.residual < 1e-4 < 0.1 < found.inherited
 
 
 def test_what_nothing_explains_is_left(task: Task, x_bsm: Tensor) -> None:
     """The fit is judged on other tokens: noise is not learned, and what does not help is held back."""
     noise = torch.randn(task.out_bsd.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
-    found = imitate("gdn", task._replace(out_bsd=noise), x_bsm, Tokens.of(ROWS))
+    found = imitate("gdn", task._replace(out_bsd=noise), x_bsm, Split.of(ROWS))
     assert 0.98 < found.residual < 1.1 and found.ridge == max(RIDGES)
 
 
 def test_a_silent_head_leaves_nothing(task: Task, x_bsm: Tensor) -> None:
-    found = imitate("gdn", task._replace(out_bsd=torch.zeros_like(task.out_bsd)), x_bsm, Tokens.of(ROWS))
+    found = imitate("gdn", task._replace(out_bsd=torch.zeros_like(task.out_bsd)), x_bsm, Split.of(ROWS))
     assert (found.residual, found.inherited) == (0.0, 0.0) and not found.change_md.any()
 
 
 def test_kda_with_equal_decays_is_gdn(task: Task, x_bsm: Tensor) -> None:
-    found, other = (imitate(kind, task, x_bsm, Tokens.of(ROWS), READS["gdn"][1]) for kind in ("kda", "gdn"))
+    found, other = (imitate(kind, task, x_bsm, Split.of(ROWS), READS["gdn"][1]) for kind in ("kda", "gdn"))
     assert dataclasses.replace(found, change_md=other.change_md) == other
     same(found.change_md, other.change_md, rtol=0, atol=0)
 
@@ -121,6 +121,6 @@ def test_every_linear_kind_can_imitate() -> None:
 
 
 def test_rows_are_kept_apart() -> None:
-    assert vars(Tokens.of(7)) == {"fit": slice(0, 3), "choose": slice(3, 4), "report": slice(4, 7)}
+    assert vars(Split.of(7)) == {"fit": slice(0, 3), "choose": slice(3, 4), "report": slice(4, 7)}
     with pytest.raises(ValueError, match="3 rows"):
-        Tokens.of(3)
+        Split.of(3)

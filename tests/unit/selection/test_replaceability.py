@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from hydra_mcore.errors import InputError
-from hydra_mcore.model.imitation import Tokens, imitate
+from hydra_mcore.model.imitation import Split, imitate
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.ruler.haystack import Haystack, read_text
 from hydra_mcore.ruler.material import PromptMaterial
@@ -68,7 +68,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
         hidden_sbm = scoring.teacher.run(IDS, slice(-1, None), slice(None)).residual_sbm[3]
         x_bsm, tasks = _tasks(scoring.teacher, 3, hidden_sbm)
         for kind, tables in found.items():
-            best = imitate(kind, tasks[4], x_bsm, Tokens.of(len(IDS)))
+            best = imitate(kind, tasks[4], x_bsm, Split.of(len(IDS)))
             expected = (best.residual, best.inherited, best.memory.half_life, best.memory.fastest, best.memory.write)
             np.testing.assert_allclose([vars(tables)[name][3, 4] for name in TABLES], expected, rtol=1e-6)
             assert tables.residual.shape == (4, 6) and (tables.residual > 0).all()
