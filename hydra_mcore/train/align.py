@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -89,7 +90,7 @@ def heads_loss(student: HydraAttention, teacher: HydraAttention, own_sbn: Tensor
         own_sbn, theirs_sbn: what this rank's heads hand to the output projection, side by side.
     """
     theirs_sbn = gather_from_tensor_model_parallel_region(theirs_sbn, group=teacher.tp_group)
-    order = [head_idx for rank in teacher.layout.ranks for head_idx in rank.heads]
+    order = list(itertools.chain.from_iterable(rank.heads for rank in teacher.layout.ranks))
     own = student.layout.ranks[student.tp_group.rank()].heads
     wanted_sbhd = theirs_sbn.unflatten(-1, (len(order), -1))[:, :, [order.index(head_idx) for head_idx in own]].float()
     error_bh = (own_sbn.unflatten(-1, (len(own), -1)).float() - wanted_sbhd).square().sum(dim=(0, 3))

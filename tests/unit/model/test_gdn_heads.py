@@ -43,15 +43,16 @@ def test_equals_every_step_written_out(
     """Directions and gates are float32 in the layer."""
     heads = scrambled(make("gdn", one_rank, **changes))
     expected = head_by_head(naive_head, heads, documents)
-    torch.testing.assert_close(run(heads, documents), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(run(heads, documents), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_heads_start_with_a_long_memory_and_a_half_open_write_gate(one_rank: ProcessGroupCollection) -> None:
     heads = make("gdn", one_rank, gdn_half_life=30.0, gdn_write_max=2.0)
     log_decay_sbh, write_sbh = heads._gates(X)
     assert log_decay_sbh.shape == write_sbh.shape == (S, 1, 3)
-    torch.testing.assert_close((30 * log_decay_sbh).exp(), torch.full((S, 1, 3), 0.5))
-    torch.testing.assert_close(write_sbh, torch.ones(S, 1, 3))
+    torch.testing.assert_close((30 * log_decay_sbh).exp(), torch.full_like(log_decay_sbh, 0.5))
+    torch.testing.assert_close(write_sbh, torch.ones_like(write_sbh))
+    assert log_decay_sbh.dtype == write_sbh.dtype == X.dtype
 
 
 def test_the_convolution_starts_as_the_identity(one_rank: ProcessGroupCollection) -> None:
