@@ -105,9 +105,9 @@ def add_product(sum_cnxy: Tensor, a_cnxz: Tensor, b_cnzy: Tensor) -> None:
     sum_cnxy.flatten(0, 1).baddbmm_(a_cnxz.flatten(0, 1), b_cnzy.flatten(0, 1))
 
 
-def state_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of states, decays and write strengths made of ``x``: float32, or float64 where that is float64."""
-    return torch.promote_types(x.dtype, torch.float32)
+def state_dtype(q_bshd: Tensor) -> torch.dtype:
+    """The dtype of states: float32, or float64 for float64 queries."""
+    return torch.promote_types(q_bshd.dtype, torch.float32)
 
 
 def first_state(q_bshd: Tensor, shape: tuple[int, ...], given: Tensor | None) -> Tensor:
