@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hydra_mcore.model.hydra_attention import HydraAttention, head_outputs
-from hydra_mcore.model.imitation import READS, Split, Task, imitate, ridge_fit, share
+from hydra_mcore.model.imitation import READS, Split, Task, imitate, ridge_fit, share, values_input
 from hydra_mcore.model.parameters import HeadLinear
 from hydra_mcore.ops.chunks import state_dtype
 from hydra_mcore.sequence import SequencePart
@@ -106,9 +106,7 @@ def _fit_heads(student: HydraAttention, kind: str, layer: _Layer, split: Split) 
     branch = student.branches[kind]
     if not isinstance(branch.linear_kv, HeadLinear):
         return
-    x_bsm = _precise(layer.x_sbm.transpose(0, 1))
-    if student.config.add_qkv_bias:
-        x_bsm = torch.cat([x_bsm, torch.ones_like(x_bsm[..., :1])], dim=-1)
+    x_bsm = values_input(layer.x_sbm.transpose(0, 1), student.config.add_qkv_bias)
     parts = branch.queries_keys_values(layer.x_sbm, SequencePart(len(layer.x_sbm)), layer.rotary)
     q_hbsd, k_hbsd, v_hbsd = (_precise(t.permute(2, 1, 0, 3)) for t in parts)
     for place, head_idx in enumerate(student.layout.layer[kind]):

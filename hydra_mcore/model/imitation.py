@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hydra_mcore.ops.chunked_delta_rule import chunked_delta_rule
 from hydra_mcore.ops.chunked_linear_attention import chunked_linear_attention
+from hydra_mcore.ops.chunks import state_dtype
 
 HALF_LIVES = (1.0, 8.0, 64.0, 512.0, 4096.0)  # tokens
 WRITES = (0.5, 0.9)  # a sigmoid can start there
@@ -78,6 +79,12 @@ class Imitation:
     inherited: float  # the same with the inherited values times the best number, in the same memory
 
 
+def values_input(x_bsm: Tensor, bias: bool) -> Tensor:
+    """What values are made of: the layer's normed input in float32 at least, with a column of ones for their bias."""
+    x_bsm = x_bsm.to(state_dtype(x_bsm))
+    return torch.cat([x_bsm, torch.ones_like(x_bsm[..., :1])], dim=-1) if bias else x_bsm
+
+
 def decay_rates(memory: Memory, head_dim: int) -> Tensor:
     """-ln(alpha) of each channel of a head, [d] float64. Channels i and i + d / 2 are a rotary pair, the first the
     fastest.
@@ -116,7 +123,7 @@ def imitate(kind: str, task: Task, x_bsm: Tensor, split: Split, memories: Iterab
     """The best imitation of a head by a linear head of a kind in ``READS``.
 
     Args:
-        x_bsm: the layer's normed input; with a column of ones where the value projection has a bias.
+        x_bsm: what values are made of (``values_input``).
         split: which rows serve for what.
         memories: those to choose from, all of ``READS`` unless given.
     """

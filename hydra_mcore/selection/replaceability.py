@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hydra_mcore.config import ModelShape
-from hydra_mcore.model.imitation import Split, Task, imitate, imitation_flops
+from hydra_mcore.model.imitation import Split, Task, imitate, imitation_flops, values_input
 from hydra_mcore.ruler.material import PromptMaterial
 from hydra_mcore.selection.capabilities import BUILT_IN, RETRIEVAL
 from hydra_mcore.selection.probes import build_probes
@@ -103,8 +103,8 @@ def _layer(inputs: _LayerInputs, at: int, kinds: Sequence[str]) -> dict[str, Ten
 
 
 def _tasks(teacher: Teacher, layer_idx: int, hidden_sbm: Tensor) -> tuple[Tensor, list[Task]]:
-    """The normed input of a layer [b, s, m], with a column of ones where values have a bias, and what a linear head in
-    the place of each of this rank's heads would work with, queries and keys at unit length; float32.
+    """What a layer's values are made of, [b, s, m], and what a linear head in the place of each of this rank's heads
+    would work with, queries and keys at unit length; in float32 at least.
     """
     layer, seen = teacher.layers[layer_idx], []
     branch = layer.self_attention.fa
@@ -118,10 +118,8 @@ def _tasks(teacher: Teacher, layer_idx: int, hidden_sbm: Tensor) -> tuple[Tensor
 
     with branch.core_attention.register_forward_pre_hook(before_attention):
         teacher.attend(layer_idx, hidden_sbm, before_projection)
-    x_bsm = layer.input_layernorm(hidden_sbm).transpose(0, 1).float()
-    if teacher.model.config.add_qkv_bias:
-        x_bsm = torch.cat([x_bsm, torch.ones_like(x_bsm[..., :1])], dim=-1)
-    q_hbsd, k_hbsd, v_hbsd, out_hbsd = (t.permute(2, 1, 0, 3).float() for t in seen)
+    x_bsm = values_input(layer.input_layernorm(hidden_sbm).transpose(0, 1), teacher.model.config.add_qkv_bias)
+    q_hbsd, k_hbsd, v_hbsd, out_hbsd = (t.permute(2, 1, 0, 3).to(x_bsm.dtype) for t in seen)
     parts = (F.normalize(q_hbsd, dim=-1), F.normalize(k_hbsd, dim=-1), v_hbsd, out_hbsd)
     return x_bsm, [Task(*of_head) for of_head in zip(*parts, strict=True)]
 
