@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hydra_mcore.commands import one_line_errors
 from hydra_mcore.errors import InputError
-from tools.benchmarks.flags import SECTIONS
+from tools.benchmarks.sections import SECTIONS
 
 
 def parser() -> argparse.ArgumentParser:

@@ -132,17 +132,22 @@ def imitate(kind: str, task: Task, x_bsm: Tensor, split: Split, memories: Iterab
     best: tuple[float, Imitation] | None = None
     for memory in every if memories is None else memories:
         features_bsm, start_bsd = read(memory, task.q_bsd, task.k_bsd, values_bsv).split(parts, dim=-1)
-        chosen, found = _best_ridge(memory, features_bsm, start_bsd, task.out_bsd, split)
+        chosen, found = fit_values(memory, features_bsm, start_bsd, task.out_bsd, split)
         if best is None or chosen < best[0]:
             best = (chosen, found)
     assert best is not None  # memories is never empty
     return best[1]
 
 
-def _best_ridge(
+def fit_values(
     memory: Memory, features_bsm: Tensor, start_bsd: Tensor, out_bsd: Tensor, split: Split
 ) -> tuple[float, Imitation]:
-    """The residual on the rows to choose by, and the fit with the ridge that is best there."""
+    """The residual on the rows to choose by, and the fit with the ridge that is best there.
+
+    Args:
+        features_bsm: what a head reads out where its values are the layer's input.
+        start_bsd: what it reads out of the inherited values.
+    """
     start_td, out_td = start_bsd[split.fit], out_bsd[split.fit]
     scale = float((start_td * out_td).sum() / start_td.square().sum().clamp(min=1e-30))
     missing_bsd = out_bsd - scale * start_bsd

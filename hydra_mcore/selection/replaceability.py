@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -92,20 +92,33 @@ def _layer(inputs: _LayerInputs, at: int, kinds: Sequence[str]) -> dict[str, Ten
     shape = (len(kinds), len(TABLES), teacher.num_layers, teacher.num_heads)
     tables = torch.zeros(shape, dtype=torch.float64, device=teacher.device)
     for layer_idx in sorted(teacher.layers)[at : at + 1]:
-        x_bsm, tasks = _tasks(teacher, layer_idx, inputs[layer_idx])
-        split = Split.of(len(x_bsm))
-        for head_idx, task in zip(teacher.own_heads(layer_idx), tasks, strict=True):
+        found = head_inputs(teacher, layer_idx, inputs[layer_idx])
+        split = Split.of(len(found.x_bsm))
+        for head_idx, task in zip(teacher.own_heads(layer_idx), found.tasks(), strict=True):
             for number, kind in enumerate(kinds):
-                best = imitate(kind, task, x_bsm, split)
+                best = imitate(kind, task, found.x_bsm, split)
                 values = (best.residual, best.inherited, best.memory.half_life, best.memory.fastest, best.memory.write)
                 tables[number, :, layer_idx, head_idx] = tables.new_tensor(values)
     return {"tables": teacher.whole(tables)}
 
 
-def _tasks(teacher: Teacher, layer_idx: int, hidden_sbm: Tensor) -> tuple[Tensor, list[Task]]:
-    """What a layer's values are made of, [b, s, m], and what a linear head in the place of each of this rank's heads
-    would work with, queries and keys at unit length; in float32 at least.
-    """
+class HeadInputs(NamedTuple):
+    """What the attention of a layer works with, float32 at least; heads are this rank's, ``own_heads``."""
+
+    x_bsm: Tensor  # what values are made of
+    q_hbsd: Tensor  # after norm and rotary, each head's own
+    k_hbsd: Tensor
+    v_hbsd: Tensor
+    out_hbsd: Tensor  # before the output projection
+
+    def tasks(self) -> list[Task]:
+        """What a linear head in the place of each head would work with, queries and keys at unit length."""
+        parts = (F.normalize(self.q_hbsd, dim=-1), F.normalize(self.k_hbsd, dim=-1), self.v_hbsd, self.out_hbsd)
+        return [Task(*of_head) for of_head in zip(*parts, strict=True)]
+
+
+def head_inputs(teacher: Teacher, layer_idx: int, hidden_sbm: Tensor) -> HeadInputs:
+    """Run a layer's attention on the layer's input and keep what its heads took and gave."""
     layer, seen = teacher.layers[layer_idx], []
     branch = layer.self_attention.fa
 
@@ -119,9 +132,7 @@ def _tasks(teacher: Teacher, layer_idx: int, hidden_sbm: Tensor) -> tuple[Tensor
     with branch.core_attention.register_forward_pre_hook(before_attention):
         teacher.attend(layer_idx, hidden_sbm, before_projection)
     x_bsm = values_input(layer.input_layernorm(hidden_sbm).transpose(0, 1), teacher.model.config.add_qkv_bias)
-    q_hbsd, k_hbsd, v_hbsd, out_hbsd = (t.permute(2, 1, 0, 3).to(x_bsm.dtype) for t in seen)
-    parts = (F.normalize(q_hbsd, dim=-1), F.normalize(k_hbsd, dim=-1), v_hbsd, out_hbsd)
-    return x_bsm, [Task(*of_head) for of_head in zip(*parts, strict=True)]
+    return HeadInputs(x_bsm, *(t.permute(2, 1, 0, 3).to(x_bsm.dtype) for t in seen))
 
 
 def replaceability_flops(shape: ModelShape, length: int, kinds: Sequence[str]) -> float:

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 
 from hydra_mcore.compat import accelerators, install, is_cpu_only
-from tools.benchmarks.flags import SECTIONS
 from tools.benchmarks.report import markdown, save_json
+from tools.benchmarks.sections import SECTIONS
 
 
 def run(args: argparse.Namespace, command: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from tools.plan.__main__ import EVALUATE
 from tools.plan.estimate import as_json, estimate
 from tools.plan.layouts import as_flags, layouts, smallest_change
 from tools.plan.recipe_model import model_card
-from tools.plan.report import layout_table, model_section, stage_section, summary
+from tools.plan.report import imitation_line, layout_table, model_section, stage_section, summary
 
 
 def run(args: argparse.Namespace, flags: list[str]) -> None:
@@ -36,6 +36,7 @@ def plan_stages(args: argparse.Namespace, flags: list[str]) -> None:
         known, _ = model_flags(flag_parser, given, argv, card, machine.gpus)
         if not planned:
             print(model_section(card, source, args.config))
+            print(f"\n{imitation_line(card, machine)}")
         if args.layouts:
             found = layouts(card, known, machine)
             print(layout_table(stage, machine, found[: args.layouts]))

@@ -20,7 +20,7 @@ from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.ruler.haystack import Haystack, read_text
 from hydra_mcore.ruler.material import PromptMaterial
 from hydra_mcore.ruler.wording import own_wording
-from hydra_mcore.selection.replaceability import TABLES, _tasks, replaceability, rows_to_imitate
+from hydra_mcore.selection.replaceability import TABLES, head_inputs, replaceability, rows_to_imitate
 from hydra_mcore.selection.scoring import Scoring
 from hydra_mcore.selection.teacher import Teacher
 from hydra_mcore.tokenizer import load_tokenizer
@@ -42,7 +42,8 @@ def test_a_head_s_parts_belong_together(bias: bool) -> None:
     """Values are a projection of the input; softmax attention of queries, keys and values is what the head hands on."""
     teacher = Teacher(random_teacher(dataclasses.replace(SHAPE, qkv_bias=bias, qk_norm=not bias)))
     hidden_sbm = teacher.run(IDS, slice(-1, None), slice(None)).residual_sbm[2]
-    x_bsm, tasks = _tasks(teacher, 2, hidden_sbm)
+    inputs = head_inputs(teacher, 2, hidden_sbm)
+    x_bsm, tasks = inputs.x_bsm, inputs.tasks()
     branch, seen = teacher.layers[2].self_attention.fa, []
     linear_kv = branch.linear_kv
     weight_gdm = linear_kv.weight.unflatten(0, (SHAPE.num_kv_groups, -1))
@@ -66,9 +67,9 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     found = replaceability(scoring, IDS, ["gdn", "lightning"])
     with torch.no_grad():
         hidden_sbm = scoring.teacher.run(IDS, slice(-1, None), slice(None)).residual_sbm[3]
-        x_bsm, tasks = _tasks(scoring.teacher, 3, hidden_sbm)
+        inputs = head_inputs(scoring.teacher, 3, hidden_sbm)
         for kind, tables in found.items():
-            best = imitate(kind, tasks[4], x_bsm, Split.of(len(IDS)))
+            best = imitate(kind, inputs.tasks()[4], inputs.x_bsm, Split.of(len(IDS)))
             expected = (best.residual, best.inherited, best.memory.half_life, best.memory.fastest, best.memory.write)
             np.testing.assert_allclose([vars(tables)[name][3, 4] for name in TABLES], expected, rtol=1e-6)
             assert tables.residual.shape == (4, 6) and (tables.residual > 0).all()
@@ -78,8 +79,8 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     journal.write_text("".join(lines[:3]))  # two of four layers are done
     seen = []
     monkeypatch.setattr(
-        "hydra_mcore.selection.replaceability._tasks",
-        lambda teacher, layer_idx, hidden: seen.append(layer_idx) or _tasks(teacher, layer_idx, hidden),
+        "hydra_mcore.selection.replaceability.head_inputs",
+        lambda teacher, layer_idx, hidden: seen.append(layer_idx) or head_inputs(teacher, layer_idx, hidden),
     )
     again = replaceability(Scoring(scoring.teacher, {}, tmp_path, {"this": "run"}), IDS, ["gdn", "lightning"])
     assert seen == [2, 3]

@@ -17,12 +17,12 @@ import torch
 from hydra_mcore.kinds import KINDS
 from tools.benchmark import main
 from tools.benchmarks.delta_rule import ATTENTION, OURS, Rules
-from tools.benchmarks.flags import SECTIONS
 from tools.benchmarks.kinds import CORES as CORES_OF
 from tools.benchmarks.kinds import MEGATRON, make_inputs, references
 from tools.benchmarks.layer import TEACHER, crossing
 from tools.benchmarks.measure import in_turn, measured, peak_bytes
 from tools.benchmarks.report import Report, markdown
+from tools.benchmarks.sections import SECTIONS
 
 RULE = (
     "delta-rule --lengths 96 160 --heads 2 --head-dim 16 --batch 2 --repeats 3 --slow-limit 160 --chunk-sizes 32 64"

@@ -93,6 +93,15 @@ def test_a_head_map_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     )
 
 
+def test_imitations_are_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ten memories; the recurrence reads 2,048 columns of values, and the fit solves for as many unknowns."""
+    plan(tmp_path, "--config", SMALL, "--stage", "align", "--gpus", "1", "--efficiency", "0.5")
+    tokens, hidden, head_dim = 16 * 512, 2048, 128
+    flops = 28 * 16 * 10 * (8 * head_dim * hidden * tokens + hidden**2 * tokens + 5 * hidden**3 / 3)
+    said = f"--replaceable-by gdn): {flops:.1e} operations in float32, {flops / (67e12 * 0.5):.0f} s of 1 GPU."
+    assert said in capsys.readouterr().out
+
+
 def plan_evaluation(tmp_path: Path, *flags: str) -> list[dict]:
     main(["--stage", "evaluate", *flags, "--json", str(tmp_path / "plan.json")])
     return json.loads((tmp_path / "plan.json").read_text())["evaluate"]
