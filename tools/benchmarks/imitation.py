@@ -25,7 +25,7 @@ from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.ruler.haystack import Haystack, read_text
 from hydra_mcore.ruler.material import PromptMaterial
 from hydra_mcore.ruler.wording import own_wording
-from hydra_mcore.selection.replaceability import head_inputs, rows_to_imitate
+from hydra_mcore.selection.replaceability import ROW_LENGTH, head_inputs, rows_to_imitate
 from hydra_mcore.selection.teacher import Teacher
 from hydra_mcore.tokenizer import load_tokenizer
 from tools.benchmarks.report import Report
@@ -48,6 +48,8 @@ Read = Callable[[Tensor], Tensor]  # values [b, s, v] -> what is read out of the
 
 
 def run(args: argparse.Namespace) -> Report:
+    if args.length > ROW_LENGTH:
+        raise InputError(f"--length {args.length}: rows have {ROW_LENGTH} tokens at most, as head selection's have")
     tokenizer = load_tokenizer(args.teacher)
     haystack = Haystack.of(tokenizer, read_text(tokenizer, args.haystack))
     material = PromptMaterial(tokenizer, own_wording(args.teacher), haystack)

@@ -379,5 +379,5 @@ def imitation(p: argparse.ArgumentParser) -> None:
     p.add_argument("--teacher", type=Path, required=True, metavar="DIR", help="an imported model")
     p.add_argument("--haystack", type=Path, required=True, metavar="FILE", help="text; needle prompts stand in it too")
     p.add_argument("--layers", type=int, nargs="+", metavar="N", help="from 0 (default: all)")
-    number(p, "--length", "tokens of a row (default 512)", 512)
+    number(p, "--length", "tokens of a row (default and most 512)", 512)
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of prompts and text (default 0)")

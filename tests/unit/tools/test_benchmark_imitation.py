@@ -114,7 +114,16 @@ def test_on_a_teacher(tiny_teacher: Path, tmp_path: Path, capsys: pytest.Capture
     assert "| layer 1 |" in capsys.readouterr().out
 
 
-def test_a_layer_that_is_not_there(tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--layers", "7"], "--layers 7: the model has layers 0 to"),
+        (["--length", "513"], "rows have 512 tokens at most"),
+    ],
+)
+def test_bad_input_is_one_line(
+    flags: list[str], message: str, tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
-        main(command(tiny_teacher, tmp_path, "7"))
-    assert stop.value.code == 2 and "--layers 7: the model has layers 0 to" in capsys.readouterr().err
+        main([*command(tiny_teacher, tmp_path, "1"), *flags])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
