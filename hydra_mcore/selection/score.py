@@ -195,12 +195,17 @@ class HeadScores:
 
     @cached_property
     def effects_lh(self) -> np.ndarray:
-        """Mean size of the effect over the capabilities; ranks the heads whose score is 0."""
+        """Mean size of the effect over the capabilities; ranks the heads whose causal score is 0."""
         return np.mean([effect_lh for _, effect_lh in self.by_capability.values()], axis=0)
 
     def ranking(self) -> list[Head]:
-        """All (layer_idx, head_idx), best first: by score, then effect, then place, so the order is always the same."""
-        return sorted(every_head(*self.scores_lh.shape), key=lambda at: (-self.scores_lh[at], -self.effects_lh[at], at))
+        """All (layer_idx, head_idx), best first: by score, then by what the score rests on, then by place, so that the
+        order is always the same.
+
+        Effects too small to count differ by chance; where residuals are known they say more [ours].
+        """
+        then_lh = self.effects_lh if self.score == "causal" else self.residual_lh
+        return sorted(every_head(*self.scores_lh.shape), key=lambda at: (-self.scores_lh[at], -then_lh[at], at))
 
     def take(self, pairs: Mapping[str, ArrayLike]) -> HeadScores:
         """The scores that these pairs of each probe give (subsets, or resamples with repeats)."""

@@ -184,7 +184,7 @@ def test_scores_by_what_a_linear_head_leaves() -> None:
     same(dataclasses.replace(whole, score="replaceable").scores_lh, residual_lh)
     product = dataclasses.replace(whole, score="product")
     same(product.scores_lh, [[0.0, 0.0], [0.3, 0.4 / 3]])
-    assert product.ranking() == [(1, 0), (1, 1), (0, 1), (0, 0)]  # heads without a score by their effect
+    assert product.ranking() == [(1, 0), (1, 1), (0, 0), (0, 1)]  # heads without a score by what would be left
     with pytest.raises(ScoresError, match=r"score product: the file holds no imitations by kda; .*-by kda$"):
         dataclasses.replace(product, become=("kda", "gdn"))
 
