@@ -9,11 +9,13 @@ live on the CPU and are never read by a kernel, so their values mean nothing.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +76,9 @@ class Compiler:
     def __init__(self, capability: int) -> None:
         self.compiled: list[Compiled] = []
         self._capability, self._tuning, self._best = capability, False, math.inf
+        # What the tuner's next configurations are but for their pipeline stages, and which of these fit.
+        self._pending: Iterator[str] = iter(())
+        self._fitting: set[str] = set()
         self._caller = self._shape = ""
         self._needs: dict[str, Needs] = {}
         self._tuners: set[Autotuner] = set()
@@ -115,13 +120,18 @@ class Compiler:
     # What becomes of launches.
 
     def _try(self, launch: Callable[[], object], quantiles: object = None) -> list[float]:
-        """Compile one of a tuner's configurations, unless one before it is as good as can be."""
-        cost = math.inf
-        if self._best > 0:
+        """Compile one of a tuner's configurations, unless one before it is as good as can be, or differs from it in
+        pipeline stages alone and fits.
+        """
+        cost, distinct = math.inf, next(self._pending)
+        if self._best > 0 and distinct not in self._fitting:
             self._tuning = True
             try:
                 launch()
-                cost = self.compiled[-1].needs.cost
+                needed = self.compiled[-1].needs
+                cost = needed.cost
+                if needed.fits:
+                    self._fitting.add(distinct)
             finally:
                 self._tuning = False
             self._best = min(self._best, cost)
@@ -148,10 +158,12 @@ class Compiler:
         def begin(tuner: Autotuner, arguments: dict[str, Any]) -> list[triton.Config]:
             self._best = math.inf
             self._tuners.add(tuner)
-            first: dict[str, triton.Config] = {}
+            alike: dict[str, list[triton.Config]] = defaultdict(list)
             for config in prune(tuner, arguments):
-                first.setdefault(f"{config.kwargs} {config.num_warps}", config)
-            return list(first.values())
+                alike[f"{config.kwargs} {config.num_warps}"].append(config)
+            self._pending = itertools.chain.from_iterable([name] * len(those) for name, those in alike.items())
+            self._fitting = set()
+            return list(itertools.chain.from_iterable(alike.values()))
 
         Autotuner.prune_configs = begin
 

@@ -34,7 +34,7 @@ NOTES = (
     "In each cell: registers a thread / KiB of shared memory a block / bytes a thread of memory beside registers, if"
     " any, the largest of all calls. Limits: 255 and {shared}. Where a kernel has several configurations, the first"
     " counts that needs no such memory, else the one that needs the least; those that differ in pipeline stages alone"
-    " are one. A GPU takes the fastest, which may be another. {versions}."
+    " are one, if it fits. A GPU takes the fastest, which may be another. {versions}."
 )
 COUNTS = "{binaries} binaries, of which {tried} were only tried and {misfits} fit not."
 

@@ -38,14 +38,14 @@ MISFITS = {
     "registers of a block": Needs(16, 2, 136, 0, 0, 0),
     "tensor memory": Needs(4, 2, 100, 0, 0, 513),
 }
-# A product whose operands need three times the shared memory there is, and one that fits.
+# Products that fit, that fit with one pipeline stage alone, and whose operands are larger than shared memory.
 TOO_LARGE = """
 import sys
 import torch, triton
 import triton.language as tl
 from tools.benchmarks.kernel_compiler import Compiler
 
-@triton.autotune([triton.Config({}, num_stages=n, num_warps=8) for n in (1, 4)], key=[])
+@triton.autotune([triton.Config({}, num_stages=n, num_warps=8) for n in (4, 1)], key=[])
 @triton.jit
 def product(x, SIZE: tl.constexpr, STEPS: tl.constexpr):
     rows, columns = tl.arange(0, SIZE), tl.arange(0, 256)
@@ -56,7 +56,7 @@ def product(x, SIZE: tl.constexpr, STEPS: tl.constexpr):
     tl.store(x + rows[:, None] * 4096 + rows[None, :], total)
 
 compiler = Compiler(90)
-for size in (64, 256):
+for size in (16, 64, 256):
     x = torch.zeros(4096, 4096)
     compiler.compile(str(size), "float32", lambda: product[1,](x, size, 16))
 for each in compiler.compiled:
@@ -109,10 +109,12 @@ def test_a_kernel_that_does_not_fit_is_found(tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [line.split() for line in done.stdout.splitlines()]
-    small, large = ([line for line in lines if line[0] == size] for size in ("64", "256"))
-    assert [line[1:3] for line in small] == [["False", "True"], ["True", "True"]]  # one is tried, then launched
-    assert [line[1:3] for line in large] == [["False", "False"], ["True", "False"]]  # stages alone differ: one is tried
-    assert int(small[-1][3]) <= 227 * 1024 < int(large[-1][3])
+    small, middle, large = ([line for line in lines if line[0] == size] for size in ("16", "64", "256"))
+    tried, misfit, launched = ["False", "True"], ["False", "False"], ["True", "True"]
+    assert [line[1:3] for line in small] == [tried, launched]  # fewer stages are not tried where the most fit
+    assert [line[1:3] for line in middle] == [misfit, tried, launched]
+    assert [line[1:3] for line in large] == [misfit, misfit, ["True", "False"]]
+    assert int(middle[-1][3]) <= 227 * 1024 < int(large[-1][3])
 
 
 @pytest.mark.parametrize("name", MISFITS)
