@@ -28,7 +28,7 @@ def attributed_effects(teacher: Teacher, batch: ProbeBatch) -> PairEffects:
     answer, everything = answer_positions(batch), slice(None)
     with torch.no_grad():
         clean = teacher.run(batch.clean_bs, answer, everything)
-        corrupt = teacher.run(batch.corrupt_bs, answer, everything, heads_only=True)
+        corrupt = teacher.run(batch.corrupt_bs, answer, everything, only="heads_sbhd")
     direct, whole = (_gradients(teacher, clean, batch, frozen) for frozen in (True, False))
     pairs = len(batch.answer_bp)
     decrease_rlhb = torch.zeros(

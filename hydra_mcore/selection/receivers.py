@@ -47,7 +47,7 @@ def receiver_effects(teacher: Teacher, batch: ProbeBatch) -> PairEffects | None:
     """
     answer = answer_positions(batch)
     clean = teacher.run(batch.clean_bs, answer, answer)
-    corrupt = teacher.run(batch.corrupt_bs, answer, answer, heads_only=True)
+    corrupt = teacher.run(batch.corrupt_bs, answer, answer, only="heads_sbhd")
     x_pnm = _walk(teacher, clean, corrupt, batch)
     if x_pnm is None:
         return None

@@ -82,7 +82,7 @@ class _LayerInputs:
 
     def __getitem__(self, layer_idx: int) -> Tensor:
         if not self.found:
-            self.found = self.teacher.run(self.ids_bs, slice(-1, None), slice(None)).residual_sbm
+            self.found = self.teacher.run(self.ids_bs, slice(-1, None), slice(None), only="residual_sbm").residual_sbm
         return self.found[layer_idx]
 
 

@@ -44,7 +44,7 @@ class SenderRuns:
         self.changed = int((batch.clean_bs != batch.corrupt_bs).any(0).nonzero()[0])
         everything, answer = slice(None), answer_positions(batch)
         self.clean: Trace = teacher.run(batch.clean_bs, answer, everything)
-        self.corrupt: Trace = teacher.run(batch.corrupt_bs, answer, everything, heads_only=True)
+        self.corrupt: Trace = teacher.run(batch.corrupt_bs, answer, everything, only="heads_sbhd")
 
     @torch.no_grad()
     def effects(self, layer_idx: int) -> Tensor | None:

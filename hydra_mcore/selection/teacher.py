@@ -62,9 +62,11 @@ class Teacher:
 
     # ---- the whole model
 
-    def run(self, ids_bs: Tensor, answer: slice, keep: slice, heads_only: bool = False) -> Trace:
-        """One forward pass; logits for the positions ``answer``, everything else, or the heads alone, for the positions
-        ``keep``.
+    def run(self, ids_bs: Tensor, answer: slice, keep: slice, only: str = "") -> Trace:
+        """One forward pass; logits for the positions ``answer``, everything else for the positions ``keep``.
+
+        Args:
+            only: "heads_sbhd" or "residual_sbm" where nothing else is asked for, so that nothing else is kept.
         """
         trace = Trace({}, {}, {}, None, None)
         final: list[Tensor] = []
@@ -82,9 +84,11 @@ class Teacher:
             def attention_output(module: Any, args: tuple, output: tuple) -> None:
                 trace.attention_sbm[layer_idx] = output[0][keep].clone()
 
-            yield layer.self_attention.linear_proj.register_forward_pre_hook(head_outputs)
-            if not heads_only:
+            if only != "residual_sbm":
+                yield layer.self_attention.linear_proj.register_forward_pre_hook(head_outputs)
+            if only != "heads_sbhd":
                 yield layer.register_forward_pre_hook(layer_input, with_kwargs=True)
+            if not only:
                 yield layer.self_attention.register_forward_hook(attention_output)
 
         with contextlib.ExitStack() as hooks:

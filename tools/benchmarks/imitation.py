@@ -80,7 +80,7 @@ def layer_rows(
     teacher: Teacher, ids_bs: Tensor, layers: range | list[int]
 ) -> Iterator[tuple[int, list[dict[str, float]]]]:
     """For each layer and each of its heads what every way leaves."""
-    hidden_sbm = teacher.run(ids_bs, slice(-1, None), slice(None)).residual_sbm
+    hidden_sbm = teacher.run(ids_bs, slice(-1, None), slice(None), only="residual_sbm").residual_sbm
     for layer_idx in layers:
         found = head_inputs(teacher, layer_idx, hidden_sbm[layer_idx])
         raw = zip(found.q_hbsd, found.k_hbsd, strict=True)
