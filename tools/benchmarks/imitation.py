@@ -9,6 +9,7 @@ idea for a better head is judged before it is built: its reading stands in for t
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterator
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> Report:
 
 def report(heads: dict[int, list[dict[str, float]]]) -> Report:
     """A row a layer and one for the heads that are hard."""
-    every = [head for of_layer in heads.values() for head in of_layer]
+    every = list(itertools.chain.from_iterable(heads.values()))
     hard = [head for head in every if head["values"] > HARD]
     named = [(f"layer {layer}", of_layer) for layer, of_layer in heads.items()]
     named += [("mean", every)] + ([(f"{len(hard)} hard heads", hard)] if hard else [])
