@@ -77,7 +77,9 @@ def add_hybridize(commands: argparse._SubParsersAction) -> None:
     scales = "where fusion scales start: at the size of the teacher's head outputs on the calibration text, or at 1"
     p.add_argument("--fusion-scale", choices=("calibrated", "one"), default="calibrated", help=scales)
     p.add_argument(
-        "--calibration-text", metavar="FILE", help="UTF-8 text; its first 4096 tokens are used, 16384 to fit on"
+        "--calibration-text",
+        metavar="FILE",
+        help="UTF-8 text like that of training; its first 4096 tokens are used, 16384 to fit on",
     )
     p.add_argument("--seed", type=int, default=1234, metavar="N", help="seed of the output gates' random start")
     add_flags(p.add_argument_group("the layer"), HydraOptions)
