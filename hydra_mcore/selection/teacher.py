@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -62,11 +62,13 @@ class Teacher:
 
     # ---- the whole model
 
-    def run(self, ids_bs: Tensor, answer: slice, keep: slice, only: str = "") -> Trace:
+    def run(
+        self, ids_bs: Tensor, answer: slice, keep: slice, only: Literal["heads_sbhd", "residual_sbm"] | None = None
+    ) -> Trace:
         """One forward pass; logits for the positions ``answer``, everything else for the positions ``keep``.
 
         Args:
-            only: "heads_sbhd" or "residual_sbm" where nothing else is asked for, so that nothing else is kept.
+            only: what alone is asked for, so that nothing else is kept.
         """
         trace = Trace({}, {}, {}, None, None)
         final: list[Tensor] = []
@@ -88,7 +90,7 @@ class Teacher:
                 yield layer.self_attention.linear_proj.register_forward_pre_hook(head_outputs)
             if only != "heads_sbhd":
                 yield layer.register_forward_pre_hook(layer_input, with_kwargs=True)
-            if not only:
+            if only is None:
                 yield layer.self_attention.register_forward_hook(attention_output)
 
         with contextlib.ExitStack() as hooks:

@@ -36,6 +36,14 @@ def several(p: argparse.ArgumentParser, flag: str, choices: Iterable[str], help:
     p.add_argument(flag, nargs="+", choices=list(choices), default=list(choices), help=f"{help} (default: all)")
 
 
+def add_heads(p: argparse.ArgumentParser) -> None:
+    """The heads that a section times by themselves, and how often."""
+    number(p, "--heads", "default 4", 4)
+    number(p, "--head-dim", "channels of queries, keys and values (default 128)", 128)
+    number(p, "--batch", "rows (default 1)", 1)
+    number(p, "--repeats", "the median counts (default 5)", 5)
+
+
 def add_machine(p: argparse.ArgumentParser) -> None:
     """``--device`` and ``--dtype``, for ``measure.chosen_machine``."""
     p.add_argument("--device", choices=tuple(DTYPES), help="where to measure (default: cuda where torch sees a GPU)")

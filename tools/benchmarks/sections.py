@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tools.benchmarks import shapes
-from tools.benchmarks.flags import add_machine, add_profile, layers_x_heads, number, several
+from tools.benchmarks.flags import add_heads, add_machine, add_profile, layers_x_heads, number, several
 from tools.benchmarks.shapes import BLOCKS, DECODED, DECODED_FA_HEADS, QWEN3, SMALL, STEP_SIZES
 
 
@@ -69,10 +69,7 @@ def delta_rule(p: argparse.ArgumentParser) -> None:
     """
     lengths = [2**power for power in range(10, 15)]
     number(p, "--lengths", "tokens (default 1024 ... 16384)", lengths, nargs="+")
-    number(p, "--heads", "default 4", 4)
-    number(p, "--head-dim", "channels of queries, keys and values (default 128)", 128)
-    number(p, "--batch", "rows (default 1)", 1)
-    number(p, "--repeats", "the median counts (default 5)", 5)
+    add_heads(p)
     slow = "longest row that Megatron-Core's and transformers' torch code read (default 16384; 0 leaves them out)"
     p.add_argument("--slow-limit", type=int, default=16384, metavar="N", help=slow)
     sizes = "rows a chunk of our torch code to compare (default 32 64 128)"
@@ -95,10 +92,7 @@ def kinds(p: argparse.ArgumentParser) -> None:
     one would call instead: Megatron-Core's, and flash-linear-attention's where it is installed.
     """
     number(p, "--lengths", "tokens (default 2048 16384)", [2048, 16_384], nargs="+")
-    number(p, "--heads", "default 4", 4)
-    number(p, "--head-dim", "channels of queries, keys and values (default 128)", 128)
-    number(p, "--batch", "rows (default 1)", 1)
-    number(p, "--repeats", "the median counts (default 5)", 5)
+    add_heads(p)
     slow = "longest row that the torch code of others reads (default 2048; 0 leaves it out)"
     p.add_argument("--slow-limit", type=int, default=2048, metavar="N", help=slow)
     add_machine(p)

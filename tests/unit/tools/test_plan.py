@@ -102,6 +102,14 @@ def test_imitations_are_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert said in capsys.readouterr().out
 
 
+def test_imitations_of_a_map_without_linear_heads_are_the_default_kind_s(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    HeadMap.all_fa(28, 16, 8).save(tmp_path / "map.json")
+    plan(tmp_path, "--config", SMALL, "--stage", "align", "--head-map", str(tmp_path / "map.json"))
+    assert "--replaceable-by gdn)" in capsys.readouterr().out
+
+
 def plan_evaluation(tmp_path: Path, *flags: str) -> list[dict]:
     main(["--stage", "evaluate", *flags, "--json", str(tmp_path / "plan.json")])
     return json.loads((tmp_path / "plan.json").read_text())["evaluate"]
