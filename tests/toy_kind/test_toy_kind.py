@@ -89,7 +89,20 @@ def test_a_plan_counts_it(made: Path) -> None:
     recipe = made / "recipe.yaml"
     recipe.write_text(f"run-dir: {made}\nteacher: {made / 'teacher'}\nseq-length: 64\nglobal-batch-size: 8\n")
     text = run("tools/plan.py", "--config", recipe, "--stage", "align", "--gpus", "1")
-    assert "Toy heads" in text and "linear attention" in text
+    assert "Toy heads" in text and "linear attention" in text and "--replaceable-by gdn)" in text
+
+
+def test_it_cannot_imitate(made: Path) -> None:
+    """A kind may do without ``READS``."""
+    wanted = ("--score", "product", "--linear", "toy", "--ratio", "2:1", "--dry-run", "--out", made / "chosen")
+    path = os.pathsep.join((str(ROOT / "tests" / "toy_kind"), str(ROOT)))
+    done = subprocess.run(
+        [sys.executable, "tools/select_heads.py", "--teacher", made / "teacher", *wanted],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "toy heads cannot imitate: name gdn or kda or lightning in" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_the_export_decodes_as_the_checkpoint_does(made: Path) -> None:

@@ -16,6 +16,7 @@ from hydra_mcore.config import ModelCard
 from hydra_mcore.errors import InputError
 from hydra_mcore.heads import every_head
 from hydra_mcore.kinds import KINDS
+from hydra_mcore.model.imitation import READS
 from hydra_mcore.model.runtime import from_first_rank, process_groups
 from hydra_mcore.selection.choose import SCORED, Choice, choose_heads, hybrid_budget, linear_words, parse_ratio
 from hydra_mcore.selection.figures import heat_map
@@ -99,8 +100,10 @@ def parse_weights(args: argparse.Namespace) -> dict[str, float]:
 
 
 def imitators(args: argparse.Namespace, trial: Choice) -> list[str]:
-    """The kinds that are to imitate heads, in the order of KINDS."""
+    """The kinds that are to imitate heads, in the order of KINDS; raises InputError for one that cannot."""
     wanted = {*args.replaceable_by, *(trial.linear if args.score != "causal" else ())}
+    for kind in wanted - READS.keys():
+        raise InputError(f"{kind} heads cannot imitate: name {' or '.join(READS)} in --replaceable-by and --linear")
     return [kind for kind in KINDS if kind in wanted]
 
 

@@ -16,6 +16,7 @@ from hydra_mcore.costs.parameters import PARTS, rank_parameters
 from hydra_mcore.costs.step_communication import fa_imbalances, layer_cp_bytes
 from hydra_mcore.costs.training_memory import stage_parameters
 from hydra_mcore.kinds import DEFAULT_LINEAR, FA, KINDS
+from hydra_mcore.model.imitation import READS
 from hydra_mcore.selection.replaceability import ROW_LENGTH, replaceability_flops
 from tools.plan.estimate import Estimate
 from tools.plan.layouts import Changes, as_flags
@@ -58,7 +59,7 @@ def model_section(card: ModelCard, source: str, config: Sequence[str]) -> str:
 
 def imitation_line(card: ModelCard, machine: Machine) -> str:
     """How long ``select_heads.py`` takes to let linear heads imitate every head."""
-    linear = [name for name in KINDS if name != FA and any(layer[name] for layer in card.head_map.layers)]
+    linear = [name for name in KINDS if name in READS and any(layer[name] for layer in card.head_map.layers)]
     kinds = linear or [DEFAULT_LINEAR]
     flops = replaceability_flops(card.shape, ROW_LENGTH, kinds)
     seconds = flops / (machine.gpus * machine.gpu.float32_tflops * 1e12 * machine.efficiency)
