@@ -205,6 +205,10 @@ class StageOptions:
     """Checkpoint folder of the imported teacher (align and distill)."""
     start_from: str = ""
     """Checkpoint folder to start from instead of the previous stage of run_dir."""
+    fa_position: Literal["as_before", "nope", "rope"] = "as_before"
+    """Positions of FA heads from this stage on: as in the checkpoint it starts from, none, or rotary [ours: as_before].
+    Rotary in align and distill and none in extend is the schedule of DroPE (arXiv 2512.12167).
+    """
     align_loss: Literal["relative", "squared"] = "relative"
     """Per-layer squared error divided by the teacher's own square, or as it is (paper Eq 15) [ours: relative]."""
     align_heads: float = 0.0

