@@ -46,6 +46,7 @@ setup(
         # It opens CUDA's curand, but does not ask for it; README.md has the flags that its build needs.
         "te": ["transformer-engine[pytorch]>=2.19", "nvidia-curand"],
         "eval": ["lm-eval>=0.4.10", "accelerate>=1.1"],  # not lm-eval[hf]: it adds peft, for adapters
+        "gguf": ["gguf>=0.17"],  # examples/smollm2_135m reads its weights through transformers with it
         "test": [
             "pytest>=8.0",
             "pytest-timeout>=2.3",

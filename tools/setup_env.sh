@@ -75,7 +75,7 @@ used='from hydra_mcore import compat; compat.install()
 import datasets, hypothesis, lm_eval.models.huggingface, matplotlib.pyplot, megatron.core.tokenizers.text, pytest
 import torch.utils.tensorboard, wandb
 from transformers import AutoTokenizer, Qwen3ForCausalLM'
-if ! "$venv/bin/python" -m pip install --quiet --no-compile --editable '.[eval,test]' --constraint constraints.txt ||
+if ! "$venv/bin/python" -m pip install --quiet --no-compile --editable '.[eval,gguf,test]' --constraint constraints.txt ||
     ! env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" -W ignore -c "$used" ||
     ! install_apart te transformer-engine einops || ! install_apart kernels fla-core einops; then
     echo "error: the installation failed; run this again to continue it" >&2

@@ -37,6 +37,6 @@ def test_a_stage_that_drops_rotary_trains_a_student_without(folder: Path) -> Non
 def test_it_goes_on_where_it_stopped_and_not_with_other_positions(folder: Path) -> None:
     whole = losses(folder / "rope", "--fa-position", "nope", run="whole")
     losses(folder / "rope", "--fa-position", "nope", "--exit-interval", "2", run="stopped")
-    with pytest.raises(AssertionError, match="already holds another run .fa_position is 'nope' there, 'rope' here"):
+    with pytest.raises(AssertionError, match=r"already holds another run \(fa_position is 'nope' there, 'rope' here"):
         losses(folder / "rope", run="stopped")
     assert losses(folder / "rope", "--fa-position", "nope", run="stopped") == whole
