@@ -155,9 +155,9 @@ def add_scoring_flags(p: argparse.ArgumentParser) -> None:
     scoring.add_argument("--haystack", metavar="FILE", help=text)
     silent = (
         "prompts a needle task for the knock-out curves, which silence heads by score and see when retrieval breaks; 0:"
-        " none (default 8)"
+        " none (default 4)"
     )
-    scoring.add_argument("--knock-out", type=int, default=8, metavar="N", help=silent)
+    scoring.add_argument("--knock-out", type=int, default=4, metavar="N", help=silent)
     machine = p.add_argument_group("machine")
     machine.add_argument("--bf16", action="store_true", help="run the teacher in bf16 (default: float32)")
     add_layout_flags(machine, "the pairs")

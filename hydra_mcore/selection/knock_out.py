@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import random
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
@@ -16,48 +15,52 @@ import torch
 from torch import Tensor
 
 from hydra_mcore.heads import Head
-from hydra_mcore.selection.evidence import KnockOut
+from hydra_mcore.selection.evidence import KNOCK_OUT_ORDERS, KnockOut
 from hydra_mcore.selection.probes import ProbeBatch
 from hydra_mcore.selection.receivers import answer_positions
 from hydra_mcore.selection.scoring import Piece, Scoring
 from hydra_mcore.selection.teacher import Teacher
 
-FRACTIONS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
-RANDOM_ORDERS = 3
+FRACTIONS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5)
 
 
 def knock_out(scoring: Scoring, batches: Sequence[ProbeBatch], ranking: Sequence[Head], seed: int) -> KnockOut:
-    """Accuracy with the first n heads of an order silenced: best first, worst first, and in random orders.
+    """Accuracy with the first n heads of an order silenced: best first, worst first, and at random.
+
+    Each batch of prompts has a random order of its own: as many runs as for one order, and the luck of an order weighs
+    less.
 
     Args:
         batches: prompts that the scores were not made from.
         ranking: all heads, best first.
         seed: of the random orders.
     """
-    shuffled = [random.Random(seed + draw).sample(ranking, len(ranking)) for draw in range(RANDOM_ORDERS)]
-    orders = {"best first": [list(ranking)], "worst first": [list(ranking)[::-1]], "random": shuffled}
     counts = sorted({round(fraction * len(ranking)) for fraction in FRACTIONS})
-    points: dict[str, frozenset[Head]] = {}
-    for order in itertools.chain.from_iterable(orders.values()):
-        points |= {_name(order[:count]): frozenset(order[:count]) for count in counts}
+    solved = {order: [0.0] * len(counts) for order in KNOCK_OUT_ORDERS}
+    names: dict[str, list[tuple[str, int]]] = {}  # of a piece: the points that it counts for
     pieces: dict[str, Piece] = {}
-    for name, silent in points.items():
-        for index, batch in enumerate(batches):
-            pieces[f"{name} {index}"] = partial(_answered, scoring.teacher, batch, silent)
-    results = iter(scoring.run("knock-out", pieces))
-    accuracy: dict[str, float] = {}
+    for index, batch in enumerate(batches):
+        shuffled = random.Random(seed + index).sample(ranking, len(ranking))
+        for order, heads in zip(KNOCK_OUT_ORDERS, (ranking, ranking[::-1], shuffled), strict=True):
+            for at, count in enumerate(counts):
+                name = f"{_name(heads[:count])} {index}"
+                pieces[name] = partial(_answered, scoring.teacher, batch, frozenset(heads[:count]))
+                names.setdefault(name, []).append((order, at))
+    for points, result in zip(names.values(), scoring.run("knock-out", pieces), strict=True):
+        for order, at in points:
+            solved[order][at] += float(result["solved"].sum())
     prompts = sum(len(batch.clean_bs) for batch in batches)
-    for name in points:
-        accuracy[name] = float(sum(next(results)["solved"].sum() for _ in batches)) / prompts
     return KnockOut(
         fractions=tuple(count / len(ranking) for count in counts),
         heads=tuple(counts),
-        accuracy={
-            key: tuple(tuple(accuracy[_name(order[:n])] for n in counts) for order in curves)
-            for key, curves in orders.items()
-        },
+        accuracy={order: (tuple(count / prompts for count in curve),) for order, curve in solved.items()},
         prompts=prompts,
     )
+
+
+def runs_a_prompt() -> int:
+    """Forward passes: every order begins with the same."""
+    return 1 + len(KNOCK_OUT_ORDERS) * (len(FRACTIONS) - 1)
 
 
 def _name(silent: Sequence[Head]) -> str:

@@ -28,7 +28,7 @@ from hydra_mcore.ruler.sets import VERSION
 from hydra_mcore.ruler.wording import own_wording, read_wording
 from hydra_mcore.selection.capabilities import RETRIEVAL
 from hydra_mcore.selection.evidence import ESTIMATES, KnockOut
-from hydra_mcore.selection.knock_out import FRACTIONS, RANDOM_ORDERS, knock_out
+from hydra_mcore.selection.knock_out import knock_out, runs_a_prompt
 from hydra_mcore.selection.probes import ProbeBatch, build_probes
 from hydra_mcore.selection.receivers import forward_flops, receiver_flops
 from hydra_mcore.selection.replaceability import ROW_LENGTH, replaceability, replaceability_flops, rows_to_imitate
@@ -216,8 +216,8 @@ def announce(args: argparse.Namespace, card: ModelCard, imitators: list[str]) ->
             if args.method == "exact" and args.roles != "receiver":
                 work["senders, a round"] += sender_flops(card.shape, tokens, count)
     for batch in knock_out_prompts(args, material, lengths[0]):
-        runs = len(FRACTIONS) * (2 + RANDOM_ORDERS) * len(batch.clean_bs)
-        work["knock-out"] += runs * forward_flops(card.shape, batch.clean_bs.shape[1])
+        count, tokens = batch.clean_bs.shape
+        work["knock-out"] += runs_a_prompt() * count * forward_flops(card.shape, tokens)
     if torch.distributed.get_rank() == 0:
         rate = matrix_speed(torch.bfloat16 if args.bf16 else torch.float32) / 3 * torch.distributed.get_world_size()
         print(
