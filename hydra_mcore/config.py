@@ -205,6 +205,10 @@ class StageOptions:
     """Checkpoint folder of the imported teacher (align and distill)."""
     start_from: str = ""
     """Checkpoint folder to start from instead of the previous stage of run_dir."""
+    dtype: Literal["by_flags", "auto"] = "by_flags"
+    """What training computes in: as Megatron's flags say, or bf16 (with float32 master weights) on a GPU and on a CPU
+    that computes faster in it [ours: by_flags].
+    """
     fa_position: Literal["as_before", "nope", "rope"] = "as_before"
     """Positions of FA heads from this stage on: as in the checkpoint it starts from, none, or rotary [ours: as_before].
     Rotary in align and distill and none in extend is the schedule of DroPE (arXiv 2512.12167).

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hydra_mcore.commands import one_line_errors
 from hydra_mcore.recipe import parse_with_recipe  # light, so that --help is quick
-from tools.layout_flags import add_layout_flags
+from tools.layout_flags import add_dtype_flag, add_layout_flags
 
 EXAMPLES = """\
 How it works: RULER's prompts are made here, of exactly the lengths asked for; all models of a tokenizer get the same
@@ -72,9 +72,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add_exam_flags(p)
     machine = p.add_argument_group("machine")
-    machine.add_argument(
-        "--dtype", choices=["bf16", "float32"], help="of the parameters (default: bf16 on a GPU, else float32)"
-    )
+    add_dtype_flag(machine)
     add_layout_flags(machine, "the prompts", "each prompt")
     return p
 

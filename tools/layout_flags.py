@@ -1,10 +1,19 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The flags by which commands are told, in Megatron's words, how ranks divide a model."""
+"""The flags that commands share: the precision of a model and, in Megatron's words, how ranks divide it."""
 
 from __future__ import annotations
 
 import argparse
+
+DTYPE_CHOICES = ("auto", "bf16", "float32")
+
+
+def add_dtype_flag(group: argparse._ArgumentGroup, default: str | None = None) -> None:
+    """Add ``--dtype``; None stands for bf16 on a GPU, else float32."""
+    what = "of the parameters; auto: bf16 on a GPU and on a CPU that computes faster in it, else float32 (default"
+    said = default or "bf16 on a GPU, else float32"
+    group.add_argument("--dtype", choices=DTYPE_CHOICES, default=default, help=f"{what}: {said})")
 
 
 def add_layout_flags(group: argparse._ArgumentGroup, shared: str, parted: str = "") -> None:

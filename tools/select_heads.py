@@ -18,7 +18,7 @@ from hydra_mcore.recipe import parse_with_recipe  # light, so that --help is qui
 from hydra_mcore.selection.capabilities import BUILT_IN
 from hydra_mcore.selection.choose import STRATEGIES, linear_kinds
 from hydra_mcore.selection.score import ROLES, SCORES
-from tools.layout_flags import add_layout_flags
+from tools.layout_flags import add_dtype_flag, add_layout_flags
 
 EXAMPLES = """\
 How it works: pairs of prompts differ in one thing, such as a value hidden in a long text, and ask for it. Both are
@@ -41,7 +41,7 @@ examples:
       python tools/select_heads.py --teacher runs/teacher --out runs/heads16 --ratio 15:1 --strategy global \\
           --scores runs/heads/scores.json
   a large teacher on eight GPUs, in bf16
-      torchrun --nproc-per-node 8 tools/select_heads.py --teacher runs/teacher --out runs/heads --bf16 \\
+      torchrun --nproc-per-node 8 tools/select_heads.py --teacher runs/teacher --out runs/heads --dtype bf16 \\
           --tensor-model-parallel-size 4
   the flags from a recipe's section select, as jobs give them
       python tools/select_heads.py --config examples/qwen3-1.7b/recipe.yaml --skip-existing
@@ -159,7 +159,7 @@ def add_scoring_flags(p: argparse.ArgumentParser) -> None:
     )
     scoring.add_argument("--knock-out", type=int, default=4, metavar="N", help=silent)
     machine = p.add_argument_group("machine")
-    machine.add_argument("--bf16", action="store_true", help="run the teacher in bf16 (default: float32)")
+    add_dtype_flag(machine, "float32")
     add_layout_flags(machine, "the pairs")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hydra_mcore.commands import one_line_errors
-from tools.layout_flags import add_layout_flags  # light, so that --help is quick
+from tools.layout_flags import add_dtype_flag, add_layout_flags  # light, so that --help is quick
 
 EXAMPLES = """\
 How it works: FA heads multiply the query of token t by ln(t + a) / ln(a). The weights do not depend on a, so the same
@@ -28,7 +28,7 @@ examples:
       python tools/tune_log_scale.py --checkpoint runs/a/extend --text books.txt --length 65536 --out runs/a/log_scale
   the same on eight GPUs, and put it into the checkpoint's model.json
       torchrun --nproc-per-node 8 tools/tune_log_scale.py --checkpoint runs/a/extend --text books.txt \\
-          --length 65536 --bf16 --context-parallel-size 8 --out runs/a/log_scale --write
+          --length 65536 --dtype bf16 --context-parallel-size 8 --out runs/a/log_scale --write
 """
 
 
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, metavar="DIR", help="folder for table, figure and JSON")
     p.add_argument("--write", action="store_true", help="put the choice into the checkpoint's model.json")
     machine = p.add_argument_group("machine")
-    machine.add_argument("--bf16", action="store_true", help="run the model in bf16 (default: float32)")
+    add_dtype_flag(machine, "float32")
     add_layout_flags(machine, "the windows", "a window")
     return p
 

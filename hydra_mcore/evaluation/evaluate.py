@@ -26,6 +26,7 @@ from hydra_mcore.evaluation.models import EvaluatedModel, ModelFacts
 from hydra_mcore.evaluation.perplexity import TextLoss, text_windows, window_losses
 from hydra_mcore.evaluation.records import TEXT, Contestant, Piece, Records
 from hydra_mcore.evaluation.scoring import check_seed, score_prompts
+from hydra_mcore.model.precision import DTYPES
 from hydra_mcore.model.runtime import from_first_rank
 from hydra_mcore.ruler.haystack import read_haystack
 from hydra_mcore.ruler.material import PromptMaterial, tokenizer_fingerprint
@@ -33,8 +34,6 @@ from hydra_mcore.ruler.prompts import TASK_GROUPS, TASKS, PromptSet
 from hydra_mcore.ruler.sets import prompt_set
 from hydra_mcore.ruler.wording import load_wording
 from hydra_mcore.tokenizer import open_tokenizer
-
-DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True, kw_only=True)

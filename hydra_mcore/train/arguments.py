@@ -23,6 +23,7 @@ from hydra_mcore.files import check_writable
 from hydra_mcore.heads import HeadLayout
 from hydra_mcore.kinds import KINDS
 from hydra_mcore.model.checkpoints import TRACKER, latest_iteration, trainings
+from hydra_mcore.model.precision import fast_bf16
 from hydra_mcore.model.te_layers import FP8_MULTIPLE
 from hydra_mcore.recipe import Recipe
 from hydra_mcore.sequence import SequencePart
@@ -147,11 +148,10 @@ def recipe_flags(argv: list[str], with_gpu: bool) -> tuple[argparse.ArgumentPars
     engine = ENGINE | (ENGINE_TE if HAVE_TE else {}) | (ENGINE_GPU if with_gpu else ENGINE_CPU)
     recipe = recipe.over(engine | default_flags(chosen.stage))
     known = parser.parse_args(recipe.to_flags(parser) + argv)
-    return (
-        parser,
-        recipe,
-        StageOptions(**{field.name: getattr(known, field.name) for field in dataclasses.fields(StageOptions)}),
-    )
+    options = StageOptions(**{field.name: getattr(known, field.name) for field in dataclasses.fields(StageOptions)})
+    if options.dtype == "auto" and (with_gpu or fast_bf16()):
+        recipe = recipe.over({"bf16": True})
+    return parser, recipe, options
 
 
 def model_flags(

@@ -20,6 +20,7 @@ from hydra_mcore.evaluation.log_scale import GRID, Trials, best_base
 from hydra_mcore.evaluation.log_scale_report import markdown, write_report
 from hydra_mcore.evaluation.parallel import ParallelModel
 from hydra_mcore.model.build import load_model
+from hydra_mcore.model.precision import dtype_named
 from hydra_mcore.model.runtime import from_first_rank, process_groups
 from hydra_mcore.ruler.haystack import read_text
 from hydra_mcore.tokenizer import load_tokenizer
@@ -37,7 +38,7 @@ def tune(args: argparse.Namespace) -> None:
     card = ModelCard.load(args.checkpoint)
     check_model(args, card)
     windows_bs = from_first_rank(lambda: read_windows(args, card))
-    _, model = load_model(args.checkpoint, torch.bfloat16 if args.bf16 else torch.float32)
+    _, model = load_model(args.checkpoint, dtype_named(args.dtype))
     trials = Trials(ParallelModel([model]), windows_bs)
     present = card.options.fa_log_scale_base if card.options.log_scale_in("inference") else None
     for setting in (None, present):
@@ -49,7 +50,7 @@ def tune(args: argparse.Namespace) -> None:
     print(text)
     chosen = chosen_options(card.options, trials.best)
     if args.out:
-        names = ("checkpoint", "text", "length", "bf16", "write")
+        names = ("checkpoint", "text", "length", "dtype", "write")
         settings = {name: str(value) if isinstance(value := getattr(args, name), Path) else value for name in names}
         write_report(args.out, trials, present, text, settings)
         print(f"report: {args.out}")

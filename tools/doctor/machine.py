@@ -103,7 +103,7 @@ def torch_on(found: Sequence[Gpu]) -> Iterator[Line]:
         if not bool((ones @ ones == 1024).all()):
             yield fail(what, "multiplies wrongly", DRAIN)
         elif major < BF16_CAPABILITY:
-            yield warn(what, f"{capability} has no bfloat16", "use --fp16 in place of --bf16 in the recipe")
+            yield warn(what, f"{capability} has no bfloat16", "train in float32: take bf16 out of the recipe")
         else:
             yield ok(what, "multiplies rightly in bfloat16")
 

@@ -272,7 +272,9 @@ def test_quick_and_rough_ways_rank_alike(tiny_teacher: Path, selected: Path, tmp
         run(tiny_teacher, tmp_path / "rough", "--method", "attribution", "--knock-out", "0", *SMALL) / "scores.json"
     )
     assert rough.settings["method"] == "attribution" and spearman(exact.scores_lh, rough.scores_lh) > 0.7
-    half = HeadScores.load(run(tiny_teacher, tmp_path / "half", "--bf16", "--knock-out", "0", *SMALL) / "scores.json")
+    half = HeadScores.load(
+        run(tiny_teacher, tmp_path / "half", "--dtype", "bf16", "--knock-out", "0", *SMALL) / "scores.json"
+    )
     assert half.settings["dtype"] == "bf16" and spearman(exact.effects_lh, half.effects_lh) > 0.9
 
 
