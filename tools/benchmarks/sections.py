@@ -154,6 +154,9 @@ def layer(p: argparse.ArgumentParser) -> None:
       python tools/benchmark.py step --lengths 512 2048 --layers 8 --hidden 1024 --heads 16 --ffn 3072
   the same at the size of Qwen3-1.7B
       python tools/benchmark.py step --device cuda --lengths 2048 16384 --json step.json --figure step.png
+  the shape of SmolLM2-135M on a CPU, beside transformers
+      python tools/benchmark.py step --transformers --lengths 2048 --layers 30 --hidden 576 --heads 9 --kv-groups 3 \\
+          --fa-heads 2 --vocabulary 49152
   which part of the model takes how long in every stage
       python tools/benchmark.py step --lengths 2048 --profile
 """,
@@ -167,6 +170,8 @@ def step(p: argparse.ArgumentParser) -> None:
     number(p, "--repeats", "the median counts (default 3)", 3)
     longest = "tokens up to which distill is run from whole logits too, some 24 bytes a token and word (default 2048)"
     p.add_argument("--whole-logits", type=int, default=2048, metavar="N", help=longest)
+    other = "also the teacher's shape in transformers, its forward pass and its training step"
+    p.add_argument("--transformers", action="store_true", help=other)
     add_profile(p)
     add_machine(p)
     model = p.add_argument_group("model (default: a small one; on a GPU that of Qwen3-1.7B)")

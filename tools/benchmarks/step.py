@@ -21,6 +21,7 @@ from tools.benchmarks.micro_batch import TeacherAndStudent, student_card
 from tools.benchmarks.profile_table import parts_report
 from tools.benchmarks.report import Report
 from tools.benchmarks.shapes import QWEN3, SMALL, STEP_SIZES
+from tools.benchmarks.transformers_step import FORWARD, STEP, TransformersTeacher
 
 SHAPES = {"cpu": SMALL, "cuda": QWEN3}
 LENGTHS = {"cpu": [512, 2048, 8192], "cuda": [2048, 8192, 32_768]}
@@ -60,9 +61,10 @@ def run(args: argparse.Namespace) -> Report:
     points, rows, speed = [], [], gemm_speed(device, dtype)
     with process_groups():
         pair = TeacherAndStudent(card, getattr(torch, dtype))
+        other = TransformersTeacher(shape, getattr(torch, dtype)) if args.transformers else None
         for length in sorted(args.lengths or LENGTHS[device]):
             found = _with_reference(
-                measured(_contestants(pair, length, args.whole_logits), length, args.repeats, device)
+                measured(_contestants(pair, other, length, args.whole_logits), length, args.repeats, device)
             )
             points += found
             rows += _rows(card, found, speed)
@@ -89,11 +91,15 @@ def _parts(pair: TeacherAndStudent, length: int) -> list[Report]:
     ]
 
 
-def _contestants(pair: TeacherAndStudent, length: int, whole_logits: int) -> dict[str, Callable[[], None]]:
+def _contestants(
+    pair: TeacherAndStudent, other: TransformersTeacher | None, length: int, whole_logits: int
+) -> dict[str, Callable[[], None]]:
     batch = pair.batch(length)
     calls = {stage: partial(pair.step, stage, batch) for stage in STAGES} | {
         TEACHER: partial(pair.teacher_forward, batch)
     }
+    if other is not None:
+        calls |= {FORWARD: partial(other.forward, batch), STEP: partial(other.step, batch)}
     return calls | ({WHOLE: partial(pair.distill_whole_logits, batch)} if length <= whole_logits else {})
 
 
@@ -116,8 +122,9 @@ def _rows(card: ModelCard, found: list[Point], speed: float) -> Iterator[list[st
 
 
 def _operations(card: ModelCard, name: str, length: int) -> float:
-    if name == TEACHER:
-        return model_flops(teacher_card(card.shape, ""), length).forward * length
+    if name in (TEACHER, FORWARD, STEP):
+        flops = model_flops(teacher_card(card.shape, ""), length)
+        return (flops.total if name == STEP else flops.forward) * length
     return step_flops(
         card, name if name in STAGES else "distill", length, 1
     )  # the reference counts what distill counts

@@ -11,6 +11,7 @@ from tools.benchmark import parser
 from tools.benchmarks import measure
 from tools.benchmarks.micro_batch import TeacherAndStudent, student_card
 from tools.benchmarks.step import REFERENCE, TEACHER, WHOLE, run
+from tools.benchmarks.transformers_step import FORWARD, STEP, TransformersTeacher
 
 SHAPE = ModelShape(
     num_layers=2, hidden_size=24, num_heads=4, num_kv_groups=2, head_dim=8, ffn_hidden_size=20, vocab_size=96,
@@ -62,6 +63,19 @@ def test_a_row_for_every_stage_and_the_reference_that_adds_up(monkeypatch: pytes
     assert list(report.limits) == ["align", "distill", "extend", TEACHER]
     distill, student, teacher = (report.limits[name][80] for name in ("distill", "extend", TEACHER))
     assert distill == pytest.approx(student + teacher)
+
+
+def test_transformers_runs_the_teachers_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(measure.GEMM_ROWS, "cpu", 64)
+    words = ["step", "--device", "cpu", "--lengths", "16", "--repeats", "1", "--whole-logits", "0", "--transformers"]
+    rows = {row[0]: row for row in run(parser().parse_args([*words, *SMALL])).rows}
+    assert rows[FORWARD][6] == rows[TEACHER][6] and 2.5 < float(rows[STEP][6]) / float(rows[FORWARD][6]) < 3.5
+    with process_groups():
+        pair, other = TeacherAndStudent(student_card(SHAPE, 1)), TransformersTeacher(SHAPE, torch.float32)
+        batch = pair.batch(40)
+        sizes = [sum(p.numel() for p in model.parameters()) for model in (pair.teacher, other.model)]
+        other.step(batch)
+    assert sizes[0] == sizes[1] and all(p.grad.any() for p in other.model.parameters())
 
 
 def test_distill_from_whole_logits_is_the_same_work() -> None:
