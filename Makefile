@@ -6,7 +6,7 @@ PYTHON_VENV := .venv/bin/python
 PYTEST := $(PYTHON_VENV) -m pytest
 SIDE_BY_SIDE := --numprocesses=logical --maxprocesses=8 --dist=loadfile --no-loadscope-reorder --ignore=tests/slurm
 
-.PHONY: help env demo test test-all gpu-check checks clean
+.PHONY: help env demo real test test-all gpu-check checks clean
 help:           ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 18
 
@@ -15,6 +15,9 @@ env:            ## set up .venv: Python 3.12 or newer, the tested versions
 
 demo: env       ## the whole pipeline, small, on this machine
 	@$(PYTHON_VENV) -m examples.tiny.demo
+
+real: env       ## the same with SmolLM2-135M, to an aligned student and a report: an hour of two cores
+	@$(PYTHON_VENV) -m examples.smollm2_135m.run
 
 test: env       ## the tests that need no GPU, without the slow ones
 	@$(PYTEST) $(SIDE_BY_SIDE) -m "not slow and not gpu"

@@ -12,8 +12,6 @@ import argparse
 import shutil
 from pathlib import Path
 
-from examples.tiny.demo_report import read_losses
-from hydra_mcore import figures
 from hydra_mcore.commands import one_line_errors
 from hydra_mcore.files import replacing, write_text
 from hydra_mcore.recipe import Recipe
@@ -36,7 +34,8 @@ def main(argv: list[str] | None = None) -> None:
     at = {name: Recipe.load(args.config, name).values for name in ("import", "select", "align", "evaluate", "export")}
     out, heads = Path(at["align"]["run-dir"]), Path(at["select"]["out"]) / "figures"
     evaluation = Path(at["evaluate"]["out"])
-    for picture in (heads / "heads.png", heads / "replaceability.png", evaluation / "accuracy.png"):
+    pictures = ("heads.png", "knock_out.png", "replaceability.png")
+    for picture in (*(heads / name for name in pictures), evaluation / "accuracy.png"):
         with replacing(out / picture.name) as beside:
             shutil.copy(picture, beside)
     loss_figure(out / "align.png", out / "align")
@@ -55,6 +54,10 @@ Causal score of every head, kept heads framed, and what the best GDN head would 
 ![causal score of every head](heads.png)
 
 ![what linear heads leave of every head](replaceability.png)
+
+The teacher's accuracy without some of its heads:
+
+![accuracy against heads removed](knock_out.png)
 
 ## Accuracy against length
 
@@ -75,6 +78,9 @@ Causal score of every head, kept heads framed, and what the best GDN head would 
 
 def loss_figure(path: Path, stage_dir: Path) -> None:
     """Relative error summed over layers, by step."""
+    from examples.tiny.demo_report import read_losses  # takes seconds: not for --help
+    from hydra_mcore import figures
+
     figure = figures.empty(6, 3.6)
     axes = figures.plain(figure.subplots())
     axes.plot(*read_losses(stage_dir), linewidth=1.4)

