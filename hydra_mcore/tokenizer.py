@@ -29,8 +29,9 @@ def open_tokenizer(name: str | Path, local_files_only: bool = False) -> PreTrain
     Raises:
         InputError: none there, one that does not load, or one that needs code of its own.
     """
-    from transformers import AutoTokenizer  # not at the top: a worker that tokenizes starts without it
+    from transformers import AutoTokenizer, logging  # not at the top: a worker that tokenizes starts without them
 
+    logging.set_verbosity_error()  # a command has its own output, and its refusals are one line
     reason = ""
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False, local_files_only=local_files_only)

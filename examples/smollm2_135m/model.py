@@ -81,13 +81,13 @@ def write_hf(gguf: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, trust_remote_code=False)
     settings = read.config.to_dict()
     settings.pop("quantization_config", None)
     fresh = type(read)(type(read.config)(**settings))
     fresh.load_state_dict(read.state_dict())
     fresh.save_pretrained(out)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(out)
+    AutoTokenizer.from_pretrained(**source, trust_remote_code=False).save_pretrained(out)
 
 
 if __name__ == "__main__":

@@ -91,14 +91,21 @@ def loss_figure(path: Path, stage_dir: Path) -> None:
 def answer(model_dir: str) -> str:
     """What a Hugging Face model says, by its own chat template, greedily."""
     import torch  # takes seconds: not for --help
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, trust_remote_code=True, dtype=torch.float32)
+    from hydra_mcore import compat
+
+    compat.install()
+    from hydra_mcore.evaluation.hugging_face import HuggingFaceModel
+    from hydra_mcore.model.runtime import process_groups
+    from hydra_mcore.tokenizer import open_tokenizer
+
+    tokenizer = open_tokenizer(model_dir)
     chat = [{"role": "user", "content": QUESTION}]
     given = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    found = model.generate(**given, max_new_tokens=ANSWER_TOKENS, do_sample=False)
-    return " ".join(tokenizer.decode(found[0, given["input_ids"].shape[1] :], skip_special_tokens=True).split())
+    with process_groups():
+        model = HuggingFaceModel(Path(model_dir), torch.float32)
+        found_bs = model.generated(given["input_ids"], ANSWER_TOKENS, frozenset({tokenizer.eos_token_id}))
+    return " ".join(tokenizer.decode(found_bs[0], skip_special_tokens=True).split())
 
 
 if __name__ == "__main__":
