@@ -66,7 +66,7 @@ class Scoring:
         """Receivers by Eq 10 and, if both roles are wanted, senders by path patching until a round finds no new
         head.
         """
-        received = {name: self._receivers(name) for name in self.probes}
+        received = self._of_every_pair("receivers", receiver_effects, ())
         return (
             received
             if roles == "receiver"
@@ -75,7 +75,7 @@ class Scoring:
 
     def attributed(self) -> dict[str, ProbeEffects]:
         """Both roles estimated from gradients."""
-        return {name: self._estimates(name) for name in self.probes}
+        return self._of_every_pair("attribution", attributed_effects, ((),))
 
     def observed(self) -> dict[str, np.ndarray]:
         """Scores [l, h] that only look, averaged over the pairs of the probes whose answer is copied; none without
@@ -95,19 +95,22 @@ class Scoring:
     def _observed(self, batch: ProbeBatch) -> dict[str, Tensor]:
         return {"scores": observed_scores(self.teacher, batch)}
 
-    def _receivers(self, name: str) -> ProbeEffects:
-        pieces = {
-            f"{name} receivers {index}": lambda batch=batch: _facts(receiver_effects(self.teacher, batch))
-            for index, batch in enumerate(self.probes[name])
+    def _of_every_pair(
+        self,
+        what: str,
+        effects: Callable[[Teacher, ProbeBatch], PairEffects | None],
+        receivers: tuple[tuple[Head, ...], ...],
+    ) -> dict[str, ProbeEffects]:
+        """Effects by probe; the batches of all probes are one run, as a probe alone has too few for many replicas."""
+        pieces: dict[str, Piece] = {}
+        for name, batches in self.probes.items():
+            for index, batch in enumerate(batches):
+                pieces[f"{name} {what} {index}"] = lambda batch=batch: _facts(effects(self.teacher, batch))
+        results = iter(self.run(what, pieces))
+        return {
+            name: self._effects(name, list(itertools.islice(results, len(batches))), receivers)
+            for name, batches in self.probes.items()
         }
-        return self._effects(name, self.run(f"{name}: receivers", pieces), ())
-
-    def _estimates(self, name: str) -> ProbeEffects:
-        pieces = {
-            f"{name} attribution {index}": lambda batch=batch: _facts(attributed_effects(self.teacher, batch))
-            for index, batch in enumerate(self.probes[name])
-        }
-        return self._effects(name, self.run(f"{name}: attribution", pieces), ((),))
 
     def _effects(
         self, name: str, results: list[dict[str, np.ndarray]], receivers: tuple[tuple[Head, ...], ...]
