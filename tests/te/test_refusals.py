@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hydra_mcore.train.arguments import recipe_flags
 from tests.distributed.test_bad_input import arguments, refusal
 from tests.support.commands import training_ended
 from tests.support.launch import run_ranks
@@ -21,6 +22,11 @@ FP8 = ("--fp8-format", "hybrid")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Heads of 16, and an MLP of 48 that two ranks would cut to 24."""
     return make_run(tmp_path_factory.mktemp("refused"), shape=dataclasses.replace(SHAPE, head_dim=16))
+
+
+def test_without_a_word_its_layers_are_used() -> None:
+    parser, recipe, _ = recipe_flags(["--stage", "align"], with_gpu=True)
+    assert parser.parse_args(recipe.to_flags(parser)).transformer_impl == "transformer_engine"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 from hydra_mcore.model.build import load_model
 from hydra_mcore.model.checkpoints import save_weights
 from tests.distributed.test_layouts import LAYOUTS, PACKED, STEPS, assert_same_gradients
+from tests.support.commands import printed
 from tests.support.launch import model_parallel, run_ranks
 from tests.support.stages import SHAPE, gradients, make_run, run_stage
 
@@ -99,6 +100,23 @@ def test_fp8_in_every_stage(folder: Path, rounded_student: Path, stage: str) -> 
     assert found[f"{stage} loss"] == pytest.approx(losses[f"{stage} loss"], rel=1e-2)
     bound, error = (distance(gradients(folder / run / stage / "iter_0000001"), expected) for run in ("rounded", "fp8"))
     assert 0.5 * bound < error < 3 * bound
+
+
+def test_the_teacher_computes_in_fp8_when_asked(folder: Path) -> None:
+    teacher = [
+        run_stage(folder, "distill", 1, *STEPS, *TE, *FP8, *words, run=run)["distill loss"]
+        for run, words in (("fp8-student", ()), ("fp8-both", ("--teacher-fp8",)))
+    ]
+    losses, _ = local(folder, "distill")
+    assert teacher[0] != teacher[1] and teacher[1] == pytest.approx(losses["distill loss"], rel=1e-2)
+
+
+def test_what_fp8_trained_is_exported(folder: Path) -> None:
+    """By a process without Transformer Engine; the export then computes what the checkpoint does."""
+    run_stage(folder, "extend", 1, *STEPS, *TE, *FP8, run="fp8-export")
+    trained, export = folder / "fp8-export" / "extend", folder / "hf"
+    printed("tools/convert.py", "export", "--checkpoint", trained, "--out", export)
+    assert ", 0 failed," in printed("tools/verify.py", trained, "--export", export, "--only", "export")
 
 
 @pytest.fixture(scope="module")

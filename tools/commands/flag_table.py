@@ -80,7 +80,8 @@ in `python -m hydra_mcore.train --help`.
 - **works on a GPU**: only code for GPUs reads the flag. Without a GPU a dry run takes it, and training refuses it. None
   of them has been run on a GPU yet.
 - **works with Transformer Engine**: its layers alone read the flag ([Transformer Engine](transformer_engine.md)), so
-  that training refuses it with `--transformer-impl local`. None of them has been run on a GPU yet.
+  that training refuses it with `--transformer-impl local`. None of them has been run on a GPU yet. A dry run takes it
+  without Transformer Engine too, but for `--no-rope-fusion`: Megatron asks for that kernel at once.
 - **from the card**: the model's `model.json` sets it; another value is refused.
 - **only ...**: other values are refused, and the words after the colon say why.
 - **refused**: the flag would have no effect on HydraHead's layers or on the stages, or would break them; it is refused

@@ -20,10 +20,11 @@ from hydra_mcore.train.arguments import check_settings
 
 # Flags that change memory or time in ways that are not worked out here.
 NOT_PLANNED = (
-    "num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank", "pipeline_model_parallel_layout",
-    "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", "optimizer_cpu_offload",
-    "use_precision_aware_optimizer",
+    "num-layers-per-virtual-pipeline-stage", "num-virtual-stages-per-pipeline-rank", "pipeline-model-parallel-layout",
+    "decoder-first-pipeline-num-layers", "decoder-last-pipeline-num-layers", "optimizer-cpu-offload",
+    "use-precision-aware-optimizer", "fp8-format",
 )  # fmt: skip
+SET_AS = {"fp8-format": "fp8"}  # by the flag, where the attribute has another name
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,9 @@ def estimate(card: ModelCard, known: argparse.Namespace, machine: Machine) -> Es
     Raises:
         InputError: flags that do not fit the model or the number of GPUs, or that are not known here.
     """
-    for name in NOT_PLANNED:
-        if getattr(known, name, None):
-            raise ConfigError(
-                f"--{name.replace('_', '-')} is not planned for; leave it out, and expect other memory and time"
-            )
+    for flag in NOT_PLANNED:
+        if getattr(known, SET_AS.get(flag, flag.replace("-", "_")), None):
+            raise ConfigError(f"--{flag} is not planned for; leave it out, and expect other memory and time")
     check_settings(known, card, machine.gpus)
     run = Run.from_flags(known, machine.gpus, fused=True)
     if run.global_rows % (run.rows * run.dp_size):

@@ -173,14 +173,14 @@ def test_pieces_compile_without_a_break(name: str, options: dict[str, str], monk
 
 
 def test_the_gpu_suite_says_what_it_would_run() -> None:
-    """Every test and section once, within eight minutes; ten seconds are for what the machine is."""
+    """Every test and section once, within eight minutes; fifty seconds are for the installation and what the machine is."""
     script = ROOT / "tools" / "gpu_check.sh"
     dry = subprocess.run(
         [script, "--dry-run"], env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True, check=True
     )
     lines = dry.stdout.splitlines()
     limits = [int(re.match(r"\+ [a-z-]+ \((\d+) s\): ", line).group(1)) for line in lines]
-    assert len(lines) == 8 and sum(limits) <= 470
+    assert len(lines) == 8 and sum(limits) <= 430
     named = re.findall(r"tests/gpu/(test_\w+\.py)", dry.stdout)
     assert sorted(named) == sorted(path.name for path in (ROOT / "tests" / "gpu").glob("test_*.py"))
     for section in ("delta-rule", "attention", "layer", "step"):

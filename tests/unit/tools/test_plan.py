@@ -193,6 +193,7 @@ def test_bad_input_to_an_evaluation_s_plan(flags: list[str], message: str, capsy
         (["--gpus", "7"], "does not divide 7 ranks"),
         (["--micro-batch-size", "3", "--context-parallel-size", "1"], "does not divide by micro-batch-size 3"),
         (["--num-layers-per-virtual-pipeline-stage", "2"], "is not planned for"),
+        (["--bf16", "--fp8-format", "hybrid"], "--fp8-format is not planned for"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
