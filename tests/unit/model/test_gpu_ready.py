@@ -173,7 +173,7 @@ def test_pieces_compile_without_a_break(name: str, options: dict[str, str], monk
 
 
 def test_the_gpu_suite_says_what_it_would_run() -> None:
-    """Every test and section once, within eight minutes; fifty seconds are for the installation and what the machine is."""
+    """Every test and section once, within eight minutes, of which installation and facts may take fifty seconds."""
     script = ROOT / "tools" / "gpu_check.sh"
     dry = subprocess.run(
         [script, "--dry-run"], env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True, check=True
