@@ -21,7 +21,7 @@ from hydra_mcore.selection.receivers import answer_positions
 from hydra_mcore.selection.scoring import Piece, Scoring
 from hydra_mcore.selection.teacher import Teacher
 
-FRACTIONS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5)
+FRACTIONS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.25)
 
 
 def knock_out(scoring: Scoring, batches: Sequence[ProbeBatch], ranking: Sequence[Head], seed: int) -> KnockOut:

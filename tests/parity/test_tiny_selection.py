@@ -54,7 +54,7 @@ def test_a_twentieth_of_the_heads_by_score_breaks_retrieval_and_at_random_does_n
     assert best[0] == worst[0] > 0.9  # no head removed
     assert best[at] < 0.5 * best[0]
     assert min(worst[at], random[at]) > 0.85 * best[0]
-    assert best[-1] == 0.0  # half of the heads
+    assert best[-1] == 0.0  # a quarter of the heads
 
 
 @pytest.mark.slow
