@@ -136,10 +136,10 @@ class GatedDeltaHeads(Branch):
         states: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What the delta rule takes, each [s, b, h, d]; ``states`` has the convolution's last inputs."""
-        qkv_sbhd = torch.cat([self.linear_q(x_sbm), self.keys_values_by_head(x_sbm, kv)], dim=-1)
+        qkv_sbhd = (self.linear_q(x_sbm), *self.keys_values_by_head(x_sbm, kv).chunk(2, dim=-1))
         if self.option("conv_kernel"):
-            qkv_sbhd = self.conv(qkv_sbhd, part, states)
-        q_sbhd, k_sbhd, v_sbhd = qkv_sbhd.chunk(3, dim=-1)
+            qkv_sbhd = self.conv(torch.cat(qkv_sbhd, dim=-1), part, states).chunk(3, dim=-1)
+        q_sbhd, k_sbhd, v_sbhd = qkv_sbhd
         # Rotary without the attention factor, which the L2 norm would take away.
         q_sbhd = self.normed_and_turned(q_sbhd, rotary, "q_norm", then=_unit_length)
         k_sbhd = self.normed_and_turned(k_sbhd, rotary, "k_norm", then=_unit_length)
