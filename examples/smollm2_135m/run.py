@@ -100,7 +100,7 @@ def steps(recipes: list[Path], stages: list[str], wheel: Path | None) -> list[St
         Step("head selection", 17, ("tools/select_heads.py", *config, "--skip-existing"), ranks),
         Step("student", 9, ("tools/convert.py", "hybridize", *config, "--skip-existing")),
         *(Step(name, MINUTES_OF_STAGE[name], (*train, "--stage", name, *config), ranks) for name in stages),
-        Step("evaluation", 10, ("tools/evaluate.py", *config, "--skip-existing"), ranks),
+        Step("evaluation", 7, ("tools/evaluate.py", *config, "--skip-existing"), ranks),
         Step("export", 0.5, ("tools/convert.py", "export", *config, "--skip-existing")),
         Step("report", 0.5, (*own[2], "--config", *recipes)),
     ]
