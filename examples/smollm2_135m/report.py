@@ -39,14 +39,16 @@ def main(argv: list[str] | None = None) -> None:
         with replacing(out / picture.name) as beside:
             shutil.copy(picture, beside)
     loss_figure(out / "align.png", out / "align")
-    table = (evaluation / "report.md").read_text().partition("\n\n")[2].partition("![")[0]
+    accuracy, _, losses = (evaluation / "report.md").read_text().partition("\n\n")[2].partition("\n## Held-out text\n")
     answers = "\n\n".join(
         f"**{name}**: {answer(model)}"
         for name, model in (("teacher", at["import"]["hf"]), ("student", at["export"]["out"]))
     )
     text = f"""# SmolLM2-135M-Instruct as a HydraHead model
 
-{table}
+{accuracy.partition("![")[0]}
+Held-out text. {losses.partition("![")[0].strip()}
+
 ## Which heads stay
 
 Causal score of every head, kept heads framed, and what the best GDN head would leave of each:
@@ -105,7 +107,8 @@ def answer(model_dir: str) -> str:
     with process_groups():
         model = HuggingFaceModel(Path(model_dir), torch.float32)
         found_bs = model.generated(given["input_ids"], ANSWER_TOKENS, frozenset({tokenizer.eos_token_id}))
-    return " ".join(tokenizer.decode(found_bs[0], skip_special_tokens=True).split())
+    said = " ".join(tokenizer.decode(found_bs[0], skip_special_tokens=True).split())
+    return said or "(nothing: it ends its answer at once)"
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 DONE = "steps.json"  # in the run's folder: the commands that have ended well
 SECTIONS = ("prepare", "import", "select", "hybridize", "align", "evaluate", "export")
-MINUTES_OF_STAGE = {"align": 18, "distill": 36, "extend": 26}  # as many tokens as align has in recipe.yaml
+MINUTES_OF_STAGE = {"align": 16, "distill": 32, "extend": 24}  # as many tokens as align has in recipe.yaml
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,10 @@ def steps(recipes: list[Path], stages: list[str], wheel: Path | None) -> list[St
         Step("tokens", 0.5, ("tools/prepare_data.py", *config)),
         Step("import", 0.5, ("tools/convert.py", "import", *config, "--skip-existing")),
         Step("proof against transformers", 0.5, ("tools/verify.py", teacher, *proof)),
-        Step("head selection", 17, ("tools/select_heads.py", *config, "--skip-existing"), ranks),
-        Step("student", 9, ("tools/convert.py", "hybridize", *config, "--skip-existing")),
+        Step("head selection", 12, ("tools/select_heads.py", *config, "--skip-existing"), ranks),
+        Step("student", 12, ("tools/convert.py", "hybridize", *config, "--skip-existing")),
         *(Step(name, MINUTES_OF_STAGE[name], (*train, "--stage", name, *config), ranks) for name in stages),
-        Step("evaluation", 7, ("tools/evaluate.py", *config, "--skip-existing"), ranks),
+        Step("evaluation", 4, ("tools/evaluate.py", *config, "--skip-existing"), ranks),
         Step("export", 0.5, ("tools/convert.py", "export", *config, "--skip-existing")),
         Step("report", 0.5, (*own[2], "--config", *recipes)),
     ]
