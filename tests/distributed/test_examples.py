@@ -23,6 +23,7 @@ from hydra_mcore.config import HydraOptions
 from hydra_mcore.convert.hf_config import read_config
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.recipe import COMMAND_SECTIONS, STAGE_SECTIONS, Recipe, parse_with_recipe
+from hydra_mcore.train.arguments import recipe_flags
 from tests.support.launch import model_parallel, run_ranks
 from tests.support.paths import ROOT
 from tools import convert, evaluate, prepare_data, select_heads
@@ -30,6 +31,7 @@ from tools.plan.__main__ import main as plan
 
 EXAMPLES = ROOT / "examples"
 SCHEDULES = {"qwen3-1.7b": [(), ("paper-2.3b",), ("optimised-5.8b",), ("hypenet",)], "qwen3-8b": [()]}
+REAL = "smollm2_135m"
 LAYOUTS = {(): 8, ("64gpu",): 64, ("extend-64k",): 8, ("64gpu", "extend-64k"): 64}
 CASES = [
     (model, schedule + layout, ranks)
@@ -121,7 +123,8 @@ def test_every_recipe_file_is_tried() -> None:
     tried = {path for model, overlays, _ in CASES for path in files(model, overlays)}
     present = {str(path) for path in EXAMPLES.glob("*/*.yaml") if path.parent.name != "lm_eval"}
     tiny = {str(EXAMPLES / "tiny" / name) for name in ("recipe.yaml", "kinds.yaml")}
-    assert present - tried == tiny  # the demo, the study of kinds and the pipeline's test run them
+    # The demo, the study of kinds and the pipeline's test run tiny's; the real one is read below.
+    assert present - tried == tiny | {str(EXAMPLES / REAL / "recipe.yaml")}
     for path in present:
         assert set(yaml.safe_load(Path(path).read_text())) & {*STAGE_SECTIONS, *COMMAND_SECTIONS}, path
 
@@ -130,7 +133,9 @@ COMMANDS = {"prepare": prepare_data, "select": select_heads, "evaluate": evaluat
 
 
 @pytest.mark.parametrize("section", COMMAND_SECTIONS)
-@pytest.mark.parametrize(("model", "overlays"), [*((model, ()) for model in SCHEDULES), ("qwen3-1.7b", ("hypenet",))])
+@pytest.mark.parametrize(
+    ("model", "overlays"), [*((model, ()) for model in (*SCHEDULES, REAL)), ("qwen3-1.7b", ("hypenet",))]
+)
 def test_commands_know_the_keys_of_their_section(model: str, overlays: tuple[str, ...], section: str) -> None:
     config = ["--config", *files(model, overlays)]
     if section in COMMANDS:
@@ -139,6 +144,12 @@ def test_commands_know_the_keys_of_their_section(model: str, overlays: tuple[str
         found = vars(convert.parse_args([section, *config]))
     given = Recipe.load(files(model, overlays), section).values
     assert given and all(found[name.replace("-", "_")] not in (None, "") for name in given)
+
+
+def test_the_real_models_stages_take_their_keys() -> None:
+    parser, recipe, options = recipe_flags(["--stage", "align", "--config", *files(REAL, ())], with_gpu=False)
+    found = parser.parse_args(recipe.to_flags(parser))
+    assert options.dtype == "auto" and (found.train_iters, found.seq_length, found.lr) == (100, 512, 1e-3)
 
 
 def test_hypenet_has_folders_of_its_own_but_for_the_teacher() -> None:

@@ -128,26 +128,24 @@ def test_every_option_is_documented():
         assert list(docs) == [item.name for item in dataclasses.fields(cls)] and all(docs.values())
 
 
-def options_parser() -> argparse.ArgumentParser:
+def options_parser(cls: type) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="p", exit_on_error=False)
-    for cls in (HydraOptions, StageOptions):
-        add_flags(parser.add_argument_group(cls.__name__), cls)
+    add_flags(parser.add_argument_group(cls.__name__), cls)
     return parser
 
 
 def test_flags_default_to_the_dataclass_and_take_its_types(capsys):
-    parser = options_parser()
-    known = vars(parser.parse_args([]))
-    for cls in (HydraOptions, StageOptions):
-        assert cls(**{item.name: known[item.name] for item in dataclasses.fields(cls)}) == cls()
-    given = ["--gdn-half-life", "30", "--gdn-conv-kernel", "2", "--fusion", "norm", "--dry-run", "--run-dir", "r"]
-    found = parser.parse_args(given)
+    layer, stage = options_parser(HydraOptions), options_parser(StageOptions)
+    for cls, parser in ((HydraOptions, layer), (StageOptions, stage)):
+        assert cls(**vars(parser.parse_args([]))) == cls()
+        parser.print_help()  # a bare % in a docstring would raise here
+    assert "[paper: nope]" in capsys.readouterr().out
+    found = layer.parse_args(["--gdn-half-life", "30", "--gdn-conv-kernel", "2", "--fusion", "norm"])
     assert (found.gdn_half_life, found.gdn_conv_kernel, found.fusion) == (30.0, 2, "norm")
+    found = stage.parse_args(["--dry-run", "--run-dir", "r"])
     assert found.dry_run is True and found.run_dir == "r"
     with pytest.raises(argparse.ArgumentError, match="invalid choice: 'sideways'"):
-        parser.parse_args(["--fusion", "sideways"])
-    parser.print_help()  # a bare % in a docstring would raise here
-    assert "[paper: nope]" in capsys.readouterr().out
+        layer.parse_args(["--fusion", "sideways"])
 
 
 def test_a_card_survives_its_file(tmp_path):
