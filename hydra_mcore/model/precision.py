@@ -15,11 +15,6 @@ def fast_bf16() -> bool:
     return torch.cuda.is_available() or any(torch.cpu.get_capabilities().get(name) for name in CPU_FEATURES)
 
 
-def dtype_named(name: str) -> torch.dtype:
-    """Of ``DTYPES``, or "auto": bf16 where that is faster."""
-    return DTYPES[("bf16" if fast_bf16() else "float32") if name == "auto" else name]
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """As in ``DTYPES``."""
-    return next(name for name, known in DTYPES.items() if known == dtype)
+def chosen_dtype(name: str) -> str:
+    """A name of ``DTYPES``; of "auto" bf16 where that is faster."""
+    return ("bf16" if fast_bf16() else "float32") if name == "auto" else name

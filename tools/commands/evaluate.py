@@ -17,7 +17,7 @@ from hydra_mcore.evaluation.models import ModelFacts
 from hydra_mcore.evaluation.records import Contestant, Piece, Records, check_folder
 from hydra_mcore.evaluation.report import RESULTS_NAME, check_report, write_report
 from hydra_mcore.files import is_name, shown
-from hydra_mcore.model.precision import dtype_name, dtype_named
+from hydra_mcore.model.precision import chosen_dtype
 from hydra_mcore.model.runtime import from_first_rank, process_groups
 
 
@@ -39,7 +39,7 @@ def evaluate(args: argparse.Namespace) -> None:
     records = Records(args.out)
     papers = Papers(parse_exam(args, records))
     models = from_first_rank(lambda: check_request(args, records))
-    dtype = dtype_name(dtype_named(args.dtype or ("bf16" if torch.cuda.is_available() else "float32")))
+    dtype = chosen_dtype(args.dtype or ("bf16" if torch.cuda.is_available() else "float32"))
     asked = dict(papers.enter(name, facts, dtype) for name, facts in models.items())
     todo = from_first_rank(lambda: missing(records, asked))
     first = torch.distributed.get_rank() == 0

@@ -21,7 +21,7 @@ from hydra_mcore.config import ModelCard
 from hydra_mcore.errors import InputError
 from hydra_mcore.files import write_json
 from hydra_mcore.model.build import load_model
-from hydra_mcore.model.precision import dtype_name, dtype_named
+from hydra_mcore.model.precision import DTYPES, chosen_dtype
 from hydra_mcore.ruler.haystack import Haystack, read_text
 from hydra_mcore.ruler.material import PromptMaterial
 from hydra_mcore.ruler.prompts import EVALUATION_SEEDS
@@ -58,7 +58,7 @@ def score_teacher(
     }  # bad input shows before the model is loaded
     silencing = knock_out_prompts(args, material, lengths[0])
     imitated = rows_to_imitate(material, lengths[0], args.seed) if imitators else None
-    _, model = load_model(args.teacher, dtype_named(args.dtype))
+    _, model = load_model(args.teacher, DTYPES[chosen_dtype(args.dtype)])
     teacher, found, curves = Teacher(model), {}, None
     for length in lengths:
         settings = identity(args, card, prompts[length], length)
@@ -164,7 +164,7 @@ def identity(args: argparse.Namespace, card: ModelCard, prompts: Probes, length:
                 digest.update(ids.numpy().tobytes())
     return {
         "teacher": card.fingerprint, "method": args.method, "roles": args.roles or "both",
-        "dtype": dtype_name(dtype_named(args.dtype)), "length": length, "pairs": args.pairs, "seed": args.seed,
+        "dtype": chosen_dtype(args.dtype), "length": length, "pairs": args.pairs, "seed": args.seed,
         "generator": VERSION, "probes": list(prompts), "prompts_sha256": digest.hexdigest(),
         "decay": DECAY, "critical": CRITICAL, "min_gap": MIN_GAP, "min_share": MIN_SHARE,
     }  # fmt: skip
@@ -220,7 +220,7 @@ def announce(args: argparse.Namespace, card: ModelCard, imitators: list[str]) ->
         count, tokens = batch.clean_bs.shape
         work["knock-out"] += runs_a_prompt() * count * forward_flops(card.shape, tokens)
     if torch.distributed.get_rank() == 0:
-        rate = matrix_speed(dtype_named(args.dtype)) / 3 * torch.distributed.get_world_size()
+        rate = matrix_speed(DTYPES[chosen_dtype(args.dtype)]) / 3 * torch.distributed.get_world_size()
         print(
             f"would score {card.shape.num_layers * card.shape.num_heads} heads on {pairs} pairs of up to {max(lengths)}"
             " tokens"

@@ -20,7 +20,7 @@ from hydra_mcore.evaluation.log_scale import GRID, Trials, best_base
 from hydra_mcore.evaluation.log_scale_report import markdown, write_report
 from hydra_mcore.evaluation.parallel import ParallelModel
 from hydra_mcore.model.build import load_model
-from hydra_mcore.model.precision import dtype_named
+from hydra_mcore.model.precision import DTYPES, chosen_dtype
 from hydra_mcore.model.runtime import from_first_rank, process_groups
 from hydra_mcore.ruler.haystack import read_text
 from hydra_mcore.tokenizer import load_tokenizer
@@ -38,7 +38,7 @@ def tune(args: argparse.Namespace) -> None:
     card = ModelCard.load(args.checkpoint)
     check_model(args, card)
     windows_bs = from_first_rank(lambda: read_windows(args, card))
-    _, model = load_model(args.checkpoint, dtype_named(args.dtype))
+    _, model = load_model(args.checkpoint, DTYPES[chosen_dtype(args.dtype)])
     trials = Trials(ParallelModel([model]), windows_bs)
     present = card.options.fa_log_scale_base if card.options.log_scale_in("inference") else None
     for setting in (None, present):

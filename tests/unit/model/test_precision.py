@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hydra_mcore.model.precision import dtype_name, dtype_named
+from hydra_mcore.model.precision import DTYPES, chosen_dtype
 from hydra_mcore.train.arguments import recipe_flags
 
 
@@ -23,8 +23,8 @@ def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> boo
 
 
 def test_auto_is_bf16_where_the_processor_has_it(fast: bool) -> None:
-    assert dtype_name(dtype_named("auto")) == ("bf16" if fast else "float32")
-    assert dtype_named("bf16") == torch.bfloat16 and dtype_named("float32") == torch.float32
+    assert chosen_dtype("auto") == ("bf16" if fast else "float32")
+    assert [DTYPES[chosen_dtype(name)] for name in ("bf16", "float32")] == [torch.bfloat16, torch.float32]
 
 
 @pytest.mark.parametrize(("words", "bf16"), [([], False), (["--dtype", "auto"], True), (["--bf16"], True)])
