@@ -11,7 +11,7 @@ together, held near the inherited one. [ours]
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,10 +21,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hydra_mcore.model.hydra_attention import HydraAttention, head_outputs
-from hydra_mcore.model.imitation import READS, Split, Task, imitate, ridge_fit, share, values_input
+from hydra_mcore.model.imitation import READS, Memory, Split, Task, imitate, ridge_fit, share, values_input
 from hydra_mcore.model.parameters import HeadLinear
 from hydra_mcore.ops.chunks import state_dtype
 from hydra_mcore.sequence import SequencePart
+
+MemoryTables = Mapping[str, Sequence[Sequence[Memory]]]  # kind of linear heads -> layer -> head in HF order
 
 
 class LayerFit(NamedTuple):
@@ -54,17 +56,22 @@ class _Layer(NamedTuple):
 
 
 @torch.no_grad()
-def fit_start(teacher: GPTModel, student: GPTModel, tokens_bs: Tensor) -> list[LayerFit]:
+def fit_start(
+    teacher: GPTModel, student: GPTModel, tokens_bs: Tensor, memories: MemoryTables | None = None
+) -> list[LayerFit]:
     """Fit a student that has just inherited, both whole (TP 1, PP 1); one result a layer.
 
     Args:
         tokens_bs: token ids, four rows at least.
+        memories: what to start heads with; all memories of a kind are tried for heads that are not in it.
     """
-    split, fits, students = Split.of(len(tokens_bs)), [], iter(student.decoder.layers)
+    split, fits, students = Split.of(len(tokens_bs)), [], enumerate(student.decoder.layers)
     with tqdm(total=len(student.decoder.layers), desc="fit", unit="layer") as progress:
 
         def fit(layer: _Layer) -> None:
-            fits.append(_fit_layer(next(students).self_attention, layer, split))
+            layer_idx, own = next(students)
+            known = {kind: table[layer_idx] for kind, table in (memories or {}).items()}
+            fits.append(_fit_layer(own.self_attention, layer, split, known))
             progress.update()
 
         _watch(teacher, tokens_bs, fit)
@@ -91,18 +98,21 @@ def _watch(teacher: GPTModel, tokens_bs: Tensor, found: Callable[[_Layer], None]
         teacher(tokens_bs, torch.arange(tokens_bs.shape[1], device=tokens_bs.device).expand_as(tokens_bs), None)
 
 
-def _fit_layer(student: HydraAttention, layer: _Layer, split: Split) -> LayerFit:
+def _fit_layer(student: HydraAttention, layer: _Layer, split: Split, known: Mapping[str, Sequence[Memory]]) -> LayerFit:
     inherited = _error(student, layer, split)
     for kind in student.branches:
         if kind in READS:
-            _fit_heads(student, kind, layer, split)
+            _fit_heads(student, kind, layer, split, known.get(kind))
     _fit_scales(student, layer, split)
     _fit_projection(student, layer, split)
     return LayerFit(inherited, _error(student, layer, split))
 
 
-def _fit_heads(student: HydraAttention, kind: str, layer: _Layer, split: Split) -> None:
-    """Memories and values of a layer's heads of a kind; none where heads share their values."""
+def _fit_heads(student: HydraAttention, kind: str, layer: _Layer, split: Split, known: Sequence[Memory] | None) -> None:
+    """Memories and values of a layer's heads of a kind; none where heads share their values.
+
+    A head takes the ``known`` memory where it can start with it.
+    """
     branch = student.branches[kind]
     if not isinstance(branch.linear_kv, HeadLinear):
         return
@@ -112,7 +122,10 @@ def _fit_heads(student: HydraAttention, kind: str, layer: _Layer, split: Split) 
     for place, head_idx in enumerate(student.layout.layer[kind]):
         out_bsd = _precise(layer.heads_sbhd[:, :, head_idx].transpose(0, 1))
         task = Task(q_hbsd[place], k_hbsd[place], v_hbsd[place], out_bsd)
-        branch.start_as(place, imitate(kind, task, x_bsm, split, branch.memories(place)))
+        memories = branch.memories(place)
+        if known is not None and known[head_idx] in memories:
+            memories = [known[head_idx]]
+        branch.start_as(place, imitate(kind, task, x_bsm, split, memories))
 
 
 def _fit_scales(student: HydraAttention, layer: _Layer, split: Split) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hydra_mcore.config import ConfigError, HydraOptions, ModelCard
-from hydra_mcore.convert.fitted_start import fit_start, said
+from hydra_mcore.convert.fitted_start import MemoryTables, fit_start, said
 from hydra_mcore.convert.output_folder import HEAD_MAP_NAME, check_target, new_folder
 from hydra_mcore.convert.tokenizer_files import TOKENIZER_DIR
 from hydra_mcore.errors import InputError
@@ -43,6 +43,7 @@ def hybridize(
     calibration_tokens_bs: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     start: str = "inherited",
+    memories: MemoryTables | None = None,
 ) -> ModelCard:
     """Write the student's checkpoint, its head map and the tokenizer; needs process groups of TP 1 and PP 1.
 
@@ -50,6 +51,7 @@ def hybridize(
         calibration_tokens_bs: token ids that the fusion scales are set by, without which these stay 1, or that a fitted
             start is fitted on.
         start: "inherited", or "fitted" (``fit_start``).
+        memories: for a fitted start, as in ``fit_start``.
 
     Raises:
         InputError: the teacher is no imported checkpoint, the head map is for another model, the tokens do not fit
@@ -73,7 +75,7 @@ def hybridize(
     scaled = calibration_tokens_bs is not None and options.fusion in SCALED_FUSIONS
     inherit(teacher, student, card.shape, head_output_rms(teacher, calibration_tokens_bs) if scaled else None)
     if fitted:
-        print(said(fit_start(teacher, student, calibration_tokens_bs)))
+        print(said(fit_start(teacher, student, calibration_tokens_bs, memories)))
     with new_folder(student_dir, sum(parameter.nbytes for parameter in student.parameters())) as folder:
         if (tokenizer := Path(teacher_dir) / TOKENIZER_DIR).is_dir():
             shutil.copytree(tokenizer, folder / TOKENIZER_DIR)

@@ -4,14 +4,17 @@
 
 import dataclasses
 import json
+import math
 import random
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
@@ -26,6 +29,7 @@ from hydra_mcore.kinds import KINDS
 from hydra_mcore.model.build import build_model, load_model
 from hydra_mcore.model.checkpoints import TRACKER
 from hydra_mcore.model.runtime import process_groups
+from hydra_mcore.selection.score import HeadScores, ProbeEffects, Replaceability
 from tests.support import teachers
 from tests.support.paths import ROOT
 from tests.support.tiny_hf import ODD, random_tokens, tiny_qwen3
@@ -446,6 +450,27 @@ def test_command_starts_fitted(source, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+def test_command_starts_with_memories_that_selection_found(source, tmp_path):
+    MIXED.save(tmp_path / "map.json")
+    words = random.Random(5).choices([f"w{i}" for i in range(60)], k=64 * 8)
+    (tmp_path / "text").write_text(" ".join(words))
+    card = ModelCard.load(source[2])
+    heads = (card.shape.num_layers, HEADS)
+    probe = ProbeEffects("retrieval", np.zeros((1, *heads, 1)), (), np.ones(1), np.zeros(1), np.ones(1, dtype=bool))
+    memory = (np.zeros(heads), np.zeros(heads), np.full(heads, 512.0), np.full(heads, 512.0), np.full(heads, 0.5))
+    scores = HeadScores(card.shape, card.fingerprint, {"one": probe}, replaceability={"gdn": Replaceability(*memory)})
+    scores.save(tmp_path / "scores.json")
+    given = ["hybridize", "--teacher", source[2], "--start", "fitted", "--calibration-text", tmp_path / "text"]
+    given += ["--scores", tmp_path / "scores.json", "--heads"]
+    hybridize_from(parse_args([*map(str, given), str(tmp_path / "map.json"), "--out", str(tmp_path / "fitted")]))
+    bias = load_model(tmp_path / "fitted")[1].decoder.layers[1].self_attention.gdn.linear_decay.bias
+    torch.testing.assert_close(F.softplus(bias), torch.full_like(bias, math.log(2) / 512))
+    all_kda = HeadMap.from_fa([(0, 0)], card.shape.num_layers, HEADS, GROUPS, "kda")
+    all_kda.save(tmp_path / "kda.json")
+    with pytest.raises(InputError, match=r"scores.json: no imitations of this map's linear heads there; leave"):
+        hybridize_from(parse_args([*map(str, given), str(tmp_path / "kda.json"), "--out", str(tmp_path / "no")]))
+
+
 def test_command_refuses_a_broken_head_map_in_one_line(source, tmp_path):
     raw = MIXED.to_dict()
     raw["layers"][1]["gdn"].remove(3)
@@ -468,10 +493,20 @@ def test_command_refuses_a_broken_head_map_in_one_line(source, tmp_path):
         (["--fusion", "norm", "--calibration-text", "text"], "has no use here"),
         (["--start", "fitted"], "--start fitted needs --calibration-text"),
         (["--start", "fitted", "--calibration-text", "text", "--fusion-scale", "one"], "no use with --start fitted"),
+        (["--scores", "scores.json", "--calibration-text", "text"], "--scores has no use without --start fitted"),
         (["--gdn-conv-kernel", "-1"], "gdn_conv_kernel is -1"),
         (["--lightning-slope", "2"], "lightning_slope is 2.0"),
     ],
-    ids=["no text", "unused text", "no scale", "no text to fit on", "two starts", "option", "another option"],
+    ids=[
+        "no text",
+        "unused text",
+        "no scale",
+        "no text to fit on",
+        "two starts",
+        "scores without a fit",
+        "option",
+        "another option",
+    ],
 )
 def test_command_refuses_flags_that_do_not_go_together(source, tmp_path, flags, words):
     MIXED.save(tmp_path / "map.json")

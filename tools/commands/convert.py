@@ -7,17 +7,21 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
+import numpy as np
 import torch
 from transformers.utils.logging import set_verbosity_error
 
-from hydra_mcore.config import HydraOptions
+from hydra_mcore.config import HydraOptions, ModelCard
 from hydra_mcore.convert.calibration import FIT_TOKENS, SCALE_TOKENS, calibration_tokens
+from hydra_mcore.convert.fitted_start import MemoryTables
 from hydra_mcore.convert.hf_export import export_hf
 from hydra_mcore.convert.hf_import import import_hf
 from hydra_mcore.convert.inherit import SCALED_FUSIONS, hybridize
 from hydra_mcore.errors import InputError
 from hydra_mcore.heads import HeadMap
+from hydra_mcore.model.imitation import Memory
 from hydra_mcore.model.runtime import process_groups
+from hydra_mcore.selection.score import HeadScores
 
 
 def run(args: argparse.Namespace) -> None:
@@ -42,11 +46,35 @@ def hybridize_from(args: argparse.Namespace) -> None:
         raise InputError("the fusion scales need --calibration-text FILE; or start them at 1 with --fusion-scale one")
     if args.calibration_text is not None and not calibrated:
         raise InputError("--calibration-text has no use here: the fusion scales are not calibrated; leave it out")
+    if args.scores is not None and not fitted:
+        raise InputError("--scores has no use without --start fitted; leave it out")
+    memories = known_memories(args.scores, args.teacher, head_map) if args.scores is not None else None
     count = FIT_TOKENS if fitted else SCALE_TOKENS
     tokens_bs = calibration_tokens(args.calibration_text, args.teacher, count) if calibrated else None
-    card = hybridize(args.teacher, head_map, options, args.out, tokens_bs, getattr(torch, args.dtype), args.start)
+    dtype = getattr(torch, args.dtype)
+    card = hybridize(args.teacher, head_map, options, args.out, tokens_bs, dtype, args.start, memories)
     num_heads = head_map.num_layers * head_map.num_heads
     print(f"student with {head_map.num_fa} FA heads of {num_heads}, teacher {card.fingerprint[:12]}: {args.out}")
+
+
+def known_memories(scores_file: str, teacher_dir: str, head_map: HeadMap) -> MemoryTables:
+    """The memories that head selection found for the map's linear heads.
+
+    Raises:
+        InputError: scores of another teacher, or with imitations of none of the map's kinds.
+    """
+    scores = HeadScores.load(scores_file)
+    scores.check_teacher(ModelCard.load(teacher_dir))
+    known = {}
+    for kind, of in scores.replaceability.items():
+        if head_map.heads_of(kind):
+            by_head = np.stack([of.half_life, of.write, of.fastest], axis=-1).tolist()
+            known[kind] = [[Memory(*of_head) for of_head in of_layer] for of_layer in by_head]
+    if not known:
+        raise InputError(
+            f"scores {scores_file}: they hold no imitations of this map's linear heads; leave --scores out"
+        )
+    return known
 
 
 def import_from(args: argparse.Namespace) -> None:

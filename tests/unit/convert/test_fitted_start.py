@@ -5,12 +5,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hydra_mcore.config import HydraOptions, teacher_card
@@ -19,7 +21,7 @@ from hydra_mcore.convert.fitted_start import fit_start
 from hydra_mcore.convert.inherit import inherit
 from hydra_mcore.heads import HeadMap, HeadsByKind
 from hydra_mcore.model.build import build_model
-from hydra_mcore.model.imitation import READS, Imitation, Split, Task, imitate
+from hydra_mcore.model.imitation import READS, Imitation, Memory, Split, Task, imitate
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.sequence import SequencePart
 from tests.support.teachers import SHAPE, VOCABULARY, random_teacher
@@ -74,7 +76,7 @@ def test_heads_compute_what_the_closed_form_says(
     fitted_start._watch(teacher, IDS, layers.append)
     for own, layer in zip(student.decoder.layers, layers, strict=True):
         attention = own.self_attention
-        fitted_start._fit_layer(attention, layer, Split.of(len(IDS)))
+        fitted_start._fit_layer(attention, layer, Split.of(len(IDS)), {})
         for kind, branch in attention.branches.items():
             outputs = branch(layer.x_sbm, SequencePart(len(layer.x_sbm)), layer.rotary).own[0]
             scale = shape.head_dim**-0.5  # of the recurrences, which a fit leaves to fusion
@@ -110,6 +112,23 @@ def test_every_layer_comes_nearer_to_its_teacher(options: dict[str, Any]) -> Non
         was, now = (next(v for n, v in w.items() if n.endswith(keys)) for w in (before, weights(student)))
         was, now = (t.unflatten(0, (6, 2, -1)) for t in (was, now))
         assert torch.equal(was[:, 0], now[:, 0]) and (was[:, 1] != now[:, 1]).any()
+
+
+def test_heads_start_with_the_memories_that_are_known() -> None:
+    """Each its own, in Hugging Face order; Lightning, whose slopes are fixed, starts as it must."""
+    half_lives, known = [8.0, 64.0, 512.0, 8.0, 64.0, 512.0], {}
+    known["gdn"] = [[Memory(half_life, 0.5, half_life) for half_life in half_lives]] * 4
+    known["lightning"] = [[Memory(1.0, 1.0, 1.0)] * 6] * 4
+    teacher, student = pair()
+    fit_start(teacher, student, IDS, known)
+    gdn = student.decoder.layers[0].self_attention.branches["gdn"]
+    rates_h, own_h = F.softplus(gdn.linear_decay.bias), torch.tensor([half_lives[h] for h in MIXED["gdn"]])
+    torch.testing.assert_close(rates_h, math.log(2) / own_h.double())
+    _, free = pair()
+    fit_start(teacher, free, IDS, {"lightning": known["lightning"]})
+    own, other = (s.decoder.layers[0].self_attention.branches for s in (student, free))
+    assert torch.equal(own["lightning"].linear_kv.weight, other["lightning"].linear_kv.weight)
+    assert not torch.equal(own["gdn"].linear_decay.bias, other["gdn"].linear_decay.bias)
 
 
 @torch.no_grad()
