@@ -71,9 +71,7 @@ def known_memories(scores_file: str, teacher_dir: str, head_map: HeadMap) -> Mem
             by_head = np.stack([of.half_life, of.write, of.fastest], axis=-1).tolist()
             known[kind] = [[Memory(*of_head) for of_head in of_layer] for of_layer in by_head]
     if not known:
-        raise InputError(
-            f"scores {scores_file}: they hold no imitations of this map's linear heads; leave --scores out"
-        )
+        raise InputError(f"scores {scores_file}: no imitations of this map's linear heads there; leave --scores out")
     return known
 
 
