@@ -28,9 +28,8 @@ from hydra_mcore.stages import STAGES
 STAGE_SECTIONS = tuple(STAGES)
 COMMAND_SECTIONS = ("prepare", "import", "select", "hybridize", "evaluate", "export")
 MAX_BYTES = 2**18  # a recipe takes a few thousand; what is longer is another file, and YAML takes seconds to read it
-MAX_LEVELS = (
-    5  # sections, lists in them, and lists of what they merge; aliases of aliases of aliases only fill the memory
-)
+# A study's axes, their values, sections in these and lists; aliases of aliases of aliases only fill the memory.
+MAX_LEVELS = 7
 MAX_ALIASES = 100
 MAX_TEXT = 4096  # of a value: as long as a path may be
 
@@ -177,37 +176,45 @@ for _tag in ("int", "float"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.construct_number)
 
 
-def _read_recipe(path: Path) -> dict[str, Any]:
-    """A recipe file's keys, written with dashes, its sections as dicts; raises ConfigError for a broken file."""
+def read_yaml(path: Path, what: str) -> dict[str, Any]:
+    """The keys of a file of settings, written with dashes; raises ConfigError, which calls it ``what``, for a broken
+    one.
+    """
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
-            raise ConfigError(f"longer than {MAX_BYTES} bytes, so no recipe")
-        raw = _with_dashes(yaml.load(content.decode("utf-8"), _Loader) or {})
+            raise ConfigError(f"longer than {MAX_BYTES} bytes, so no {what}")
+        raw = with_dashes(yaml.load(content.decode("utf-8"), _Loader) or {})
     except OSError as error:
-        raise ConfigError(f"recipe {path}: {error.strerror}") from None
+        raise ConfigError(f"{what} {path}: {error.strerror}") from None
     except ConfigError as error:
-        raise ConfigError(f"recipe {path}: {error}") from None
+        raise ConfigError(f"{what} {path}: {error}") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise ConfigError(f"recipe {path}: not YAML (line {mark.line + 1}: {error.problem})") from None
+        raise ConfigError(f"{what} {path}: not YAML (line {mark.line + 1}: {error.problem})") from None
     except RecursionError:
-        raise ConfigError(f"recipe {path}: nested deeper than a recipe needs") from None
+        raise ConfigError(f"{what} {path}: nested deeper than a {what} needs") from None
     except (yaml.YAMLError, ValueError) as error:  # also a date that is none, a number of thousands of digits
-        raise ConfigError(f"recipe {path}: not YAML ({' '.join(str(error).split())})") from None
+        raise ConfigError(f"{what} {path}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"recipe {path}: expected 'key: value' lines")
+        raise ConfigError(f"{what} {path}: expected 'key: value' lines")
+    return raw
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    """A recipe file's keys, its sections as dicts; raises ConfigError for a broken file."""
+    raw = read_yaml(path, "recipe")
     for name in STAGE_SECTIONS + COMMAND_SECTIONS:
         section = raw.get(name)
         if not isinstance({} if section is None else section, dict):
             what = "a stage" if name in STAGE_SECTIONS else "a command"
             raise ConfigError(f"recipe {path}: {name!r} is {what}, expected 'key: value' lines under it")
-        raw[name] = _with_dashes(section or {})
+        raw[name] = with_dashes(section or {})
     return raw
 
 
-def _with_dashes(raw: Any) -> Any:
+def with_dashes(raw: Any) -> Any:
     """The keys of a mapping as flags are written, so that one flag has one name whatever file it stands in."""
     return {str(key).replace("_", "-"): value for key, value in raw.items()} if isinstance(raw, dict) else raw
 

@@ -164,12 +164,13 @@ def test_files_that_are_no_recipe(tmp_path, content, message):
         ("x: " + "[" * 5000, "nested deeper"),
         ("{a: " * 5000, "nested deeper"),
         (
-            "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nd: &d [*c, *c]\ne: [*d, *d]\n",
+            "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nd: &d [*c, *c]\n"
+            "e: &e [*d, *d]\nf: &f [*e, *e]\ng: [*f, *f]\n",
             "line 1: nested deeper, or with more aliases",
         ),
         (
-            "a: &a {x: 1}\nb: &b {<<: [*a, *a]}\nc: &c {<<: [*b, *b]}\nd: {<<: [*c, *c]}\n",
-            "line 4: nested deeper, or with more aliases",
+            "a: &a {x: 1}\nb: &b {<<: [*a, *a]}\nc: &c {<<: [*b, *b]}\nd: &d {<<: [*c, *c]}\ne: {<<: [*d, *d]}\n",
+            "line 5: nested deeper, or with more aliases",
         ),
         ("a: &a 1\nb: [" + "*a, " * 200 + "]\n", "line 2: nested deeper, or with more aliases"),
         ("a: x\n" * 100_000, "longer than 262144 bytes, so no recipe"),

@@ -1,0 +1,271 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A study's file, the commands that it stands for, its numbers, and a small one from end to end."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hydra_mcore.config import ConfigError
+from hydra_mcore.errors import InputError
+from hydra_mcore.recipe import Recipe
+from tests.support.paths import ROOT, TINY_TEACHER
+from tools.studies.file import Study, laid_over
+from tools.studies.run import write_recipe
+from tools.studies.steps import shared_jobs, variant_jobs
+from tools.studies.table import Value, difference, over_prompts, over_seeds, read, tables, write_csv, write_figure
+
+RECIPE = {
+    "run-dir": "run",
+    "seed": 5,
+    "align": {"train-iters": 3, "global-batch-size": 2, "seq-length": 64},
+    "import": {"hf": "hf", "out": "teacher"},
+    "select": {"teacher": "teacher", "out": "heads", "ratio": "3:1"},
+    "hybridize": {
+        "teacher": "teacher",
+        "heads": "heads/head_map.json",
+        "out": "student",
+        "scores": "heads/scores.json",
+    },
+    "evaluate": {
+        "models": ["teacher=teacher", "student=extend"],
+        "yarn": ["teacher"],
+        "lengths": [64],
+        "out": "report",
+    },
+}
+STUDY: dict[str, Any] = {
+    "recipes": ["recipe.yaml"],
+    "out": "runs/it",
+    "stages": ["align"],
+    "seeds": [0, 3],
+    "over": {"hybridize": {"fa_position": "rope"}, "data-path": "data{seed}"},
+    "variants": {
+        "chosen 3:1": {},
+        "any": {"select": {"strategy": "global_random"}},
+        "longer": {"select": {"pairs": 9}},
+    },
+}
+
+
+def study_of(folder: Path, **changes: Any) -> Study:
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    raw = {key: value for key, value in (STUDY | changes).items() if value is not None}
+    (folder / "study.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
+    return Study.load(folder / "study.yaml")
+
+
+def test_every_combination_of_the_axes_is_a_variant(tmp_path: Path) -> None:
+    axes = {"hybridize.fa_gate": ["none", "headwise"], "heads": {"best": {}, "any": {"select": {"ratio": "7:1"}}}}
+    study = study_of(tmp_path, variants=None, axes=axes)
+    assert [(variant.name, variant.over) for variant in study.variants] == [
+        ("fa_gate none, best", {"hybridize": {"fa-gate": "none"}}),
+        ("fa_gate none, any", {"hybridize": {"fa-gate": "none"}, "select": {"ratio": "7:1"}}),
+        ("fa_gate headwise, best", {"hybridize": {"fa-gate": "headwise"}}),
+        ("fa_gate headwise, any", {"hybridize": {"fa-gate": "headwise"}, "select": {"ratio": "7:1"}}),
+    ]
+    assert study.base == "fa_gate none, best" and study.variants[0].slug == "fa-gate-none-best"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"variant": {}}, "unknown key 'variant'; did you mean 'variants'?"),
+        ({"axes": {"lr": [1]}}, "give 'variants' or 'axes', one of them"),
+        ({"variants": None}, "give 'variants' or 'axes', one of them"),
+        ({"variants": {}}, "'variants' holds no values"),
+        ({"variants": None, "axes": {"hybrid.lr": [1]}}, "axis 'hybrid.lr': no section is called 'hybrid'"),
+        ({"variants": {"a b": {}, "a-b": {}}}, "variant 'a b': its name is no folder of its own"),
+        ({"variants": {"a": {"select": 3}}}, "variant 'a': 'select': expected 'key: value' lines under it"),
+        ({"variants": {"a": {"lr": {"x": 3}}}}, "variant 'a': 'lr': no section is called so"),
+        ({"base": "b"}, "base 'b' is none of the variants"),
+        ({"stages": ["aline"]}, "no stage is called 'aline'"),
+        ({"seeds": [1, 1]}, "'seeds' names one twice"),
+        ({"seeds": ["1"]}, "'seeds' is a list of whole numbers"),
+        ({"recipes": []}, "'recipes' names no file"),
+        ({"out": None}, "'out' is the folder of the study"),
+    ],
+)
+def test_broken_studies_are_one_line(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        study_of(tmp_path, **changes)
+    line = str(refused.value)
+    assert line.startswith(f"study {tmp_path}/study.yaml: {said}") and "\n" not in line
+
+
+def test_every_job_has_its_own_places_and_seeds(tmp_path: Path) -> None:
+    study = study_of(tmp_path)
+    jobs = variant_jobs(study)
+    assert [job.name for job in jobs[:4]] == [
+        "chosen 3:1, seed 0",
+        "any, seed 0",
+        "longer, seed 0",
+        "chosen 3:1, seed 3",
+    ]
+    over = jobs[3].overlay()
+    assert over["run-dir"] == "runs/it/seed3/chosen-3to1" and over["seed"] == 8 and over["data-path"] == "data3"
+    scores = "runs/it/seed3/shared/heads/scores.json"
+    assert over["select"] == {"seed": 3, "out": "runs/it/seed3/chosen-3to1/heads", "scores": scores}
+    assert over["hybridize"] == {
+        **{"fa-position": "rope", "seed": 1237, "scores": scores, "out": "runs/it/seed3/chosen-3to1/student"},
+        "heads": "runs/it/seed3/chosen-3to1/heads/head_map.json",
+    }
+    assert over["evaluate"]["models"] == ["chosen 3:1=runs/it/seed3/chosen-3to1/align"]
+    assert over["evaluate"]["seed"] == 1_000_003 and over["evaluate"]["yarn"] is None
+    shared = shared_jobs(study)[1].overlay()
+    assert shared["evaluate"]["models"] == ["teacher=teacher"] and "yarn" not in shared["evaluate"]
+    assert shared["evaluate"]["out"] == over["evaluate"]["out"] == "runs/it/seed3/evaluation"
+
+
+def test_scores_are_shared_where_they_are_the_same(tmp_path: Path) -> None:
+    """Random heads need none; a variant that scores otherwise makes its own."""
+    chosen, at_random, longer = (job.overlay() for job in variant_jobs(study_of(tmp_path, seeds=[0])))
+    assert "scores" in chosen["select"] and "scores" not in at_random["select"] | longer["select"]
+    assert at_random["hybridize"]["scores"] == "runs/it/seed0/shared/heads/scores.json"
+    assert longer["hybridize"]["scores"] == "runs/it/seed0/longer/heads/scores.json"
+
+
+def test_steps_come_in_their_order(tmp_path: Path) -> None:
+    study = study_of(tmp_path, setup=["-m examples.tiny.data --seed {seed}"], seeds=[7])
+    (shared,), (variant, *_) = shared_jobs(study), variant_jobs(study)
+    assert [step.name for step in shared.steps()][1:] == ["import", "head selection", "evaluation"]
+    assert shared.steps()[0].words == ("-m", "examples.tiny.data", "--seed", "7")
+    assert [step.name for step in variant.steps()] == ["head selection", "student", "align", "evaluation"]
+    config = ("--config", str(tmp_path / "recipe.yaml"), "runs/it/seed7/chosen-3to1/recipe.yaml")
+    assert variant.steps()[2].words == ("-m", "hydra_mcore.train", *config, "--stage", "align")
+
+
+def test_a_folder_keeps_the_settings_that_it_was_made_with(tmp_path: Path) -> None:
+    study = study_of(tmp_path, out=str(tmp_path / "out"), seeds=[0])
+    for job in variant_jobs(study):
+        write_recipe(job)
+    (job, *_) = variant_jobs(
+        study_of(tmp_path, out=str(tmp_path / "out"), over={**STUDY["over"], "evaluate": {"prompts": 3}})
+    )
+    write_recipe(job)  # a student may be asked more
+    assert Recipe.load(job.recipes, "evaluate").values["prompts"] == 3
+    (job, *_) = variant_jobs(study_of(tmp_path, out=str(tmp_path / "out"), over={"hybridize": {"fa-position": "nope"}}))
+    with pytest.raises(
+        InputError, match=r"chosen-3to1: was made with another 'data-path'; call the variant by another"
+    ):
+        write_recipe(job)
+
+
+def test_overlays_win_key_by_key() -> None:
+    merged = laid_over({"lr": 1, "align": {"lr": 2, "x": 3}}, {"align": {"lr": 4}})
+    assert merged == {"lr": 1, "align": {"lr": 4, "x": 3}}
+
+
+def test_differences_and_their_intervals() -> None:
+    """Student's t over seeds (2, 4 and 6: mean 4, standard error 2 / sqrt(3)); over prompts Newcombe's own example."""
+    low, high = over_seeds([2.0, 4.0, 6.0])
+    assert (low + high) / 2 == pytest.approx(4) and (high - low) / 2 == pytest.approx(4.303 * 2 / math.sqrt(3))
+    assert over_prompts(Value(100 * 56 / 70, 70), Value(100 * 48 / 80, 80)) == pytest.approx((5.24, 33.39), abs=0.01)
+    assert over_prompts(Value(0.0, 10), Value(0.0, 10)) == pytest.approx((-27.75, 27.75), abs=0.01)
+    assert over_prompts(Value(12.0), Value(11.0)) is None
+    both = {0: Value(70, 10), 1: Value(80, 10)}, {0: Value(50, 10), 1: Value(60, 10), 2: Value(0, 10)}
+    assert difference(*both) == "+20 (+20 to +20)" and difference(both[0], None) == "-"
+
+
+def results(folder: Path, models: dict[str, tuple[int, float]]) -> None:
+    """An evaluation's file: right ones of ten single keys at 64 tokens, perplexity."""
+    entries = {}
+    for name, (right, perplexity) in models.items():
+        agreement = {"with": "teacher", "share": 0.5}
+        entries[name] = {
+            "groups": [{"group": "single-key", "length": 64, "accuracy": right / 10, "total": 10}],
+            "text": [{"length": 64, "perplexity": perplexity, "agreement": agreement}],
+        }
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps({"models": entries}))
+
+
+def test_the_table_of_two_seeds(tmp_path: Path) -> None:
+    study = study_of(tmp_path, out=str(tmp_path / "out"))
+    with pytest.raises(InputError, match="no model has been evaluated there"):
+        read(study)
+    results(tmp_path / "out/seed0/evaluation", {"any": (2, 30.0), "teacher": (10, 9.0), "chosen 3:1": (6, 20.0)})
+    results(tmp_path / "out/seed3/evaluation", {"teacher": (9, 9.0), "chosen 3:1": (8, 22.0)})
+    said = tables(read(study))
+    assert "| teacher | 95 (100, 90) |\n| chosen 3:1 | 70 (60, 80) |\n| any | 20 (6-51) |" in said
+    assert "| single-key, difference to chosen 3:1 | 64 |" in said and "| any | -40 (-67 to +2) |" in said
+    assert (
+        "| perplexity | 64 |\n| :-- | --: |\n| teacher | 9.0 (9.0, 9.0) |\n| chosen 3:1 | 21.0 (20.0, 22.0) |" in said
+    )
+    assert "| agreement with the teacher | 64 |\n| :-- | --: |\n| chosen 3:1 |" in said
+    write_csv(tmp_path / "all.csv", read(study))
+    rows = list(csv.DictReader((tmp_path / "all.csv").open()))
+    assert rows[0] == {
+        "model": "teacher",
+        "measure": "single-key",
+        "length": "64",
+        "seed": "0",
+        "value": "100",
+        "prompts": "10",
+    }
+    assert len(rows) == 5 * 2 + 3
+    write_figure(tmp_path / "all.png", read(study))
+    assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
+
+
+def command(folder: Path, *words: str) -> subprocess.Popen:
+    call = [sys.executable, str(ROOT / "tools/study.py"), words[0], str(folder / "study.yaml"), *words[1:]]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        call,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.slow
+def test_a_study_is_killed_and_goes_on(tmp_path: Path) -> None:
+    """Two head maps, a few steps each: data, teacher, scores and prompts are made once."""
+    text = " ".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
+    (tmp_path / "text.txt").write_text(text[:200_000])
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in text.split("\n\n")))
+    at = {name: str(tmp_path / name) for name in ("teacher", "text.txt", "text.jsonl", "data")}
+    recipe = {
+        **{"teacher": at["teacher"], "data-path": at["data"], "split": "100,0,0"},
+        "align": {"train-iters": 4, "global-batch-size": 2, "seq-length": 64, "lr": 1e-3, "save-interval": 2},
+        "prepare": {"input": [at["text.jsonl"]], "tokenizer": str(TINY_TEACHER), "out": at["data"]},
+        "import": {"hf": str(TINY_TEACHER), "out": at["teacher"]},
+        "select": {"teacher": at["teacher"], "pairs": 2, "length": 128, "haystack": at["text.txt"], "knock-out": 0},
+        "hybridize": {"teacher": at["teacher"], "calibration-text": at["text.txt"]},
+        "evaluate": {"haystack": at["text.txt"], "lengths": [128], "prompts": 2, "yarn": ["teacher=2"]},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    study = {"recipes": ["recipe.yaml"], "out": str(tmp_path / "out"), "stages": ["align"]}
+    study["variants"] = {"chosen": {}, "random": {"select": {"strategy": "global_random"}}}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    first = command(tmp_path, "run", "--jobs", "2")
+    stage = tmp_path / "out/seed0/chosen/align/latest_checkpointed_iteration.txt"
+    deadline = time.monotonic() + 240
+    while not stage.exists() and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.killpg(first.pid, signal.SIGKILL)
+    assert stage.exists(), first.communicate()[1][-3000:]
+    assert "chosen, seed 0: " in command(tmp_path, "run", "--dry-run").communicate()[0]
+    scores = (tmp_path / "out/seed0/shared/heads/scores.json").stat().st_mtime_ns
+    again = command(tmp_path, "run")
+    said, errors = again.communicate(timeout=300)
+    assert again.returncode == 0, errors[-3000:]
+    assert (tmp_path / "out/seed0/shared/heads/scores.json").stat().st_mtime_ns == scores
+    assert all(f"| {name} | " in said for name in ("teacher", "teacher + YaRN x2", "chosen", "random"))
+    assert command(tmp_path, "table").communicate()[0] == said

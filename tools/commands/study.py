@@ -1,0 +1,46 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Run a study or tell what it found, from the flags of ``tools/study.py``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from hydra_mcore.commands import sole_writer
+from hydra_mcore.errors import InputError
+from tools.studies.file import Study
+from tools.studies.run import StepFailed, describe
+from tools.studies.run import run as run_study
+from tools.studies.table import read, tables, write_csv, write_figure
+
+
+def run(args: argparse.Namespace) -> None:
+    """The command that was given; raises InputError for what cannot be used."""
+    study = Study.load(args.study)
+    if args.command == "table":
+        return tell(args, study)
+    names = [variant.name for variant in study.variants]
+    if unknown := [name for name in args.only if name not in names]:
+        raise InputError(f"--only {unknown[0]}: no such variant; there are {', '.join(names)}")
+    if min(args.jobs, args.ranks) < 1:
+        raise InputError("--jobs and --ranks count from 1")
+    if args.dry_run:
+        return print(describe(study, args.only))
+    study.out.mkdir(parents=True, exist_ok=True)
+    with sole_writer(study.out / "study"):
+        try:
+            run_study(study, args.only, args.ranks, args.jobs)
+        except StepFailed as failure:
+            sys.exit(f"study: {failure}")
+    print(tables(read(study)))
+
+
+def tell(args: argparse.Namespace, study: Study) -> None:
+    """Print the tables; write the CSV and the figure that were asked for."""
+    found = read(study)
+    print(tables(found))
+    if args.csv:
+        write_csv(args.csv, found)
+    if args.figure:
+        write_figure(args.figure, found)

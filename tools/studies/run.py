@@ -1,0 +1,169 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Running a study on this machine: what all variants share first, then variants side by side."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
+from pathlib import Path
+from threading import Event
+
+import yaml
+from tqdm import tqdm
+
+from hydra_mcore.errors import InputError
+from hydra_mcore.files import read_json, write_json, write_text
+from hydra_mcore.model.checkpoints import TRACKER
+from hydra_mcore.recipe import Recipe, read_yaml
+from tools.studies.file import Study
+from tools.studies.steps import Job, Step, shared_jobs, variant_jobs, without_evaluation
+
+ROOT = Path(__file__).resolve().parents[2]
+DONE = "steps.json"  # in a job's folder: its finished commands, with their seconds
+TAIL = 15  # lines of a failed command's output
+
+
+class StepFailed(Exception):
+    """A command of the study that ended with an error; the message says where its output is, and shows the end."""
+
+
+def run(study: Study, only: Sequence[str], ranks: int, jobs: int) -> None:
+    """Run what is not finished.
+
+    Raises:
+        InputError: a variant whose settings are not those that its folder was made with.
+        StepFailed: a command failed; jobs that had begun are finished, no other is begun.
+    """
+    shared, variants = shared_jobs(study), variant_jobs(study, only)
+    for job in (*shared, *variants):
+        write_recipe(job)
+    total = sum(len(job.steps()) for job in (*shared, *variants))
+    quiet = 60.0 if not sys.stderr.isatty() else 0.5  # seconds between lines
+    with tqdm(total=total, desc=study.path.stem, unit="step", mininterval=quiet, maxinterval=quiet) as progress:
+        for job in shared:
+            run_job(job, ranks * jobs, 1, progress, Event())
+        side_by_side([partial(run_job, job, ranks, jobs, progress) for job in variants], jobs)
+
+
+def write_recipe(job: Job) -> None:
+    """The job's recipe into its folder; raises InputError where a student there was made by another."""
+    over = job.overlay()
+    if job.recipe.exists():
+        before, now = (without_evaluation(raw) for raw in (read_yaml(job.recipe, "recipe"), over))
+        if changed := sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
+            fix = "call the variant by another name, or remove the folder"
+            raise InputError(f"{job.folder}: was made with another {changed[0]!r}; {fix}")
+    job.folder.mkdir(parents=True, exist_ok=True)
+    write_text(job.recipe, yaml.safe_dump(over, sort_keys=False))
+
+
+def run_job(job: Job, ranks: int, beside: int, progress: tqdm, stop: Event) -> None:
+    """All steps that are not done yet; between two of them, ``stop`` ends the job.
+
+    Args:
+        beside: how many jobs share this machine's cores.
+    """
+    done = finished(job)
+    for step in job.steps():
+        if stop.is_set():
+            return
+        if step.name not in done or step.name == "evaluation":  # which may be asked for more, and knows what it has
+            progress.set_postfix_str(f"{job.name}: {step.name}")
+            start = time.monotonic()
+            run_step(job, step, ranks if step.on_ranks else 1, beside)
+            if step.name in job.study.stages and not trained(job, step.name):
+                raise StepFailed(f"{job.name}: {step.name} was stopped; give the same command to go on")
+            done[step.name] = done.get(step.name, 0.0) + round(time.monotonic() - start, 1)
+            write_json(job.folder / DONE, done)
+        progress.update()
+
+
+def finished(job: Job) -> dict[str, float]:
+    """Seconds of the steps that have ended well."""
+    path = job.folder / DONE
+    return read_json(path) if path.exists() else {}
+
+
+def trained(job: Job, stage: str) -> bool:
+    """Whether a stage's last checkpoint is there: training that is asked to stop saves and ends well."""
+    newest = job.folder / stage / TRACKER
+    wanted = Recipe.load(job.recipes, stage).values["train-iters"]
+    return newest.exists() and newest.read_text().strip() == str(wanted)
+
+
+def run_step(job: Job, step: Step, ranks: int, beside: int) -> None:
+    """One command, its output added to the job's log."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)) if ranks > 1 else ()
+    batch = batch_size(job, step, ranks)
+    command = [sys.executable, *launcher, *step.words, *batch]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "WANDB_MODE": os.environ.get("WANDB_MODE", "offline")}
+    environment["WANDB_RUN_GROUP"] = job.study.path.stem
+    cores = len(os.sched_getaffinity(0)) // (ranks * beside)
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
+    log = job.folder / "log.txt"
+    with log.open("a") as sink:
+        sink.write(f"$ {' '.join(command)}\n")
+        sink.flush()
+        code = subprocess.run(command, cwd=ROOT, env=environment, stdout=sink, stderr=sink, check=False).returncode
+    if code:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL:])
+        raise StepFailed(f"{job.name}: {step.name} ended with exit status {code}; the end of {log}:\n{tail}")
+
+
+def batch_size(job: Job, step: Step, ranks: int) -> tuple[str, ...]:
+    """A rank's share of a step's rows, where the recipe leaves it open and no GPU is to be filled."""
+    if step.name not in job.study.stages:
+        return ()
+    values = Recipe.load(job.recipes, step.name).values
+    rows, given = values.get("global-batch-size"), values.get("micro-batch-size")
+    return ("--micro-batch-size", str(rows // ranks)) if given is None and rows and rows % ranks == 0 else ()
+
+
+def side_by_side(jobs: Sequence[Callable[[Event], None]], at_once: int) -> None:
+    """So many at a time; after one that fails, or a Ctrl-C, no other step begins."""
+    stop = Event()
+
+    def guarded(job: Callable[[Event], None]) -> None:
+        try:
+            if not stop.is_set():
+                job(stop)
+        except BaseException:
+            stop.set()  # here, as this thread takes the next job at once
+            raise
+
+    with ThreadPoolExecutor(at_once) as pool:
+        try:
+            for done in as_completed([pool.submit(guarded, job) for job in jobs]):
+                done.result()
+        finally:
+            stop.set()
+
+
+def describe(study: Study, only: Sequence[str]) -> str:
+    """What a run would do: its jobs, their steps and tokens, and the time of those that have been measured."""
+    jobs = [*shared_jobs(study), *variant_jobs(study, only)]
+    lines = []
+    for job in jobs:
+        left = [step.name for step in job.steps() if step.name not in finished(job)]
+        lines.append(f"{job.name}: {', '.join(left) if left else 'finished'}")
+    trained = {stage: tokens(study, stage) for stage in study.stages}
+    lines.append("tokens of each student: " + ", ".join(f"{stage} {count:,}" for stage, count in trained.items()))
+    known = [sum(times.values()) for job in jobs if job.variant and len(times := finished(job)) == len(job.steps())]
+    if known:
+        open_jobs = sum(1 for job in jobs if len(finished(job)) < len(job.steps()))
+        mean = sum(known) / len(known) / 60
+        lines.append(f"a finished student took {mean:.0f} minutes; {open_jobs} jobs are left")
+    return "\n".join(lines)
+
+
+def tokens(study: Study, stage: str) -> int:
+    """That a student sees in a stage, by the recipes; variants may differ."""
+    values = Recipe.load(study.recipes, stage).values | {k: v for k, v in study.over.items() if not isinstance(v, dict)}
+    values |= study.over.get(stage, {})
+    return values["train-iters"] * values["global-batch-size"] * values["seq-length"]

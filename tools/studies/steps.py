@@ -1,0 +1,148 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The commands that a study stands for: once for a seed, and once for a variant with a seed.
+
+Every command can be given again: what is finished stays, a stage of training goes on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra_mcore.recipe import Recipe
+from hydra_mcore.selection.choose import SCORED
+from tools.studies.file import Overlay, Study, Variant, laid_over
+
+SHARED = "shared"
+# What a choice of heads says; another flag of selection changes the scores, and the variant makes its own.
+CHOICE = frozenset({"strategy", "ratio", "budget", "every", "ranks", "kv-groups", "linear", "score", "roles", "weight"})
+FIRST_SEEDS = {"": 1234, "select": 0, "hybridize": 1234, "evaluate": 1_000_000}  # where the recipes name none
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command, without the Python that runs it; on as many ranks as there are, or on one."""
+
+    name: str
+    words: tuple[str, ...]
+    on_ranks: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """Steps one after the other, with a folder and a recipe of their own."""
+
+    study: Study
+    seed: int
+    variant: Variant | None  # None: what all variants of the seed share
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant.name if self.variant else SHARED}, seed {self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        return self.seed_folder / (self.variant.slug if self.variant else SHARED)
+
+    @property
+    def seed_folder(self) -> Path:
+        return self.study.out / f"seed{self.seed}"
+
+    @property
+    def evaluation(self) -> Path:
+        """One for all variants of a seed, so that all answer one set of prompts."""
+        return self.seed_folder / "evaluation"
+
+    @property
+    def recipe(self) -> Path:
+        return self.folder / "recipe.yaml"
+
+    @property
+    def recipes(self) -> tuple[Path, ...]:
+        return (*self.study.recipes, self.recipe)
+
+    def section(self, name: str) -> dict[str, Any]:
+        """A section of the study's recipes as this job changes it, before the job's own places."""
+        own = self._own()
+        return Recipe.load(self.study.recipes, name).values | own.get(name, {})
+
+    def _own(self) -> dict[str, Any]:
+        return laid_over(self.study.over, self.variant.over if self.variant else {})
+
+    def overlay(self) -> dict[str, Any]:
+        """What this job lays over the study's recipes: the variant's settings, its seeds, its places."""
+        seeds: dict[str, Any] = {}
+        for section, first in FIRST_SEEDS.items():
+            given = self.section(section) if section else Recipe.load(self.study.recipes, "align").values | self._own()
+            found = {"seed": given.get("seed", first) + self.seed}
+            seeds |= {section: found} if section else found
+        return with_seed(laid_over(self._own(), seeds, self._places()), self.seed)
+
+    def _places(self) -> dict[str, Any]:
+        scores = str(Job(self.study, self.seed, None).folder / "heads" / "scores.json")
+        heads, teacher = self.folder / "heads", self.section("import")["out"]
+        select: dict[str, Any] = {"out": str(heads)}
+        hybridize: dict[str, Any] = {"heads": str(heads / "head_map.json"), "out": str(self.folder / "student")}
+        own_scores = self.variant is None or not self.shares_scores
+        if not own_scores and self.section("select").get("strategy", SCORED[0]) in SCORED:
+            select["scores"] = scores
+        if "scores" in self.section("hybridize"):
+            hybridize["scores"] = str(heads / "scores.json") if own_scores else scores
+        name = self.variant.name if self.variant else "teacher"
+        model = self.folder / self.study.stages[-1] if self.variant else teacher
+        evaluate: dict[str, Any] = {"models": [f"{name}={model}"], "out": str(self.evaluation), "reference": "teacher"}
+        if self.variant:
+            evaluate["yarn"] = None  # a row of the teacher
+        evaluate["cache"] = str(self.evaluation / "prompts")
+        return {"run-dir": str(self.folder), "select": select, "hybridize": hybridize, "evaluate": evaluate}
+
+    @property
+    def shares_scores(self) -> bool:
+        """Whether the variant chooses from the scores of its seed."""
+        return not self.variant or set(self.variant.over.get("select", {})) <= CHOICE
+
+    def steps(self) -> list[Step]:
+        config = ("--config", *map(str, self.recipes))
+        select = Step("head selection", ("tools/select_heads.py", *config, "--skip-existing"), on_ranks=True)
+        evaluation = Step("evaluation", ("tools/evaluate.py", *config, "--skip-existing"), on_ranks=True)
+        if self.variant:
+            train = ("-m", "hydra_mcore.train", *config, "--stage")
+            stages = (Step(stage, (*train, stage), on_ranks=True) for stage in self.study.stages)
+            student = Step("student", ("tools/convert.py", "hybridize", *config, "--skip-existing"))
+            return [select, student, *stages, evaluation]
+        setup = (Step(text, tuple(shlex.split(with_seed(text, self.seed)))) for text in self.study.setup)
+        data = [Step("tokens", ("tools/prepare_data.py", *config))] if self.section("prepare") else []
+        teacher = Step("import", ("tools/convert.py", "import", *config, "--skip-existing"))
+        scores = [select] if self.section("select").get("strategy", SCORED[0]) in SCORED else []
+        return [*setup, *data, teacher, *scores, evaluation]
+
+
+def shared_jobs(study: Study) -> list[Job]:
+    """What comes before the variants, a job for each seed."""
+    return [Job(study, seed, None) for seed in study.seeds]
+
+
+def variant_jobs(study: Study, only: Iterable[str] = ()) -> list[Job]:
+    """A job for each variant and seed, seed by seed; all variants, or ``only`` these."""
+    names = set(only) or {variant.name for variant in study.variants}
+    chosen = [variant for variant in study.variants if variant.name in names]
+    return [Job(study, seed, variant) for seed, variant in itertools.product(study.seeds, chosen)]
+
+
+def with_seed(value: Any, seed: int) -> Any:
+    """A value whose texts name the seed as ``{seed}``."""
+    if isinstance(value, dict):
+        return {key: with_seed(inner, seed) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [with_seed(inner, seed) for inner in value]
+    return value.replace("{seed}", str(seed)) if isinstance(value, str) else value
+
+
+def without_evaluation(over: Overlay) -> dict[str, Any]:
+    """Settings that make a student what it is; it may be asked more later."""
+    return {key: value for key, value in over.items() if key != "evaluate"}

@@ -1,0 +1,57 @@
+#!/usr/bin/env python3
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Does a choice matter? Variants of a recipe, made, trained and examined alike, and a table of what they scored."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from hydra_mcore.commands import one_line_errors
+
+EXAMPLES = """\
+A study is a YAML file: recipes, what each variant lays over them, and seeds. docs/studies.md describes it.
+
+run makes what is not there yet: for each seed the teacher, the scores of its heads and its evaluation, then each
+variant's heads, student, stages and evaluation. Killed, it goes on when the same command is given. table reads what is
+finished.
+
+examples:
+  python tools/study.py run examples/smollm2_135m/study.yaml --dry-run
+  python tools/study.py run examples/smollm2_135m/study.yaml --jobs 2
+  python tools/study.py run examples/smollm2_135m/study.yaml --only "random 3:1"
+  python tools/study.py table examples/smollm2_135m/study.yaml --csv study.csv
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    layout = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(prog="study", description=__doc__, epilog=EXAMPLES, formatter_class=layout)
+    commands = p.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="make, train and examine what is not finished", formatter_class=layout)
+    run.add_argument("study", type=Path, metavar="FILE", help="the study's YAML file")
+    run.add_argument("--only", nargs="+", default=[], metavar="VARIANT", help="these variants (default: all)")
+    run.add_argument("--jobs", type=int, default=1, metavar="N", help="variants side by side (default 1)")
+    run.add_argument("--ranks", type=int, default=1, metavar="N", help="processes of each command (default 1)")
+    run.add_argument("--dry-run", action="store_true", help="say what is left to do, and stop")
+    table = commands.add_parser("table", help="what is finished, as tables and a figure", formatter_class=layout)
+    table.add_argument("study", type=Path, metavar="FILE", help="the study's YAML file")
+    table.add_argument("--csv", type=Path, metavar="FILE", help="write every number there")
+    table.add_argument("--figure", type=Path, metavar="FILE", help="draw accuracy against length there (PNG)")
+    return p
+
+
+@one_line_errors("study")
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    from tools.commands.study import run  # takes seconds: not for --help
+
+    run(args)
+
+
+if __name__ == "__main__":
+    main()
