@@ -243,7 +243,14 @@ def test_a_study_is_killed_and_goes_on(tmp_path: Path) -> None:
     at = {name: str(tmp_path / name) for name in ("teacher", "text.txt", "text.jsonl", "data")}
     recipe = {
         **{"teacher": at["teacher"], "data-path": at["data"], "split": "100,0,0"},
-        "align": {"train-iters": 4, "global-batch-size": 2, "seq-length": 64, "lr": 1e-3, "save-interval": 2},
+        "align": {
+            "train-iters": 4,
+            "global-batch-size": 2,
+            "seq-length": 64,
+            "lr": 1e-3,
+            "lr-warmup-iters": 0,
+            "save-interval": 2,
+        },
         "prepare": {"input": [at["text.jsonl"]], "tokenizer": str(TINY_TEACHER), "out": at["data"]},
         "import": {"hf": str(TINY_TEACHER), "out": at["teacher"]},
         "select": {"teacher": at["teacher"], "pairs": 2, "length": 128, "haystack": at["text.txt"], "knock-out": 0},
