@@ -6,7 +6,7 @@ PYTHON_VENV := .venv/bin/python
 PYTEST := $(PYTHON_VENV) -m pytest
 SIDE_BY_SIDE := --numprocesses=logical --maxprocesses=8 --dist=loadfile --no-loadscope-reorder --ignore=tests/slurm
 
-.PHONY: help env demo real test test-all gpu-check checks clean
+.PHONY: help env demo real test test-all serving-env serving-test gpu-check checks clean
 help:           ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 18
 
@@ -29,6 +29,13 @@ test-all: env   ## all tests that need no GPU
 	@HYDRA_TEST_TE=1 $(PYTEST) $(SIDE_BY_SIDE) tests/te -m "not gpu"
 	@$(PYTEST) tests/slurm -m "not gpu"
 
+serving-env:    ## .venv/serving: vLLM for CPUs, with the package of serving/
+	@serving/setup_env.sh
+
+serving-test: env serving-env ## the tests of serving/, against references that the project's own environment writes
+	@$(PYTHON_VENV) serving/tests/make_references.py serving/tests/references
+	@cd serving && ../.venv/serving/bin/python -m pytest -q
+
 gpu-check:      ## the tests and benchmarks that need a GPU, on its machine (tools/gpu_check.sh --help)
 	@tools/gpu_check.sh
 
@@ -37,5 +44,5 @@ checks: env     ## lint and format
 	@$(PYTHON_VENV) -m ruff format --check .
 
 clean:          ## remove the environment and what tests and builds leave behind
-	rm -rf .venv .venv.lock *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv.lock *.egg-info serving/*.egg-info serving/tests/references .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

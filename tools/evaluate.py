@@ -36,6 +36,9 @@ examples:
       torchrun --nproc-per-node 8 tools/evaluate.py --models student=runs/a/extend --tasks all --prompts 100 \\
           --lengths 4096 8192 16384 32768 65536 131072 262144 524288 --haystack books.txt \\
           --context-parallel-size 8 --out runs/evaluation
+  an export through the server that people use (docs/serving.md)
+      python tools/evaluate.py --models served=http://127.0.0.1:8000/v1 --lengths 4096 131072 --haystack books.txt \\
+          --out runs/evaluation
   what that would run, and what is there already
       python tools/evaluate.py --models student=runs/a/extend --lengths 512 --haystack book.txt \\
           --out runs/evaluation --dry-run
@@ -60,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="make the prompts, say what would be run and what is there, and stop"
     )
     models = p.add_argument_group("models")
-    both = "checkpoints or Hugging Face directories, in the order of rows"
+    both = "checkpoints, Hugging Face directories or servers (NAME=http://HOST:PORT/v1), in the order of rows"
     models.add_argument("--models", nargs="+", required=True, metavar="[NAME=]DIR", help=both)
     stretched = (
         "one more row for a model of --models, positions stretched by YaRN (factor: longest / native length,"

@@ -10,6 +10,7 @@ export     the Hugging Face export computes what the checkpoint computes: what i
 packed     documents packed into a row do not see each other: each is what the export makes of it alone
 padding    in a padded batch, left or right, every row is what it is alone: batched evaluation can be trusted
 decode     the export's cache remembers all there is: token by token and in chunks as all at once
+served     a server of vLLM writes the tokens that the export writes, as likely: what is served is what was published
 identity   weights, head map, teacher and export are those that the card names, and every number is finite
 """
 
@@ -37,6 +38,8 @@ examples:
   a trained student, its teacher and its export, on text
       python tools/verify.py runs/a/extend --hf Qwen3-1.7B --teacher runs/a/teacher --export runs/a/hf \\
           --text held_out.txt
+  a served export
+      python tools/verify.py runs/a/extend --export runs/a/hf --served http://127.0.0.1:8000/v1 --only served
   parallel layouts alone, for machines
       python tools/verify.py runs/a/extend --only layouts --json layouts.json
 """
@@ -58,6 +61,9 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="DIR",
         help="Hugging Face export; its code is run if it is ours to the byte (default: one is made and removed)",
+    )
+    p.add_argument(
+        "--served", metavar="URL", help="server of the export, as http://127.0.0.1:8000/v1 (docs/serving.md)"
     )
     p.add_argument(
         "--text",

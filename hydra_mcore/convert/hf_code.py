@@ -39,10 +39,12 @@ _TWO_KINDS = (
     *("chunked_delta_rule.py", *_COMMON, "fa_heads_hydra_head.py", "gdn_heads_hydra_head.py"),
     *("kinds_hydra_head.py", "modeling_hydra_head.py"),
 )
+_OF_TODAY = tuple(Path(name).name for name in CODE_FILES)
 FORMER_CODE = (
     (_ONE_FILE, "ffd99223cf4bc3235f0cc4803feddbe98f325cd876bb25281d90a815f9c4ccec"),  # commit b3fdb5e
     (_ONE_FILE, "3ca2a17a9dbff89af0b0a6f070760f549a536b444c4eb3823990e81921cd5a9c"),  # 4fc5003
     (_TWO_KINDS, "55c2e47ea00cf4fe25ad81b17dba65233ca70ddfb338091be8e87e1c5041b620"),  # 6436168
+    (_OF_TODAY, "5c97bb9cf9e4f7539d5598605b3b5f561d57627f09e980ebaac464858098cd49"),  # 14f2f7b
 )
 # For config.json: where transformers' Auto classes find theirs.
 AUTO_MAP = {

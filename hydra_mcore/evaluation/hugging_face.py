@@ -21,6 +21,7 @@ from hydra_mcore.convert.hf_config import CONFIG_NAME, HuggingFaceError, read_ob
 from hydra_mcore.convert.hydra_family import MODEL_TYPE
 from hydra_mcore.costs.batch_sizes import LOGITS_AT_ONCE
 from hydra_mcore.errors import first_line
+from hydra_mcore.evaluation.models import repeat_stop
 from hydra_mcore.model.rotary import yarn_scaling
 
 # What transformers raises for a directory that it cannot use; safetensors' own is for files cut short.
@@ -130,10 +131,7 @@ class HuggingFaceModel:
         )
         found_bs = self.model.generate(ids_bs, attention_mask=torch.ones_like(ids_bs), generation_config=greedy)
         found_br = F.pad(found_bs, (0, ids_bs.shape[1] + room - found_bs.shape[1])).cpu()[:, ids_bs.shape[1] :]
-        stops_br = torch.isin(found_br, torch.tensor(sorted(stop), dtype=torch.int64))
-        behind_br = stops_br.cumsum(1) - stops_br.long() > 0
-        first_b1 = stops_br.long().argmax(1, keepdim=True)
-        return torch.where(behind_br, found_br.gather(1, first_b1), found_br)
+        return repeat_stop(found_br, stop)
 
     def collect[T](self, mine: list[T]) -> list[list[T]]:
         """The lists of all replicas, by replica."""

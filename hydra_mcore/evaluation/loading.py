@@ -17,6 +17,7 @@ from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.hugging_face import HuggingFaceModel, load_config
 from hydra_mcore.evaluation.models import EvaluatedModel, ModelFacts
 from hydra_mcore.evaluation.parallel import ParallelModel
+from hydra_mcore.evaluation.server import ServedModel, ServerError, is_url, served_folder
 from hydra_mcore.model.build import build_model
 from hydra_mcore.model.checkpoints import latest_iteration, load_weights
 from hydra_mcore.model.rotary import yarn_scaling
@@ -29,12 +30,20 @@ def describe(folder: str | Path, yarn: float | None = None) -> ModelFacts:
     """What is known of a model before its weights are read.
 
     Args:
-        folder: a checkpoint of ours, or a Hugging Face directory (an export of ours, or any that transformers can run).
+        folder: a checkpoint of ours, or a Hugging Face directory (an export of ours, or any that transformers can
+            run); or the address of a server that serves such a directory.
         yarn: factor by which YaRN (arXiv:2309.00071) is to stretch its positions.
 
     Raises:
-        InputError: a folder of neither kind, one without weights or tokenizer, or a model that YaRN cannot stretch.
+        InputError: a folder of neither kind, one without weights or tokenizer, a model that YaRN cannot stretch, or a
+            server that does not answer.
     """
+    if is_url(str(folder)):
+        if yarn is not None:
+            raise ServerError(f"{folder}: a server's model is as it is; leave --yarn out")
+        facts = describe(served_folder(str(folder)))
+        fingerprint_there = hashlib.sha256(f"served {facts.fingerprint}".encode()).hexdigest()
+        return dataclasses.replace(facts, url=str(folder), fingerprint=fingerprint_there)
     folder = Path(folder)
     if (folder / CARD_NAME).is_file():
         card = _stretched(ModelCard.load(folder), folder, yarn)
@@ -80,6 +89,8 @@ def open_model(facts: ModelFacts, dtype: torch.dtype) -> EvaluatedModel:
     Raises:
         InputError: a layout that cannot hold the model, or weights that do not fit it.
     """
+    if facts.url:
+        return ServedModel(facts.url)
     if not (facts.folder / CARD_NAME).is_file():
         return HuggingFaceModel(facts.folder, dtype, facts.yarn)
     model = build_model(_stretched(ModelCard.load(facts.folder), facts.folder, facts.yarn), dtype=dtype)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from hydra_mcore.errors import InputError
@@ -38,6 +39,8 @@ class ModelFacts:
     tokenizer_dir: Path
     yarn: float | None = None
     """Factor by which YaRN (arXiv:2309.00071) stretches its positions."""
+    url: str = ""
+    """Address of the server that answers for it; empty where it is run here."""
 
     def __post_init__(self) -> None:
         if not all(map(is_name, (self.fingerprint, self.lineage, self.stage, self.strategy))):
@@ -51,6 +54,14 @@ class ModelFacts:
             )
         if self.yarn is not None and not self.yarn > 0:
             raise InputError(f"yarn is {self.yarn}; a factor is positive")
+
+
+def repeat_stop(found_br: Tensor, stop: frozenset[int]) -> Tensor:
+    """Decoded tokens, int64 [b, r], in which behind the first token of ``stop`` that token is repeated."""
+    stops_br = torch.isin(found_br, torch.tensor(sorted(stop), dtype=torch.int64))
+    behind_br = stops_br.cumsum(1) - stops_br.long() > 0
+    first_b1 = stops_br.long().argmax(1, keepdim=True)
+    return torch.where(behind_br, found_br.gather(1, first_b1), found_br)
 
 
 class EvaluatedModel(Protocol):

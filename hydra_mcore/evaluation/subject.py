@@ -47,6 +47,7 @@ class Subject:
         hf: the Hugging Face directory that the teacher was imported from.
         teacher: the teacher's checkpoint, where the subject is a student.
         export: a Hugging Face export of the checkpoint; made in ``work`` unless given.
+        served: address of a server of that export.
 
     Raises:
         InputError: no checkpoint, ``teacher`` is not one, ``hf`` or ``export`` no model directory, or tokens that do
@@ -61,6 +62,7 @@ class Subject:
         hf: Path | None = None,
         teacher: Path | None = None,
         export: Path | None = None,
+        served: str | None = None,
     ) -> None:
         self.checkpoint, self.card, self.work = checkpoint, ModelCard.load(checkpoint), work
         if teacher is not None and is_teacher(self.card):
@@ -81,7 +83,7 @@ class Subject:
             raise InputError(
                 f"token {largest} is outside the vocabulary of {self.card.shape.vocab_size}; another model's tokenizer?"
             )
-        self.rows, self.hf, self.given_export = Rows.of(tokens_bs), hf, export
+        self.rows, self.hf, self.given_export, self.served = Rows.of(tokens_bs), hf, export, served
 
     @cached_property
     def logits(self) -> dict[str, Tensor]:

@@ -25,12 +25,14 @@ from hydra_mcore.convert.tensor_table import is_teacher, tensor_rules
 from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.comparison import Agreement, Fact, Result, agreement
 from hydra_mcore.evaluation.layout_logits import Layout, logits_of
+from hydra_mcore.evaluation.server import ServedModel
 from hydra_mcore.evaluation.subject import LAYOUTS, Skipped, Subject, hf_logits, load_hf
 from hydra_mcore.heads import HeadMap, first_difference
 from hydra_mcore.model.build import build_model, load_model
 from hydra_mcore.model.streaming import StoredTensors
 
 FIRST_STEPS, LAST_STEPS = 8, 32  # tokens that are decoded one by one
+SERVED_BAR = 1e-3  # nats: rounding of float32 in other kernels, behind the logits of a real model's depth
 
 
 def rounding(hf_dir: Path, checkpoint: Path, card: ModelCard) -> str:
@@ -117,6 +119,26 @@ def decode(subject: Subject, in_steps: bool) -> Agreement:
         cache = out.past_key_values
         parts.append(out.logits.float().cpu())
     return agreement([(expected_bsw, torch.cat(parts, dim=1))])
+
+
+@torch.no_grad()
+def served(subject: Subject) -> Fact:
+    """Log-probabilities of the rows' tokens, and tokens written behind their beginnings."""
+    if subject.served is None:
+        raise Skipped("give --served URL, the address of a server of the export")
+    model, server, ids_bs = subject.exported, ServedModel(subject.served), subject.rows.tokens_bs
+    log_probs_bsw = subject.exported_bsw[:, :-1].log_softmax(-1)
+    expected_bs = -log_probs_bsw.gather(-1, ids_bs[:, 1:, None])[..., 0]
+    worst = float((server.token_losses(ids_bs)[0] - expected_bs).abs().max())
+    starts_bs = ids_bs[:, : ids_bs.shape[1] // 2]
+    options = {"max_new_tokens": LAST_STEPS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    mask_bs = torch.ones_like(starts_bs).to(model.device)
+    whole_bs = model.generate(starts_bs.to(model.device), attention_mask=mask_bs, **options)
+    written_bs = whole_bs[:, starts_bs.shape[1] :].cpu()
+    equal = int((server.generated(starts_bs, LAST_STEPS, frozenset()) == written_bs).sum())
+    said = f"{equal} of {written_bs.numel()} greedy tokens, log-probabilities within {worst:.1e} nats"
+    passed = equal == written_bs.numel() and worst < SERVED_BAR
+    return Fact(passed, said if passed else f"{said} (bar {SERVED_BAR:g}; serve it with --dtype float32)")
 
 
 def finite(subject: Subject) -> Fact:
@@ -222,6 +244,7 @@ PROOFS = (
     ),
     Proof("decode", "in steps", "export at once = token by token", partial(decode, in_steps=True)),
     Proof("decode", "in chunks", "export at once = in two parts", partial(decode, in_steps=False)),
+    Proof("served", "", "export's generate = the server", served),
     Proof("identity", "finite", "no tensor holds NaN or infinity", finite),
     Proof("identity", "weights", "teacher's weights = its fingerprint", fingerprint),
     Proof("identity", "head map", f"{HEAD_MAP_NAME} = card", head_map, of_students=True),

@@ -16,6 +16,7 @@ from hydra_mcore.evaluation.loading import describe
 from hydra_mcore.evaluation.models import ModelFacts
 from hydra_mcore.evaluation.records import Contestant, Piece, Records, check_folder
 from hydra_mcore.evaluation.report import RESULTS_NAME, check_report, write_report
+from hydra_mcore.evaluation.server import is_url
 from hydra_mcore.files import is_name, shown
 from hydra_mcore.model.precision import chosen_dtype
 from hydra_mcore.model.runtime import from_first_rank, process_groups
@@ -104,6 +105,8 @@ def described(models: list[str], yarn: list[str], longest: int) -> dict[str, Mod
     for model in models:
         name, named, folder = model.partition("=")
         if not named:
+            if is_url(model):
+                raise InputError(f"--models {shown(model)}: give the server's model a name, as in NAME={model}")
             name, folder = Path(model).resolve().name, model
         if not is_name(name):
             raise InputError(f"--models {shown(model)}: a name is one short line; give another with NAME=DIR")

@@ -48,7 +48,8 @@ def checked(args: argparse.Namespace, work: Path) -> int:
         except OSError as error:
             raise InputError(f"--json {args.json}: {error.strerror}") from None
     card = ModelCard.load(args.checkpoint)
-    subject = Subject(args.checkpoint, tokens(args, card), work, args.hf, args.teacher, args.export)
+    others = (args.hf, args.teacher, args.export, args.served)
+    subject = Subject(args.checkpoint, tokens(args, card), work, *others)
     num_heads, (rows, length) = card.shape.num_layers * card.shape.num_heads, subject.rows.tokens_bs.shape
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     read = f"{rows} x {length} tokens, {args.text or f'random (seed {args.seed})'}"

@@ -28,9 +28,9 @@ class FullAttentionHeads(Heads):
             config, heads, kv_per_head=False, qk_norm=config.qk_norm, position=config.fa_position, gate=config.fa_gate
         )
 
-    def forward(
+    def outputs(
         self, x_bsm: Tensor, call: Call, shared_kv: tuple[Tensor, Tensor] | None, cache: HydraHeadCacheLayer | None
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Tensor:
         q, k, v = self.project(x_bsm, shared_kv)
         q, k = self.norm_and_place(q, k, call)
         if call.query_scale_bs11 is not None:
@@ -39,7 +39,7 @@ class FullAttentionHeads(Heads):
         if cache is not None:
             k_bgtd, v_bgtd = cache.update(k_bgtd, v_bgtd)
         attend = self._attend_one if q_bhsd.shape[2] == 1 else self._attend
-        return attend(q_bhsd, k_bgtd, v_bgtd, call.mask_b1st).transpose(1, 2), self.gate(x_bsm)
+        return attend(q_bhsd, k_bgtd, v_bgtd, call.mask_b1st).transpose(1, 2)
 
     def _attend(self, q_bhsd: Tensor, k_bgtd: Tensor, v_bgtd: Tensor, mask_b1st: Tensor | None) -> Tensor:
         k_bhtd, v_bhtd = (repeat_groups(x, self.heads_per_group, dim=1) for x in (k_bgtd, v_bgtd))

@@ -41,9 +41,9 @@ class GatedDeltaHeads(Heads):
         """One decay a head."""
         self.decay_proj = nn.Linear(self.config.hidden_size, heads)
 
-    def forward(
+    def outputs(
         self, x_bsm: Tensor, call: Call, shared_kv: tuple[Tensor, Tensor] | None, cache: HydraHeadCacheLayer | None
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Tensor:
         q, k, v = self.project_by_head(x_bsm, shared_kv)
         states = {} if cache is None else cache.states.setdefault(self.kind, {})
         if self.conv is not None:
@@ -53,7 +53,7 @@ class GatedDeltaHeads(Heads):
         q, k = (F.normalize(precise(x), dim=-1).to(x.dtype) for x in self.norm_and_place(q, k, call))
         gates = self.decay_and_write(x_bsm, call.padding)
         out_bshd, states["recurrent"] = delta_rule(q, k, v, *gates, states.get("recurrent"))
-        return out_bshd, self.gate(x_bsm)
+        return out_bshd
 
     def decay_and_write(self, x_bsm: Tensor, padding: Padding | None) -> tuple[Tensor, Tensor]:
         """Log decay (<= 0) [b, s, h] or [b, s, h, d], write strength [b, s, h], in float32 or more; padding forgets and

@@ -178,11 +178,17 @@ class Heads(nn.Module, ABC):
         """What multiplies the outputs, [b, s, h, d or 1]."""
         return None if self.gate_proj is None else self.gate_proj(x_bsm)
 
-    @abstractmethod
     def forward(
         self, x_bsm: Tensor, call: Call, shared_kv: tuple[Tensor, Tensor] | None, cache: HydraHeadCacheLayer | None
     ) -> tuple[Tensor, Tensor | None]:
         """(outputs [b, s, h, d], gate or None); ``shared_kv`` of the living groups where the branches share them."""
+        return self.outputs(x_bsm, call, shared_kv, cache), self.gate(x_bsm)
+
+    @abstractmethod
+    def outputs(
+        self, x_bsm: Tensor, call: Call, shared_kv: tuple[Tensor, Tensor] | None, cache: HydraHeadCacheLayer | None
+    ) -> Tensor:
+        """What the heads read, [b, s, h, d]; the cache learns of these tokens."""
 
     def start(self, init: ModuleType) -> None:
         """Give the parameters that are no projection their start, with transformers' ``initialization``."""

@@ -29,15 +29,15 @@ class LightningHeads(Heads):
         super().__init__(config, heads, **common_options(config, self.kind))
         self.heads = heads
 
-    def forward(
+    def outputs(
         self, x_bsm: Tensor, call: Call, shared_kv: tuple[Tensor, Tensor] | None, cache: HydraHeadCacheLayer | None
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Tensor:
         q, k, v = self.project_by_head(x_bsm, shared_kv)
         q, k = self.norm_and_place(q, k, call)
         states = {} if cache is None else cache.states.setdefault(self.kind, {})
         attend = linear_attention if call.padding is None else functools.partial(_past_padding, call.padding)
         out_bshd, states["recurrent"] = attend(q, k, v, self.log_decay(x_bsm.device), states.get("recurrent"))
-        return out_bshd, self.gate(x_bsm)
+        return out_bshd
 
     def log_decay(self, device: torch.device) -> Tensor:
         """[h], float64; made where it is used, because numbers from the host would hold up a GPU's one-token steps."""

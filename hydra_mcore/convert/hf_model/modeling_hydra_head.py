@@ -47,6 +47,8 @@ CACHE = (
 class HydraHeadAttention(nn.Module):
     """The branches of a layer, and their fusion: gate, RMSNorm over each head, one learned factor a head."""
 
+    branches = BRANCHES  # an engine that keeps what heads remember in its own way has others
+
     def __init__(self, config: HydraHeadConfig, layer_idx: int) -> None:
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
@@ -58,7 +60,7 @@ class HydraHeadAttention(nn.Module):
             self.k_proj = nn.Linear(m, config.num_key_value_heads * d, bias=config.qkv_bias)
             self.v_proj = nn.Linear(m, config.num_key_value_heads * d, bias=config.qkv_bias)
         for kind, heads in self.heads.items():
-            self.add_module(kind, BRANCHES[kind](config, heads))
+            self.add_module(kind, self.branches[kind](config, heads))
         if config.fusion != "none" and config.fusion_norm_weight == "branch":
             for kind in self.heads:
                 self.add_module(f"{kind}_norm", nn.RMSNorm(d, config.rms_norm_eps))

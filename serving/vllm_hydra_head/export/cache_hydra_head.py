@@ -1,0 +1,1 @@
+../../../hydra_mcore/convert/hf_model/cache_hydra_head.py

@@ -1,0 +1,1 @@
+../../../hydra_mcore/ops/chunked_delta_rule.py

@@ -1,0 +1,1 @@
+../../../hydra_mcore/ops/chunked_linear_attention.py

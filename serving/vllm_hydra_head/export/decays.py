@@ -1,0 +1,1 @@
+../../../hydra_mcore/ops/decays.py

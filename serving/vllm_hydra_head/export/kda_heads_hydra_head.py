@@ -1,0 +1,1 @@
+../../../hydra_mcore/convert/hf_model/kda_heads_hydra_head.py

@@ -1,0 +1,1 @@
+../../../hydra_mcore/convert/hf_model/kinds_hydra_head.py
