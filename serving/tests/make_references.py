@@ -21,8 +21,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hydra_mcore.commands import one_line_errors
+from hydra_mcore.config import HydraOptions
 from hydra_mcore.convert.hf_code import AUTO_MAP, copy_model_code, model_class
+from hydra_mcore.convert.hf_export import export_hf
+from hydra_mcore.convert.hf_import import import_hf
+from hydra_mcore.convert.inherit import hybridize
+from hydra_mcore.heads import HeadMap
+from hydra_mcore.model.runtime import process_groups
 
+ROOT = Path(__file__).resolve().parents[2]
 NEW_TOKENS = 24
 PROMPTS = (1, 2, 5, 33, 64, 130, 300, 7)  # tokens
 SHAPE = {
@@ -89,6 +96,20 @@ def main() -> None:
             (folder / "config.json").write_text(json.dumps(config | {"auto_map": AUTO_MAP}))
             (folder / "reference.json").write_text(json.dumps([reference(model, n) for n in PROMPTS]))
             print(folder)
+    tiny_student(out / "tiny")
+
+
+def tiny_student(out: Path) -> None:
+    """The tiny example's teacher with a quarter of its heads kept, untrained: a checkpoint, and its export."""
+    if (out / "export").exists():
+        return
+    teacher, options = out / "teacher", HydraOptions()
+    with process_groups():
+        shape = import_hf(ROOT / "examples" / "tiny" / "teacher", teacher).shape
+        kept = [(layer_idx, head) for layer_idx in range(shape.num_layers) for head in (layer_idx, layer_idx + 3)]
+        head_map = HeadMap.from_fa(kept, shape.num_layers, shape.num_heads, shape.num_kv_groups)
+        hybridize(teacher, head_map, options, out / "student")
+        export_hf(out / "student", out / "export")
 
 
 def random_model(options: dict[str, Any], seed: int) -> PreTrainedModel:
