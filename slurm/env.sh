@@ -19,6 +19,8 @@ set -a
 : "${HYDRA_PYTHON:=.venv/bin/python}"      # made by `make env`; in the container /opt/hydra/bin/python
 : "${HYDRA_CONTAINER:=}"                   # image file for Pyxis/Enroot, imported once (docs/container.md); empty: none
 : "${HYDRA_MOUNTS:=}"                      # folders it needs beside this repository: /data:/data,/models:/models
+: "${HYDRA_SERVING_PYTHON:=.venv/serving/bin/python}" # of serve.sh, where vLLM and serving/ are installed
+: "${HYDRA_SERVING_PORT:=8000}"
 #module load cuda
 
 # what they work on

@@ -227,6 +227,19 @@ def test_an_image_in_a_registry_is_imported_by_every_step(recipe: str) -> None:
     assert step.count("\n") == 1 and f"--container-image={variables['HYDRA_CONTAINER']} --container-mounts=" in step
 
 
+def test_an_export_is_served_on_every_gpu_of_a_node() -> None:
+    export = ("--", "--model", "runs/a/hf", "--max-model-len", "8192")
+    done = bash("slurm/serve.sh", "--dry-run", *export, HYDRA_GPUS_PER_NODE="4", HYDRA_SERVING_PORT="8123")
+    assert done.returncode == 0 and done.stdout.count("\n") == 1 and not done.stderr
+    assert ".venv/serving/bin/python -m vllm.entrypoints.openai.api_server --host 0.0.0.0 --port 8123" in done.stdout
+    assert done.stdout.endswith(" --data-parallel-size 4 --model runs/a/hf --max-model-len 8192\n")
+    assert " --data-parallel-size 1 " in bash("slurm/serve.sh", "--dry-run", *export, HYDRA_GPUS_PER_NODE="0").stdout
+    done = bash("slurm/serve.sh", "--dry-run")
+    assert done.returncode == 2 and done.stderr == (
+        "serve.sh: name the export: sbatch slurm/serve.sh -- --model EXPORT_DIR\n"
+    )
+
+
 @pytest.mark.parametrize("job", JOBS)
 def test_outside_slurm_a_job_is_refused_in_one_line(job: str, recipe: str) -> None:
     done = bash(f"slurm/{job}.sh", recipe)
