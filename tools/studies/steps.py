@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra_mcore.recipe import Recipe
+from hydra_mcore.recipe import Recipe, read_yaml
 from hydra_mcore.selection.choose import SCORED
-from tools.studies.file import Overlay, Study, Variant, laid_over
+from tools.studies.file import SECTIONS, Overlay, Study, Variant, laid_over
 
-SHARED = "shared"
+SHARED, TEACHER = "shared", "teacher"
 # What a choice of heads says; another flag of selection changes the scores, and the variant makes its own.
 CHOICE = frozenset({"strategy", "ratio", "budget", "every", "ranks", "kv-groups", "linear", "score", "roles", "weight"})
 FIRST_SEEDS = {"": 1234, "select": 0, "hybridize": 1234, "evaluate": 1_000_000}  # where the recipes name none
@@ -81,7 +81,18 @@ class Job:
             given = self.section(section) if section else Recipe.load(self.study.recipes, "align").values | self._own()
             found = {"seed": given.get("seed", first) + self.seed}
             seeds |= {section: found} if section else found
-        return with_seed(laid_over(self._own(), seeds, self._places()), self.seed)
+        return with_seed(laid_over(self._of_the_seed(), self._own(), seeds, self._places()), self.seed)
+
+    def _of_the_seed(self) -> dict[str, Any]:
+        """What the recipes leave to the seed: texts that name it."""
+        found: dict[str, Any] = {}
+        for path in self.study.recipes:
+            found = laid_over(found, read_yaml(path, "recipe"))
+        named = {key: value for key, value in found.items() if with_seed(value, 0) != value}
+        return {
+            key: {flag: v for flag, v in value.items() if with_seed(v, 0) != v} if key in SECTIONS else value
+            for key, value in named.items()
+        }
 
     def _places(self) -> dict[str, Any]:
         scores = str(Job(self.study, self.seed, None).folder / "heads" / "scores.json")
@@ -93,9 +104,9 @@ class Job:
             select["scores"] = scores
         if "scores" in self.section("hybridize"):
             hybridize["scores"] = str(heads / "scores.json") if own_scores else scores
-        name = self.variant.name if self.variant else "teacher"
+        name = self.variant.name if self.variant else TEACHER
         model = self.folder / self.study.stages[-1] if self.variant else teacher
-        evaluate: dict[str, Any] = {"models": [f"{name}={model}"], "out": str(self.evaluation), "reference": "teacher"}
+        evaluate: dict[str, Any] = {"models": [f"{name}={model}"], "out": str(self.evaluation), "reference": TEACHER}
         if self.variant:
             evaluate["yarn"] = None  # a row of the teacher
         evaluate["cache"] = str(self.evaluation / "prompts")

@@ -20,7 +20,7 @@ from hydra_mcore.evaluation.scoring import Score
 from hydra_mcore.figures import short
 from hydra_mcore.files import read_json, write_text
 from tools.studies.file import Study
-from tools.studies.steps import shared_jobs
+from tools.studies.steps import TEACHER, shared_jobs
 
 PERPLEXITY, AGREEMENT = "perplexity", "agreement with the teacher"
 # Two-sided 95% quantiles of Student's t for 1, 2, ... degrees of freedom; the normal one beyond.
@@ -69,9 +69,9 @@ def read(study: Study) -> Found:
                     models.setdefault(model, {}).setdefault(column, {})[job.seed] = value
     if not models:
         raise InputError(f"{study.out}: no model has been evaluated there; give tools/study.py run first")
-    variants = [variant.name for variant in study.variants]
-    order = sorted(models, key=lambda name: variants.index(name) if name in variants else -1)
-    return Found(study, {name: models[name] for name in order})
+    rows = [name for name in models if name.partition(" + ")[0] == TEACHER]  # other studies may share the folder
+    rows += [variant.name for variant in study.variants if variant.name in models]
+    return Found(study, {name: models[name] for name in rows})
 
 
 def _values(model: str, entry: dict) -> Iterable[tuple[Column, Value]]:

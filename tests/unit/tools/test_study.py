@@ -30,6 +30,7 @@ from tools.studies.table import Value, difference, over_prompts, over_seeds, rea
 RECIPE = {
     "run-dir": "run",
     "seed": 5,
+    "data-cache-path": "cache{seed}",
     "align": {"train-iters": 3, "global-batch-size": 2, "seq-length": 64},
     "import": {"hf": "hf", "out": "teacher"},
     "select": {"teacher": "teacher", "out": "heads", "ratio": "3:1"},
@@ -115,7 +116,8 @@ def test_every_job_has_its_own_places_and_seeds(tmp_path: Path) -> None:
         "chosen 3:1, seed 3",
     ]
     over = jobs[3].overlay()
-    assert over["run-dir"] == "runs/it/seed3/chosen-3to1" and over["seed"] == 8 and over["data-path"] == "data3"
+    assert over["run-dir"] == "runs/it/seed3/chosen-3to1" and over["seed"] == 8
+    assert over["data-path"] == "data3" and over["data-cache-path"] == "cache3"
     scores = "runs/it/seed3/shared/heads/scores.json"
     assert over["select"] == {"seed": 3, "out": "runs/it/seed3/chosen-3to1/heads", "scores": scores}
     assert over["hybridize"] == {
