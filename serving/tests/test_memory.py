@@ -17,7 +17,6 @@ import torch
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, MambaSpec, iter_layer_specs
 from vllm.v1.kv_cache_layout import KVCacheLayout
-
 from vllm_hydra_head.export.configuration_hydra_head import HydraHeadConfig
 from vllm_hydra_head.settings import block_tokens, layer_states, living_groups, page_bytes, state_bytes
 
