@@ -38,6 +38,10 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--jobs", type=int, default=1, metavar="N", help="variants side by side (default 1)")
     run.add_argument("--ranks", type=int, default=1, metavar="N", help="processes of each command (default 1)")
     run.add_argument("--dry-run", action="store_true", help="say what is left to do, and stop")
+    steps = commands.add_parser("steps", help="the commands of one job, for slurm/study.sh", formatter_class=layout)
+    steps.add_argument("study", type=Path, metavar="FILE", help="the study's YAML file")
+    which = '"shared", or the number of a variant with a seed, from 0 on'
+    steps.add_argument("--job", required=True, metavar="JOB", help=which)
     table = commands.add_parser("table", help="what is finished, as tables and a figure", formatter_class=layout)
     table.add_argument("study", type=Path, metavar="FILE", help="the study's YAML file")
     table.add_argument("--csv", type=Path, metavar="FILE", help="write every number there")

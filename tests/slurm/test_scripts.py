@@ -227,6 +227,27 @@ def test_an_image_in_a_registry_is_imported_by_every_step(recipe: str) -> None:
     assert step.count("\n") == 1 and f"--container-image={variables['HYDRA_CONTAINER']} --container-mounts=" in step
 
 
+def test_a_study_s_jobs_are_its_steps(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(
+        "align: {train-iters: 1, global-batch-size: 1, seq-length: 8}\nimport: {hf: x, out: y}\n"
+        "select: {teacher: y}\nhybridize: {teacher: y}\nevaluate: {lengths: [8]}\n"
+    )
+    study = tmp_path / "study.yaml"
+    study.write_text(
+        f"recipes: [recipe.yaml]\nout: {tmp_path}/out\nstages: [align]\nvariants: {{one: {{}}, two: {{}}}}\n"
+    )
+    python = {"HYDRA_PYTHON": sys.executable}
+    shared = bash("slurm/study.sh", "--dry-run", str(study), **python)
+    assert shared.returncode == 0 and not shared.stderr
+    commands = ["tools/convert.py import", "tools/select_heads.py", "tools/evaluate.py"]
+    assert [want in line for want, line in zip(commands, shared.stdout.splitlines(), strict=True)] == [True] * 3
+    second = bash("slurm/study.sh", "--dry-run", str(study), SLURM_ARRAY_TASK_ID="1", **python).stdout.splitlines()
+    assert len(second) == 4 and all(line.startswith("srun ") and "/seed0/two/recipe.yaml" in line for line in second)
+    assert " -m torch.distributed.run " in second[2] and " -m hydra_mcore.train --config " in second[2]
+    done = bash("slurm/study.sh", "--dry-run", str(study), SLURM_ARRAY_TASK_ID="2", **python)
+    assert done.returncode == 2 and done.stderr == "study: --job 2: there are shared and 0 to 1\n"
+
+
 def test_an_export_is_served_on_every_gpu_of_a_node() -> None:
     export = ("--", "--model", "runs/a/hf", "--max-model-len", "8192")
     done = bash("slurm/serve.sh", "--dry-run", *export, HYDRA_GPUS_PER_NODE="4", HYDRA_SERVING_PORT="8123")

@@ -5,13 +5,15 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 
 from hydra_mcore.commands import sole_writer
 from hydra_mcore.errors import InputError
 from tools.studies.file import Study
-from tools.studies.run import StepFailed, describe
+from tools.studies.run import StepFailed, describe, write_recipe
 from tools.studies.run import run as run_study
+from tools.studies.steps import SHARED, shared_jobs, variant_jobs
 from tools.studies.table import read, tables, write_csv, write_figure
 
 
@@ -20,6 +22,8 @@ def run(args: argparse.Namespace) -> None:
     study = Study.load(args.study)
     if args.command == "table":
         return tell(args, study)
+    if args.command == "steps":
+        return print("\n".join(job_lines(study, args.job)))
     names = [variant.name for variant in study.variants]
     if unknown := [name for name in args.only if name not in names]:
         raise InputError(f"--only {unknown[0]}: no such variant; there are {', '.join(names)}")
@@ -34,6 +38,26 @@ def run(args: argparse.Namespace) -> None:
         except StepFailed as failure:
             sys.exit(f"study: {failure}")
     print(tables(read(study)))
+
+
+def job_lines(study: Study, which: str) -> list[str]:
+    """How each command of a job is launched, and its words, as a shell reads them; the job's recipe is written.
+
+    Raises:
+        InputError: there is no such job, or its folder was made with other settings.
+    """
+    variants = variant_jobs(study)
+    if which == SHARED:
+        jobs = shared_jobs(study)
+    elif which.isdecimal() and int(which) < len(variants):
+        jobs = [variants[int(which)]]
+    else:
+        raise InputError(f"--job {which}: there are {SHARED} and 0 to {len(variants) - 1}")
+    lines = []
+    for job in jobs:
+        write_recipe(job)
+        lines += [f"{'ranks' if step.on_ranks else 'alone'} {shlex.join(step.words)}" for step in job.steps()]
+    return lines
 
 
 def tell(args: argparse.Namespace, study: Study) -> None:

@@ -152,6 +152,7 @@ def describe(study: Study, only: Sequence[str]) -> str:
     for job in jobs:
         left = [step.name for step in job.steps() if step.name not in finished(job)]
         lines.append(f"{job.name}: {', '.join(left) if left else 'finished'}")
+    lines.append(f"on a cluster: the shared job, then an array of {len(variant_jobs(study))} (slurm/study.sh)")
     trained = {stage: tokens(study, stage) for stage in study.stages}
     lines.append("tokens of each student: " + ", ".join(f"{stage} {count:,}" for stage, count in trained.items()))
     known = [sum(times.values()) for job in jobs if job.variant and len(times := finished(job)) == len(job.steps())]

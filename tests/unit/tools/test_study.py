@@ -22,6 +22,7 @@ from hydra_mcore.config import ConfigError
 from hydra_mcore.errors import InputError
 from hydra_mcore.recipe import Recipe
 from tests.support.paths import ROOT, TINY_TEACHER
+from tools.commands.study import job_lines
 from tools.studies.file import Study, laid_over
 from tools.studies.run import write_recipe
 from tools.studies.steps import shared_jobs, variant_jobs
@@ -163,6 +164,20 @@ def test_a_folder_keeps_the_settings_that_it_was_made_with(tmp_path: Path) -> No
         InputError, match=r"chosen-3to1: was made with another 'data-path'; call the variant by another"
     ):
         write_recipe(job)
+
+
+def test_a_job_s_commands_for_a_shell(tmp_path: Path) -> None:
+    study = study_of(tmp_path, out=str(tmp_path / "out"), setup=["-m my.data --name 'two words'"])
+    shared = job_lines(study, "shared")
+    assert shared[0] == shared[4] == "alone -m my.data --name 'two words'"
+    assert [line.split()[0] for line in shared] == ["alone", "alone", "ranks", "ranks"] * 2
+    lines = job_lines(study, "5")
+    assert lines[0].startswith("ranks tools/select_heads.py --config ") and len(lines) == 4
+    assert str(tmp_path / "out/seed3/longer/recipe.yaml") in lines[0]
+    assert (tmp_path / "out/seed3/longer/recipe.yaml").exists()
+    for wrong in ("6", "-1", "x"):
+        with pytest.raises(InputError, match=f"--job {wrong}: there are shared and 0 to 5"):
+            job_lines(study, wrong)
 
 
 def test_overlays_win_key_by_key() -> None:
