@@ -21,10 +21,10 @@ variant's heads, student, stages and evaluation. Killed, it goes on when the sam
 finished.
 
 examples:
-  python tools/study.py run examples/smollm2_135m/study.yaml --dry-run
-  python tools/study.py run examples/smollm2_135m/study.yaml --jobs 2
-  python tools/study.py run examples/smollm2_135m/study.yaml --only "random 3:1"
-  python tools/study.py table examples/smollm2_135m/study.yaml --csv study.csv
+  python tools/study.py run examples/studies/smollm2/selection.yaml --dry-run
+  python tools/study.py run examples/studies/smollm2/selection.yaml --jobs 2
+  python tools/study.py run examples/studies/smollm2/selection.yaml --only "random 3:1"
+  python tools/study.py table examples/studies/smollm2/selection.yaml --csv study.csv
 """
 
 

@@ -1,51 +1,37 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What the tiny teacher's students are trained, selected and evaluated on."""
+"""What the tiny teacher's students are trained on: Python's own sources with needles strewn in, and text without.
+
+Written once: align.bin and extend.bin with their .idx, train.txt to score heads and calibrate on, held_out.txt to
+evaluate on.
+
+examples:
+  python -m examples.tiny.data --out runs/studies/tiny/data0 --seed 0
+"""
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
-from hydra_mcore.compat import install
-
-install()
-
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # noqa: E402  the patches come first
-
-from examples.tiny.corpus import documents, load_text  # noqa: E402
-from examples.tiny.students import HERE  # noqa: E402
-from hydra_mcore.files import write_text  # noqa: E402
-from hydra_mcore.ruler.needle_format import NeedleFormat  # noqa: E402
-from hydra_mcore.tokenizer import open_tokenizer  # noqa: E402
-
-ALIGN_TOKENS, EXTEND_TOKENS = 256, 1024  # of a sequence, as the recipe has them
-LAST = "held_out.txt"  # of all files, so that all are there when it is
+from hydra_mcore.commands import one_line_errors
 
 
-def write_data(out: Path, seed: int, steps: tqdm) -> None:
-    """Real text with needles as IndexedDatasets, and plain text for selection and evaluation; once a folder."""
-    if (out / LAST).exists():
-        steps.update()
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer = open_tokenizer(HERE / "teacher")
-    fmt = NeedleFormat.load(HERE / "teacher" / "needles.json")
-    text_ids = load_text(tokenizer, "train", 300_000)
-    for name, length, count in (("align", ALIGN_TOKENS, 2400), ("extend", EXTEND_TOKENS, 80)):
-        builder = IndexedDatasetBuilder(str(out / f"{name}.bin"), dtype=np.uint16)
-        for ids in tqdm(
-            documents(tokenizer, fmt, text_ids, length, count, seed),
-            desc=f"data: {name}",
-            total=count,
-            position=1,
-            leave=False,
-        ):
-            builder.add_document(torch.tensor(ids), [len(ids)])
-        builder.finalize(str(out / f"{name}.idx"))
-    write_text(out / "train.txt", tokenizer.decode(text_ids[:60_000]))
-    write_text(out / LAST, tokenizer.decode(load_text(tokenizer, "held_out", 60_000)))
-    steps.update()
+@one_line_errors("data")
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the files")
+    parser.add_argument("--seed", type=int, default=0, help="of the needles and their places (default 0)")
+    args = parser.parse_args(argv)
+    from tqdm import tqdm
+
+    from examples.tiny.data_run import write_data  # takes seconds: not for --help
+
+    with tqdm(total=1, desc="data", unit="step", position=0) as steps:
+        write_data(args.out, args.seed, steps)
+
+
+if __name__ == "__main__":
+    main()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from examples.tiny.data import write_data
+from examples.tiny.data_run import write_data
 from examples.tiny.demo_report import write_report
 from examples.tiny.students import (
     Student,

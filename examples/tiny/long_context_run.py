@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from examples.tiny.data import write_data
+from examples.tiny.data_run import write_data
 from examples.tiny.students import RECIPE, Student, evaluate, folder, make_and_train, prepare, side_by_side
 from examples.tiny.summary import Values, accuracy_lines, means_table, read_accuracies
 from hydra_mcore import figures, stages

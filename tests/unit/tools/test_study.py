@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -18,10 +19,12 @@ from typing import Any
 import pytest
 import yaml
 
-from hydra_mcore.config import ConfigError
+from hydra_mcore.config import ConfigError, HydraOptions
 from hydra_mcore.errors import InputError
-from hydra_mcore.recipe import Recipe
+from hydra_mcore.recipe import Recipe, parse_with_recipe
+from hydra_mcore.train.arguments import recipe_flags
 from tests.support.paths import ROOT, TINY_TEACHER
+from tools import convert, evaluate, select_heads
 from tools.commands.study import job_lines
 from tools.studies.file import Study, laid_over
 from tools.studies.run import write_recipe
@@ -235,6 +238,32 @@ def test_the_table_of_two_seeds(tmp_path: Path) -> None:
     assert len(rows) == 5 * 2 + 3
     write_figure(tmp_path / "all.png", read(study))
     assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
+
+
+STUDIES = sorted(path for path in (ROOT / "examples" / "studies").glob("*/*.yaml") if path.name != "base.yaml")
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: "/".join(path.parts[-2:]))
+def test_studies_that_come_along_are_known_to_their_commands(path: Path, tmp_path: Path) -> None:
+    """Every key of every variant is a flag, and each variant is another student."""
+    study = dataclasses.replace(Study.load(path), out=tmp_path)
+    assert study.out == tmp_path and len(study.variants) > 3
+    made = set()
+    for job in (*shared_jobs(study)[:1], *(job for job in variant_jobs(study) if job.seed == study.seeds[0])):
+        write_recipe(job)
+        config = ["--config", *map(str, job.recipes)]
+        selected = parse_with_recipe(select_heads.parser(), "select", config)
+        student = convert.parse_args(["hybridize", *config])
+        HydraOptions(**{field.name: getattr(student, field.name) for field in dataclasses.fields(HydraOptions)})
+        assert parse_with_recipe(evaluate.parser(), "evaluate", config).seed >= 2_000_000 or "qwen3" in str(path)
+        settings = [vars(selected) | {"out": 0, "scores": 0, "config": 0}]
+        settings.append(vars(student) | {"out": 0, "heads": 0, "scores": 0, "config": 0})
+        for stage in study.stages:
+            parser, recipe, options = recipe_flags(["--stage", stage, *config], with_gpu=False)
+            assert recipe.to_flags(parser) and options.run_dir == str(job.folder)
+            settings.append(dataclasses.asdict(options) | {"run_dir": 0})
+        made.add(str(settings))
+    assert len(made) >= len(study.variants)
 
 
 def command(folder: Path, *words: str) -> subprocess.Popen:
