@@ -74,6 +74,7 @@ CASES: dict[str, dict[str, Any]] = {
         },
     },
     "no linear heads": {"heads": [{"fa": range(6)}] * 4},
+    "no full attention": {"heads": [{"gdn": range(6)}, {"kda": range(6)}, {"lightning": range(6)}, {"gdn": range(6)}]},
 }
 
 
