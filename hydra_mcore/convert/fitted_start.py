@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
-from tqdm import tqdm
 
 from hydra_mcore.model.hydra_attention import HydraAttention, head_outputs
 from hydra_mcore.model.imitation import READS, Memory, Split, Task, imitate, ridge_fit, share, values_input
 from hydra_mcore.model.parameters import HeadLinear
 from hydra_mcore.ops.chunks import state_dtype
+from hydra_mcore.progress import Progress
 from hydra_mcore.sequence import SequencePart
 
 MemoryTables = Mapping[str, Sequence[Sequence[Memory]]]  # kind of linear heads -> layer -> head in HF order
@@ -66,7 +66,7 @@ def fit_start(
         memories: what to start heads with; all memories of a kind are tried for heads that are not in it.
     """
     split, fits, students = Split.of(len(tokens_bs)), [], enumerate(student.decoder.layers)
-    with tqdm(total=len(student.decoder.layers), desc="fit", unit="layer") as progress:
+    with Progress(total=len(student.decoder.layers), desc="fit", unit="layer") as progress:
 
         def fit(layer: _Layer) -> None:
             layer_idx, own = next(students)

@@ -13,7 +13,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from hydra_mcore.config import ConfigError, ModelCard
 from hydra_mcore.convert import hydra_family
@@ -29,6 +28,7 @@ from hydra_mcore.errors import InputError
 from hydra_mcore.files import write_json
 from hydra_mcore.model.checkpoints import trainings
 from hydra_mcore.model.streaming import StoredTensors
+from hydra_mcore.progress import Progress
 
 
 def export_hf(
@@ -150,7 +150,7 @@ def _write_shards(folder: Path, shards: list[list[str]], rules: dict[str, Tensor
     """One safetensors file, or numbered ones with their index, as transformers names them."""
     weight_map: dict[str, str] = {}
     total = 0
-    with tqdm(total=len(rules), desc="export", unit="tensor") as progress:
+    with Progress(total=len(rules), desc="export", unit="tensor") as progress:
         for number, names in enumerate(shards, 1):
             file_name = SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             tensors = {}

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from hydra_mcore.config import ModelCard
 from hydra_mcore.convert.families import EMBEDDING, OUTPUT_LAYER, SHAPE_KEYS
@@ -25,6 +24,7 @@ from hydra_mcore.convert.output_folder import HEAD_MAP_NAME, check_target, new_f
 from hydra_mcore.convert.tensor_table import TensorRule, is_teacher, output_layer_rule, tensor_rules
 from hydra_mcore.convert.tokenizer_files import TOKENIZER_DIR, import_tokenizer
 from hydra_mcore.model.streaming import save_streamed
+from hydra_mcore.progress import Progress
 
 
 def import_hf(hf_dir: str | Path, checkpoint_dir: str | Path, dtype: torch.dtype | None = None) -> ModelCard:
@@ -52,7 +52,7 @@ def import_hf(hf_dir: str | Path, checkpoint_dir: str | Path, dtype: torch.dtype
     num_bytes = sum(math.prod(rule.shape) for rule in rules.values()) * dtype.itemsize
     with (
         new_folder(checkpoint_dir, num_bytes) as folder,
-        tqdm(total=len(rules), desc="import", unit="tensor") as progress,
+        Progress(total=len(rules), desc="import", unit="tensor") as progress,
     ):
         import_tokenizer(hf_dir, folder / TOKENIZER_DIR)
         if not is_teacher(card):
@@ -95,7 +95,9 @@ def _left_out(card: ModelCard) -> str:
 class _ImportedTensors:
     """The tensors of a checkpoint, put together from those of a directory; the fingerprint of each as it passes."""
 
-    def __init__(self, weights: HfWeights, rules: dict[str, TensorRule], dtype: torch.dtype, progress: tqdm) -> None:
+    def __init__(
+        self, weights: HfWeights, rules: dict[str, TensorRule], dtype: torch.dtype, progress: Progress
+    ) -> None:
         self.weights, self.dtype, self.progress = weights, dtype, progress
         self.parts: dict[str, list[TensorRule]] = {}
         for rule in rules.values():

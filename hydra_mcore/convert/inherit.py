@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
-from tqdm import tqdm
 
 from hydra_mcore.config import ConfigError, HydraOptions, ModelCard
 from hydra_mcore.convert.fitted_start import MemoryTables, fit_start, said
@@ -30,6 +29,7 @@ from hydra_mcore.model.build import build_model, load_model
 from hydra_mcore.model.checkpoints import save_weights
 from hydra_mcore.model.hydra_attention import HydraAttention
 from hydra_mcore.model.imitation import FEWEST_ROWS
+from hydra_mcore.progress import Progress
 from hydra_mcore.shape import ModelShape
 
 SCALED_FUSIONS = ("scale", "competition")
@@ -184,7 +184,7 @@ def head_output_rms(teacher: GPTModel, tokens_bs: Tensor) -> Tensor:
     ]
     try:
         position_s = torch.arange(tokens_bs.shape[1], device=tokens_bs.device)
-        for row_s in tqdm(tokens_bs, desc="calibrate", unit="sequence"):
+        for row_s in Progress(tokens_bs, desc="calibrate", unit="sequence"):
             teacher(row_s[None], position_s[None], None)
     finally:
         for hook in hooks:

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.datasets.utils import get_blend_from_list
-from tqdm import tqdm
 
 from hydra_mcore.config import ConfigError
 from hydra_mcore.files import from_fields, read_json, shown, write_json
+from hydra_mcore.progress import Progress
 
 FORMAT = 1
 SUFFIXES = (".bin", ".idx")
@@ -121,7 +121,7 @@ class Manifest:
         """Raise ConfigError for a shard that is missing or of another size or, with ``contents``, of another
         checksum.
         """
-        for shard in tqdm(self.shards, desc="checksums", unit="shard", disable=not contents):
+        for shard in Progress(self.shards, desc="checksums", unit="shard", disable=not contents):
             for suffix, facts in shard.files.items():
                 path = folder / f"{shard.name}{suffix}"
                 size = path.stat().st_size if path.is_file() else None

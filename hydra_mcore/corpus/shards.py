@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-from tqdm import tqdm
 
 from hydra_mcore.commands import sole_writer
 from hydra_mcore.corpus.manifest import (
@@ -39,6 +38,7 @@ from hydra_mcore.corpus.sources import Batch, Document, Source, batches
 from hydra_mcore.corpus.tokenize import Encoder, encode_batches, fingerprint
 from hydra_mcore.errors import InputError
 from hydra_mcore.files import write_text
+from hydra_mcore.progress import Progress
 
 DECISIVE = ("tokenizers", "transformers", "datasets", "pyarrow")  # packages that stand between a text and its tokens
 
@@ -125,7 +125,7 @@ def _go_on(manifest: Manifest, source: Source, encoder: Encoder, out: Path, work
     limits = Limits(**manifest.run["limits"])
     after = manifest.shards[-1].after if manifest.shards else _hold_out(source, limits.held_out, out, skip_broken)
     with (
-        tqdm(total=limits.tokens, initial=manifest.tokens, unit="tok", unit_scale=True, desc="prepare") as bar,
+        Progress(total=limits.tokens, initial=manifest.tokens, unit="tok", unit_scale=True, desc="prepare") as bar,
         contextlib.closing(encode_batches(batches(source, after), encoder, workers)) as work,
     ):
         _write(manifest, _Keeper(limits, skip_broken), work, out, encoder.dtype, bar)
@@ -162,7 +162,7 @@ def _write(
     work: Iterator[tuple[Batch, list[np.ndarray]]],
     out: Path,
     dtype: type[np.number],
-    bar: tqdm,
+    bar: Progress,
 ) -> None:
     """Fill shards until the documents or the budget end; a shard ends with a batch, so that the source has a position
     there.

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from hydra_mcore.errors import InputError
@@ -28,6 +27,7 @@ from hydra_mcore.evaluation.records import TEXT, Contestant, Piece, Records
 from hydra_mcore.evaluation.scoring import check_seed, score_prompts
 from hydra_mcore.model.precision import DTYPES
 from hydra_mcore.model.runtime import from_first_rank
+from hydra_mcore.progress import Progress
 from hydra_mcore.ruler.haystack import read_haystack
 from hydra_mcore.ruler.material import PromptMaterial, tokenizer_fingerprint
 from hydra_mcore.ruler.prompts import TASK_GROUPS, TASKS, PromptSet
@@ -117,7 +117,7 @@ class Papers:
             tasks = (*self.exam.tasks, *((TEXT,) if self.exam.text else ()))
             asked = list(itertools.product(self.exam.lengths, tasks))
             # one by one, since ranks that wait for very long are taken for dead
-            bar = tqdm(asked, desc="prompts", unit="set", disable=_hidden())
+            bar = Progress(asked, desc="prompts", unit="set", disable=_hidden())
             self._pieces[tokenizer] = [
                 from_first_rank(partial(self._piece, tokenizer, task, length)) for length, task in bar
             ]
@@ -177,7 +177,7 @@ def take_exam(papers: Papers, todo: Mapping[Contestant, Sequence[Piece]], record
         InputError: a layout that cannot hold a model, or weights that do not fit it.
     """
     tokens = sum(piece.count * piece.length for piece in itertools.chain.from_iterable(todo.values()))
-    with tqdm(total=tokens, unit="tok", unit_scale=True, disable=_hidden()) as bar:
+    with Progress(total=tokens, unit="tok", unit_scale=True, disable=_hidden()) as bar:
         for contestant, pieces in todo.items():
             if not pieces:
                 continue
@@ -192,13 +192,13 @@ def take_exam(papers: Papers, todo: Mapping[Contestant, Sequence[Piece]], record
             del model  # before the next one needs its memory
 
 
-def _hidden() -> bool | None:
-    """For tqdm: hidden but on the first rank, and there where nobody watches."""
-    return None if torch.distributed.get_rank() == 0 else True
+def _hidden() -> bool:
+    """Progress is hidden but on the first rank."""
+    return torch.distributed.get_rank() != 0
 
 
 def _answer(
-    model: EvaluatedModel, papers: Papers, piece: Piece, tokenizer: Tokenizer, bar: tqdm
+    model: EvaluatedModel, papers: Papers, piece: Piece, tokenizer: Tokenizer, bar: Progress
 ) -> tuple[list[float], None]:
     """Each prompt's score."""
     asked = from_first_rank(partial(papers.prompts, piece.tokenizer, piece.task, piece.length))
@@ -210,7 +210,7 @@ def _answer(
 
 
 def _predict(
-    model: EvaluatedModel, papers: Papers, piece: Piece, tokenizer: Tokenizer, bar: tqdm
+    model: EvaluatedModel, papers: Papers, piece: Piece, tokenizer: Tokenizer, bar: Progress
 ) -> tuple[TextLoss, np.ndarray]:
     """The loss on text, and the likeliest tokens, int32 [b, s - 1]."""
     windows_bs = from_first_rank(partial(papers.windows, piece.tokenizer, piece.length))

@@ -15,12 +15,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.parallel import ParallelModel
 from hydra_mcore.evaluation.perplexity import edges, window_losses
 from hydra_mcore.model.fa_heads import set_log_scale
+from hydra_mcore.progress import Progress
 
 GRID = (50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0)
 LIMITS = (2.0, 1e6)  # below, the scale is steep at the first tokens only; above, it is none up to 512K tokens
@@ -82,8 +82,10 @@ class Trials:
         for chunk in self.model.chunks:
             set_log_scale(chunk, base)
         found: list[tuple[float, ...]] = []
-        hidden = torch.distributed.get_rank() != 0 or None
-        with tqdm(total=len(self.windows_bs), desc=name_of(base), unit="window", disable=hidden, leave=False) as bar:
+        hidden = torch.distributed.get_rank() != 0
+        with Progress(
+            total=len(self.windows_bs), desc=name_of(base), unit="window", disable=hidden, leave=False
+        ) as bar:
             for batch in window_losses(self.model, self.windows_bs):
                 found += [means for means, _ in batch]
                 bar.update(len(batch))

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
-from tqdm import tqdm
 
 from hydra_mcore.errors import InputError
 from hydra_mcore.files import disk_problem, disk_refusal
 from hydra_mcore.heads import Head
 from hydra_mcore.model.runtime import from_first_rank
+from hydra_mcore.progress import Progress
 from hydra_mcore.selection.attribution import attributed_effects
 from hydra_mcore.selection.journal import JournalWriter, read_journal
 from hydra_mcore.selection.observe import OBSERVED, observed_scores
@@ -177,7 +177,7 @@ class Scoring:
         problem = ""
         mine = open_pieces[self.replica :: self.replicas]
         first = torch.distributed.get_rank() == 0
-        for name in tqdm(mine, desc=label, unit="piece", leave=False, disable=not (first and mine)):
+        for name in Progress(mine, desc=label, unit="piece", leave=False, disable=not (first and mine)):
             result = pieces[name]()
             if self.writes:
                 fresh[name] = {key: value.tolist() for key, value in result.items()}

@@ -15,11 +15,11 @@ from pathlib import Path
 from threading import Event
 
 import yaml
-from tqdm import tqdm
 
 from hydra_mcore.errors import InputError
 from hydra_mcore.files import read_json, write_json, write_text
 from hydra_mcore.model.checkpoints import TRACKER
+from hydra_mcore.progress import Progress
 from hydra_mcore.recipe import Recipe, read_yaml
 from tools.studies.file import Study
 from tools.studies.steps import Job, Step, shared_jobs, variant_jobs, without_evaluation
@@ -44,8 +44,7 @@ def run(study: Study, only: Sequence[str], ranks: int, jobs: int) -> None:
     for job in (*shared, *variants):
         write_recipe(job)
     total = sum(len(job.steps()) for job in (*shared, *variants))
-    quiet = 60.0 if not sys.stderr.isatty() else 0.5  # seconds between lines
-    with tqdm(total=total, desc=study.path.stem, unit="step", mininterval=quiet, maxinterval=quiet) as progress:
+    with Progress(total=total, desc=study.path.stem, unit="step") as progress:
         for job in shared:
             run_job(job, ranks * jobs, 1, progress, Event())
         side_by_side([partial(run_job, job, ranks, jobs, progress) for job in variants], jobs)
@@ -63,7 +62,7 @@ def write_recipe(job: Job) -> None:
     write_text(job.recipe, yaml.safe_dump(over, sort_keys=False))
 
 
-def run_job(job: Job, ranks: int, beside: int, progress: tqdm, stop: Event) -> None:
+def run_job(job: Job, ranks: int, beside: int, progress: Progress, stop: Event) -> None:
     """All steps that are not done yet; between two of them, ``stop`` ends the job.
 
     Args:
