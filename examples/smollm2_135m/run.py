@@ -98,7 +98,7 @@ def steps(recipes: list[Path], stages: list[str], wheel: Path | None) -> list[St
         Step("import", 0.5, ("tools/convert.py", "import", *config, "--skip-existing")),
         Step("proof against transformers", 0.5, ("tools/verify.py", teacher, *proof)),
         Step("head selection", 12, ("tools/select_heads.py", *config, "--skip-existing"), ranks),
-        Step("student", 12, ("tools/convert.py", "hybridize", *config, "--skip-existing")),
+        Step("student", 3, ("tools/convert.py", "hybridize", *config, "--skip-existing")),
         *(Step(name, MINUTES_OF_STAGE[name], (*train, "--stage", name, *config), ranks) for name in stages),
         Step("evaluation", 4, ("tools/evaluate.py", *config, "--skip-existing"), ranks),
         Step("export", 0.5, ("tools/convert.py", "export", *config, "--skip-existing")),
