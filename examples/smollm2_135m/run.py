@@ -18,7 +18,6 @@ examples:
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from hydra_mcore.commands import one_line_errors, sole_writer
 from hydra_mcore.files import read_json, write_json
 from hydra_mcore.recipe import Recipe
 from hydra_mcore.stages import STAGES
+from tools.studies.launch import command, environment, usable_cores
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -106,25 +106,10 @@ def steps(recipes: list[Path], stages: list[str], wheel: Path | None) -> list[St
     ]
 
 
-def usable_cores() -> int:
-    """Of this machine, for this process."""
-    return len(os.sched_getaffinity(0))
-
-
 def run_step(step: Step) -> None:
-    """Run a command, its progress on this screen; where it fails, it has said why and the run ends.
-
-    A core for each rank: one process with two threads takes half as long again for a step of align.
-    """
-    environment = {
-        **os.environ,
-        "PYTHONUNBUFFERED": "1",
-        "WANDB_MODE": os.environ.get("WANDB_MODE", "offline"),
-        "OMP_NUM_THREADS": str(usable_cores() // step.ranks),
-    }
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(step.ranks))
-    command = [sys.executable, *(launcher if step.ranks > 1 else ()), *map(str, step.words)]
-    code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+    """Run a command, its progress on this screen; where it fails, it has said why and the run ends."""
+    words = command(step.words, step.ranks)
+    code = subprocess.run(words, cwd=ROOT, env=environment(step.ranks), check=False).returncode
     if code:
         sys.exit(f"run: {step.name} ended with exit status {code}; give the same command to go on from there")
 

@@ -4,9 +4,8 @@
 
 from __future__ import annotations
 
-import os
+import shlex
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -22,6 +21,7 @@ from hydra_mcore.model.checkpoints import TRACKER
 from hydra_mcore.progress import Progress
 from hydra_mcore.recipe import Recipe, read_yaml
 from tools.studies.file import Study
+from tools.studies.launch import command, environment
 from tools.studies.steps import Job, Step, shared_jobs, variant_jobs, without_evaluation
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,18 +98,13 @@ def trained(job: Job, stage: str) -> bool:
 
 def run_step(job: Job, step: Step, ranks: int, beside: int) -> None:
     """One command, its output added to the job's log."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)) if ranks > 1 else ()
-    batch = batch_size(job, step, ranks)
-    command = [sys.executable, *launcher, *step.words, *batch]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "WANDB_MODE": os.environ.get("WANDB_MODE", "offline")}
-    environment["WANDB_RUN_GROUP"] = job.study.path.stem
-    cores = len(os.sched_getaffinity(0)) // (ranks * beside)
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
+    words = command([*step.words, *batch_size(job, step, ranks)], ranks)
+    own = environment(ranks * beside) | {"WANDB_RUN_GROUP": job.study.path.stem}
     log = job.folder / "log.txt"
     with log.open("a") as sink:
-        sink.write(f"$ {' '.join(command)}\n")
+        sink.write(f"$ {shlex.join(words)}\n")
         sink.flush()
-        code = subprocess.run(command, cwd=ROOT, env=environment, stdout=sink, stderr=sink, check=False).returncode
+        code = subprocess.run(words, cwd=ROOT, env=own, stdout=sink, stderr=sink, check=False).returncode
     if code:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL:])
         raise StepFailed(f"{job.name}: {step.name} ended with exit status {code}; the end of {log}:\n{tail}")

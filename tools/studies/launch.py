@@ -1,0 +1,30 @@
+# Copyright 2026 the hydra_mcore authors.
+# SPDX-License-Identifier: Apache-2.0
+"""How a command is started on this machine, by a study or an example."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+
+
+def command(words: Iterable[object], ranks: int = 1) -> list[str]:
+    """Python with these arguments, on as many ranks."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)) if ranks > 1 else ()
+    return [sys.executable, *launcher, *map(str, words)]
+
+
+def environment(processes: int = 1) -> dict[str, str]:
+    """For one of so many processes that share the cores: its threads, W&B offline unless it is set otherwise.
+
+    A core for each process: one process with two threads takes half as long again for a step of align.
+    """
+    threads = str(max(1, usable_cores() // processes))
+    own = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": threads, "WANDB_MODE": os.environ.get("WANDB_MODE", "offline")}
+    return {**os.environ, **own}
+
+
+def usable_cores() -> int:
+    """Of this machine, for this process."""
+    return len(os.sched_getaffinity(0))
