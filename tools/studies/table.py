@@ -180,9 +180,11 @@ def write_figure(path: Path, found: Found) -> None:
             for length, values in zip(own, each, strict=True):
                 if len(values) > 1:
                     axes.plot([length] * len(values), values, linestyle="", markersize=3, alpha=0.5, **look)
-        axes.set(title=measure, xlabel="length (tokens)")
+        axes.set(title=measure if measure == PERPLEXITY else f"{measure} (%)", xlabel="length (tokens)")
         if measure == PERPLEXITY:
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:.0f}")
+            axes.yaxis.set_minor_formatter("{x:.0f}")
         else:
             axes.set_ylim(-4, 104)
         figures.length_axis(axes, lengths)
