@@ -135,7 +135,7 @@ def test_a_students_checks_all_pass_on_the_command_line(made: Made, tmp_path: Pa
     )
     assert done.returncode == 0, done.stdout + done.stderr
     cores, total = os.cpu_count() or 1, len(verification.PROOFS)
-    skipped = (3 if cores < 2 else 0) + (2 if cores < 4 else 0)  # layouts
+    skipped = 1 + (3 if cores < 2 else 0) + (2 if cores < 4 else 0)  # the server, layouts
     lines = done.stdout.splitlines()
     assert lines[0].startswith(f"{made.student}: extend, 10 FA heads of 24; 2 x 64 tokens, random (seed 0)")
     assert len(lines) == total + 2 and lines[-1] == f"{total - skipped} passed, 0 failed, {skipped} skipped"
@@ -150,7 +150,7 @@ def test_a_students_checks_all_pass_on_the_command_line(made: Made, tmp_path: Pa
 def test_a_teachers_checks_all_pass(made: Made, tmp_path: Path) -> None:
     found = results(tmp_path, made.teacher, "--hf", made.hf, only=NAMES)
     left_out = {line for line, result in found.items() if result["verdict"] == "skipped"}
-    assert not failed(found) and all(check == "layouts" for check, _ in left_out)
+    assert not failed(found) and {check for check, _ in left_out} <= {"layouts", "served"}
     assert ("identity", "head map") not in found and ("identity", "teacher") not in found, "these are a student's"
     assert found["source", ""]["numbers"]["tokens"] == 128
     assert all(
@@ -169,11 +169,13 @@ def test_text_by_the_checkpoints_tokenizer(tiny_teacher: Path, tmp_path: Path) -
 
 
 def test_what_lacks_an_argument_is_skipped_with_the_flag_that_it_needs(made: Made, tmp_path: Path) -> None:
-    found = results(tmp_path, made.student, only=("source", "all-fa", "identity"))
+    found = results(tmp_path, made.student, only=("source", "all-fa", "served", "identity"))
     skipped = {line: result["said"] for line, result in found.items() if result["verdict"] == "skipped"}
-    assert {line: next(flag for flag in ("--hf", "--teacher") if flag in said) for line, said in skipped.items()} == {
+    flags = ("--hf", "--teacher", "--served")
+    assert {line: next(flag for flag in flags if flag in said) for line, said in skipped.items()} == {
         ("source", ""): "--hf",
         ("all-fa", ""): "--teacher",
+        ("served", ""): "--served",
         ("identity", "weights"): "--teacher",
         ("identity", "teacher"): "--teacher",
     }

@@ -22,9 +22,9 @@ class ToyHeads(Heads):
     def __init__(self, config: HydraHeadConfig, heads: list[int]) -> None:
         super().__init__(config, heads, kv_per_head=True, qk_norm=False, position="nope", gate="none")
 
-    def forward(
+    def outputs(
         self, x_bsm: Tensor, call: Call, shared_kv: tuple[Tensor, Tensor] | None, cache: HydraHeadCacheLayer | None
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Tensor:
         q, k, v = (precise(x) for x in self.project(x_bsm, shared_kv))
         decay, real_bs = self.config.toy_decay, x_bsm.new_ones(x_bsm.shape[:2], dtype=q.dtype)
         if call.padding is not None:
@@ -39,7 +39,7 @@ class ToyHeads(Heads):
             out = out + torch.einsum("bs,bshd,bhdv->bshv", decay**time_bs, q, states["recurrent"])
             state = state + decay ** time_bs[:, -1, None, None, None] * states["recurrent"]
         states["recurrent"] = state
-        return (out * q.shape[-1] ** -0.5).to(x_bsm.dtype), None
+        return (out * q.shape[-1] ** -0.5).to(x_bsm.dtype)
 
 
 BRANCHES: dict[str, type[Heads]] = {branch.kind: branch for branch in (FullAttentionHeads, GatedDeltaHeads, ToyHeads)}
