@@ -20,14 +20,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hydra_mcore.commands import one_line_errors
-from hydra_mcore.config import HydraOptions
-from hydra_mcore.convert.hf_code import AUTO_MAP, copy_model_code, model_class
-from hydra_mcore.convert.hf_export import export_hf
-from hydra_mcore.convert.hf_import import import_hf
-from hydra_mcore.convert.inherit import hybridize
-from hydra_mcore.heads import HeadMap
-from hydra_mcore.model.runtime import process_groups
+from hydra_mcore.compat import install
+
+install()
+
+from hydra_mcore.commands import one_line_errors  # noqa: E402  the patches come first
+from hydra_mcore.config import HydraOptions  # noqa: E402
+from hydra_mcore.convert.hf_code import AUTO_MAP, copy_model_code, model_class  # noqa: E402
+from hydra_mcore.convert.hf_export import export_hf  # noqa: E402
+from hydra_mcore.convert.hf_import import import_hf  # noqa: E402
+from hydra_mcore.convert.inherit import hybridize  # noqa: E402
+from hydra_mcore.heads import HeadMap  # noqa: E402
+from hydra_mcore.model.runtime import process_groups  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 NEW_TOKENS = 24
