@@ -64,8 +64,8 @@ def complete(url: str, **asked: Any) -> dict[str, Any]:
 
 
 def project(*words: object) -> subprocess.CompletedProcess:
-    """One of the project's own commands, in its own environment."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM", "PYTHON"))}
+    """One of the project's own commands, in its own environment: importing vLLM sets variables of torch."""
+    environment = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "LANG") if name in os.environ}
     call = [str(PROJECT), *map(str, words)]
     return subprocess.run(call, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=400)
 
