@@ -25,6 +25,7 @@ from hydra_mcore.config import HydraOptions
 from hydra_mcore.kinds import DEFAULT_LINEAR
 from hydra_mcore.recipe import Recipe
 from hydra_mcore.selection.choose import SCORED
+from tools.studies.launch import end_of
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -82,8 +83,7 @@ def launcher(ranks: int) -> list[object]:
 
 
 def fail(path: Path, code: int) -> None:
-    tail = "\n".join(path.read_text(errors="replace").splitlines()[-15:])
-    sys.exit(f"a step failed (exit status {code}), its output is in {path}:\n{tail}")
+    sys.exit(f"a step failed (exit status {code}), its output is in {path}:\n{end_of(path)}")
 
 
 def side_by_side(jobs: Sequence[Callable[[int], None]], steps: tqdm | None = None) -> None:

@@ -7,6 +7,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable
+from pathlib import Path
+
+TAIL = 15  # lines
 
 
 def command(words: Iterable[object], ranks: int = 1) -> list[str]:
@@ -23,6 +26,11 @@ def environment(processes: int = 1) -> dict[str, str]:
     threads = str(max(1, usable_cores() // processes))
     own = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": threads, "WANDB_MODE": os.environ.get("WANDB_MODE", "offline")}
     return {**os.environ, **own}
+
+
+def end_of(log: Path) -> str:
+    """The last lines of a command's output, which say why it failed."""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-TAIL:])
 
 
 def usable_cores() -> int:

@@ -21,12 +21,11 @@ from hydra_mcore.model.checkpoints import TRACKER
 from hydra_mcore.progress import Progress
 from hydra_mcore.recipe import Recipe, read_yaml
 from tools.studies.file import Study
-from tools.studies.launch import command, environment
+from tools.studies.launch import command, end_of, environment
 from tools.studies.steps import Job, Step, shared_jobs, variant_jobs, without_evaluation
 
 ROOT = Path(__file__).resolve().parents[2]
 DONE = "steps.json"  # in a job's folder: its finished commands, with their seconds
-TAIL = 15  # lines of a failed command's output
 
 
 class StepFailed(Exception):
@@ -106,8 +105,7 @@ def run_step(job: Job, step: Step, ranks: int, beside: int) -> None:
         sink.flush()
         code = subprocess.run(words, cwd=ROOT, env=own, stdout=sink, stderr=sink, check=False).returncode
     if code:
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL:])
-        raise StepFailed(f"{job.name}: {step.name} ended with exit status {code}; the end of {log}:\n{tail}")
+        raise StepFailed(f"{job.name}: {step.name} ended with exit status {code}; the end of {log}:\n{end_of(log)}")
 
 
 def batch_size(job: Job, step: Step, ranks: int) -> tuple[str, ...]:
