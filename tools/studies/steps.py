@@ -99,8 +99,8 @@ class Job:
         heads, teacher = self.folder / "heads", self.section("import")["out"]
         select: dict[str, Any] = {"out": str(heads)}
         hybridize: dict[str, Any] = {"heads": str(heads / "head_map.json"), "out": str(self.folder / "student")}
-        own_scores = self.variant is None or not self.shares_scores
-        if not own_scores and self.section("select").get("strategy", SCORED[0]) in SCORED:
+        own_scores = self.variant is None or (self.scored and not self.shares_scores)
+        if self.scored and not own_scores:
             select["scores"] = scores
         if "scores" in self.section("hybridize"):
             hybridize["scores"] = str(heads / "scores.json") if own_scores else scores
@@ -111,6 +111,11 @@ class Job:
             evaluate["yarn"] = None  # a row of the teacher
         evaluate["cache"] = str(self.evaluation / "prompts")
         return {"run-dir": str(self.folder), "select": select, "hybridize": hybridize, "evaluate": evaluate}
+
+    @property
+    def scored(self) -> bool:
+        """Whether heads are chosen by scores."""
+        return self.section("select").get("strategy", SCORED[0]) in SCORED
 
     @property
     def shares_scores(self) -> bool:
@@ -129,7 +134,7 @@ class Job:
         setup = (Step(text, tuple(shlex.split(with_seed(text, self.seed)))) for text in self.study.setup)
         data = [Step("tokens", ("tools/prepare_data.py", *config))] if self.section("prepare") else []
         teacher = Step("import", ("tools/convert.py", "import", *config, "--skip-existing"))
-        scores = [select] if self.section("select").get("strategy", SCORED[0]) in SCORED else []
+        scores = [select] if self.scored else []
         return [*setup, *data, teacher, *scores, evaluation]
 
 

@@ -141,6 +141,9 @@ def test_scores_are_shared_where_they_are_the_same(tmp_path: Path) -> None:
     assert "scores" in chosen["select"] and "scores" not in at_random["select"] | longer["select"]
     assert at_random["hybridize"]["scores"] == "runs/it/seed0/shared/heads/scores.json"
     assert longer["hybridize"]["scores"] == "runs/it/seed0/longer/heads/scores.json"
+    unscored = {"chosen": {}, "any": {"select": {"strategy": "global_random", "pairs": 9}}}
+    at_random = variant_jobs(study_of(tmp_path, variants=unscored, seeds=[0]))[1].overlay()
+    assert at_random["hybridize"]["scores"] == "runs/it/seed0/shared/heads/scores.json"
 
 
 def test_steps_come_in_their_order(tmp_path: Path) -> None:
