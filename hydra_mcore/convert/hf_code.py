@@ -45,6 +45,7 @@ FORMER_CODE = (
     (_ONE_FILE, "3ca2a17a9dbff89af0b0a6f070760f549a536b444c4eb3823990e81921cd5a9c"),  # 4fc5003
     (_TWO_KINDS, "55c2e47ea00cf4fe25ad81b17dba65233ca70ddfb338091be8e87e1c5041b620"),  # 6436168
     (_OF_TODAY, "5c97bb9cf9e4f7539d5598605b3b5f561d57627f09e980ebaac464858098cd49"),  # 14f2f7b
+    (_OF_TODAY, "78cf6674c249480cba3fb45981caa7f231a3d36ea0dc803f715251d90fdea6eb"),  # 131cb72
 )
 # For config.json: where transformers' Auto classes find theirs.
 AUTO_MAP = {

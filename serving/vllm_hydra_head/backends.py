@@ -39,8 +39,9 @@ def attention_backend() -> type[AttentionBackend] | None:
 class RecurrentMetadata(LinearAttentionMetadata):
     """Requests of a step: decodes first, a token each, then prefills."""
 
-    starts: list[int]  # where each request's tokens begin, and where the last one's end; known to the host
     continues: torch.Tensor  # bool [requests]: whether a request has a state already
+    request_t: torch.Tensor  # the request of each token
+    prefill_starts: torch.Tensor  # where each prefill's tokens begin among those of prefills, and the last one's end
 
 
 class RecurrentMetadataBuilder(LinearAttentionMetadataBuilder):
@@ -55,9 +56,13 @@ class RecurrentMetadataBuilder(LinearAttentionMetadataBuilder):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> RecurrentMetadata:
         found = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        starts = common_attn_metadata.query_start_loc_cpu.tolist()
         continues = common_attn_metadata.compute_num_computed_tokens() > 0
-        return RecurrentMetadata(**vars(found), starts=starts, continues=continues)
+        requests, tokens = found.num_decodes + found.num_prefills, found.num_decode_tokens + found.num_prefill_tokens
+        starts = found.query_start_loc[: requests + 1].long()
+        each = torch.arange(requests, device=starts.device)
+        request_t = torch.repeat_interleave(each, starts.diff(), output_size=tokens)
+        prefill_starts = starts[found.num_decodes :] - found.num_decode_tokens
+        return RecurrentMetadata(**vars(found), continues=continues, request_t=request_t, prefill_starts=prefill_starts)
 
 
 class RecurrentBackend(LinearAttentionBackend):

@@ -2,13 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The heads of exported models where vLLM keeps what they remember: keys and values, and recurrent states, in blocks.
 
-Shape suffixes: t tokens of all requests of this step, r requests, and those of ``export/heads_hydra_head.py``.
+Shape suffixes: t tokens of all requests of this step, r requests, k inputs before these, and those of ``export/heads_hydra_head.py``.
 """
 
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 from typing import ClassVar
 
 import torch
@@ -25,10 +24,10 @@ from vllm_hydra_head.backends import RecurrentBackend, RecurrentMetadata, attent
 from vllm_hydra_head.export.cache_hydra_head import HydraHeadCacheLayer
 from vllm_hydra_head.export.configuration_hydra_head import HydraHeadConfig
 from vllm_hydra_head.export.fa_heads_hydra_head import FullAttentionHeads
-from vllm_hydra_head.export.heads_hydra_head import Call, Heads
+from vllm_hydra_head.export.heads_hydra_head import Call, Heads, Padding, RecurrentHeads
 from vllm_hydra_head.export.kinds_hydra_head import BRANCHES
 from vllm_hydra_head.export.modeling_hydra_head import HydraHeadAttention
-from vllm_hydra_head.settings import RECURRENT_OP, layer_states, page_bytes, served_head_size
+from vllm_hydra_head.settings import CONVOLVE_OP, RECUR_OP, layer_states, page_bytes, served_head_size
 
 SharedKV = tuple[Tensor, Tensor] | None
 
@@ -76,7 +75,7 @@ class RecurrentStates(nn.Module, MambaBase):
         self.page_bytes = page_bytes(config, dtype)
         self.kv_cache: tuple[Tensor, ...] = ()
         self.views: dict[str, dict[str, Tensor]] = {}
-        self.heads: dict[str, Heads] = {}  # modules of the layer, which is their parent
+        self.heads: dict[str, RecurrentHeads] = {}  # modules of the layer, which is their parent
         engine.compilation_config.static_forward_context[prefix] = self
 
     def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
@@ -99,37 +98,56 @@ class RecurrentStates(nn.Module, MambaBase):
                 self.views[kind][name] = pages[:, offset : offset + size].view(dtype).unflatten(1, shape)
                 offset += size
 
-    def compute(self, kind: str, x_tm: Tensor, cos_td: Tensor, sin_td: Tensor, kv: SharedKV, out_thd: Tensor) -> None:
-        """Outputs of a kind's heads into ``out_thd``; tokens that belong to no request stay as they are."""
-        metadata = get_forward_context().attn_metadata
-        if metadata is None:  # the engine measures what a step takes
-            return
-        found: RecurrentMetadata = metadata[self.prefix]
-        decodes = found.num_decode_tokens
-        if decodes:
-            tokens = (x[:decodes, None] for x in (x_tm, cos_td, sin_td))
-            own = None if kv is None else (kv[0][:decodes, None], kv[1][:decodes, None])
-            rows, continues = found.state_indices_tensor[:decodes], found.continues[:decodes]
-            out_thd[:decodes] = self._advance(kind, *tokens, own, rows, continues)[:, 0]
-        for request in range(found.num_decodes, found.num_decodes + found.num_prefills):
-            here = slice(found.starts[request], found.starts[request + 1])
-            tokens = (x[None, here] for x in (x_tm, cos_td, sin_td))
-            own = None if kv is None else (kv[0][None, here], kv[1][None, here])
-            rows, continues = (x[request : request + 1] for x in (found.state_indices_tensor, found.continues))
-            out_thd[here] = self._advance(kind, *tokens, own, rows, continues)[0]
+    def recur(self, kind: str, tokens: list[Tensor], out_thd: Tensor) -> None:
+        """The recurrence of a kind's heads over queries, keys, values and gates [t, h, ...] of all requests.
 
-    def _advance(
-        self, kind: str, x_rsm: Tensor, cos_rsd: Tensor, sin_rsd: Tensor, kv: SharedKV, rows: Tensor, continues: Tensor
+        Tokens that belong to no request stay as they are. One-token requests are a batch, and the others a packed row.
+        """
+        found = self.metadata()
+        if found is None:
+            return
+        decodes, requests = found.num_decodes, found.num_decodes + found.num_prefills
+        if decodes:
+            out_thd[:decodes] = self._read(kind, [x[:decodes, None] for x in tokens], found, slice(decodes), None)[:, 0]
+        if found.num_prefills:
+            here = slice(decodes, decodes + found.num_prefill_tokens)
+            prefills = slice(decodes, requests)
+            out_thd[here] = self._read(kind, [x[None, here] for x in tokens], found, prefills, found.prefill_starts)[0]
+
+    def _read(
+        self, kind: str, tokens: list[Tensor], found: RecurrentMetadata, which: slice, cu_seqlens: Tensor | None
     ) -> Tensor:
-        """Read s tokens of each request; their states, in these rows, are replaced."""
-        rows, views = rows.long(), self.views[kind]
-        before = {name: _or_zeros(view[rows], continues) for name, view in views.items()}
-        cache = SimpleNamespace(states={kind: before})
-        call = Call(cos_rsd[:, :, None], sin_rsd[:, :, None], None, None, None)
-        out = BRANCHES[kind].outputs(self.heads[kind], x_rsm, call, kv, cache)
-        for name, view in views.items():
-            view[rows] = before[name].to(view.dtype)
+        """Outputs of these requests; their states are replaced."""
+        rows, view = found.state_indices_tensor[which].long(), self.views[kind]["recurrent"]
+        before = _or_zeros(view[rows], found.continues[which])
+        out, view[rows] = self.heads[kind].read(*tokens, state_bhdd=before, cu_seqlens=cu_seqlens)
         return out
+
+    def convolve(self, kind: str, x_tc: Tensor, out_tc: Tensor) -> None:
+        """The short convolution of a kind's heads, over all requests at once.
+
+        Each request's tokens stand behind its last inputs in one row, so that no request sees another.
+        """
+        found = self.metadata()
+        if found is None:
+            return
+        requests, view = found.num_decodes + found.num_prefills, self.views[kind]["conv"]
+        rows, (before, channels) = found.state_indices_tensor[:requests].long(), view.shape[1:]
+        shift_r = before * torch.arange(requests, device=rows.device)
+        earlier_k = torch.arange(before, device=rows.device)
+        starts, ends = found.query_start_loc[:requests], found.query_start_loc[1 : requests + 1]
+        row = x_tc.new_empty(len(found.request_t) + requests * before, channels)
+        place_t = torch.arange(len(found.request_t), device=rows.device) + shift_r[found.request_t]  # of its outputs
+        row[place_t + before] = x_tc[: len(place_t)]
+        row[(starts + shift_r)[:, None] + earlier_k] = _or_zeros(view[rows], found.continues[:requests])
+        mixed_btc, _ = self.heads[kind].conv(row[None, before:], None, row[None, :before])
+        out_tc[: len(place_t)] = mixed_btc[0, place_t]
+        view[rows] = row[(ends + shift_r)[:, None] + earlier_k]
+
+    def metadata(self) -> RecurrentMetadata | None:
+        """Of this step's requests; None where the engine measures what a step takes."""
+        found = get_forward_context().attn_metadata
+        return None if found is None else found[self.prefix]
 
 
 def _or_zeros(state: Tensor, continues_r: Tensor) -> Tensor:
@@ -137,36 +155,43 @@ def _or_zeros(state: Tensor, continues_r: Tensor) -> Tensor:
     return torch.where(continues_r.view(-1, *[1] * (state.dim() - 1)), state, torch.zeros_like(state))
 
 
-def recurrent(
-    x_tm: Tensor, cos_td: Tensor, sin_td: Tensor, kv: list[Tensor], out_thd: Tensor, layer: str, kind: str
-) -> None:
-    """The custom operator: opaque to compilation, since what it does depends on the step's requests."""
-    states: RecurrentStates = get_forward_context().no_compile_layers[layer]
-    states.compute(kind, x_tm, cos_td, sin_td, tuple(kv) or None, out_thd)
+# Custom operators, opaque to compilation, since what they do depends on the step's requests.
+def recur(tokens: list[Tensor], out_thd: Tensor, layer: str, kind: str) -> None:
+    get_forward_context().no_compile_layers[layer].recur(kind, tokens, out_thd)
 
 
-def _recurrent_shapes(
-    x_tm: Tensor, cos_td: Tensor, sin_td: Tensor, kv: list[Tensor], out_thd: Tensor, layer: str, kind: str
-) -> None:
+def convolve(x_tc: Tensor, out_tc: Tensor, layer: str, kind: str) -> None:
+    get_forward_context().no_compile_layers[layer].convolve(kind, x_tc, out_tc)
+
+
+def _recur_shapes(tokens: list[Tensor], out_thd: Tensor, layer: str, kind: str) -> None:
     return None
 
 
-direct_register_custom_op(RECURRENT_OP.split("::")[1], recurrent, mutates_args=["out_thd"], fake_impl=_recurrent_shapes)
+def _convolve_shapes(x_tc: Tensor, out_tc: Tensor, layer: str, kind: str) -> None:
+    return None
 
 
-def served(branch: type[Heads]) -> type[Heads]:
+direct_register_custom_op(RECUR_OP.split("::")[1], recur, mutates_args=["out_thd"], fake_impl=_recur_shapes)
+direct_register_custom_op(CONVOLVE_OP.split("::")[1], convolve, mutates_args=["out_tc"], fake_impl=_convolve_shapes)
+
+
+def served(branch: type[RecurrentHeads]) -> type[RecurrentHeads]:
     """The heads of a recurrent kind with their states in the engine's cache."""
 
     class Served(branch):
         layer_name: str
 
-        def outputs(self, x_bsm: Tensor, call: Call, shared_kv: SharedKV, cache: HydraHeadCacheLayer | None) -> Tensor:
-            x_tm = x_bsm[0]
-            out_thd = x_tm.new_zeros(len(x_tm), len(self.head_idx), self.config.head_dim)
-            cos_td, sin_td = (x[0, :, 0] for x in (call.cos_bs1d, call.sin_bs1d))
-            kv = [x[0] for x in shared_kv or ()]
-            torch.ops.vllm.hydra_head_recurrent(x_tm, cos_td, sin_td, kv, out_thd, self.layer_name, self.kind)
+        def recur(self, states: dict[str, Tensor], *tokens: Tensor) -> Tensor:
+            tokens = [x[0] for x in tokens]
+            out_thd = torch.zeros_like(tokens[2])  # of values
+            torch.ops.vllm.hydra_head_recur(tokens, out_thd, self.layer_name, self.kind)
             return out_thd[None]
+
+        def convolve(self, states: dict[str, Tensor], qkv_bsc: Tensor, padding: Padding | None) -> Tensor:
+            out_tc = torch.zeros_like(qkv_bsc[0])
+            torch.ops.vllm.hydra_head_convolve(qkv_bsc[0], out_tc, self.layer_name, self.kind)
+            return out_tc[None]
 
     return Served
 
@@ -188,4 +213,4 @@ class ServedAttention(HydraHeadAttention):
             states = RecurrentStates(self.config, self.layer_idx, engine, name)
             for kind in recurrent_kinds:
                 branch = states.heads[kind] = getattr(self, kind)
-                branch.layer_name, branch.head_idx = name, self.heads[kind]
+                branch.layer_name = name

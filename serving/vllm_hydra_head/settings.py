@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 VERSIONS = ("0.32.0",)  # of vLLM, tested
-RECURRENT_OP = "vllm::hydra_head_recurrent"
+RECUR_OP, CONVOLVE_OP = "vllm::hydra_head_recur", "vllm::hydra_head_convolve"
 BLOCK_MULTIPLE = 32  # tokens: what the CPU's kernels need, and a multiple of what those of GPUs do
 PAGE_MULTIPLE = 256  # bytes
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -46,8 +46,9 @@ class ServingSettings(VerifyAndUpdateConfig):
         if not cache.user_specified_block_size:
             cache.block_size = block_tokens(config, vllm_config.model_config.dtype)
             cache.user_specified_block_size = True  # or the platform sets its own
-        if RECURRENT_OP not in CompilationConfig._attention_ops:  # where graphs are split
-            CompilationConfig._attention_ops.append(RECURRENT_OP)
+        for operator in (RECUR_OP, CONVOLVE_OP):
+            if operator not in CompilationConfig._attention_ops:  # where graphs are split
+                CompilationConfig._attention_ops.append(operator)
 
 
 def check(vllm_config: VllmConfig) -> None:

@@ -209,8 +209,8 @@ BROKEN_CODE = {
     ),
     "padding_is_attended_to": (
         "lightning_heads_hydra_head.py",
-        "linear_attention if call.padding is None else functools.partial(_past_padding, call.padding)",
-        "linear_attention",
+        "        if call.padding is None:\n            return self.recur",
+        "        if True:\n            return self.recur",
         {("padding", "left")},
     ),
     "positions_count_right_padding": (

@@ -17,10 +17,10 @@ from .cache_hydra_head import HydraHeadCacheLayer
 from .chunked_delta_rule import chunked_delta_rule, recurrent_delta_rule
 from .chunks import FEW_TOKENS
 from .configuration_hydra_head import HydraHeadConfig
-from .heads_hydra_head import Call, Heads, Padding, common_options, precise, take
+from .heads_hydra_head import Call, Padding, RecurrentHeads, one_by_one, precise, take
 
 
-class GatedDeltaHeads(Heads):
+class GatedDeltaHeads(RecurrentHeads):
     """The gated delta rule (arXiv 2412.06464): projections, short conv, RMSNorm, rotary, L2 norm, recurrence.
 
     log decay = -exp(A_log) * softplus(W_a x + dt), write = max * sigmoid(W_b x + b).
@@ -29,7 +29,7 @@ class GatedDeltaHeads(Heads):
     kind = "gdn"
 
     def __init__(self, config: HydraHeadConfig, heads: list[int]) -> None:
-        super().__init__(config, heads, **common_options(config, self.kind))
+        super().__init__(config, heads)
         self.conv = None
         if taps := self.option("conv_kernel"):
             self.conv = ShortConv(len(heads) * 3 * config.head_dim, taps, self.option("conv_activation"))
@@ -47,13 +47,21 @@ class GatedDeltaHeads(Heads):
         q, k, v = self.project_by_head(x_bsm, shared_kv)
         states = {} if cache is None else cache.states.setdefault(self.kind, {})
         if self.conv is not None:
-            qkv_bsc = torch.cat([q, k, v], dim=-1).flatten(2)
-            mixed_bsc, states["conv"] = self.conv(qkv_bsc, call.padding, states.get("conv"))
+            mixed_bsc = self.convolve(states, torch.cat([q, k, v], dim=-1).flatten(2), call.padding)
             q, k, v = mixed_bsc.unflatten(2, (-1, 3 * self.config.head_dim)).chunk(3, dim=-1)
         q, k = (F.normalize(precise(x), dim=-1).to(x.dtype) for x in self.norm_and_place(q, k, call))
-        gates = self.decay_and_write(x_bsm, call.padding)
-        out_bshd, states["recurrent"] = delta_rule(q, k, v, *gates, states.get("recurrent"))
-        return out_bshd
+        return self.recur(states, q, k, v, *self.decay_and_write(x_bsm, call.padding))
+
+    def convolve(self, states: dict[str, Tensor], qkv_bsc: Tensor, padding: Padding | None) -> Tensor:
+        """The short convolution, its last inputs kept among the states: "conv", [b, taps - 1, c]."""
+        mixed_bsc, states["conv"] = self.conv(qkv_bsc, padding, states.get("conv"))
+        return mixed_bsc
+
+    def read(
+        self, *tokens: Tensor, state_bhdd: Tensor | None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The delta rule; tokens are queries, keys, values, log decay, write strength."""
+        return delta_rule(*tokens, state_bhdd, cu_seqlens)
 
     def decay_and_write(self, x_bsm: Tensor, padding: Padding | None) -> tuple[Tensor, Tensor]:
         """Log decay (<= 0) [b, s, h] or [b, s, h, d], write strength [b, s, h], in float32 or more; padding forgets and
@@ -114,7 +122,13 @@ class ShortConv(nn.Module):
 
 
 def delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, write_bsh: Tensor, state_bhdd: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    write_bsh: Tensor,
+    state_bhdd: Tensor | None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The delta rule from a state on: outputs [b, s, h, d], new state; flash-linear-attention's kernels on a GPU.
 
@@ -125,7 +139,9 @@ def delta_rule(
         many_tokens, one_token = kernels
         kernel = one_token if q.shape[1] == 1 and not torch.is_grad_enabled() else many_tokens
         arguments = {"q": q, "k": k, "v": v, "g": log_decay, "beta": write_bsh, "initial_state": state_bhdd}
-        return kernel(**arguments, output_final_state=True, use_qk_l2norm_in_kernel=False)
+        return kernel(**arguments, output_final_state=True, use_qk_l2norm_in_kernel=False, cu_seqlens=cu_seqlens)
+    if cu_seqlens is not None:
+        return one_by_one(delta_rule, (q, k, v, log_decay, write_bsh), state_bhdd, cu_seqlens)
     rule = recurrent_delta_rule if q.shape[1] <= FEW_TOKENS else chunked_delta_rule
     return rule(q, k, v, log_decay, write_bsh, initial_state_bhdv=state_bhdd)
 

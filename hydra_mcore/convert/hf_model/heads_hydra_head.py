@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
@@ -194,15 +194,41 @@ class Heads(nn.Module, ABC):
         """Give the parameters that are no projection their start, with transformers' ``initialization``."""
 
 
-def common_options(config: HydraHeadConfig, kind: str) -> dict[str, Any]:
-    """The arguments of ``Heads`` that options of a recurrent kind say."""
-    own = {name: getattr(config, f"{kind}_{name}") for name in ("kv", "qk_norm", "position", "gate")}
-    return {
-        "kv_per_head": own["kv"] == "per_head",
-        "qk_norm": own["qk_norm"] == "rms",
-        "position": own["position"],
-        "gate": own["gate"],
-    }
+class RecurrentHeads(Heads):
+    """Heads that remember a state of constant size: "recurrent" among the kind's states, [b, h, d, d]."""
+
+    def __init__(self, config: HydraHeadConfig, heads: list[int]) -> None:
+        own = {name: getattr(config, f"{self.kind}_{name}") for name in ("kv", "qk_norm", "position", "gate")}
+        kv_per_head, qk_norm = own["kv"] == "per_head", own["qk_norm"] == "rms"
+        super().__init__(
+            config, heads, kv_per_head=kv_per_head, qk_norm=qk_norm, position=own["position"], gate=own["gate"]
+        )
+
+    def recur(self, states: dict[str, Tensor], *tokens: Tensor) -> Tensor:
+        """What ``read`` gives, its state kept among these."""
+        out_bshd, states["recurrent"] = self.read(*tokens, state_bhdd=states.get("recurrent"))
+        return out_bshd
+
+    @abstractmethod
+    def read(
+        self, *tokens: Tensor, state_bhdd: Tensor | None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs [b, s, h, d] and the new state, from queries, keys, values and the kind's gates of all tokens.
+
+        Args:
+            cu_seqlens: where sequences begin that stand behind each other in a single row, and where the last one ends;
+                each then has its state, [sequences, h, d, d].
+        """
+
+
+def one_by_one(
+    read: Callable[..., tuple[Tensor, Tensor]], tokens: Sequence[Tensor], states_bhdd: Tensor, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sequences of a packed row, each read from its state on."""
+    sizes = cu_seqlens.diff().tolist()
+    each = zip(*(x.split(sizes, dim=1) for x in tokens), states_bhdd.split(1), strict=True)
+    outs, states = zip(*(read(*own) for own in each), strict=True)
+    return torch.cat(outs, dim=1), torch.cat(states)
 
 
 def precise(x: Tensor) -> Tensor:

@@ -14,10 +14,10 @@ from .cache_hydra_head import HydraHeadCacheLayer
 from .chunked_linear_attention import chunked_linear_attention, recurrent_linear_attention
 from .chunks import FEW_TOKENS
 from .configuration_hydra_head import HydraHeadConfig
-from .heads_hydra_head import Call, Heads, Padding, common_options, precise, take
+from .heads_hydra_head import Call, Padding, RecurrentHeads, one_by_one, precise, take
 
 
-class LightningHeads(Heads):
+class LightningHeads(RecurrentHeads):
     """Linear attention with a fixed decay a head: projections, RMSNorm, rotary, recurrence.
 
     Head h of H decays at lightning_slope^((h + 1) / H) a token.
@@ -26,7 +26,7 @@ class LightningHeads(Heads):
     kind = "lightning"
 
     def __init__(self, config: HydraHeadConfig, heads: list[int]) -> None:
-        super().__init__(config, heads, **common_options(config, self.kind))
+        super().__init__(config, heads)
         self.heads = heads
 
     def outputs(
@@ -35,9 +35,17 @@ class LightningHeads(Heads):
         q, k, v = self.project_by_head(x_bsm, shared_kv)
         q, k = self.norm_and_place(q, k, call)
         states = {} if cache is None else cache.states.setdefault(self.kind, {})
-        attend = linear_attention if call.padding is None else functools.partial(_past_padding, call.padding)
-        out_bshd, states["recurrent"] = attend(q, k, v, self.log_decay(x_bsm.device), states.get("recurrent"))
+        if call.padding is None:
+            return self.recur(states, q, k, v)
+        of_padded = _past_padding(call.padding, q, k, v, self.log_decay(q.device), states.get("recurrent"))
+        out_bshd, states["recurrent"] = of_padded
         return out_bshd
+
+    def read(
+        self, *tokens: Tensor, state_bhdd: Tensor | None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Decayed linear attention; tokens are queries, keys, values."""
+        return linear_attention(*tokens, self.log_decay(tokens[0].device), state_bhdd, cu_seqlens)
 
     def log_decay(self, device: torch.device) -> Tensor:
         """[h], float64; made where it is used, because numbers from the host would hold up a GPU's one-token steps."""
@@ -62,7 +70,12 @@ def _past_padding(
 
 
 def linear_attention(
-    q: Tensor, k: Tensor, v: Tensor, log_decay_h: Tensor, state_bhdd: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay_h: Tensor,
+    state_bhdd: Tensor | None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Decayed linear attention from a state on: outputs [b, s, h, d], new state; flash-linear-attention's kernels on a
     GPU.
@@ -74,7 +87,13 @@ def linear_attention(
         many_tokens, one_token = kernels
         kernel = one_token if q.shape[1] == 1 and not torch.is_grad_enabled() else many_tokens
         arguments = {"q": q, "k": k, "v": v, "g_gamma": log_decay_h.float(), "initial_state": state_bhdd}
-        return kernel(**arguments, output_final_state=True)
+        return kernel(**arguments, output_final_state=True, cu_seqlens=cu_seqlens)
+    if cu_seqlens is not None:
+
+        def read(q: Tensor, k: Tensor, v: Tensor, state_bhdd: Tensor) -> tuple[Tensor, Tensor]:
+            return linear_attention(q, k, v, log_decay_h, state_bhdd)
+
+        return one_by_one(read, (q, k, v), state_bhdd, cu_seqlens)
     rule = recurrent_linear_attention if q.shape[1] <= FEW_TOKENS else chunked_linear_attention
     return rule(q, k, v, log_decay_h, initial_state_bhdv=state_bhdd)
 
