@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The heads of exported models where vLLM keeps what they remember: keys and values, and recurrent states, in blocks.
 
-Shape suffixes: t tokens of all requests of this step, r requests, k inputs before these, and those of ``export/heads_hydra_head.py``.
+Shape suffixes: t tokens of all requests of this step, r requests, k inputs before these, and those of
+``export/heads_hydra_head.py``.
 """
 
 from __future__ import annotations
