@@ -22,7 +22,7 @@ from hydra_mcore.config import CARD_NAME, HydraOptions, add_flags  # light, so t
 from hydra_mcore.recipe import parse_with_recipe
 
 IMPORT_EXAMPLES = """examples:
-  python tools/convert.py import --hf Qwen3-1.7B --out runs/a/teacher
+  python tools/convert.py import --hf Qwen/Qwen3-1.7B --out runs/a/teacher
   python tools/convert.py import --hf examples/tiny/teacher --out runs/demo/teacher
   python tools/convert.py import --config examples/qwen3-1.7b/recipe.yaml --skip-existing
 """
@@ -58,7 +58,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def add_import(commands: argparse._SubParsersAction) -> None:
     p = add_command(commands, "import", "Hugging Face directory -> checkpoint", IMPORT_EXAMPLES)
-    p.add_argument("--hf", required=True, metavar="DIR", help="directory with config.json and *.safetensors")
+    what = "directory with config.json and *.safetensors, or a name on the hub"
+    p.add_argument("--hf", required=True, metavar="NAME", help=what)
     add_result(p, "checkpoint", source="in the directory")
     p.set_defaults(command="import", seed=0, mark=CARD_NAME)
 

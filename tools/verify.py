@@ -34,9 +34,9 @@ The exit status is 0 if nothing failed, 1 if something did, 2 for arguments that
 
 examples:
   a teacher and where it came from
-      python tools/verify.py runs/a/teacher --hf Qwen3-1.7B
+      python tools/verify.py runs/a/teacher --hf Qwen/Qwen3-1.7B
   a trained student, its teacher and its export, on text
-      python tools/verify.py runs/a/extend --hf Qwen3-1.7B --teacher runs/a/teacher --export runs/a/hf \\
+      python tools/verify.py runs/a/extend --hf Qwen/Qwen3-1.7B --teacher runs/a/teacher --export runs/a/hf \\
           --text held_out.txt
   a served export
       python tools/verify.py runs/a/extend --export runs/a/hf --served http://127.0.0.1:8000/v1 --only served
@@ -54,7 +54,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="CHECKPOINT",
         help="folder of a teacher's or a student's checkpoint, of any stage",
     )
-    p.add_argument("--hf", type=Path, metavar="DIR", help="Hugging Face directory that the teacher was imported from")
+    source = "Hugging Face directory, or name on the hub, that the teacher was imported from"
+    p.add_argument("--hf", metavar="NAME", help=source)
     p.add_argument("--teacher", type=Path, metavar="DIR", help="checkpoint of a student's teacher")
     p.add_argument(
         "--export",

@@ -1,19 +1,23 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The Hugging Face hub: whether a name can be one of it, and whether it answers, before a library tries for minutes.
+"""The Hugging Face hub: whether a name can be one of it, whether it answers, and the folder of a model that it has.
 
-``huggingface_hub`` is imported where it is asked: the workers that tokenize import this module, too, and stay small.
+A library alone would try for minutes. ``huggingface_hub`` is imported where it is used: the workers that tokenize
+import this module, too, and stay small.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+from pathlib import Path
 
 from hydra_mcore.errors import InputError, first_line
 
 ANSWER = 10  # seconds that the hub has to answer at all
 SILENCE = 60  # seconds without a byte, after which a request that it began to answer has failed
+WEIGHTS = "*.safetensors"
+MODEL_FILES = (WEIGHTS, "*.json", "*.jinja", "tokenizer.model", "merges.txt")  # no code
 
 
 def check_name(what: str, name: str) -> None:
@@ -51,3 +55,29 @@ def unreachable() -> str:
     asking.join(ANSWER)
     problem = answers[0] if answers else f"no answer in {ANSWER} seconds"
     return problem and f"the hub does not answer ({constants.ENDPOINT}: {problem})"
+
+
+def model_folder(name: str | Path) -> Path:
+    """The folder of a Hugging Face model: ``name`` itself, or the cache's copy of a model of the hub.
+
+    The hub's newest commit is downloaded. Where the hub cannot be reached, the copy that is in the cache serves.
+
+    Raises:
+        InputError: no such folder and no such model, or a hub that cannot be reached and no copy in the cache.
+    """
+    if os.path.isdir(name):
+        return Path(name)
+    check_name("model", str(name))
+    problem = unreachable()
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(str(name), allow_patterns=MODEL_FILES, local_files_only=bool(problem)))
+    except Exception as error:  # of huggingface_hub, or of whichever library it takes
+        if not problem:
+            reason = first_line(error)
+            raise InputError(f"model {name}: cannot be downloaded ({reason}); give a local directory") from None
+        folder = None
+    if problem and not (folder and any(folder.glob(WEIGHTS))):  # the cache may hold its tokenizer alone
+        raise InputError(f"model {name}: neither a folder nor in the cache, and {problem}; give a local directory")
+    return folder

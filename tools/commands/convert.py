@@ -17,6 +17,7 @@ from hydra_mcore.convert.fitted_start import MemoryTables
 from hydra_mcore.convert.hf_export import export_hf
 from hydra_mcore.convert.hf_import import import_hf
 from hydra_mcore.convert.inherit import SCALED_FUSIONS, hybridize
+from hydra_mcore.corpus.hub import model_folder
 from hydra_mcore.errors import InputError
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.imitation import Memory
@@ -77,7 +78,7 @@ def known_memories(scores_file: str, teacher_dir: str, head_map: HeadMap) -> Mem
 
 def import_from(args: argparse.Namespace) -> None:
     """The import command; raises InputError for a directory that cannot be used."""
-    card = import_hf(args.hf, args.out, args.dtype and getattr(torch, args.dtype))
+    card = import_hf(model_folder(args.hf), args.out, args.dtype and getattr(torch, args.dtype))
     print(
         f"{card.stage} {card.fingerprint[:12]}, {card.shape.num_layers} layers x {card.shape.num_heads} heads:"
         f" {args.out}"

@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Datasets and tokenizers of the hub: asked late, with an end, and every error of it one line."""
+"""Datasets, tokenizers and models of the hub: asked late, with an end, and every error of it one line."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ import requests
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import filter_repo_objects
 
 from hydra_mcore.corpus import hub, sources, tokenize
+from hydra_mcore.corpus.hub import model_folder
 from hydra_mcore.corpus.manifest import Manifest
 from hydra_mcore.corpus.sources import DatasetSource
 from hydra_mcore.corpus.tokenize import load_fast_tokenizer
@@ -53,7 +55,7 @@ def never_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     def asked() -> str:
         raise AssertionError("the hub was asked")
 
-    for module in (sources, tokenize):
+    for module in (hub, sources, tokenize):
         monkeypatch.setattr(module, "unreachable", asked)
 
 
@@ -126,7 +128,11 @@ MISSING = [
 
 @pytest.mark.parametrize("name", MISSING)
 def test_a_folder_that_is_missing_is_said_at_once(name: str, never_asked: None) -> None:
-    for load in (lambda: DatasetSource(name, None, "train", None, "text"), lambda: load_fast_tokenizer(name)):
+    for load in (
+        lambda: DatasetSource(name, None, "train", None, "text"),
+        lambda: load_fast_tokenizer(name),
+        lambda: model_folder(name),
+    ):
         with pytest.raises(InputError, match="no such folder, and no name on the hub"):
             load()
 
@@ -297,11 +303,44 @@ def test_data_that_was_begun_goes_on_at_its_commit(
     assert asked == [COMMIT]
 
 
-def test_a_tokenizer_in_the_cache_needs_no_hub(online: None, silent: None, tmp_path: Path) -> None:
-    here = tmp_path / "cache" / "models--nobody--tokenizer"
+def cached(name: str, cache: Path, *left_out: str) -> Path:
+    """The tiny teacher in a cache, as huggingface_hub lays a model out; returns its folder."""
+    here = cache / f"models--nobody--{name}"
     (here / "refs").mkdir(parents=True)
     (here / "refs" / "main").write_text(COMMIT)
-    shutil.copytree(TINY_TEACHER, here / "snapshots" / COMMIT, ignore=shutil.ignore_patterns("*.safetensors"))
+    return shutil.copytree(TINY_TEACHER, here / "snapshots" / COMMIT, ignore=shutil.ignore_patterns(*left_out))
+
+
+def test_a_model_is_a_folder_or_in_the_cache(
+    online: None, silent: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = cached("model", tmp_path / "cache")
+    cached("tokenizer", tmp_path / "cache", "*.safetensors")
+    assert model_folder(TINY_TEACHER) == TINY_TEACHER
+    start = time.monotonic()
+    assert model_folder("nobody/model") == here
+    for name in ("nobody/nothing", "nobody/tokenizer"):
+        with pytest.raises(InputError, match=f"^model {name}: neither a folder nor in the cache, and the hub") as e:
+            model_folder(name)
+        assert str(e.value).endswith("give a local directory") and "\n" not in str(e.value)
+    assert time.monotonic() - start < 20
+    answering(401, b"{}", monkeypatch)
+    with pytest.raises(InputError, match=r"model nobody/nothing: cannot be downloaded \(.*\); give a local directory"):
+        model_folder("nobody/nothing")
+
+
+def test_a_model_of_the_hub_comes_without_code(online: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library is asked for weights, settings and tokenizer alone."""
+    asked: dict[str, object] = {}
+    monkeypatch.setattr(hub, "unreachable", lambda: "")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **rest: asked.update(rest) or str(tmp_path))
+    assert model_folder("nobody/model") == tmp_path and not asked["local_files_only"]
+    names = ["model-1-of-2.safetensors", "config.json", "tokenizer.json", "modeling.py", "pytorch_model.bin"]
+    assert [*filter_repo_objects(names, allow_patterns=asked["allow_patterns"])] == names[:3]
+
+
+def test_a_tokenizer_in_the_cache_needs_no_hub(online: None, silent: None, tmp_path: Path) -> None:
+    cached("tokenizer", tmp_path / "cache", "*.safetensors")
     start = time.monotonic()
     assert load_fast_tokenizer("nobody/tokenizer").get_vocab() == load_fast_tokenizer(TINY_TEACHER).get_vocab()
     assert time.monotonic() - start < 20

@@ -50,7 +50,8 @@ def refusal(capsys: pytest.CaptureFixture, *argv: str | Path) -> str:
         ),
         (("{student}", "--teacher", "nothing"), "nothing: no model.json"),
         (("{teacher}", "--teacher", "{teacher}"), "is a teacher itself, so it has no other; leave --teacher out"),
-        (("{teacher}", "--hf", "nothing"), "nothing/config.json: no such file; give a Hugging Face model directory"),
+        (("{teacher}", "--hf", "{teacher}"), "/config.json: no such file; give a Hugging Face model directory"),
+        (("{teacher}", "--hf", "nothing"), "model nothing: neither a folder nor in the cache, and the hub"),
         (("{student}", "--export", "{student}"), "config.json: no such file; give a Hugging Face model directory"),
         (
             ("{teacher}", "--only", "export", "layout"),
