@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The README's commands, in its order, as a user types them, on the tiny teacher with a few steps a stage."""
+"""The way from import to report and export, each command with flags, on the tiny teacher with a few steps a stage."""
 
 import re
 from pathlib import Path
@@ -37,7 +37,7 @@ def _write_data(folder: Path) -> None:
     builder.finalize(str(folder / "data.idx"))
 
 
-def test_readme_commands_from_import_to_report(run_dir: Path) -> None:
+def test_commands_from_import_to_report(run_dir: Path) -> None:
     teacher, heads, student = run_dir / "teacher", run_dir / "heads", run_dir / "student"
     text = str(run_dir / "corpus.txt")
     printed("tools/convert.py", "import", "--hf", str(TINY_TEACHER), "--out", str(teacher))
