@@ -18,10 +18,7 @@ from hydra_mcore.config import ModelCard
 from tests.support.paths import ROOT, TINY_TEACHER
 
 SECTION = re.search(r"(?ms)^## Use it on a model of yours\n(.*?)^## ", (ROOT / "README.md").read_text())[1]
-CLONE, INSTALL = (
-    "git clone <this repository> hydra_mcore && cd hydra_mcore\n",
-    "make env && source .venv/bin/activate\n",
-)
+ENVIRONMENT = "git clone <this repository> hydra_mcore && cd hydra_mcore\nmake env && source .venv/bin/activate\n"
 OTHERS = {
     r"(doctor.py .*)": r"\1 --limit 200",  # a machine that runs tests is slow
     r"MODEL=\S+": f"MODEL={TINY_TEACHER}",

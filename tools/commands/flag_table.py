@@ -71,38 +71,39 @@ CARD = ModelShape(**SIZES, vocab_size=1, native_length=1).to_recipe()
 PAGE = """\
 # Megatron's flags
 
-What becomes of each flag of Megatron-Core {version} in the stages of training. The flags of the stages themselves are
-in `python -m hydra_mcore.train --help`.
+This page says what each flag of Megatron-Core {version} does in the stages of training. `python -m hydra_mcore.train
+--help` lists the flags of the stages themselves.
 
-- **works**: the flag does what Megatron says, on a CPU as well. A flag that belongs to another acts where that one is
-  set: `--profile-ranks` with `--profile`, `--rerun-mode` and `--error-injection-rate` with `--check-for-large-grads`,
+- **works**: the flag does what Megatron says, on a CPU as well. Some flags act only where another flag is set:
+  `--profile-ranks` with `--profile`, `--rerun-mode` and `--error-injection-rate` with `--check-for-large-grads`,
   `--dist-ckpt-workers` with `--async-save` and `--ckpt-assume-constant-structure`.
 - **works on a GPU**: only code for GPUs reads the flag. Without a GPU a dry run takes it, and training refuses it. None
   of them has been run on a GPU yet.
-- **works with Transformer Engine**: its layers alone read the flag ([Transformer Engine](transformer_engine.md)), so
-  that training refuses it with `--transformer-impl local`. None of them has been run on a GPU yet. A dry run takes it
-  without Transformer Engine too, but for `--no-rope-fusion`: Megatron asks for that kernel at once.
+- **works with Transformer Engine**: only its layers read the flag ([Transformer Engine](transformer_engine.md)), so
+  training refuses it with `--transformer-impl local`. None of them has been run on a GPU yet. A dry run takes it
+  without Transformer Engine too, except `--no-rope-fusion`: Megatron asks for that kernel at once.
 - **from the card**: the model's `model.json` sets it; another value is refused.
 - **only ...**: other values are refused, and the words after the colon say why.
-- **refused**: the flag would have no effect on HydraHead's layers or on the stages, or would break them; it is refused
-  whatever its value.
+- **refused**: any value is refused. The flag would have no effect on HydraHead's layers or on the stages, or would break
+  them.
 
-A refusal is one line that names the flag, the reason and what to do, exit status 2, before anything is built or
-written. In a recipe a flag stands without the dashes in front, `true` switches one on that takes no value, and `false`
+A refusal is one line that names the flag, the reason and what to do, with exit status 2. It comes before anything is
+built or written. In a recipe a flag has no dashes in front. `true` switches on a flag that takes no value, and `false`
 takes back what the stage would switch on. Settings that Megatron does not take together are refused in its own words.
 
-How it is known: `tests/unit/train/test_flag_table.py` gives each flag a value other than its default and does what
+`tests/unit/train/test_flag_table.py` checks this page. It gives each flag a value other than its default and does what
 `--dry-run` does with a tiny student, up to Megatron's own validation. It compares what was taken with this page, and
-fails when Megatron has a flag that nobody has judged. Short trainings of the three stages then record which settings
-are read by code that trains, not only by code that checks or prints them. All flags that work on a CPU are, but six:
-one that torch is told at the check, and five of tokenizers that the tests do not have. This proves that a flag is taken
-and read. That it has the right effect is proven for those alone that other tests are about, such as those of layouts,
-checkpoints and logs.
+fails if Megatron has a flag that nobody has judged. Short trainings of the three stages then record which settings are
+read by code that trains, not only by code that checks or prints them. Of the flags that work on a CPU all but six are
+read there. One of the six is passed to torch at the check, and five belong to tokenizers that the tests do not have.
+This proves that a flag is taken and read. Whether it has the right effect is proven only for the flags that other tests
+are about, such as those of layouts, checkpoints and logs.
 
 This page is made by `python tools/flag_table.py --out docs/flags.md` from the tables that refuse flags.
 
 ## Values that the stages set
-Megatron's default stands first; a recipe or the command line may set another value where the verdict allows it.
+The first column of values is Megatron's default. A recipe or the command line may set another value where the verdict
+allows it.
 
 | flag | Megatron | here |
 |:--|:--|:--|
