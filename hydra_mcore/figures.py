@@ -34,7 +34,7 @@ def save(figure: Figure, path: str | Path) -> None:
 
 
 def style(index: int) -> dict[str, Any]:
-    """Colour and marker of the line of this number; the same pair comes again after 64 lines."""
+    """Colour and marker of line number ``index`` of a plot; pairs repeat after 64 lines."""
     return {
         "color": COLORS[index % len(COLORS)],
         "marker": MARKERS[(index + index // len(COLORS)) % len(MARKERS)],

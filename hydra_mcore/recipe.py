@@ -63,8 +63,8 @@ class Recipe:
         return cls(" + ".join(map(str, paths)), sections if section in COMMAND_SECTIONS else {**top, **sections})
 
     def over(self, defaults: dict[str, Any]) -> Recipe:
-        """This recipe laid over ``defaults``, so that its false switches off what they switch on; its null stands for
-        the default.
+        """A recipe of ``defaults`` with this recipe's values over them. A false here switches off a flag of the
+        defaults; a null keeps the default.
         """
         own = {str(key).replace("_", "-"): value for key, value in self.values.items() if value is not None}
         return Recipe(self.name, {**defaults, **own})

@@ -84,8 +84,8 @@ def check_entry(entry: io.IOBase, num_bytes: int) -> None:
 def _checked_slice(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def slice_file(_self: Any, file: Any, place: _StorageInfo) -> io.IOBase:
-        """What the index says lies there, looked through before anything is made of it; raises InputError if it is
-        damaged.
+        """The entry at the place that the index names, checked before anything is loaded from it; raises InputError if
+        it is damaged.
         """
         entry: io.IOBase = _Entry(file, place.offset, place.length)
         if place.length <= SMALL:

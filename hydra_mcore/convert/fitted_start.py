@@ -37,7 +37,7 @@ class LayerFit(NamedTuple):
 
 
 def said(fits: list[LayerFit]) -> str:
-    """One line for the reader."""
+    """One line that tells the user the error of the inherited and of the fitted start."""
     inherited, fitted = (sum(column) / len(fits) for column in zip(*fits, strict=True))
     worst = max(range(len(fits)), key=lambda layer: fits[layer].fitted)
     return (

@@ -79,7 +79,7 @@ def check_model_code(folder: str | Path, auto_map: Any) -> None:
 
 
 def _hash(folder: Path, names: Sequence[str]) -> str:
-    """Of those of the files that are there."""
+    """The sha256 over the bytes of those named files that exist in the folder."""
     found = [folder / name for name in names if (folder / name).is_file()]
     return hashlib.sha256(b"".join(path.read_bytes() for path in found)).hexdigest()
 

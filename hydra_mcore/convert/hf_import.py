@@ -139,7 +139,7 @@ def combined_fingerprint(digests: dict[str, str]) -> str:
 
 
 def _stored_as(weights: HfWeights) -> dict[str, Any]:
-    """What an export must know to give back the same files' worth: dtypes, and whether a tied output layer was
+    """What an export must know to write the tensors as they came: their dtypes, and whether a tied output layer was
     stored.
     """
     dtypes = {name: weights.dtype(name) for name in weights.names()}

@@ -172,7 +172,7 @@ def _fits(names: Sequence[str], parts: Sequence[str]) -> bool:
 
 
 def _once(paths: Iterable[Path], left_out: Counter[str]) -> list[Path]:
-    """The paths without those of files that stand before them under another name."""
+    """The paths, each file once: a path to a file that an earlier path names is left out and counted."""
     once: dict[str, Path] = {}
     for path in paths:
         if once.setdefault(os.path.realpath(path), path) is not path:

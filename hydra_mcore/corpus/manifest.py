@@ -146,8 +146,8 @@ class _ManifestFile:
 
 
 def _checksum(raw: dict[str, Any]) -> str:
-    """Of all that a manifest says: a position or a sum that a bad disk changed would leave documents out without a
-    word.
+    """The sha256 of everything in a manifest. Without it, a position or sum that a bad disk changed would leave
+    documents out silently.
     """
     return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
 

@@ -58,7 +58,7 @@ class Run:
 
     @classmethod
     def from_flags(cls, known: argparse.Namespace, ranks: int, fused: bool) -> Run:
-        """Of a stage's parsed flags (train/arguments.py)."""
+        """The run that a stage's parsed flags describe (train/arguments.py)."""
         granularity = known.recompute_granularity or ("selective" if known.recompute_activations else None)
         return cls(
             stage=known.stage,

@@ -59,7 +59,7 @@ class Forward:
 
     @property
     def tokens(self) -> float:
-        """Of this rank's part, over all rows."""
+        """The number of tokens of this rank's part, summed over all rows."""
         return self.rows * self.length / self.cp_size
 
 

@@ -85,14 +85,14 @@ def attention_block(
 def one_head(
     kind: HeadKind, shape: ModelShape, options: HydraOptions, length: int, input_gradient: bool = True
 ) -> Flops:
-    """One head of a kind, for each token, without the keys and values that it shares with its kv group."""
+    """The FLOPs of one head of a kind for a token, without the keys and values that it shares with its kv group."""
     total = _projections(kind, shape, options, "head", input_gradient) + product(shape.head_dim, shape.hidden_size)
     return total + _convolutions(kind, shape, options) + kind.core_flops(shape, options, length)
 
 
 def _projections(kind: HeadKind, shape: ModelShape, options: HydraOptions, per: str, input_gradient: bool) -> Flops:
-    """The matrices that the layer's input, or what another matrix made of it, goes through for each head, for each kv
-    group, or for all heads of a kind.
+    """The FLOPs of the matrix products on the layer's input, or on what another matrix made of it. ``per`` says whether
+    they count for each head, for each kv group, or for all heads of a kind.
     """
     total = NO_FLOPS
     for parameter in kind.parameters(shape, options):

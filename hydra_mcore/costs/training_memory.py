@@ -109,7 +109,7 @@ def stage_parameters(card: ModelCard, run: Run, pp_rank: int, tp_rank: int) -> C
 
 
 def trained_parameters(held: Counter[str], run: Run) -> int:
-    """Those of ``stage_parameters`` that the stage trains."""
+    """How many of the parameters that ``stage_parameters`` counts the stage trains."""
     return sum(held[part] for part in ATTENTION_PARTS) if STAGES[run.stage].fits_layers else held.total()
 
 

@@ -70,7 +70,7 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(cls, tokens_bs: Tensor) -> Rows:
-        """Documents of one token, of a few, and of many, none of the same length."""
+        """Rows whose packed form has documents of one token, of a few and of many; no two have the same length."""
         s = tokens_bs.shape[1]
         return cls(tokens_bs, (0, 1, s // 7, s // 3, 5 * s // 8, s))
 

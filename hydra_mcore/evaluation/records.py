@@ -253,7 +253,7 @@ class Records:
         )
 
     def rows(self) -> list[Row]:
-        """The models that have finished a piece, with all of them, in the order in which the models were first
+        """Every model that has finished a piece, with all its pieces, in the order in which the models were first
         asked.
         """
         models = {path.parent: model for path in self.root.glob("*/model.json") if (model := self._model(path))}

@@ -84,12 +84,12 @@ def answered(results: Sequence[Results]) -> set[tuple[str, int]]:
 
 
 def lengths_of(results: Sequence[Results]) -> list[int]:
-    """Of prompts, shortest first."""
+    """The lengths at which some model answered prompts, in tokens, shortest first."""
     return sorted({length for _, length in answered(results)})
 
 
 def groups_of(results: Sequence[Results]) -> dict[str, tuple[str, ...]]:
-    """The task groups that were asked, each with those of its tasks that some model took."""
+    """The task groups with at least one task that some model answered, each with these tasks."""
     taken = {task for task, _ in answered(results)}
     groups = {group: tuple(task for task in tasks if task in taken) for group, tasks in TASK_GROUPS.items()}
     return {group: tasks for group, tasks in groups.items() if tasks}

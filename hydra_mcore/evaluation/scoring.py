@@ -100,8 +100,8 @@ def score_prompts(
 def shared_out[T, R](
     model: EvaluatedModel, items: Sequence[T], size: int, work: Callable[[Sequence[T]], list[R]]
 ) -> Iterator[list[R]]:
-    """What ``work`` makes of every item, in order: each replica does up to ``size`` of them, then all get the results
-    of all.
+    """The results of ``work`` on every item, in order. Each replica works on up to ``size`` items at a time; then all
+    replicas get the results of all.
     """
     for first in range(0, len(items), size * model.replicas):
         batch = items[first : first + size * model.replicas]
@@ -124,7 +124,7 @@ def _teacher_forced(model: EvaluatedModel, prompts: Sequence[Prompt]) -> list[fl
 def _generated(
     model: EvaluatedModel, prompts: Sequence[Prompt], tokenizer: Tokenizer, stop: frozenset[int]
 ) -> list[float]:
-    """Scores of prompts of the same length and room."""
+    """The scores of a batch of prompts that have one length and one room for the answer, from greedy decoding."""
     ids_bs = torch.from_numpy(np.stack([prompt.ids for prompt in prompts]).astype(np.int64))
     written_bs = model.generated(ids_bs, prompts[0].room, stop).numpy()
     return [_answered(prompt, ids, tokenizer) for prompt, ids in zip(prompts, written_bs, strict=True)]

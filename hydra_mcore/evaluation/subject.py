@@ -128,7 +128,7 @@ class Subject:
 
     @cached_property
     def on_ranks(self) -> dict[Layout, Path | str]:
-        """Of every layout that fits model and machine: the file of its logits, or why there is none."""
+        """For every layout that fits model and machine, the file of its logits, or the reason why there is none."""
         found: dict[Layout, Path | str] = {}
         for ranks in sorted({layout.ranks for layout in LAYOUTS}):
             fitting = [layout for layout in LAYOUTS if layout.ranks == ranks and not self.unfit(layout)]

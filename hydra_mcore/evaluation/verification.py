@@ -151,7 +151,7 @@ def finite(subject: Subject) -> Fact:
 
 
 def fingerprint(subject: Subject) -> Fact:
-    """Of the teacher's weights: a student's own have none."""
+    """Compare the fingerprint of the teacher's weights with its card. A student's own weights have no fingerprint."""
     folder, card, digests = subject.need_teacher(), subject.teacher_card, {}
     stored, source = StoredTensors(folder), card.source
     if "dtype" not in source:

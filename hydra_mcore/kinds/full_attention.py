@@ -55,7 +55,7 @@ def check(options: Options) -> None:
 
 
 def parameters(shape: ModelShape, options: Options) -> list[HeadParameter]:
-    """Keys and values are those of the kv groups that have an FA head."""
+    """The parameters of FA heads; keys and values exist for each kv group that has an FA head."""
     norms = qk_norms(shape) if shape.qk_norm else []
     return [*queries_keys_values(shape, options, "group"), *norms, *output_gate(shape, options.fa_gate)]
 
@@ -110,8 +110,9 @@ def kept(shape: ModelShape, options: Options, load: Workload, heads: HeadCount) 
 
 
 def working(shape: ModelShape, options: Options, load: Workload, heads: HeadCount) -> float:
-    """Keys and values of the kv groups, of the part and, gathered, of the row; beside them queries with what rotary or
-    norm makes of them, or keys and values of the row by head and attention's result.
+    """Bytes of the forward pass at its fullest moment: keys and values of the kv groups, for the part and gathered for
+    the row, and the larger of two sets: queries before and after rotary or norm, or keys and values of the row by head
+    with attention's result.
     """
     d, p, row = shape.head_dim, load.value_bytes, load.rows * load.length
     rope, gated = options.fa_position == "rope", options.fa_gate != "none"
@@ -129,7 +130,7 @@ def working(shape: ModelShape, options: Options, load: Workload, heads: HeadCoun
 
 
 def decoding(shape: ModelShape, load: Workload, heads: HeadCount, tokens: float) -> float:
-    """Keys and values by head: in float32, and one of them as it is kept."""
+    """Bytes that a decoding step needs: keys and values by head in float32, and one of the two in the cache's type."""
     return heads.own * tokens * shape.head_dim * (2 * FLOAT + load.value_bytes)
 
 

@@ -156,7 +156,7 @@ class FullAttentionHeads(Branch):
         q_sbhd: Tensor,
         gate: Tensor | None,
     ) -> Gated:
-        """The same for tokens that follow cached ones."""
+        """Attention of new tokens to those in the cache and to each other; every rank's partial softmax is merged."""
         behind_s = take_rows(torch.arange(-part.num_tokens, 0, device=q_sbhd.device), rows)
         return cache.keys_values.attend(q_sbhd, behind_s, group_of_head, self.cp_group), gate
 

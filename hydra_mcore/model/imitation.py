@@ -178,7 +178,7 @@ def ridge_fit(x_bsm: Tensor, missing_bsd: Tensor, split: Split) -> tuple[Tensor,
 
 
 def share(difference: Tensor, whole: Tensor) -> float:
-    """Of two sums of squares; 0 where both are."""
+    """The sum of squares of ``difference`` as a share of that of ``whole``; 0 if both are 0."""
     return float(difference.double().square().sum() / whole.double().square().sum().clamp(min=1e-30))
 
 

@@ -73,7 +73,7 @@ class ShortConv(PerHead):
         return F.silu(out) if self.activation == "silu" else out
 
     def _fused(self, padded_sbhc: Tensor, part: SequencePart) -> Tensor:
-        """The same in one kernel of flash-linear-attention, of the padding too."""
+        """The convolution and its activation in one kernel of flash-linear-attention; it computes the padding too."""
         bounds = None
         if part.packed:  # a document may begin in the padding, among the previous rank's tokens, or at its end
             shift = len(padded_sbhc) - part.num_tokens - part.start

@@ -182,7 +182,7 @@ class _ReaderOfOneIndex(dcp.FileSystemReader):
 
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
-    """Without torch's warnings that one process saves or loads, which is what is meant here."""
+    """Silence torch's warnings that a single process saves or loads, which is intended here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed\.checkpoint")
         yield

@@ -19,7 +19,7 @@ from .chunks import add_product  # relative: exported models hold a copy of both
 
 
 class HeadDecay:
-    """One log decay for each row and head, [c, n, r]."""
+    """How chunks apply a log decay that each row and head has one of, [c, n, r]."""
 
     def __init__(self, log_decay_cnr: Tensor, dtype: torch.dtype) -> None:
         # Sums of log decays in float64: after a few strong decays their differences, which is all that is used,
@@ -143,8 +143,8 @@ class ChannelDecay:
 
 
 def _pairs(readers_cnr2d: Tensor, k_cnrd: Tensor, through_cnxd: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of pairs of neighbouring blocks [c, n, pairs, ...] views: the later one's readers [2 width, d], the earlier one's
-    keys [width, d], and the decays [1, d] through the earlier and the later one.
+    """Views [c, n, pairs, ...] of pairs of neighbouring blocks: readers of the later block [2 width, d], keys of the
+    earlier block [width, d], and the decays [1, d] through the earlier and through the later block.
     """
     halves = (-1, 2, k_cnrd.shape[2] // through_cnxd.shape[2])
     later = readers_cnr2d.unflatten(2, halves)[:, :, :, 1].flatten(3, 4)

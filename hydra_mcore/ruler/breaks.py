@@ -76,7 +76,9 @@ def _between_characters(pieces: Pieces, ids: np.ndarray, places: np.ndarray) -> 
 
 
 def _whole(pieces: Pieces, candidates: dict[int, list[np.ndarray]]) -> dict[int, tuple[list[int], str]]:
-    """Of each place the first candidate that is whole characters, and its text; places without one are left out."""
+    """For each place, the first candidate that decodes to whole characters, and its text. Places without one are left
+    out.
+    """
     found: dict[int, tuple[list[int], str]] = {}
     for turn in range(max(_BEFORE, _BEHIND)):
         asked = {at: some[turn].tolist() for at, some in candidates.items() if at not in found and turn < len(some)}

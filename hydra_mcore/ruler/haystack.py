@@ -102,7 +102,7 @@ def read_text(tokenizer: Tokenizer, path: str | Path | None = None) -> np.ndarra
 
 
 def repeated(line: str, pieces: Pieces) -> Haystack:
-    """One line, as often as needed."""
+    """A haystack that repeats one line as often as a prompt needs it (RULER's noise)."""
     ids = np.asarray(pieces.ids(line), dtype=np.int32)
     return Haystack(ids, np.asarray([NOTHING] * (len(ids) - 1) + [SENTENCE], dtype=np.uint8), line, repeat=True)
 

@@ -55,7 +55,7 @@ class PromptMaterial:
         return repeated(self.wording.line_gap + self.wording.noise, self.pieces)
 
     def in_noise(self) -> PromptMaterial:
-        """The same, with noise wherever a task hides its needles in text."""
+        """This material with noise as its haystack, for every task that hides its needles in text."""
         return dataclasses.replace(self, haystack=self.noise)
 
     @cached_property

@@ -82,7 +82,7 @@ class Pieces:
         return [text[start:] for text in self._tokenizer.batch_decode(joined, clean_up_tokenization_spaces=False)]
 
     def _behind(self, anchor: str, texts: list[str]) -> dict[str, list[int]]:
-        """Those of the texts that encode well behind the anchor."""
+        """The ids of each text that keeps its own tokens when it follows the anchor; other texts are left out."""
         size = len(before := self._tokenizer.encode(anchor, add_special_tokens=False) if anchor else [])
         encoded = self._tokenizer([anchor + text for text in texts], add_special_tokens=False, verbose=False)[
             "input_ids"

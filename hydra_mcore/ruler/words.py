@@ -112,7 +112,7 @@ def _single_ids(material: PromptMaterial) -> dict[str, list[int]]:
 
 @lru_cache(maxsize=8)
 def _numbers(material: PromptMaterial, count: int) -> tuple[list[list[int]], np.ndarray]:
-    """Ids of the first numbers of a list, and how many tokens so many of them have."""
+    """The ids of the first ``count`` numbers of a numbered list, and the running sum of their lengths in tokens."""
     ids = material.pieces.batch(["\n1.", *(f" {i}." for i in range(2, count + 1))])
     return ids, np.cumsum([len(each) for each in ids])
 

@@ -372,7 +372,7 @@ class Evidence:
 def gather(
     scores: HeadScores, budget: int, linear: Sequence[str], by_length: Mapping[int, HeadScores] | None = None
 ) -> Evidence:
-    """Work all of it out; some seconds for 28 x 16 heads."""
+    """Compute all evidence for a choice of heads; this takes some seconds for 28 x 16 heads."""
     critical_lh, convertible_lh = critical_heads(scores)
     layer_l = scores.scores_lh.sum(1)
     return Evidence(

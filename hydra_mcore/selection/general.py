@@ -153,7 +153,7 @@ def _subject_verb(tokenizer: Tokenizer, fmt: NeedleFormat | None, rng: Generator
 
 
 def _arithmetic(tokenizer: Tokenizer, fmt: NeedleFormat | None, rng: Generator) -> Iterator[Texts]:
-    """A sum of two digits after three that are worked out; one operand of it is another in the corrupt prompt."""
+    """Prompts that ask for the sum of two digits after three solved sums; the corrupt prompt changes one operand."""
     while True:
         first, second, other = rng.integers(1, 10, size=3).tolist()
         changed = (other, second) if rng.random() < 0.5 else (first, other)

@@ -59,12 +59,12 @@ def knock_out(scoring: Scoring, batches: Sequence[ProbeBatch], ranking: Sequence
 
 
 def runs_a_prompt() -> int:
-    """Forward passes: every order begins with the same."""
+    """How many forward passes a prompt takes: all orders share the pass in which no head is silenced."""
     return 1 + len(KNOCK_OUT_ORDERS) * (len(FRACTIONS) - 1)
 
 
 def _name(silent: Sequence[Head]) -> str:
-    """Of the heads themselves, so that a journal of another ranking does not mix in."""
+    """The journal's name of a run with these heads silenced. It hashes the heads, so other rankings have other names."""
     return f"knock-out {hashlib.sha256(repr(sorted(silent)).encode()).hexdigest()[:16]}"
 
 
@@ -79,7 +79,7 @@ def _answered(teacher: Teacher, batch: ProbeBatch, silent: Collection[Head]) -> 
 
 @contextlib.contextmanager
 def _silenced(teacher: Teacher, silent: Collection[Head]) -> Iterator[None]:
-    """These heads hand zeros to the output projection."""
+    """Within the block, the given heads pass zeros to the output projection."""
     with contextlib.ExitStack() as hooks:
         for layer_idx, layer in teacher.layers.items():
             off = [own for own, head_idx in enumerate(teacher.own_heads(layer_idx)) if (layer_idx, head_idx) in silent]

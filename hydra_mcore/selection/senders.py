@@ -90,7 +90,9 @@ class SenderRuns:
         return teacher.metric(replaced[positions.start - self.changed : positions.stop - self.changed], self.batch)
 
     def _streams_in(self, sender_layer: int, senders: range, low: int) -> tuple[Tensor | None, Tensor | None]:
-        """The two streams as the stage before left them: which of them run there follows from the receivers alone."""
+        """The frozen and the replaced stream as the pipeline stage before sent them; the receivers decide which of them
+        exist.
+        """
         has_frozen = low <= max(self.receivers)
         has_replaced = any(sender_layer < layer_idx < low for layer_idx in self.receivers)
         length, rows = self.batch.clean_bs.shape[1] - self.changed, len(senders) * len(self.batch.answer_bp)

@@ -168,8 +168,8 @@ class Teacher:
         return self.final_metric(self.model.decoder.final_layernorm(x_pnm), batch)
 
     def final_metric(self, x_pnm: Tensor, batch: ProbeBatch) -> Tensor:
-        """The same after the final norm: two logits a position are read, so only their rows of the output weight
-        multiply.
+        """The metric of hidden states after the final norm. It needs two logits a position, so only the rows of these
+        two are multiplied.
         """
         model, pairs = self.model, len(batch.answer_bp)
         x_pnm = copy_to_tensor_model_parallel_region(

@@ -186,7 +186,7 @@ def _start_dir(options: StageOptions) -> Path:
 
 
 def _places(options: StageOptions, start: Path, save: Path) -> dict[str, Any]:
-    """Where a stage finds and puts things, unless told otherwise: all of it below the run folder."""
+    """Megatron's flags for the folders that a stage reads and writes by default, all below the run folder."""
     places = {"tensorboard-dir": str(save / "tensorboard"), "data-cache-path": str(Path(options.run_dir) / CACHE)}
     if (start / "tokenizer").is_dir():
         places |= {"tokenizer-type": "HuggingFaceTokenizer", "tokenizer-model": str(start / "tokenizer")}
@@ -194,7 +194,7 @@ def _places(options: StageOptions, start: Path, save: Path) -> dict[str, Any]:
 
 
 def _this_stage(known: argparse.Namespace) -> dict[str, Any]:
-    """This training as the model card lists it."""
+    """The entry that the model card's list of trainings gets for this stage."""
     planned = {
         "sequence_length": known.seq_length,
         "batch_size": known.global_batch_size,

@@ -187,7 +187,7 @@ class _Reading:
             self._close(thread, float("inf"))
 
     def _owner(self, event: dict[str, Any], around: Owner | None) -> Owner | None:
-        """Of the time inside this event; None where it changes nothing."""
+        """The part and pass that own the time inside an event; None if the owner stays that of the event around it."""
         name = event["name"]
         if name.startswith(STEP):
             return NOBODY

@@ -159,7 +159,7 @@ def samples_of_now(num_samples: list[int], args: argparse.Namespace) -> list[int
 
 
 def _last_settings(save: Path) -> dict[str, Any]:
-    """Those of the last start; none where the file is missing, damaged or of an earlier version."""
+    """The settings of the last start; empty if the file is missing, damaged or of an earlier version."""
     with contextlib.suppress(InputError):
         found = read_json(save / SETTINGS)
         return found if isinstance(found, dict) else {}

@@ -70,7 +70,9 @@ class TransferStep(ABC):
     def forward(
         self, model: torch.nn.Module, student: GPTModel, batch: MicroBatch
     ) -> tuple[Tensor | TokenLoss, ToLoss]:
-        """As ``__call__``, of a micro-batch; ``model`` is the student in the wrappers of training."""
+        """The step of one micro-batch, with the results of ``__call__``; ``model`` is the student in the wrappers of
+        training.
+        """
 
     def finish(self) -> dict[str, Tensor]:
         """(sum, count) pairs to report of a whole step, over all layers of the pipeline.

@@ -65,8 +65,8 @@ class TrainingLog:
             wandb.log(values, iteration)
 
     def begin(self, iteration: int) -> None:
-        """At the first step: values of it and later ones in earlier files are from before a kill, and TensorBoard is to
-        forget them.
+        """Called at the first step. Values of this step and later ones in earlier files are from before a kill;
+        TensorBoard is told to forget them.
         """
         self.started = True
         if (writer := get_tensorboard_writer()) is not None and len(list(Path(writer.log_dir).iterdir())) > 1:

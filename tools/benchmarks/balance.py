@@ -97,7 +97,7 @@ def _imbalances(name: str, maps: Sequence[HeadMap], tp_sizes: Sequence[int], len
 
 
 def _layouts_with_fa(maps: Sequence[HeadMap], tp_size: int, way: str) -> Iterator[HeadLayout]:
-    """Of every layer that has FA heads."""
+    """The head layout of every layer that has FA heads."""
     for head_map in maps:
         for layer_idx, layer in enumerate(head_map.layers):
             if layer[FA]:

@@ -174,7 +174,9 @@ class Decoder:
         return Decoded(self.name, length, *zip(*steps, strict=True), self._held_bytes(), formula, self.weight_bytes)
 
     def _held_bytes(self) -> int:
-        """Of all storages behind the cache's tensors: a view that keeps more alive than it shows counts in full."""
+        """The bytes of all storages behind the cache's tensors. A view counts with the whole storage that it keeps
+        alive.
+        """
         storages = [x.untyped_storage() for x in _tensors([vars(part) for part in (self.cache, *self.cache.layers)])]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
@@ -241,7 +243,7 @@ def random_decoders(shape: ModelShape, layers: Sequence[HeadsByKind], device: st
 
 
 def _student_config(shape: ModelShape, heads: HeadsByKind, dtype: str) -> PretrainedConfig:
-    """As an export writes it."""
+    """The config.json that an export of such a student has."""
     head_map = HeadMap(shape.num_heads, shape.num_kv_groups, (heads,) * shape.num_layers)
     card = ModelCard(shape=shape, head_map=head_map, options=HydraOptions(), fingerprint="")
     try:

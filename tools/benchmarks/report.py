@@ -47,7 +47,7 @@ class Report:
 
     @property
     def tables(self) -> Iterator[Report]:
-        """This one and all further ones."""
+        """This report and all reports that follow it."""
         yield self
         for report in self.more:
             yield from report.tables

@@ -84,8 +84,8 @@ This page says what each flag of Megatron-Core {version} does in the stages of t
   without Transformer Engine too, except `--no-rope-fusion`: Megatron asks for that kernel at once.
 - **from the card**: the model's `model.json` sets it; another value is refused.
 - **only ...**: other values are refused, and the words after the colon say why.
-- **refused**: any value is refused. The flag would have no effect on HydraHead's layers or on the stages, or would break
-  them.
+- **refused**: any value is refused. The flag would have no effect on HydraHead's layers or on the stages, or would
+  break them.
 
 A refusal is one line that names the flag, the reason and what to do, with exit status 2. It comes before anything is
 built or written. In a recipe a flag has no dashes in front. `true` switches on a flag that takes no value, and `false`

@@ -78,7 +78,7 @@ def score_teacher(
 def measure(
     args: argparse.Namespace, card: ModelCard, scoring: Scoring, settings: dict[str, Any], weights: dict[str, float]
 ) -> HeadScores:
-    """One scoring run with all that is compared with it."""
+    """Score the heads once, together with every ranking that is compared with the scores."""
     start = time.monotonic()
     estimates = scoring.attributed()
     effects = scoring.exact(args.roles or "both") if args.method == "exact" else estimates

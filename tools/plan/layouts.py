@@ -58,7 +58,7 @@ def layouts(card: ModelCard, known: argparse.Namespace, machine: Machine) -> lis
 def fitting(
     card: ModelCard, known: argparse.Namespace, machine: Machine, changes: Iterable[Changes]
 ) -> list[tuple[Changes, Estimate]]:
-    """Of changes to the flags those with which the stage fits, fastest first; impossible ones are passed over."""
+    """The changes to the flags with which the stage fits, fastest first; impossible ones are left out."""
     found = []
     for change in changes:
         try:

@@ -24,14 +24,14 @@ Overlay = Mapping[str, Any]  # top-level keys of a recipe, and its sections
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the table."""
+    """One variant of a study: a row of its table."""
 
     name: str
     over: Overlay = field(default_factory=dict)
 
     @property
     def slug(self) -> str:
-        """Its name as a folder."""
+        """The name as it is used for a folder."""
         return re.sub(r"[^A-Za-z0-9.]+", "-", self.name.replace(":", "to")).strip("-").lower()
 
 
@@ -98,7 +98,7 @@ def _texts(raw: dict[str, Any], key: str) -> list[str]:
 
 
 def _variants(raw: dict[str, Any]) -> tuple[Variant, ...]:
-    """Those that are named, or every combination of the axes' values."""
+    """The variants of a study: those that it names, or every combination of its axes' values."""
     named, axes = raw.get("variants"), raw.get("axes")
     if (named is None) == (axes is None):
         raise ConfigError("give 'variants' or 'axes', one of them")

@@ -34,5 +34,5 @@ def end_of(log: Path) -> str:
 
 
 def usable_cores() -> int:
-    """Of this machine, for this process."""
+    """The number of cores of this machine that this process may use."""
     return len(os.sched_getaffinity(0))

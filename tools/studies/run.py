@@ -156,7 +156,7 @@ def describe(study: Study, only: Sequence[str]) -> str:
 
 
 def tokens(study: Study, stage: str) -> int:
-    """That a student sees in a stage, by the recipes; variants may differ."""
+    """The number of tokens that a student sees in a stage, by the recipes; variants may differ."""
     values = Recipe.load(study.recipes, stage).values | {k: v for k, v in study.over.items() if not isinstance(v, dict)}
     values |= study.over.get(stage, {})
     return values["train-iters"] * values["global-batch-size"] * values["seq-length"]

@@ -55,7 +55,7 @@ class Job:
 
     @property
     def evaluation(self) -> Path:
-        """One for all variants of a seed, so that all answer one set of prompts."""
+        """The evaluation folder, which all variants of a seed share, so that all answer one set of prompts."""
         return self.seed_folder / "evaluation"
 
     @property
