@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What HydraHead costs beside what one would use instead, measured in one run. Markdown tables on stdout."""
+"""Measure HydraHead and what one would use instead in one run, and print Markdown tables."""
 
 from __future__ import annotations
 

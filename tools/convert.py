@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints from other checkpoints.
+"""Convert a Hugging Face model to a checkpoint, a teacher to a student, and a checkpoint to a Hugging Face model.
 
 import     a Hugging Face directory -> a checkpoint: Qwen3, Qwen2/2.5, Llama the teacher's; HydraHead a student's
 hybridize  a teacher's checkpoint and a head map -> the student's checkpoint

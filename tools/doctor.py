@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What this environment can and cannot run: the command; the checks are in tools/doctor/."""
+"""Say what this environment can and cannot run. The checks are in tools/doctor/."""
 
 import sys
 from pathlib import Path

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""RULER's tasks and the loss on held-out text for any number of models, side by side, to any length."""
+"""Compare any number of models by RULER's tasks and by the loss on held-out text, at any length."""
 
 from __future__ import annotations
 

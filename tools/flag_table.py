@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Write docs/flags.md: what becomes of each of Megatron's flags in the stages."""
+"""Write docs/flags.md, which says what each of Megatron's flags does in the stages."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Date, GPU and versions as JSON, without which a measured number says little. Fails where there is no GPU to check."""
+"""Print date, GPU and versions as JSON, so that a measured number can be judged. Fails if there is no GPU to check."""
 
 from __future__ import annotations
 

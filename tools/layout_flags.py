@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The flags that commands share: the precision of a model and, in Megatron's words, how ranks divide it."""
+"""Define the flags that commands share: a model's precision and, under Megatron's names, how ranks divide the model."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""``python tools/plan.py``: the same as ``python -m tools.plan``."""
+"""Plan a run's memory, time and cost: ``python tools/plan.py`` does what ``python -m tools.plan`` does."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Proof that a checkpoint is what it claims to be: every check with its numbers and a verdict.
+"""Check that a checkpoint is what it claims to be. Each check prints its numbers and a verdict.
 
 source     the teacher computes what transformers' own model of its source computes: nothing was lost at the import
 all-fa     a student all of whose heads are FA is its teacher: inheritance moves every row and column to its place
