@@ -232,7 +232,7 @@ def checked(value: Any, hint: Any, name: str, error: type[InputError] = InputErr
 
 
 def _one_of(value: Any, hints: tuple[Any, ...], name: str, error: type[InputError]) -> Any:
-    """The value, checked against several types. If it fits none, the error is that of the last type that is not None."""
+    """The value, checked against several types. If none fits, the error is that of the last type that is not None."""
     problem = error(f"{name} is {shown(value)}")
     for hint in sorted(hints, key=lambda hint: hint is not types.NoneType):
         try:

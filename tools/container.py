@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Add what hydra_mcore needs to NVIDIA's PyTorch image, in an environment of its own that leaves the image unchanged."""
+"""Add what hydra_mcore needs to NVIDIA's PyTorch image, in an environment of its own; the image stays unchanged."""
 
 import argparse
 import importlib.metadata

@@ -75,7 +75,7 @@ def from_memory(model: ParallelModel, ids_bs: Tensor, room: int) -> Iterator[tup
 
 
 def in_whole_rows(model: ParallelModel, ids_bs: Tensor) -> Iterator[tuple[Tensor, None]]:
-    """Greedy decoding without a cache, for prompts too short for the layout: each token takes a pass over padded rows."""
+    """Greedy decoding without a cache, for prompts too short for the layout: a pass over padded rows for each token."""
     while True:
         ids_bs = F.pad(ids_bs, (0, 1))
         ids_bs[:, -1:] = model.predicted(ids_bs, ids_bs.shape[1] - 1)

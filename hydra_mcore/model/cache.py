@@ -94,5 +94,5 @@ class DecodingCache:
 
 
 def left_behind(x: Tensor, part: SequencePart, cp_group: Group) -> Tensor:
-    """A copy on all ranks of ``x`` of the rank that holds the last part. All ranks compute alike what follows a prompt."""
+    """``x`` of the rank that holds the last part, on all ranks, which compute alike what follows a prompt."""
     return from_last(x, cp_group) if part.cp_size > 1 else x.clone()  # of a slice, whose whole can go

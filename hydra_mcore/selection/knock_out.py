@@ -64,7 +64,7 @@ def runs_a_prompt() -> int:
 
 
 def _name(silent: Sequence[Head]) -> str:
-    """The journal's name of a run with these heads silenced. It hashes the heads, so other rankings have other names."""
+    """The journal's name of a run with these heads silenced. It hashes the heads: other rankings have other names."""
     return f"knock-out {hashlib.sha256(repr(sorted(silent)).encode()).hexdigest()[:16]}"
 
 

@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What this environment can and cannot run, and the fix: packages, GPUs, limits, network, run folder, SLURM."""
+"""Say what this environment can and cannot run, and the fix: packages, GPUs, limits, network, run folder, SLURM."""
 
 import argparse
 import os

@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Memory, time and cost of a recipe, worked out without a GPU, weights or data."""
+"""Compute a recipe's memory, time and cost, without a GPU, weights or data."""
 
 from __future__ import annotations
 

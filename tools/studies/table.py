@@ -118,7 +118,7 @@ def cell(seeds: Seeds | None) -> str:
 
 
 def difference(seeds: Seeds | None, base: Seeds | None) -> str:
-    """The difference of two means with its 95% interval, over the seeds that both have, or over prompts with one seed."""
+    """The difference of two means and its 95% interval, over seeds that both have, or over prompts with one seed."""
     both = sorted((seeds or {}).keys() & (base or {}).keys())
     if not both:
         return NONE
