@@ -29,7 +29,7 @@ OTHERS = {
     r"(extend: \{seq-length: )16384, train-iters: \d+": r"\g<1>128, train-iters: 3",
     r"(run-dir: .*\n)": r"\1global-batch-size: 8\nlr-warmup-iters: 1\n",
     r"(  ratio: .*\n)": r"\1  pairs: 2\n  length: 128\n",
-    r"(lengths:) \[.*\]\n": r"\1 [128, 256]\n  prompts: 2\n",
+    r"(lengths:) \[.*\]\n": r"\1 [128, 1024]\n  prompts: 2\n",
     r"--nproc-per-node gpu": "--nproc-per-node 2",
 }
 
