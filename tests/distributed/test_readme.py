@@ -46,7 +46,7 @@ def script() -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)  # a dozen commands; three minutes on two idle cores
+@pytest.mark.timeout(1500)  # a dozen commands, each of which imports torch
 def test_the_readme_can_be_pasted_line_by_line(tmp_path: Path) -> None:
     for name in ("tools", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
