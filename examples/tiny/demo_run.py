@@ -11,6 +11,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from threading import Event
 
 from tqdm import tqdm
 
@@ -23,9 +24,9 @@ from examples.tiny.students import (
     make_student,
     prepare,
     run_command,
-    side_by_side,
     train_all,
 )
+from tools.studies.launch import side_by_side
 
 STUDENTS = (
     Student("selected 3:1", "3:1", "global_c", ("align", "distill", "extend")),
@@ -39,12 +40,10 @@ def run(args: argparse.Namespace) -> None:
             sys.exit(f"demo: {args.out} is not empty and no demo of ours; choose another --out")
         shutil.rmtree(args.out)
     begin = time.monotonic()
-    with tqdm(total=7 + len(STUDENTS), desc="demo", unit="step", position=0) as steps:
+    with tqdm(total=6 + len(STUDENTS), desc="demo", unit="step", position=0) as steps:
         write_data(args.out, args.seed, steps)
         prepare(args.out, args.seed, steps)
-        side_by_side([partial(make_student, args.out, student, args.seed) for student in STUDENTS])
-        steps.update()
-        train_students(args.out, steps)
+        train_students(args, steps)
         examine(args, steps)
         hf_dir = export(args.out, steps)
     write_report(args.out, STUDENTS, time.monotonic() - begin)
@@ -53,12 +52,19 @@ def run(args: argparse.Namespace) -> None:
     print(f"model for transformers: {hf_dir}")
 
 
-def train_students(out: Path, steps: tqdm) -> None:
+def train_students(args: argparse.Namespace, steps: tqdm) -> None:
     """Align and distill side by side, a core each; then the first goes on to longer sequences, on two ranks."""
     short = [dataclasses.replace(student, stages=("align", "distill")) for student in STUDENTS]
-    side_by_side([partial(train_all, out, student, 1) for student in short], steps)
-    train_all(out, STUDENTS[0], ranks=2, position=1)
+    side_by_side([partial(make_and_train, args, student, place) for place, student in enumerate(short, 1)], 2)
+    steps.update(len(short))
+    train_all(args.out, STUDENTS[0], ranks=2, position=1)
     steps.update()
+
+
+def make_and_train(args: argparse.Namespace, student: Student, position: int, stop: Event) -> None:
+    make_student(args.out, student, args.seed)
+    if not stop.is_set():
+        train_all(args.out, student, 1, position)
 
 
 def examine(args: argparse.Namespace, steps: tqdm) -> None:
@@ -69,7 +75,7 @@ def examine(args: argparse.Namespace, steps: tqdm) -> None:
     ]
     steps.set_postfix_str("evaluating")
     asked = ("--lengths", 512, 1024, "--prompts", args.prompts)
-    evaluate(args.out, "evaluate", models, args.seed, args.out / "evaluation", *asked, ranks=2)
+    evaluate(args.out, models, args.seed, *asked, ranks=2)
     steps.update()
 
 

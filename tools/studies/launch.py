@@ -1,13 +1,18 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""How a command is started on this machine, by a study or an example."""
+"""How commands are started on this machine, by a study or an example."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from threading import Event
+
+from hydra_mcore.model.checkpoints import TRACKER
+from hydra_mcore.recipe import Recipe
 
 TAIL = 15  # lines
 
@@ -36,3 +41,30 @@ def end_of(log: Path) -> str:
 def usable_cores() -> int:
     """The number of cores of this machine that this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def trained(stage: Path, recipes: Sequence[Path]) -> bool:
+    """Whether a stage's last checkpoint is in its folder: training that is asked to stop saves and ends well."""
+    newest = stage / TRACKER
+    wanted = Recipe.load(recipes, stage.name).values["train-iters"]
+    return newest.exists() and newest.read_text().strip() == str(wanted)
+
+
+def side_by_side(jobs: Sequence[Callable[[Event], None]], at_once: int) -> None:
+    """So many at a time; after one that fails, or a Ctrl-C, no other step begins."""
+    stop = Event()
+
+    def guarded(job: Callable[[Event], None]) -> None:
+        try:
+            if not stop.is_set():
+                job(stop)
+        except BaseException:
+            stop.set()  # here, as this thread takes the next job at once
+            raise
+
+    with ThreadPoolExecutor(at_once) as pool:
+        try:
+            for done in as_completed([pool.submit(guarded, job) for job in jobs]):
+                done.result()
+        finally:
+            stop.set()

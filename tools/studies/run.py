@@ -7,8 +7,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -17,11 +16,10 @@ import yaml
 
 from hydra_mcore.errors import InputError
 from hydra_mcore.files import read_json, write_json, write_text
-from hydra_mcore.model.checkpoints import TRACKER
 from hydra_mcore.progress import Progress
 from hydra_mcore.recipe import Recipe, read_yaml
 from tools.studies.file import Study
-from tools.studies.launch import command, end_of, environment
+from tools.studies.launch import command, end_of, environment, side_by_side, trained
 from tools.studies.steps import Job, Step, shared_jobs, variant_jobs, without_evaluation
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,7 +73,7 @@ def run_job(job: Job, ranks: int, beside: int, progress: Progress, stop: Event) 
             progress.set_postfix_str(f"{job.name}: {step.name}")
             start = time.monotonic()
             run_step(job, step, ranks if step.on_ranks else 1, beside)
-            if step.name in job.study.stages and not trained(job, step.name):
+            if step.name in job.study.stages and not trained(job.folder / step.name, job.recipes):
                 raise StepFailed(f"{job.name}: {step.name} was stopped; give the same command to go on")
             done[step.name] = done.get(step.name, 0.0) + round(time.monotonic() - start, 1)
             write_json(job.folder / DONE, done)
@@ -86,13 +84,6 @@ def finished(job: Job) -> dict[str, float]:
     """Seconds of the steps that have ended well."""
     path = job.folder / DONE
     return read_json(path) if path.exists() else {}
-
-
-def trained(job: Job, stage: str) -> bool:
-    """Whether a stage's last checkpoint is there: training that is asked to stop saves and ends well."""
-    newest = job.folder / stage / TRACKER
-    wanted = Recipe.load(job.recipes, stage).values["train-iters"]
-    return newest.exists() and newest.read_text().strip() == str(wanted)
 
 
 def run_step(job: Job, step: Step, ranks: int, beside: int) -> None:
@@ -115,26 +106,6 @@ def batch_size(job: Job, step: Step, ranks: int) -> tuple[str, ...]:
     values = Recipe.load(job.recipes, step.name).values
     rows, given = values.get("global-batch-size"), values.get("micro-batch-size")
     return ("--micro-batch-size", str(rows // ranks)) if given is None and rows and rows % ranks == 0 else ()
-
-
-def side_by_side(jobs: Sequence[Callable[[Event], None]], at_once: int) -> None:
-    """So many at a time; after one that fails, or a Ctrl-C, no other step begins."""
-    stop = Event()
-
-    def guarded(job: Callable[[Event], None]) -> None:
-        try:
-            if not stop.is_set():
-                job(stop)
-        except BaseException:
-            stop.set()  # here, as this thread takes the next job at once
-            raise
-
-    with ThreadPoolExecutor(at_once) as pool:
-        try:
-            for done in as_completed([pool.submit(guarded, job) for job in jobs]):
-                done.result()
-        finally:
-            stop.set()
 
 
 def describe(study: Study, only: Sequence[str]) -> str:

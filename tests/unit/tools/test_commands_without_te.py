@@ -39,8 +39,6 @@ COMMANDS = {
     "tools.benchmark": ("layer",),
     "tools.benchmark delta-rule": ("delta-rule",),
     "examples.tiny.demo": OUT,
-    "examples.tiny.kinds": OUT,
-    "examples.tiny.long_context": OUT,
 }
 
 
