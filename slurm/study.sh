@@ -21,6 +21,7 @@
 [[ -f slurm/common.sh ]] || { echo "study: start it in the repository's root, or with sbatch --chdir" >&2 && exit 2; }
 source slurm/common.sh
 ((${#recipes[@]} == 1)) || fail "give one study's file"
+export WANDB_RUN_GROUP=${WANDB_RUN_GROUP:-$(basename "${recipes[0]}" .yaml)} # as tools/study.py run sets it
 step=()
 [[ ! $HYDRA_CONTAINER || ! ${SLURM_JOB_ID:-} ]] || step=(srun --nodes=1 --ntasks=1 "${container[@]}")
 steps=$("${step[@]}" "$HYDRA_PYTHON" tools/study.py steps "${recipes[0]}" --job "${SLURM_ARRAY_TASK_ID:-shared}") || exit 2

@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A study's file, the commands that it stands for, its numbers, and a small one from end to end."""
+"""A study's file, the commands that it stands for, and its numbers; tests/slurm/test_study.py runs one."""
 
 from __future__ import annotations
 
@@ -8,11 +8,6 @@ import csv
 import dataclasses
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +18,7 @@ from hydra_mcore.config import ConfigError, HydraOptions
 from hydra_mcore.errors import InputError
 from hydra_mcore.recipe import Recipe, parse_with_recipe
 from hydra_mcore.train.arguments import recipe_flags
-from tests.support.paths import ROOT, TINY_TEACHER
+from tests.support.paths import ROOT
 from tools import convert, evaluate, select_heads
 from tools.commands.study import job_lines
 from tools.studies.file import Study, laid_over
@@ -267,61 +262,3 @@ def test_studies_that_come_along_are_known_to_their_commands(path: Path, tmp_pat
             settings.append(dataclasses.asdict(options) | {"run_dir": 0})
         made.add(str(settings))
     assert len(made) >= len(study.variants)
-
-
-def command(folder: Path, *words: str) -> subprocess.Popen:
-    call = [sys.executable, str(ROOT / "tools/study.py"), words[0], str(folder / "study.yaml"), *words[1:]]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        call,
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-@pytest.mark.slow
-def test_a_study_is_killed_and_goes_on(tmp_path: Path) -> None:
-    """Two head maps, a few steps each: data, teacher, scores and prompts are made once."""
-    text = " ".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
-    (tmp_path / "text.txt").write_text(text[:200_000])
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in text.split("\n\n")))
-    at = {name: str(tmp_path / name) for name in ("teacher", "text.txt", "text.jsonl", "data")}
-    recipe = {
-        **{"teacher": at["teacher"], "data-path": at["data"], "split": "100,0,0"},
-        "align": {
-            "train-iters": 4,
-            "global-batch-size": 2,
-            "seq-length": 64,
-            "lr": 1e-3,
-            "lr-warmup-iters": 0,
-            "save-interval": 2,
-        },
-        "prepare": {"input": [at["text.jsonl"]], "tokenizer": str(TINY_TEACHER), "out": at["data"]},
-        "import": {"hf": str(TINY_TEACHER), "out": at["teacher"]},
-        "select": {"teacher": at["teacher"], "pairs": 2, "length": 128, "haystack": at["text.txt"], "knock-out": 0},
-        "hybridize": {"teacher": at["teacher"], "calibration-text": at["text.txt"]},
-        "evaluate": {"haystack": at["text.txt"], "lengths": [128], "prompts": 2, "yarn": ["teacher=2"]},
-    }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    study = {"recipes": ["recipe.yaml"], "out": str(tmp_path / "out"), "stages": ["align"]}
-    study["variants"] = {"chosen": {}, "random": {"select": {"strategy": "global_random"}}}
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
-    first = command(tmp_path, "run", "--jobs", "2")
-    stage = tmp_path / "out/seed0/chosen/align/latest_checkpointed_iteration.txt"
-    deadline = time.monotonic() + 240
-    while not stage.exists() and first.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.2)
-    os.killpg(first.pid, signal.SIGKILL)
-    assert stage.exists(), first.communicate()[1][-3000:]
-    assert "chosen, seed 0: " in command(tmp_path, "run", "--dry-run").communicate()[0]
-    scores = (tmp_path / "out/seed0/shared/heads/scores.json").stat().st_mtime_ns
-    again = command(tmp_path, "run")
-    said, errors = again.communicate(timeout=300)
-    assert again.returncode == 0, errors[-3000:]
-    assert (tmp_path / "out/seed0/shared/heads/scores.json").stat().st_mtime_ns == scores
-    assert all(f"| {name} | " in said for name in ("teacher", "teacher + YaRN x2", "chosen", "random"))
-    assert command(tmp_path, "table").communicate()[0] == said
