@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hydra_mcore.commands import one_line_errors
+from hydra_mcore.costs.machine import GPUS  # facts only, so that --help is quick
 
 EXAMPLES = """\
 A study is a YAML file: recipes, what each variant lays over them, and seeds. docs/studies.md describes it.
@@ -22,6 +23,7 @@ finished.
 
 examples:
   python tools/study.py run examples/studies/smollm2/selection.yaml --dry-run
+  python tools/study.py run examples/studies/qwen3-1.7b/selection.yaml --dry-run --gpus 8
   python tools/study.py run examples/studies/smollm2/selection.yaml --jobs 2
   python tools/study.py run examples/studies/smollm2/selection.yaml --only "random 3:1"
   python tools/study.py table examples/studies/smollm2/selection.yaml --csv study.csv
@@ -38,6 +40,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--jobs", type=int, default=1, metavar="N", help="variants side by side (default 1)")
     run.add_argument("--ranks", type=int, default=1, metavar="N", help="processes of each command (default 1)")
     run.add_argument("--dry-run", action="store_true", help="say what is left to do, and stop")
+    planned = "with --dry-run: the hours that training takes on so many GPUs of a kind, as tools/plan.py has them"
+    run.add_argument("--gpus", type=int, metavar="N", help=planned)
+    run.add_argument("--gpu", default="h100-80gb", metavar="NAME", help=f"one of {', '.join(GPUS)} (default h100-80gb)")
     steps = commands.add_parser("steps", help="the commands of one job, for slurm/study.sh", formatter_class=layout)
     steps.add_argument("study", type=Path, metavar="FILE", help="the study's YAML file")
     which = '"shared", or the number of a variant with a seed, from 0 on'

@@ -11,6 +11,7 @@ import sys
 from hydra_mcore.commands import sole_writer
 from hydra_mcore.errors import InputError
 from tools.studies.file import Study
+from tools.studies.hours import planned
 from tools.studies.run import StepFailed, describe, write_recipe
 from tools.studies.run import run as run_study
 from tools.studies.steps import SHARED, shared_jobs, variant_jobs
@@ -30,7 +31,10 @@ def run(args: argparse.Namespace) -> None:
     if min(args.jobs, args.ranks) < 1:
         raise InputError("--jobs and --ranks count from 1")
     if args.dry_run:
-        return print(describe(study, args.only))
+        print(describe(study, args.only))
+        if args.gpus:
+            print(planned(study, variant_jobs(study, args.only), args.gpu, args.gpus))
+        return None
     study.out.mkdir(parents=True, exist_ok=True)
     with sole_writer(study.out / "study"):
         try:

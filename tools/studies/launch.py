@@ -13,6 +13,7 @@ from threading import Event
 
 from hydra_mcore.model.checkpoints import TRACKER
 from hydra_mcore.recipe import Recipe
+from hydra_mcore.stages import default_flags
 
 TAIL = 15  # lines
 
@@ -46,7 +47,7 @@ def usable_cores() -> int:
 def trained(stage: Path, recipes: Sequence[Path]) -> bool:
     """Whether a stage's last checkpoint is in its folder: training that is asked to stop saves and ends well."""
     newest = stage / TRACKER
-    wanted = Recipe.load(recipes, stage.name).values["train-iters"]
+    wanted = (default_flags(stage.name) | Recipe.load(recipes, stage.name).values)["train-iters"]
     return newest.exists() and newest.read_text().strip() == str(wanted)
 
 

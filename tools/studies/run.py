@@ -18,6 +18,7 @@ from hydra_mcore.errors import InputError
 from hydra_mcore.files import read_json, write_json, write_text
 from hydra_mcore.progress import Progress
 from hydra_mcore.recipe import Recipe, read_yaml
+from hydra_mcore.stages import default_flags
 from tools.studies.file import Study
 from tools.studies.launch import command, end_of, environment, side_by_side, trained
 from tools.studies.steps import Job, Step, shared_jobs, variant_jobs, without_evaluation
@@ -109,25 +110,29 @@ def batch_size(job: Job, step: Step, ranks: int) -> tuple[str, ...]:
 
 
 def describe(study: Study, only: Sequence[str]) -> str:
-    """What a run would do: its jobs, their steps and tokens, and the time of those that have been measured."""
-    jobs = [*shared_jobs(study), *variant_jobs(study, only)]
+    """What a run would do: its jobs, their steps and tokens; the time, where a student has been made."""
+    students = variant_jobs(study, only)
     lines = []
-    for job in jobs:
+    for job in (*shared_jobs(study), *students):
         left = [step.name for step in job.steps() if step.name not in finished(job)]
         lines.append(f"{job.name}: {', '.join(left) if left else 'finished'}")
     lines.append(f"on a cluster: the shared job, then an array of {len(variant_jobs(study))} (slurm/study.sh)")
     trained = {stage: tokens(study, stage) for stage in study.stages}
     lines.append("tokens of each student: " + ", ".join(f"{stage} {count:,}" for stage, count in trained.items()))
-    known = [sum(times.values()) for job in jobs if job.variant and len(times := finished(job)) == len(job.steps())]
+    open_students = [job for job in students if len(finished(job)) < len(job.steps())]
+    known = [sum(finished(job).values()) for job in students if job not in open_students]
     if known:
-        open_jobs = sum(1 for job in jobs if len(finished(job)) < len(job.steps()))
-        mean = sum(known) / len(known) / 60
-        lines.append(f"a finished student took {mean:.0f} minutes; {open_jobs} jobs are left")
+        minutes = sum(known) / len(known) / 60
+        rest = len(open_students) * minutes / 60
+        lines.append(
+            f"a finished student took {minutes:.0f} minutes; {len(open_students)} are left, {rest:.1f} hours one by one"
+        )
     return "\n".join(lines)
 
 
 def tokens(study: Study, stage: str) -> int:
     """The number of tokens that a student sees in a stage, by the recipes; variants may differ."""
-    values = Recipe.load(study.recipes, stage).values | {k: v for k, v in study.over.items() if not isinstance(v, dict)}
+    values = default_flags(stage) | Recipe.load(study.recipes, stage).values
+    values |= {key: value for key, value in study.over.items() if not isinstance(value, dict)}
     values |= study.over.get(stage, {})
     return values["train-iters"] * values["global-batch-size"] * values["seq-length"]

@@ -8,6 +8,7 @@ import csv
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from tests.support.paths import ROOT
 from tools import convert, evaluate, select_heads
 from tools.commands.study import job_lines
 from tools.studies.file import Study, laid_over
-from tools.studies.run import write_recipe
+from tools.studies.run import describe, write_recipe
 from tools.studies.steps import shared_jobs, variant_jobs
 from tools.studies.table import Value, difference, over_prompts, over_seeds, read, tables, write_csv, write_figure
+from tools.study import main
 
 RECIPE = {
     "run-dir": "run",
@@ -262,3 +264,23 @@ def test_studies_that_come_along_are_known_to_their_commands(path: Path, tmp_pat
             settings.append(dataclasses.asdict(options) | {"run_dir": 0})
         made.add(str(settings))
     assert len(made) >= len(study.variants)
+    assert re.search(r"^tokens of each student: align [\d,]+", describe(study, ()), re.MULTILINE)
+
+
+def test_all_studies_stand_on_their_page() -> None:
+    page = (ROOT / "docs" / "studies.md").read_text()
+    named = set(re.findall(r"`((?:\w|[.-])+/(?:\w|-)+\.yaml)`", page.partition("## Studies that come along")[2]))
+    assert named | {"qwen3-1.7b/layers.yaml"} == {"/".join(path.parts[-2:]) for path in STUDIES}
+
+
+def test_hours_on_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    """A student of the paper's 2.3B tokens: the plan's hours of its three stages, ten times."""
+    study = str(ROOT / "examples/studies/qwen3-1.7b/selection.yaml")
+    main(["run", study, "--dry-run", "--gpus", "8"])
+    said = capsys.readouterr().out.splitlines()[-1]
+    hours, total = re.fullmatch(
+        r"training on 8 h100-80gb by the plan: ([\d.]+) hours a student, (\d+) GPU hours for 10 \(.*\)", said
+    ).groups()
+    flops = 2.36e9 * 1.7e9 * 10  # about: the student's training, the teacher's forward for two of three stages
+    assert 0.5 < float(hours) * 3600 * 8 * 989e12 * 0.35 / flops < 2
+    assert int(total) == pytest.approx(float(hours) * 8 * 10, rel=0.05)
