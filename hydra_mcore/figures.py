@@ -49,6 +49,14 @@ def plain(axes: Axes, grid: str = "y") -> Axes:
     return axes
 
 
+def training_curve(axes: Axes, steps: Sequence[int], values: Sequence[float], **look: Any) -> None:
+    """A mean over about a twentieth of the steps around each, and the values themselves, pale, behind it."""
+    half = len(values) // 40
+    around = (values[max(0, at - half) : at + half + 1] for at in range(len(values)))
+    (line,) = axes.plot(steps, [sum(near) / len(near) for near in around], linewidth=1.6, **look)
+    axes.plot(steps, values, linewidth=0.8, alpha=0.3, color=line.get_color(), zorder=line.get_zorder() - 1)
+
+
 def length_axis(axes: Axes, lengths: Sequence[int], fontsize: float | None = None) -> None:
     """A log axis of tokens with these ticks."""
     axes.set_xscale("log", base=2)

@@ -85,7 +85,7 @@ def loss_figure(path: Path, stage_dir: Path) -> None:
 
     figure = figures.empty(6, 3.6)
     axes = figures.plain(figure.subplots())
-    axes.plot(*read_losses(stage_dir), linewidth=1.4)
+    figures.training_curve(axes, *read_losses(stage_dir))
     axes.set(xlabel="step", ylabel="sum of relative errors of the layers")
     axes.set_ylim(bottom=0)
     figures.save(figure, path)

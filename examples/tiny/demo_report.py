@@ -68,7 +68,7 @@ def curves_figure(path: Path, curves: dict[str, dict[str, Curve]]) -> None:
     for axes, stage in zip(figure.subplots(1, len(stages)), stages, strict=True):
         for name, by_stage in curves.items():
             if stage in by_stage:
-                axes.plot(*by_stage[stage], label=name, linewidth=1.4)
+                figures.training_curve(axes, *by_stage[stage], label=name)
         axes.set(title=stage, xlabel="step", ylabel=units[stage])
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=8)

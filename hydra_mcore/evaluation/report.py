@@ -67,14 +67,37 @@ def write_report(out: Path, reference: str | None) -> str:
 
 def markdown(results: Sequence[Results], reference: Results, day: date | None = None) -> str:
     """The whole report: accuracy by task group, loss, the short-context check, every task by itself."""
-    parts = ["# Evaluation"]
+    parts = ["# Evaluation", _finding(results)]
     if lengths_of(results):
         parts += [_how_scored(results, day), accuracy_tables(results), f"![accuracy against length]({ACCURACY_NAME})"]
     if any(line.text for line in results):
         parts += _losses(results) + _short_context(results, reference)
     if lengths_of(results):
         parts += ["## Every task", _every_task(results)]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _finding(results: Sequence[Results]) -> str:
+    """What each model scores, a line a task group and one of text, over the lengths that all models took."""
+    lines = []
+    for group, tasks in groups_of(results).items():
+        scores = {length: [line.group(tasks, length) for line in results] for length in lengths_of(results)}
+        if taken := [length for length, each in scores.items() if None not in each]:
+            shares = (
+                sum(score.correct for score in each) / sum(score.total for score in each)
+                for each in zip(*(scores[length] for length in taken), strict=True)
+            )
+            said = (f"{line.name} {100 * share:.0f}%" for line, share in zip(results, shares, strict=True))
+            lines.append(f"- **{group}**, {_span(taken)}: {', '.join(said)}")
+    if common := set.intersection(*(set(line.text) for line in results)):
+        said = (f"{line.name} {line.text[max(common)].perplexity:.1f}" for line in results)
+        lines.append(f"- **perplexity**, windows of {short(max(common))} tokens: {', '.join(said)}")
+    return "\n".join(lines)
+
+
+def _span(lengths: Sequence[int]) -> str:
+    ends = short(lengths[0]) if len(lengths) == 1 else f"{short(lengths[0])} to {short(lengths[-1])}"
+    return f"prompts of {ends} tokens"
 
 
 def accuracy_tables(results: Sequence[Results]) -> str:

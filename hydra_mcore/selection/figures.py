@@ -341,7 +341,7 @@ def budgets(path: str | Path, evidence: Evidence) -> None:
 
 def _figure(width: float, height: float, title: str, subtitle: str) -> Figure:
     """An empty figure of this size in inches, title and subtitle on top of it, wrapped to the width."""
-    heading, below = _wrap(title, int(10.2 * width)), _wrap(subtitle, int(14.5 * width))
+    heading, below = _wrap(title, int(9.2 * width)), _wrap(subtitle, int(14.5 * width))
     top = 0.2 + 0.22 * len(heading) + 0.17 * len(below)
     figure = empty(width, height + top)
     inch = 1 / (height + top)

@@ -108,6 +108,11 @@ def test_tables(out: Path) -> None:
     said = write_report(out, None)
     text = (out / "report.md").read_text()
     assert said in text
+    teacher, student = TEACHER.name, STUDENT.name  # 4 and 7 of 8 prompts; text of the one length that both read
+    assert text.startswith(
+        f"# Evaluation\n\n- **single-key**, prompts of 512 tokens: {teacher} 50%, {student} 88%\n"
+        f"- **perplexity**, windows of 200 tokens: {teacher} "
+    )
     single, tracking = said.split("\n\n")[1::2]
     assert said.startswith("single-key (niah_single_1, niah_single_2):\n")
     assert table_row(single, "| model") == ["model", "FA heads", "native", "512", "1K"]
