@@ -250,7 +250,11 @@ class StageOptions:
     data_timeout: float = 600.0
     """Seconds after which a rank that waits for training data stops, with a warning after half of them."""
     dry_run: bool = False
-    """Print the resolved settings and stop before anything is built."""
+    """Check the run without building anything, and print the settings that are ours or differ from Megatron's; the
+    folder of the run gets a file with all of them. Student, teacher and data that earlier jobs make may be missing.
+    """
+    world_size: int = 0
+    """Ranks of the real job, for a dry run to check layout and batch sizes with; 0 for those that it runs on."""
 
     def __post_init__(self) -> None:
         for name, choices in _literal_choices(type(self)).items():
@@ -263,6 +267,11 @@ class StageOptions:
             raise ConfigError(
                 f"align_heads is {self.align_heads}, but with fa_balance queries no rank has a shared head's whole"
                 " output; use fa_balance heads in align"
+            )
+        if self.world_size < 0 or (self.world_size and not self.dry_run):
+            raise ConfigError(
+                f"world_size is {self.world_size}; it is for a dry run to check, and a training takes its ranks from"
+                " torchrun: leave it out"
             )
         if self.keep_last < 1 or self.keep_every < 0:
             raise ConfigError(

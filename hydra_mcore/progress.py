@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from typing import Any
 
 from tqdm import tqdm
@@ -14,12 +15,35 @@ CURSOR_UP = "\x1b[A"
 
 
 class Progress(tqdm):
-    """tqdm's bar, written for a log where stderr is no terminal."""
+    """tqdm's bar. Where stderr is no terminal it is a line at the beginning, every ``LINE_S`` seconds, and at the end.
+
+    A thread writes the lines, so that they come while one step takes long, too.
+    """
 
     def __init__(self, *args: Any, **options: Any) -> None:
+        self._closed = threading.Event()
+        self._in_log = self._began = False
         if not sys.stderr.isatty():
-            options |= {"file": _Lines(), "mininterval": LINE_S, "maxinterval": LINE_S, "miniters": 1}
+            self._in_log = True
+            options |= {"file": _Lines(), "miniters": 1}
         super().__init__(*args, **options)
+        self._began = True
+        if self._in_log and not self.disable:
+            threading.Thread(target=self._write_lines, daemon=True).start()
+
+    def refresh(self, *args: Any, **options: Any) -> Any:
+        """Show the state now; in a log only the first call does, and the thread."""
+        if not (self._in_log and self._began):
+            return super().refresh(*args, **options)
+        return None
+
+    def close(self) -> None:
+        self._closed.set()
+        super().close()
+
+    def _write_lines(self) -> None:
+        while not self._closed.wait(LINE_S):
+            super().refresh()
 
 
 class _Lines:

@@ -16,10 +16,8 @@ group           installed when                      fixes
 ==============  ==================================  ============================================
 """
 
-import logging
 import os
 import sys
-import warnings
 from importlib.metadata import version
 
 import torch
@@ -30,14 +28,6 @@ from hydra_mcore.compat.patching import Patch, applied
 __all__ = ["MEGATRON_VERSION", "Patch", "applied", "install", "is_cpu_only"]
 
 MEGATRON_VERSION = "0.19.2"
-
-# Said at import, at loading, or while training on every machine without TE and Apex; no user can act on them.
-_NOISE = (
-    r".*Apex (is|are) not installed",
-    r"Only transformer-engine>=1\.7\.0 supports MoE",
-    # each rank loads by itself:
-    r"torch\.distributed is disabled, unavailable or uninitialized, assuming the intent is to load",
-)
 
 
 def is_cpu_only() -> bool:
@@ -63,9 +53,10 @@ def install() -> tuple[Patch, ...]:
         raise RuntimeError(f"hydra_mcore needs megatron-core {MEGATRON_VERSION}, found {found}: pip install -e .")
     accelerators.choose(is_cpu_only())
     # Here and not at the top: importing this package must stay free of side effects.
-    from hydra_mcore.compat import cpu, datasets, optimizer, patching, reading, saving
+    from hydra_mcore.compat import cpu, datasets, noise, optimizer, patching, reading, saving
 
-    _quiet()
+    if not applied():
+        noise.silence(is_cpu_only())
     if is_cpu_only():
         _disable_compiler()
         cpu.prepare()
@@ -77,29 +68,6 @@ def install() -> tuple[Patch, ...]:
     patching.apply(saving.PATCHES)
     patching.apply(reading.PATCHES)
     return applied()
-
-
-def _quiet() -> None:
-    """Silence, once, what Megatron-Core says to everybody without a GPU, TE or Apex."""
-    if applied():
-        return
-    for message in _NOISE:
-        warnings.filterwarnings("ignore", message=message)
-    if is_cpu_only():
-        logging.getLogger("torch.utils.cpp_extension").addFilter(_NotAbout("No CUDA runtime is found"))
-        # The two generators it compares are one here.
-        logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_NotAbout("CPU RNG state changed"))
-
-
-class _NotAbout(logging.Filter):
-    """Drops the log records that start with a text."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.text = text
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(self.text)
 
 
 def _disable_compiler() -> None:

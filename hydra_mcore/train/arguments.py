@@ -30,6 +30,7 @@ from hydra_mcore.sequence import SequencePart
 from hydra_mcore.stages import STAGES, default_flags
 from hydra_mcore.train.checkpoint_care import difference, resumable
 from hydra_mcore.train.flags import FlagParser, check_values, check_without_gpu
+from hydra_mcore.train.recipe_model import model_card
 
 # Our layer brings its own modules, so Megatron's local implementation serves around it; the optimizer format is
 # the only one that reshards when ranks hold different numbers of heads.
@@ -78,7 +79,11 @@ EARLY = {"tensorboard", "wandb", CARD_NAME + ".partial"}  # what a run that was 
 
 @dataclass(frozen=True)
 class ResolvedStage:
-    """A stage resolved: its options, the card of the model it trains, where it starts and writes, all flags."""
+    """A stage resolved: its options, the card of the model it trains, where it starts and writes, all flags.
+
+    ``assumed`` says where the card of a dry run comes from while there is nothing to start from; ``config`` names the
+    recipe's files.
+    """
 
     options: StageOptions
     card: ModelCard
@@ -87,6 +92,8 @@ class ResolvedStage:
     resume: bool
     finished: bool
     flags: list[str]
+    assumed: str
+    config: list[str]
 
 
 def resolve(argv: list[str]) -> ResolvedStage:
@@ -97,21 +104,23 @@ def resolve(argv: list[str]) -> ResolvedStage:
             an output folder that holds another run.
     """
     parser, recipe, options = recipe_flags(argv, with_gpu=torch.cuda.is_available())
+    config = parser.parse_known_args(argv)[0].config or []
     _check_folders(options)
-    start = _start_dir(options)
-    latest_iteration(start)
-    card = _card_of_stage(ModelCard.load(start), options)
+    start = Path(options.start_from or Path(options.run_dir) / STAGES[options.stage].starts_from)
+    card, assumed = _starting_card(options, start, config)
+    card = _card_of_stage(card, options)
     save = Path(options.run_dir) / options.stage
-    resume = _check_output(save, card)
+    resume = None if assumed else _check_output(save, card)
     recipe = recipe.over(_places(options, start, save))
-    known, flags = model_flags(parser, recipe, argv, card, ranks=int(os.environ.get("WORLD_SIZE", "1")))
+    ranks = options.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    known, flags = model_flags(parser, recipe, argv, card, ranks)
     if torch.cuda.is_available() or not options.dry_run:  # a dry run may stand for another machine, with a GPU
         _check_transformer_engine(known)
     if not (options.dry_run or torch.cuda.is_available()):
         check_without_gpu(parser, known)
     _check_writable(known, save)
     flags += ["--save", str(save)] + (["--load", str(save)] if resume else [])
-    card = dataclasses.replace(card, stages=[*trainings(card, start), _this_stage(known)])
+    card = dataclasses.replace(card, stages=[*([] if assumed else trainings(card, start)), _this_stage(known)])
     finished = resume is not None and int(resume.name.removeprefix("iter_")) >= known.train_iters
     return ResolvedStage(
         options,
@@ -121,6 +130,8 @@ def resolve(argv: list[str]) -> ResolvedStage:
         resume is not None,
         finished,
         _without_missing_wandb(known, flags + _shard_flags(known)),
+        assumed,
+        config,
     )
 
 
@@ -170,19 +181,24 @@ def model_flags(
     return known, [*flags, "--max-position-embeddings", str(max(known.seq_length, card.shape.native_length))]
 
 
-def _start_dir(options: StageOptions) -> Path:
-    """The checkpoint folder whose weights a stage starts from; raises ConfigError when it is not there yet."""
-    if options.start_from:
-        return Path(options.start_from)
+def _starting_card(options: StageOptions, start: Path, config: list[str]) -> tuple[ModelCard, str]:
+    """The card of the checkpoint that a stage starts from; for a dry run before it is there, the card that it will
+    have, and where that comes from.
+
+    Raises:
+        ConfigError: it is not there yet.
+    """
+    if not (start / TRACKER).is_file() and options.dry_run:
+        return model_card(config, options)
     before = STAGES[options.stage].starts_from
-    folder = Path(options.run_dir) / before
-    if not (folder / TRACKER).is_file():
+    if not (options.start_from or (start / TRACKER).is_file()):
         maker = f"stage {before}" if before in STAGES else "tools/convert.py hybridize"
         raise ConfigError(
-            f"stage {options.stage} starts from {folder}, which holds no complete checkpoint; run {maker} first, or set"
+            f"stage {options.stage} starts from {start}, which holds no complete checkpoint; run {maker} first, or set"
             " start-from"
         )
-    return folder
+    latest_iteration(start)
+    return ModelCard.load(start), ""
 
 
 def _places(options: StageOptions, start: Path, save: Path) -> dict[str, Any]:
@@ -210,6 +226,8 @@ def _check_folders(options: StageOptions) -> None:
         raise ConfigError(
             f"stage {options.stage} needs the teacher: set teacher to the folder that tools/convert.py import wrote"
         )
+    if STAGES[options.stage].needs_teacher and not options.dry_run:
+        ModelCard.load(options.teacher)
 
 
 def _check_output(save: Path, card: ModelCard) -> Path | None:

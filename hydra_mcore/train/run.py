@@ -20,18 +20,21 @@ from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.training import get_args, get_tokenizer, pretrain  # noqa: E402
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args  # noqa: E402
-from megatron.training.arguments import parse_args, validate_args  # noqa: E402
+from megatron.training.arguments import parse_args  # noqa: E402
 from megatron.training.global_vars import get_tensorboard_writer, set_global_variables  # noqa: E402
 from megatron.training.models import GPTModelConfig  # noqa: E402
 
 from hydra_mcore.config import ConfigError, ModelCard, add_stage_flags  # noqa: E402
+from hydra_mcore.files import write_text  # noqa: E402
 from hydra_mcore.model.build import apply_card, contiguous_parts, model_config  # noqa: E402
 from hydra_mcore.model.checkpoints import load_weights  # noqa: E402
 from hydra_mcore.stages import STAGES  # noqa: E402
 from hydra_mcore.train.anomalies import DataTimeout  # noqa: E402
 from hydra_mcore.train.arguments import ResolvedStage, resolve  # noqa: E402
 from hydra_mcore.train.checkpoint_care import checkpoint_care, note_versions, tidy  # noqa: E402
+from hydra_mcore.train.console import ARGUMENTS, leave_out_details, validated  # noqa: E402
 from hydra_mcore.train.data import build_datasets, check_data, fetch_micro_batch  # noqa: E402
+from hydra_mcore.train.dry_run import report  # noqa: E402
 from hydra_mcore.train.flags import refusal  # noqa: E402
 from hydra_mcore.train.interrupt import saved_at_ctrl_c  # noqa: E402
 from hydra_mcore.train.needle_panels import NeedlePanels, make_panels  # noqa: E402
@@ -58,19 +61,22 @@ def run_stage(argv: list[str]) -> None:
     """
     if (resolved := _unfinished(argv)) is None:
         return
-    args, config, settings = _validated(resolved)
+    args, config, settings, table = _validated(resolved)
+    if resolved.options.dry_run:
+        if not resolved.assumed:
+            make_panels(args, resolved.start, resolved.card.shape.vocab_size)
+        if args.rank == 0:
+            report(resolved, args, settings, table)
+        return
     check_data(args)
     panels = make_panels(args, resolved.start, resolved.card.shape.vocab_size)
-    if resolved.options.dry_run:
-        print(f"start: {resolved.start}\nsave:  {resolved.save}\nflags: {' '.join(resolved.flags)}")
-        return
     with alone_in(resolved.save, args) as store:
         if (now := _unfinished(argv)) is None:  # whoever had the folder until now may have saved
             return
         if now != resolved:
-            resolved, (args, config, settings) = now, _validated(now)
+            resolved, (args, config, settings, table) = now, _validated(now)
         if args.rank == 0:
-            _prepare_output(resolved, settings)
+            _prepare_output(resolved, settings, table)
         with logged_to_wandb(resolved):
             set_global_variables(args)
             with saved_at_ctrl_c(args):
@@ -86,15 +92,18 @@ def _unfinished(argv: list[str]) -> ResolvedStage | None:
     return resolved
 
 
-def _validated(resolved: ResolvedStage) -> tuple[Any, GPTModelConfig, dict[str, Any]]:
-    """Megatron's own parse and validation, which write nothing yet, and the settings as given; its refusals become one
-    line.
+def _validated(resolved: ResolvedStage) -> tuple[Any, GPTModelConfig, dict[str, Any], str]:
+    """Megatron's own parse and validation, which write nothing yet, the settings as given, and the table of all
+    arguments; its refusals become one line.
     """
     sys.argv = [sys.argv[0], *resolved.flags]
     args = parse_args(extra_args_provider=add_stage_flags)
     settings = settings_of(args)
+    args.world_size = resolved.options.world_size or args.world_size
+    args.enable_one_logger = False  # NVIDIA's own, which nobody else can install
+    leave_out_details(args)
     try:
-        validate_args(args)
+        table = validated(args)
         config = gpt_config_from_args(args)
         pretrain_cfg_container_from_args(args, config)  # what it holds checks itself
     except Exception as error:  # it asserts, and falls over, in many ways, and has built nothing yet
@@ -104,16 +113,20 @@ def _validated(resolved: ResolvedStage) -> tuple[Any, GPTModelConfig, dict[str, 
     apply_card(config, resolved.card, resolved.options.stage, resolved.options.fa_balance)
     if resolved.resume:
         check_settings_of_resume(resolved.save, settings, not (args.no_load_optim or args.finetune))
-    return args, config, settings
+    return args, config, settings, table
 
 
-def _prepare_output(resolved: ResolvedStage, settings: dict[str, Any]) -> None:
-    """Put card, head map and tokenizer into the stage's folder; checkpoints follow as training saves them."""
+def _prepare_output(resolved: ResolvedStage, settings: dict[str, Any], table: str) -> None:
+    """Put card, head map, tokenizer and the table of arguments into the stage's folder; checkpoints follow as training
+    saves them.
+    """
     resolved.save.mkdir(parents=True, exist_ok=True)
     resolved.card.save(resolved.save)
     tidy(resolved.save)
     note_versions(resolved.save)
     note_settings(resolved.save, settings, resolved.resume)
+    write_text(resolved.save / ARGUMENTS, table)
+    print(f"start {resolved.start}, save {resolved.save}, all arguments {resolved.save / ARGUMENTS}", flush=True)
     resolved.card.head_map.save(resolved.save / "head_map.json")
     if (resolved.start / "tokenizer").is_dir():
         shutil.copytree(resolved.start / "tokenizer", resolved.save / "tokenizer", dirs_exist_ok=True)

@@ -168,8 +168,12 @@ class TrainingLog:
 
 @contextlib.contextmanager
 def logging_to(log: TrainingLog) -> Iterator[None]:
-    """While open, Megatron's training loop calls ``log``: as it logs a step, and as it has done so."""
-    stock_log, stock_after = training.training_log, training.post_training_step_callbacks
+    """While open, Megatron's training loop calls ``log``: as it logs a step, and as it has done so.
+
+    Its table of parameters and memory in theory, which knows no heads like ours, is not printed.
+    """
+    stock = training.training_log, training.post_training_step_callbacks, training.report_theoretical_memory
+    stock_log, stock_after, _ = stock
 
     def log_step(
         losses: dict[str, Tensor], totals: dict[str, Any], rate: Any, iteration: int, *rest: Any, **keywords: Any
@@ -204,13 +208,14 @@ def logging_to(log: TrainingLog) -> Iterator[None]:
         return stock_after(model, optimizer, scheduler, iteration, *rest)
 
     training.training_log, training.post_training_step_callbacks = log_step, after
+    training.report_theoretical_memory = lambda *_, **__: None
     try:
         yield
     except TrainingStopped as error:
         send_alert("training stopped", str(error))
         raise
     finally:
-        training.training_log, training.post_training_step_callbacks = stock_log, stock_after
+        training.training_log, training.post_training_step_callbacks, training.report_theoretical_memory = stock
 
 
 def _plain(values_lh: np.ndarray) -> list[list[float | None]]:

@@ -12,11 +12,11 @@ from hydra_mcore.errors import InputError
 from hydra_mcore.files import write_json
 from hydra_mcore.stages import STAGES
 from hydra_mcore.train.arguments import model_flags, recipe_flags
+from hydra_mcore.train.recipe_model import model_card
 from tools.plan import evaluation
 from tools.plan.__main__ import EVALUATE
 from tools.plan.estimate import as_json, estimate
 from tools.plan.layouts import as_flags, layouts, smallest_change
-from tools.plan.recipe_model import model_card
 from tools.plan.report import imitation_line, layout_table, model_section, stage_section, summary
 
 
@@ -32,7 +32,7 @@ def plan_stages(args: argparse.Namespace, flags: list[str]) -> None:
     for stage in STAGES if args.stage == "all" else (args.stage,):
         argv = ["--stage", stage, *flags]
         flag_parser, given, options = recipe_flags(argv, with_gpu=True)
-        card, source = model_card(args, options)
+        card, source = model_card(args.config, options, args.hf, args.head_map, args.ratio)
         known, _ = model_flags(flag_parser, given, argv, card, machine.gpus)
         if not planned:
             print(model_section(card, source, args.config))
@@ -57,7 +57,7 @@ def plan_evaluation(args: argparse.Namespace, flags: list[str]) -> None:
     """Plan the recipe's evaluation and print; raises InputError for bad input."""
     machine = machine_of(args)
     _, _, options = recipe_flags(["--stage", "extend", "--config", *args.config], with_gpu=True)
-    card, source = model_card(args, options)
+    card, source = model_card(args.config, options, args.hf, args.head_map, args.ratio)
     found = evaluation.examinations(card, flags, machine)
     print(model_section(card, source, args.config))
     print(evaluation.evaluation_section(found, machine))

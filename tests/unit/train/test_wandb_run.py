@@ -24,7 +24,7 @@ from tests.support.stages import HEAD_MAP, SHAPE
 def resolved(folder: Path) -> ResolvedStage:
     card = replace(teacher_card(SHAPE, fingerprint="f" * 64), head_map=HEAD_MAP, options=HydraOptions(), stage="align")
     options = StageOptions(stage="align", run_dir=str(folder))
-    return ResolvedStage(options, card, folder / "student", folder / "align", False, False, ["--lr", "1"])
+    return ResolvedStage(options, card, folder / "student", folder / "align", False, False, ["--lr", "1"], "", [])
 
 
 def start(folder: Path, mode: str, project: str = "hydra") -> list[OfflineRun]:

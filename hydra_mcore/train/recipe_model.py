@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 from collections.abc import Sequence
@@ -17,24 +16,39 @@ from hydra_mcore.recipe import Recipe
 from hydra_mcore.selection.choose import linear_words, parse_linear, parse_ratio
 
 
-def model_card(args: argparse.Namespace, options: StageOptions) -> tuple[ModelCard, str]:
+def model_card(
+    config: Sequence[str],
+    options: StageOptions,
+    hf: Path | None = None,
+    heads: Path | None = None,
+    ratio: str | None = None,
+) -> tuple[ModelCard, str]:
     """The student's card, and where its shape and its heads come from, for the reader.
+
+    Args:
+        config: the recipe's files.
+        options: name the folders of student and teacher.
+        hf: folder with the teacher's config.json, instead of what is there.
+        heads: head map to take, instead of what is there.
+        ratio: of linear heads to FA heads to assume, instead of the recipe's.
 
     Raises:
         InputError: no model can be found, or a head map that is for another one.
     """
-    asked = args.hf or args.head_map or args.ratio
     for folder in (options.start_from, options.run_dir and f"{options.run_dir}/student"):
-        if folder and not asked and (Path(folder) / CARD_NAME).is_file():
+        if folder and not (hf or heads or ratio) and (Path(folder) / CARD_NAME).is_file():
             return dataclasses.replace(ModelCard.load(folder), stage=options.stage), f"model of {folder}"
-    teacher, source = _teacher(args, options)
-    if args.head_map:
-        head_map = HeadMap.load(args.head_map)
+    teacher, source = _teacher(config, options, hf)
+    hybridize = Recipe.load(config, "hybridize").values if config else {}
+    if not (heads or ratio) and Path(str(hybridize.get("heads"))).is_file():
+        heads = Path(str(hybridize["heads"]))
+    if heads:
+        head_map = HeadMap.load(heads)
         teacher.check_head_map(head_map)
-        source += f", heads of {args.head_map}"
+        source += f", heads of {heads}"
     else:
-        select = Recipe.load(args.config, "select").values
-        ratio, linear = args.ratio or select.get("ratio", "3:1"), select.get("linear") or []
+        select = Recipe.load(config, "select").values if config else {}
+        ratio, linear = ratio or select.get("ratio", "3:1"), select.get("linear") or []
         words = linear if isinstance(linear, list) else [linear]
         kinds = parse_linear(map(str, words), teacher.shape.num_layers)
         head_map = even_map(teacher.shape, str(ratio), kinds)
@@ -42,22 +56,26 @@ def model_card(args: argparse.Namespace, options: StageOptions) -> tuple[ModelCa
             f"; heads not selected yet: assumed {ratio}, spread evenly, each FA head in a kv group of its own as far as"
             f" there are groups, the others {linear_words(kinds)}"
         )
-    layer = {key.replace("-", "_"): value for key, value in Recipe.load(args.config, "hybridize").values.items()}
+    layer = {key.replace("-", "_"): value for key, value in hybridize.items()}
     choices = HydraOptions(
         **{field.name: layer[field.name] for field in dataclasses.fields(HydraOptions) if field.name in layer}
     )
     return dataclasses.replace(teacher, head_map=head_map, options=choices, stage=options.stage), source
 
 
-def _teacher(args: argparse.Namespace, options: StageOptions) -> tuple[ModelCard, str]:
+def _teacher(config: Sequence[str], options: StageOptions, hf: Path | None) -> tuple[ModelCard, str]:
     """The teacher's card: of its folder, else of a config.json (its weights are then unknown)."""
-    if options.teacher and not args.hf and (Path(options.teacher) / CARD_NAME).is_file():
+    if options.teacher and not hf and (Path(options.teacher) / CARD_NAME).is_file():
         return ModelCard.load(options.teacher), f"shape of {options.teacher}"
-    folders = [args.hf] if args.hf else [Path(path).parent for path in args.config]
-    for folder in folders:
-        if (folder / CONFIG_NAME).is_file() or args.hf:
+    named = Recipe.load(config, "import").values.get("hf") if config else None
+    beside = [Path(path).parent for path in config]
+    for folder in [hf] if hf else [*([Path(str(named))] if named else []), *beside]:
+        if hf or (folder / CONFIG_NAME).is_file():
             return read_config(folder), f"shape of {folder / CONFIG_NAME}"
-    raise ConfigError("no model to plan for: give --hf a folder with config.json, or put config.json beside the recipe")
+    raise ConfigError(
+        "no model is there: no student, no teacher, no config.json in the folder of the recipe's import section or"
+        " beside the recipe; put a config.json beside the recipe (tools/plan.py also takes --hf)"
+    )
 
 
 def even_map(shape: ModelShape, ratio: str, linear: Sequence[str]) -> HeadMap:
