@@ -15,7 +15,7 @@
 [[ -f slurm/common.sh ]] || { echo "prepare: start it in the repository's root, or with sbatch --chdir" >&2 && exit 2; }
 source slurm/common.sh
 if has prepare; then
-    alone tools/prepare_data.py --config "${recipes[@]}" "${flags[@]}"
+    alone tools/prepare_data.py --config "${recipes[@]}" --skip-existing "${flags[@]}"
 else
     say "the recipe has no section prepare: nothing to do"
 fi

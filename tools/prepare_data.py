@@ -23,7 +23,8 @@ token and written in the order they were read: PREFIX-00000.bin and .idx, PREFIX
 which says what they hold and were made from. Training takes them all as data-path: PREFIX.
 
 Stopped or killed, the same command goes on after the last complete shard, with as many workers as you like, and writes
-the same bytes. Given again when all is done, it checks the checksums.
+the same bytes. Given again when all is done, it checks the checksums. With --skip-existing it only looks at the sizes
+of the files, and needs neither network nor text: data made elsewhere are taken as they are.
 
 examples:
   15 billion tokens of FineWeb-Edu, streamed (needs a network; nothing but the shards is kept)
@@ -36,8 +37,8 @@ examples:
       python tools/prepare_data.py --input books/ 'web/*.jsonl.gz' --tokenizer Qwen/Qwen3-1.7B --out data/mine
   how long would that take?
       python tools/prepare_data.py --input books/ --tokenizer Qwen/Qwen3-1.7B --out data/mine --dry-run
-  everything from the section "prepare" of a recipe
-      python tools/prepare_data.py --config examples/qwen3-1.7b/recipe.yaml
+  everything from the section "prepare" of a recipe, as jobs do it
+      python tools/prepare_data.py --config examples/qwen3-1.7b/recipe.yaml --skip-existing
 """
 
 
@@ -55,6 +56,8 @@ def parser() -> argparse.ArgumentParser:
     )
     cores, each = len(os.sched_getaffinity(0)), "processes (default: one a core)"
     p.add_argument("--workers", type=count, default=cores, metavar="N", help=each)
+    there = "do nothing where --out is finished: no text is read, no tokenizer loaded, no hub asked"
+    p.add_argument("--skip-existing", action="store_true", help=there)
     dry_run = "tokenize the first megabyte, say what would be done and how fast, and stop"
     p.add_argument("--dry-run", action="store_true", help=dry_run)
     return p

@@ -25,11 +25,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the files")
     parser.add_argument("--seed", type=int, default=0, help="of the needles and their places (default 0)")
     args = parser.parse_args(argv)
-    from tqdm import tqdm
-
     from examples.tiny.data_run import write_data  # takes seconds: not for --help
+    from hydra_mcore.progress import Progress
 
-    with tqdm(total=1, desc="data", unit="step", position=0) as steps:
+    with Progress(total=1, desc="data", unit="step", position=0) as steps:
         write_data(args.out, args.seed, steps)
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from hydra_mcore.compat import install
+from hydra_mcore.progress import Progress
 
 install()
 
@@ -26,7 +26,7 @@ ALIGN_TOKENS, EXTEND_TOKENS = 256, 1024  # of a sequence, as the recipe has them
 LAST = "held_out.txt"  # of all files, so that all are there when it is
 
 
-def write_data(out: Path, seed: int, steps: tqdm) -> None:
+def write_data(out: Path, seed: int, steps: Progress) -> None:
     """Real text with needles as IndexedDatasets, and plain text for selection and evaluation; once a folder."""
     if (out / LAST).exists():
         steps.update()
@@ -37,7 +37,7 @@ def write_data(out: Path, seed: int, steps: tqdm) -> None:
     text_ids = load_text(tokenizer, "train", 300_000)
     for name, length, count in (("align", ALIGN_TOKENS, 2400), ("extend", EXTEND_TOKENS, 80)):
         builder = IndexedDatasetBuilder(str(out / f"{name}.bin"), dtype=np.uint16)
-        for ids in tqdm(
+        for ids in Progress(
             documents(tokenizer, fmt, text_ids, length, count, seed),
             desc=f"data: {name}",
             total=count,

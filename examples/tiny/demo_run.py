@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 from threading import Event
 
-from tqdm import tqdm
-
 from examples.tiny.data_run import write_data
 from examples.tiny.demo_report import write_report
 from examples.tiny.students import (
@@ -26,6 +24,7 @@ from examples.tiny.students import (
     run_command,
     train_all,
 )
+from hydra_mcore.progress import Progress
 from tools.studies.launch import side_by_side
 
 STUDENTS = (
@@ -40,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
             sys.exit(f"demo: {args.out} is not empty and no demo of ours; choose another --out")
         shutil.rmtree(args.out)
     begin = time.monotonic()
-    with tqdm(total=6 + len(STUDENTS), desc="demo", unit="step", position=0) as steps:
+    with Progress(total=6 + len(STUDENTS), desc="demo", unit="step", position=0) as steps:
         write_data(args.out, args.seed, steps)
         prepare(args.out, args.seed, steps)
         train_students(args, steps)
@@ -52,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"model for transformers: {hf_dir}")
 
 
-def train_students(args: argparse.Namespace, steps: tqdm) -> None:
+def train_students(args: argparse.Namespace, steps: Progress) -> None:
     """Align and distill side by side, a core each; then the first goes on to longer sequences, on two ranks."""
     short = [dataclasses.replace(student, stages=("align", "distill")) for student in STUDENTS]
     side_by_side([partial(make_and_train, args, student, place) for place, student in enumerate(short, 1)], 2)
@@ -67,7 +66,7 @@ def make_and_train(args: argparse.Namespace, student: Student, position: int, st
         train_all(args.out, student, 1, position)
 
 
-def examine(args: argparse.Namespace, steps: tqdm) -> None:
+def examine(args: argparse.Namespace, steps: Progress) -> None:
     """Teacher and students answer the same prompts, at the native length and at twice that."""
     models = [f"teacher={args.out / 'teacher'}"]
     models += [
@@ -79,7 +78,7 @@ def examine(args: argparse.Namespace, steps: tqdm) -> None:
     steps.update()
 
 
-def export(out: Path, steps: tqdm) -> Path:
+def export(out: Path, steps: Progress) -> Path:
     """The student that went through all stages as a Hugging Face directory, with the evaluation in its model card."""
     student = folder(out, STUDENTS[0])
     report = ("--evaluation", str(out / "evaluation" / "report.md"))

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
+from hydra_mcore.progress import Progress
 from hydra_mcore.selection.choose import SCORED
 from tools.studies.launch import command, end_of, environment, trained
 
@@ -61,7 +60,7 @@ def fail(path: Path, code: int) -> None:
     sys.exit(f"a step failed (exit status {code}), its output is in {path}:\n{end_of(path)}")
 
 
-def prepare(out: Path, seed: int, steps: tqdm) -> None:
+def prepare(out: Path, seed: int, steps: Progress) -> None:
     """Import the teacher and score its heads, for all students of the run."""
     teacher = ("--hf", HERE / "teacher", "--out", out / "teacher")
     run_command(out, "import", "tools/convert.py", "import", *teacher, "--skip-existing")
@@ -111,7 +110,7 @@ def train(out: Path, student: Student, stage: str, ranks: int, position: int) ->
     path = out / "logs" / f"{slug(student)}-{stage}.log"
     with (
         path.open("w") as sink,
-        tqdm(desc=f"{student.name} {stage}", unit="step", position=position, leave=False) as bar,
+        Progress(desc=f"{student.name} {stage}", unit="step", position=position, leave=False) as bar,
     ):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         process = subprocess.Popen(command(words, ranks), cwd=ROOT, env=environment(2), **pipes)

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from examples.tiny import corpus
 from examples.tiny.curriculum import EVALUATION_SEED, Phase, learning_rate, phase_at
 from hydra_mcore.commands import sole_writer
 from hydra_mcore.files import replacing, write_json
+from hydra_mcore.progress import Progress
 from hydra_mcore.ruler.haystack import Haystack
 from hydra_mcore.ruler.material import PromptMaterial
 from hydra_mcore.ruler.needles import NEEDLE_TASKS, needle_prompt
@@ -239,7 +239,7 @@ def train(args: argparse.Namespace) -> Qwen3ForCausalLM:
         first = int(state["step"])
     batches = Batches(tokenizer, text_ids, args.seed)
     start = time.time()
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="teacher")
+    bar = Progress(range(first, args.steps), initial=first, total=args.steps, desc="teacher")
     losses = []
     for step in bar:
         phase = phase_at(step)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 
 # How warnings begin, as regular expressions.
@@ -20,6 +21,8 @@ _WARNINGS = (
     r"torch\.distributed is disabled, unavailable or uninitialized, assuming the intent is to load",
     r"The argument order of load has been changed",  # Megatron's call of torch.distributed.checkpoint
 )
+# What is advice about a GPU, and said by every rank.
+_GPU_ADVICE = r"When using async grad allreduce it is recommended"
 # How records of a logger begin.
 _RECORDS = {
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
@@ -35,7 +38,8 @@ _RECORDS_ON_A_CPU = {
 
 def silence(on_cpu: bool) -> None:
     """Drop these warnings and records from now on; call it once a process."""
-    for message in _WARNINGS:
+    advised = not on_cpu and os.environ.get("RANK", "0") == "0"
+    for message in (*_WARNINGS, *(() if advised else (_GPU_ADVICE,))):
         warnings.filterwarnings("ignore", message=message)
     for name, beginning in (_RECORDS | (_RECORDS_ON_A_CPU if on_cpu else {})).items():
         logging.getLogger(name).addFilter(_NotAbout(beginning))

@@ -108,9 +108,12 @@ class Manifest:
             raise ConfigError(f"{path}: is not what was written (its checksum differs); prepare the data again")
         return cls(file.run, file.shards)
 
-    def check_run(self, run: dict[str, Any], path: Path) -> None:
-        """Raise ConfigError when this manifest belongs to other facts, naming the first that differs."""
-        if difference := _difference(self.run, json.loads(json.dumps(run))):
+    def check_run(self, run: dict[str, Any], path: Path, partly: bool = False) -> None:
+        """Raise ConfigError when this manifest belongs to other facts, naming the first that differs; ``partly``: where
+        ``run`` holds some of them only.
+        """
+        found = {name: self.run.get(name) for name in run} if partly else self.run
+        if difference := _difference(found, json.loads(json.dumps(run))):
             name, found, wanted = difference
             raise ConfigError(
                 f"{path}: is of other data: {name} is {shown(found)} there, {shown(wanted)} here; go on as it was"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import math
 import os
 from collections import Counter
@@ -91,7 +92,11 @@ def prepare(
                 manifest = _checked(out, run)
             else:
                 manifest = begun(out, run)
-                _go_on(manifest, source, encoder, out, workers, skip_broken)
+                try:
+                    _go_on(manifest, source, encoder, out, workers, skip_broken)
+                finally:  # of a shard that is not finished, for whatever reason
+                    for path in out.parent.glob(f"{glob.escape(out.name)}-?????.*.partial"):
+                        path.unlink()
                 manifest.save(finished_path(out))
             unfinished_path(out).unlink(missing_ok=True)
             return manifest

@@ -177,7 +177,7 @@ def take_exam(papers: Papers, todo: Mapping[Contestant, Sequence[Piece]], record
         InputError: a layout that cannot hold a model, or weights that do not fit it.
     """
     tokens = sum(piece.count * piece.length for piece in itertools.chain.from_iterable(todo.values()))
-    with Progress(total=tokens, unit="tok", unit_scale=True, disable=_hidden()) as bar:
+    with Progress(total=tokens, desc="evaluate", unit="tok", unit_scale=True, disable=_hidden()) as bar:
         for contestant, pieces in todo.items():
             if not pieces:
                 continue

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from hydra_mcore.config import HydraOptions, ModelCard, ModelShape
@@ -30,6 +29,7 @@ from hydra_mcore.convert.hydra_family import MODEL_TYPE, to_config
 from hydra_mcore.errors import InputError, first_line
 from hydra_mcore.heads import HeadLayout, HeadMap, HeadsByKind
 from hydra_mcore.kinds import DEFAULT_LINEAR, FA, KINDS
+from hydra_mcore.progress import Progress
 from tools.benchmarks.measure import Point, chosen_machine, in_turn, timed
 from tools.benchmarks.report import Report
 from tools.benchmarks.shapes import DECODED, DECODED_FA_HEADS, spread_heads
@@ -278,7 +278,7 @@ def _load(folder: Path, dtype: str) -> PreTrainedModel:
 def prefills(decoders: Sequence[Decoder], lengths: Sequence[int], repeats: int) -> list[Point]:
     """Seconds of a whole prompt read in one call, models in turn, lengths ascending; the shortest prompt warms up."""
     points = []
-    for length in tqdm(sorted(lengths), desc="prefill", unit="length"):
+    for length in Progress(sorted(lengths), desc="prefill", unit="length"):
         device = decoders[0].model.device
         ids_bs = _prompt(decoders, length).to(device)
         calls = {decoder.name: partial(decoder.prefill, ids_bs) for decoder in decoders}

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from megatron.core.ssm.gated_delta_net.common import torch_chunk_gated_delta_rule as megatron_rule
 from torch import Tensor
-from tqdm import tqdm
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule as transformers_rule
 
 from hydra_mcore.compat import install
@@ -27,6 +26,7 @@ from hydra_mcore.kinds.delta_rule import chunked_flops
 from hydra_mcore.kinds.full_attention import causal_attention
 from hydra_mcore.ops.chunked_delta_rule import chunked_delta_rule, recurrent_delta_rule
 from hydra_mcore.ops.gated_delta import gated_delta_rule
+from hydra_mcore.progress import Progress
 from tools.benchmarks.measure import Point, chosen_machine, gemm_speed, measured
 from tools.benchmarks.report import Report
 
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> Report:
     lengths = sorted(args.lengths)
     ways = (GRADIENT, FORWARD, KEPT) if device == "cpu" else (GRADIENT, FORWARD)
     points: dict[str, list[Point]] = {way: [] for way in ways}
-    for way, length in tqdm(list(itertools.product(ways, lengths)), desc="delta-rule"):
+    for way, length in Progress(list(itertools.product(ways, lengths)), desc="delta-rule"):
         if way == KEPT:
             install()
         points[way] += rules.points(length, args.repeats, way != FORWARD, length <= args.slow_limit)

@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from hydra_mcore.errors import InputError
 from hydra_mcore.model.build import load_model
 from hydra_mcore.model.imitation import Memory, Split, Task, delta_rule, fit_values, imitate
 from hydra_mcore.model.runtime import process_groups
+from hydra_mcore.progress import Progress
 from hydra_mcore.ruler.haystack import Haystack, read_text
 from hydra_mcore.ruler.material import PromptMaterial
 from hydra_mcore.ruler.wording import own_wording
@@ -86,7 +86,7 @@ def layer_rows(
         found = head_inputs(teacher, layer_idx, hidden_sbm[layer_idx])
         raw = zip(found.q_hbsd, found.k_hbsd, strict=True)
         heads = zip(found.tasks(), raw, strict=True)
-        progress = tqdm(heads, desc=f"layer {layer_idx}", unit="head", total=len(found.q_hbsd), leave=False)
+        progress = Progress(heads, desc=f"layer {layer_idx}", unit="head", total=len(found.q_hbsd), leave=False)
         yield layer_idx, [left(task, q_bsd @ k_bsd.mT, found.x_bsm) for task, (q_bsd, k_bsd) in progress]
 
 

@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from megatron.core.ssm.gated_delta_net.common import torch_chunk_gated_delta_rule
 from torch import Tensor
-from tqdm import tqdm
 
 from hydra_mcore.config import HydraOptions
 from hydra_mcore.kinds import DEFAULT_LINEAR, FA, KINDS
 from hydra_mcore.kinds.lightning import decay_rate
 from hydra_mcore.ops.gated_delta import gated_delta_rule
 from hydra_mcore.ops.linear_attention import linear_attention
+from hydra_mcore.progress import Progress
 from tools.benchmarks.measure import Point, chosen_machine, gemm_speed, measured
 from tools.benchmarks.report import Report
 from tools.benchmarks.shapes import heads_alone
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> Report:
     before, others, lengths = gemm_speed(device, product_dtype), references(), sorted(args.lengths)
     kind_of = {kind.label: kind.name for kind in KINDS.values()} | {name: kind for kind, (name, _) in others.items()}
     points: list[Point] = []
-    for length in tqdm(lengths, desc="kinds", unit="length"):
+    for length in Progress(lengths, desc="kinds", unit="length"):
         inputs = make_inputs(args.batch, length, args.heads, args.head_dim, device, dtype)
         ours = {kind.label: partial(_step, CORES[kind.name], inputs) for kind in KINDS.values()}
         points += measured(ours, length, args.repeats, device)

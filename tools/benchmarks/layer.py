@@ -16,7 +16,6 @@ import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
-from tqdm import tqdm
 
 from hydra_mcore.config import HydraOptions, ModelShape
 from hydra_mcore.costs.flops import attention_block
@@ -26,6 +25,7 @@ from hydra_mcore.model.attention_plan import AttentionPlan
 from hydra_mcore.model.build import transformer_config
 from hydra_mcore.model.hydra_attention import HydraAttention
 from hydra_mcore.model.runtime import process_groups
+from hydra_mcore.progress import Progress
 from tools.benchmarks.measure import Point, chosen_machine, gemm_speed, measured
 from tools.benchmarks.profile_table import parts_report
 from tools.benchmarks.report import Report
@@ -101,7 +101,7 @@ def measured_layers(
     points = []
     with process_groups():
         blocks = _blocks(args.ratios, shape, device, dtype)
-        for length in tqdm(lengths, desc="layer", unit="length"):
+        for length in Progress(lengths, desc="layer", unit="length"):
             x_sbm = torch.randn(
                 length, 1, shape.hidden_size, device=device, dtype=getattr(torch, dtype)
             ).requires_grad_()

@@ -5,13 +5,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 from itertools import chain, islice
 from pathlib import Path
 
 from hydra_mcore.config import CARD_NAME, ModelCard
 from hydra_mcore.corpus.folders import listed
-from hydra_mcore.corpus.manifest import finished_path, noted_revision
+from hydra_mcore.corpus.manifest import Manifest, finished_path, noted_revision
 from hydra_mcore.corpus.shards import Limits, begun, prepare, run_facts
 from hydra_mcore.corpus.sources import DatasetSource, FileSource, Source, batches
 from hydra_mcore.corpus.tokenize import BatchEncoder, Encoder, load_encoder
@@ -28,6 +29,9 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(
             f"--max-tokens {limits.max_tokens} is below --min-tokens {limits.min_tokens}; no document is both"
         )
+    if args.skip_existing and finished_path(args.out).exists():
+        print(f"{args.out}.json: is there already, {judged(args, limits).tokens} tokens")
+        return
     source = open_source(args)
     if source.left_out:
         print(f"left out of the folders: {listed(source.left_out)}")
@@ -45,6 +49,25 @@ def run(args: argparse.Namespace) -> None:
     )
     if args.tokens and manifest.tokens < args.tokens:
         print(f"the source ends before --tokens {args.tokens}")
+
+
+def judged(args: argparse.Namespace, limits: Limits) -> Manifest:
+    """Finished data, where it is what was asked for as far as that can be told on a machine without text, tokenizer and
+    network.
+
+    Raises:
+        InputError: other limits or another dataset of the hub, or files that are missing or of another size.
+    """
+    path = finished_path(args.out)
+    manifest = Manifest.load(path)
+    facts, source = {"limits": dataclasses.asdict(limits)}, manifest.run["source"]
+    if args.dataset and not {"dataset", "files"} <= source.keys():  # a folder may have another name here
+        asked = {"dataset": args.dataset, "config": args.dataset_config, "split": args.split, "text_key": args.text_key}
+        asked |= {"revision": args.revision or source.get("revision")}
+        facts["source"] = asked
+    manifest.check_run(facts, path, partly=True)
+    manifest.check_files(args.out.parent)
+    return manifest
 
 
 def open_source(args: argparse.Namespace) -> Source:

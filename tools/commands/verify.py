@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor
-from tqdm import tqdm
 
 from hydra_mcore.config import ModelCard
 from hydra_mcore.corpus.hub import model_folder
@@ -23,6 +22,7 @@ from hydra_mcore.evaluation.subject import Subject
 from hydra_mcore.evaluation.verification import NAMES, proofs_of, verify
 from hydra_mcore.files import write_json
 from hydra_mcore.model.runtime import process_groups
+from hydra_mcore.progress import Progress
 from hydra_mcore.ruler.haystack import read_text
 from hydra_mcore.tokenizer import load_tokenizer
 
@@ -57,10 +57,8 @@ def checked(args: argparse.Namespace, work: Path) -> int:
     print(f"{args.checkpoint}: {card.stage}, {card.head_map.num_fa} FA heads of {num_heads}; {read}; float32, {device}")
     checks, results, console = proofs_of(card, args.only or NAMES), [], sys.stdout
     with contextlib.redirect_stdout(io.StringIO()):  # Megatron prints; what it says is not about the checks
-        for result in tqdm(
-            verify(subject, checks), desc="verify", total=len(checks), unit="check", leave=False, disable=None
-        ):
-            tqdm.write(str(result), file=console)
+        for result in Progress(verify(subject, checks), desc="verify", total=len(checks), unit="check", leave=False):
+            Progress.write(str(result), file=console)
             console.flush()  # a check can take minutes
             results.append(result)
     counts = {verdict: sum(result.verdict == verdict for result in results) for verdict in ("pass", "FAIL", "skipped")}
