@@ -17,6 +17,9 @@ name=$(basename "$(dirname "${recipes[0]}")")-$(cksum <<<"${recipes[*]}" | cut -
 signal=B:USR1@$HYDRA_SAVE_SECONDS
 jobs=()
 
+# what node.sh counts on nodes that have what is asked for
+per_node=${HYDRA_RANKS_PER_NODE:-$((HYDRA_GPUS_PER_NODE > 0 ? HYDRA_GPUS_PER_NODE : 1))}
+
 # submit SCRIPT OPTION...: after the job before it
 submit() {
     local script=$1 job
@@ -25,8 +28,12 @@ submit() {
         --dependency="singleton${jobs[*]:+,afterok:${jobs[-1]}}" "${@:2}" "slurm/$script.sh" "${recipes[@]}"
     )
     if [[ $dry_run ]]; then
+        local -x SLURM_NNODES=1 # as the job will have it
+        local option
+        for option in "${@:2}"; do [[ $option != --nodes=* ]] || SLURM_NNODES=${option#*=}; done
         echo "${command[*]}"
         bash "slurm/$script.sh" --dry-run "${recipes[@]}" | sed 's/^/    /'
+        [[ $script == prepare ]] || echo "    nodes: $SLURM_NNODES, ranks on each: $per_node, ranks: $((SLURM_NNODES * per_node))"
         job=ID_OF_${script^^}
     else
         job=$("${command[@]}")
@@ -41,7 +48,14 @@ for stage in 1 2 3; do
     submit "stage$stage" --signal="$signal" --nodes="$HYDRA_NODES" --gpus-per-node="$HYDRA_GPUS_PER_NODE"
 done
 submit evaluate --signal="$signal" --gpus-per-node="$HYDRA_GPUS_PER_NODE"
-[[ $dry_run ]] || cat <<END
+if [[ $dry_run ]]; then
+    set_here=$(compgen -v | grep '^SBATCH_' | while read -r variable; do echo "$variable=${!variable}"; done | paste -sd ' ')
+    echo "environment for sbatch: ${set_here:-no SBATCH_ variable is set}"
+    echo "check a stage: $HYDRA_PYTHON -m hydra_mcore.train --stage align --config ${recipes[*]} --dry-run --world-size" \
+        "$((HYDRA_NODES * per_node))"
+    exit
+fi
+cat <<END
 watch: squeue --jobs=$(IFS=, && echo "${jobs[*]}") --format='%.10i %.30j %.10T %.12M %R'
        tail -F $HYDRA_LOGS/*-$name-*.out
 stop:  scancel ${jobs[*]}

@@ -8,7 +8,7 @@ when there is one. Flags on the command line win over the recipe.
 examples:
   python -m hydra_mcore.train --stage align --config examples/tiny/recipe.yaml
   torchrun --nproc-per-node 8 -m hydra_mcore.train --stage extend --config recipe.yaml --tensor-model-parallel-size 4
-  python -m hydra_mcore.train --stage distill --config recipe.yaml --dry-run
+  python -m hydra_mcore.train --stage distill --config recipe.yaml --dry-run --world-size 64
   python -m hydra_mcore.train --stage distill --config recipe.yaml --profile
 """
 

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from hydra_mcore.config import ModelCard
+from hydra_mcore.heads import HeadMap
 from tests.support.corpora import make_texts, write_lines
 from tests.support.paths import ROOT, TINY_TEACHER
 
@@ -106,13 +108,41 @@ def test_prepare_data_with_workers(tmp_path: Path, moment: str) -> None:
     assert process.wait(250) == 130
     said = (tmp_path / "said").read_text()
     assert "Traceback" not in said and said.count("prepare_data: stopped by Ctrl-C") == 1, said[-3000:]
-    assert not (tmp_path / "out.lock").exists()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert not {name for name in left if name.endswith((".lock", ".partial"))}, left
 
 
 def test_convert_while_it_writes(tmp_path: Path) -> None:
     process = begin(tmp_path, *IMPORT)
     wait(process, lambda: (tmp_path / "teacher.lock").exists(), tmp_path)
     interrupt(process, tmp_path, "convert")
+
+
+FIT = ("tools/convert.py", "hybridize", "--teacher", "OUT/teacher", "--heads", "OUT/map.json", "--out", "OUT/student")
+FIT += ("--start", "fitted", "--calibration-text", "OUT/text")
+AT_WORK = {  # what a command has said when it is at work
+    "select_heads": ((*SELECT, "--ratio", "3:1"), "receivers: "),
+    "convert": (FIT, "fit: "),
+    "verify": ((*VERIFY, "--hf", str(TINY_TEACHER)), "pass "),
+}
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", AT_WORK)
+def test_while_it_works(tmp_path: Path, name: str) -> None:
+    """What a command keeps, to go on with it, is whole."""
+    assert begin(tmp_path, *IMPORT).wait(250) == 0
+    card = ModelCard.load(tmp_path / "teacher").shape
+    pairs = [(layer_idx, 0) for layer_idx in range(card.num_layers)]
+    HeadMap.from_fa(pairs, card.num_layers, card.num_heads, card.num_kv_groups).save(tmp_path / "map.json")
+    (tmp_path / "text").write_text("\n".join(make_texts() * 400))
+    command, said = AT_WORK[name]
+    process = begin(tmp_path, *command)
+    wait(process, lambda: said in (tmp_path / "said").read_text(), tmp_path)
+    interrupt(
+        process, tmp_path, name, {"teacher", "map.json", "text"} | ({"heads"} if name == "select_heads" else set())
+    )
+    assert not [path for path in tmp_path.rglob("*") if path.name.endswith((".lock", ".partial"))]
 
 
 @pytest.mark.timeout(900)

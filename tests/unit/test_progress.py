@@ -23,6 +23,20 @@ with progress.Progress(total=2, desc="gone", leave=False) as bar:
 """
 
 
+LONG_STEP = """
+import time
+from hydra_mcore import progress
+progress.LINE_S = 0.2
+with progress.Progress(total=2, desc="work") as bar:
+    time.sleep(1.1)
+"""
+
+
+def test_a_log_gets_its_lines_within_one_long_step() -> None:
+    done = subprocess.run([sys.executable, "-c", LONG_STEP], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and 4 <= done.stderr.count("work:   0%|") <= 7, done.stderr
+
+
 def test_a_log_gets_a_line_now_and_then() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True, timeout=60)
     lines = done.stderr.splitlines()

@@ -290,6 +290,24 @@ def test_finished_data_needs_no_hub(
     assert "out-00001.bin: has 0 bytes" in complaint(*command, capsys=capsys)
 
 
+def test_finished_data_from_elsewhere_are_taken_as_they_are(
+    tmp_path: Path, never_asked: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With --skip-existing: a tokenizer that nobody has here, a dataset of the hub, or text that is not here."""
+    command = [*begun(tmp_path, monkeypatch), "--tokenizer", "nobody/tokenizer", "--skip-existing"]
+    capsys.readouterr()
+    main(command)
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'out'}.json: is there already, ")
+    for more, said in [
+        (["--dataset-config", "other"], "source.config is None there, 'other' here"),
+        (["--revision", COMMIT[::-1]], "source.revision is"),
+        (["--tokens", "9"], "limits.tokens is None there, 9 here"),
+    ]:
+        assert said in complaint(*command, *more, capsys=capsys)
+    (tmp_path / "out-00001.bin").write_bytes(b"")
+    assert "out-00001.bin: has 0 bytes" in complaint(*command, capsys=capsys)
+
+
 def test_data_that_was_begun_goes_on_at_its_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
