@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from hydra_mcore.errors import InputError, MachineError
 from hydra_mcore.files import disk_problem, disk_refusal, named
@@ -98,16 +98,25 @@ def _noticing_ctrl_c() -> Iterator[list[int]]:
 @contextlib.contextmanager
 def deaf_children() -> Iterator[None]:
     """Processes that are started meanwhile never see a Ctrl-C, which a terminal sends to all of them: their parent
-    answers it.
+    answers it, and not before the end, as a process that is started halfway would show a traceback.
     """
     from multiprocessing import resource_tracker
 
     resource_tracker.ensure_running()  # it would lift the mask when it starts
+    came: list[tuple[int, Any]] = []
+    handler = signal.getsignal(signal.SIGINT)
+    waits = callable(handler) and threading.current_thread() is threading.main_thread()
+    if waits:  # beside the mask, which is this thread's: any other one may take the signal for the process
+        signal.signal(signal.SIGINT, lambda *press: came.append(press))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
+        if waits:
+            signal.signal(signal.SIGINT, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if came:
+            handler(*came[0])
 
 
 @contextlib.contextmanager

@@ -49,8 +49,9 @@ for stage in 1 2 3; do
 done
 submit evaluate --signal="$signal" --gpus-per-node="$HYDRA_GPUS_PER_NODE"
 if [[ $dry_run ]]; then
-    set_here=$(compgen -v | grep '^SBATCH_' | while read -r variable; do echo "$variable=${!variable}"; done | paste -sd ' ')
-    echo "environment for sbatch: ${set_here:-no SBATCH_ variable is set}"
+    set_here=()
+    for variable in "${!SBATCH_@}"; do set_here+=("$variable=${!variable}"); done
+    echo "environment for sbatch: ${set_here[*]:-no SBATCH_ variable is set}"
     echo "check a stage: $HYDRA_PYTHON -m hydra_mcore.train --stage align --config ${recipes[*]} --dry-run --world-size" \
         "$((HYDRA_NODES * per_node))"
     exit

@@ -70,7 +70,7 @@ def _data(resolved: ResolvedStage, args: argparse.Namespace) -> str:
     try:
         check_data(args)
     except ConfigError:
-        if awaited not in paths or finished_path(awaited).exists():
+        if awaited not in paths or any(path.exists() for path in (finished_path(awaited), Path(f"{awaited}.idx"))):
             raise
         return f"{awaited} (the section prepare is to write it: not checked)"
     return f"{len(paths)} paths, the first one {paths[0]}" if len(paths) > 1 else "".join(paths)

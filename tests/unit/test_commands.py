@@ -193,6 +193,25 @@ def test_the_second_ctrl_c_does_not_wait_for_the_end_of_the_first(tmp_path: Path
         pass
 
 
+def test_a_ctrl_c_waits_until_a_child_is_started(tmp_path: Path) -> None:
+    """Also one that another thread takes."""
+    work = "\n        ".join(
+        (
+            "import os, signal, threading",
+            "from hydra_mcore.commands import deaf_children",
+            "threading.Thread(target=time.sleep, args=(30,), daemon=True).start()",
+            "with deaf_children():",
+            "    os.kill(os.getpid(), signal.SIGINT)",
+            "    time.sleep(0.2)",
+            "    print('started', flush=True)",
+            "print('went on', flush=True)",
+        )
+    )
+    process = python(MAIN.format(work=work), tmp_path / "out")
+    output, said = process.communicate(timeout=60)
+    assert (process.returncode, output, said) == (130, "held\nstarted\n", "tool: stopped by Ctrl-C\n")
+
+
 def test_where_nobody_listens_to_ctrl_c_it_stays_so() -> None:
     code = (
         "import signal, os; signal.signal(signal.SIGINT, signal.SIG_IGN)\nfrom hydra_mcore.commands import"
