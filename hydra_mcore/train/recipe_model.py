@@ -74,7 +74,7 @@ def _teacher(config: Sequence[str], options: StageOptions, hf: Path | None) -> t
             return read_config(folder), f"shape of {folder / CONFIG_NAME}"
     raise ConfigError(
         "no model is there: no student, no teacher, no config.json in the folder of the recipe's import section or"
-        " beside the recipe; put a config.json beside the recipe (tools/plan.py also takes --hf)"
+        " beside the recipe; put config.json beside the recipe (tools/plan.py also takes --hf)"
     )
 
 
