@@ -57,7 +57,7 @@ def checked(args: argparse.Namespace, work: Path) -> int:
     print(f"{args.checkpoint}: {card.stage}, {card.head_map.num_fa} FA heads of {num_heads}; {read}; float32, {device}")
     checks, results, console = proofs_of(card, args.only or NAMES), [], sys.stdout
     with contextlib.redirect_stdout(io.StringIO()):  # Megatron prints; what it says is not about the checks
-        for result in Progress(verify(subject, checks), desc="verify", total=len(checks), unit="check", leave=False):
+        for result in Progress(verify(subject, checks), desc="checks", total=len(checks), unit="check", leave=False):
             Progress.write(str(result), file=console)
             console.flush()  # a check can take minutes
             results.append(result)
