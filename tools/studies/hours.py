@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
+from tools.plan.recipe_model import model_card
 
 from hydra_mcore.costs.machine import Machine
 from hydra_mcore.train.arguments import model_flags, recipe_flags
 from tools.commands.plan import machine_of
 from tools.plan.estimate import estimate
-from tools.plan.recipe_model import model_card
 from tools.studies.file import Study
 from tools.studies.steps import Job
 
