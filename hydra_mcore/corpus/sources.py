@@ -277,6 +277,8 @@ def _decoded(raw: bytes, where: str) -> Document:
 
 def _document(text: Any, where: str, text_key: str) -> Document:
     """A document out of a parsed row."""
+    if isinstance(text, list):
+        return Document("", where, f"a list under {text_key!r}; write chats as text first (docs/data.md)")
     if not isinstance(text, str):
         return Document("", where, f"no text under {text_key!r}")
     try:
