@@ -50,7 +50,7 @@ def test_commands_from_import_to_report(run_dir: Path) -> None:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     for stage, launcher in (("align", torchrun), ("distill", ()), ("extend", ())):
         train = ("-m", "hydra_mcore.train", "--stage", stage, "--config", str(run_dir / "recipe.yaml"))
-        assert f"save:  {run_dir / stage}" in printed(*train, "--dry-run")
+        assert f"save     {run_dir / stage}" in printed(*train, "--dry-run")
         assert not (run_dir / stage).exists()
         printed(*launcher, *train)
         card = ModelCard.load(run_dir / stage)
