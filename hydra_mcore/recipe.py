@@ -32,13 +32,15 @@ MAX_BYTES = 2**18  # a recipe takes a few thousand; what is longer is another fi
 MAX_LEVELS = 7
 MAX_ALIASES = 100
 MAX_TEXT = 4096  # of a value: as long as a path may be
+VARIABLE = re.compile(r"\$\{([^{}]*)\}")
 
 
 @dataclass(frozen=True)
 class Recipe:
     """A YAML file of flags: top-level keys hold for all stages, those under a stage's or a command's name for that one.
 
-    Several files are laid over each other, a later one winning key by key: a schedule, then a layout.
+    Several files are laid over each other, a later one winning key by key: a schedule, then a layout. Then
+    ``${run-dir}`` in a value becomes the value of that top-level key, ``${select.out}`` that of a key in a section.
     """
 
     name: str
@@ -49,18 +51,17 @@ class Recipe:
         """Read a recipe for a stage (its section over the top level) or for a command (its section alone).
 
         Raises:
-            ConfigError: a file that is missing or no recipe.
+            ConfigError: a file that is missing or no recipe, a variable that names nothing or itself.
         """
         paths = [paths] if isinstance(paths, str | Path) else paths
-        top: dict[str, Any] = {}
-        sections: dict[str, Any] = {}
+        name = " + ".join(map(str, paths))
+        merged: dict[str, Any] = {key: {} for key in STAGE_SECTIONS + COMMAND_SECTIONS}
         for path in paths:
             for key, value in _read_recipe(Path(path)).items():
-                if key not in STAGE_SECTIONS + COMMAND_SECTIONS:
-                    top[key] = value
-                elif key == section:
-                    sections |= value
-        return cls(" + ".join(map(str, paths)), sections if section in COMMAND_SECTIONS else {**top, **sections})
+                merged[key] = merged[key] | value if key in STAGE_SECTIONS + COMMAND_SECTIONS else value
+        values = without_variables(merged, name)
+        top = {key: value for key, value in values.items() if key not in STAGE_SECTIONS + COMMAND_SECTIONS}
+        return cls(name, values[section] if section in COMMAND_SECTIONS else {**top, **values[section]})
 
     def over(self, defaults: dict[str, Any]) -> Recipe:
         """A recipe of ``defaults`` with this recipe's values over them. A false here switches off a flag of the
@@ -192,7 +193,9 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
         raise ConfigError(f"{what} {path}: {error}") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise ConfigError(f"{what} {path}: not YAML (line {mark.line + 1}: {error.problem})") from None
+        line = content.decode("utf-8", "replace").splitlines()[mark.line : mark.line + 1]
+        hint = "; put quotes around a value with ${...} that stands in [...] or {...}" if "${" in "".join(line) else ""
+        raise ConfigError(f"{what} {path}: not YAML (line {mark.line + 1}: {error.problem}){hint}") from None
     except RecursionError:
         raise ConfigError(f"{what} {path}: nested deeper than a {what} needs") from None
     except (yaml.YAMLError, ValueError) as error:  # also a date that is none, a number of thousands of digits
@@ -212,6 +215,79 @@ def _read_recipe(path: Path) -> dict[str, Any]:
             raise ConfigError(f"recipe {path}: {name!r} is {what}, expected 'key: value' lines under it")
         raw[name] = with_dashes(section or {})
     return raw
+
+
+def without_variables(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """A whole recipe, its ``${key}`` and ``${section.key}`` replaced by the values that they name.
+
+    Args:
+        values: of all files, later ones laid over earlier ones; its sections as dicts.
+        name: of the recipe, for messages.
+
+    Raises:
+        ConfigError: a variable that names no key, one that depends on itself, or a list within a text.
+    """
+    variables = _Variables(values, name)
+    return {
+        key: {inner: variables.replace(v, (f"{key}.{inner}",)) for inner, v in value.items()}
+        if isinstance(value, dict)
+        else variables.replace(value, (key,))
+        for key, value in values.items()
+    }
+
+
+class _Variables:
+    """The values of a recipe by the names that variables have for them."""
+
+    def __init__(self, values: dict[str, Any], name: str) -> None:
+        self.recipe, self.found = name, {}
+        self.by_name = {key: value for key, value in values.items() if not isinstance(value, dict)}
+        for section in STAGE_SECTIONS + COMMAND_SECTIONS:
+            inner = with_dashes(values.get(section) or {})
+            self.by_name |= {f"{section}.{key}": value for key, value in inner.items()}
+
+    def replace(self, value: Any, within: tuple[str, ...]) -> Any:
+        """A value without variables; one that is a variable and nothing else becomes what it names, also a list.
+
+        Args:
+            within: the names whose values lead here, the outermost first.
+        """
+        if isinstance(value, list):  # of a list in a list no flag is made
+            return [item if isinstance(item, list) else self.replace(item, within) for item in value]
+        if not isinstance(value, str) or "${" not in value:
+            return value
+        if whole := VARIABLE.fullmatch(value):
+            return self._look_up(whole[1], within)
+        if "${" in VARIABLE.sub("", value):
+            raise self._error(f"{_shown(value)} has a ${{ without its }}")
+        text = VARIABLE.sub(lambda match: self._text(match, within), value[: MAX_TEXT + 1])
+        if len(text) > MAX_TEXT:
+            raise self._error(f"{within[-1]!r} is longer than {MAX_TEXT} letters with its variables replaced")
+        return text
+
+    def _look_up(self, written: str, within: tuple[str, ...]) -> Any:
+        name = written.replace("_", "-")
+        if name in within:
+            raise self._error(f"variables go in a circle: {' -> '.join((*within[within.index(name) :], name))}")
+        if name not in self.by_name:
+            near = difflib.get_close_matches(name, self.by_name, n=1)
+            hint = f"did you mean ${{{near[0]}}}?" if near else "it takes a top-level key, or SECTION.KEY"
+            raise self._error(f"{within[-1]!r} has the variable {_shown(f'${{{written}}}')}, which names no key; {hint}")
+        if name not in self.found:
+            if len(within) > MAX_ALIASES:
+                raise self._error(f"variables name each other more often than a recipe needs, from {within[0]!r} on")
+            self.found[name] = self.replace(self.by_name[name], (*within, name))
+        return self.found[name]
+
+    def _text(self, match: re.Match[str], within: tuple[str, ...]) -> str:
+        part = self._look_up(match[1], within)
+        if isinstance(part, bool) or not isinstance(part, str | int | float | datetime.date):
+            kind = "null" if part is None else _shown(part)
+            raise self._error(f"{within[-1]!r}: {match[0]} is {kind}; within a text it must be text or a number")
+        return str(part)
+
+    def _error(self, text: str) -> ConfigError:
+        return ConfigError(f"recipe {self.recipe}: {text}")
 
 
 def with_dashes(raw: Any) -> Any:

@@ -183,6 +183,67 @@ def test_recipes_that_would_lose_a_line_or_fill_the_memory(tmp_path: Path, conte
     assert line.startswith(f"recipe {tmp_path}/r.yaml: {said}") and "\n" not in line and len(line) < 400, line
 
 
+VARIABLES = """
+run-dir: runs/${name.of}
+teacher: ${run_dir}/teacher
+lr: 3e-4
+data-path: [0.7, "${prepare.out}", 0.3, "b${seed}"]
+seed: 7
+align: {lr: "${lr}", min-lr: "${seed}"}
+prepare:
+  out: ${run-dir}/data
+select: {data-path: "${data-path}", "lr-decay-style": "${teacher}+${prepare.out}"}
+"""
+
+
+def test_variables_stand_for_other_values(tmp_path: Path) -> None:
+    content = VARIABLES.replace("${name.of}", "a")
+    align = {"run-dir": "runs/a", "teacher": "runs/a/teacher", "lr": "3e-4", "seed": 7, "min-lr": 7}
+    assert recipe(tmp_path, content) == align | {"data-path": [0.7, "runs/a/data", 0.3, "b7"]}
+    assert recipe(tmp_path, content, "select") == {
+        "data-path": [0.7, "runs/a/data", 0.3, "b7"],
+        "lr-decay-style": "runs/a/teacher+runs/a/data",
+    }
+
+
+def test_variables_see_all_files(tmp_path: Path) -> None:
+    paths = write(tmp_path, base=VARIABLES.replace("${name.of}", "a"), mine="run-dir: runs/b\n")
+    assert Recipe.load(paths, "prepare").values == {"out": "runs/b/data"}
+    assert Recipe.load(paths, "align").values["teacher"] == "runs/b/teacher"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (VARIABLES, "'run-dir' has the variable '${name.of}', which names no key; it takes a top-level key, or SECTION.KEY"),
+        ("run-dir: a\nexport: {out: '${run-dri}/hf'}\n", "'export.out' has the variable '${run-dri}', which names no key;"
+         " did you mean ${run-dir}?"),
+        ("run-dir: ${teacher}/x\nteacher: ${run-dir}/y\n", "variables go in a circle: run-dir -> teacher -> run-dir"),
+        ("run-dir: ${run_dir}\n", "variables go in a circle: run-dir -> run-dir"),
+        ("align: {lr: '${align.lr}'}\n", "variables go in a circle: align.lr -> align.lr"),
+        ("a: [1, 2]\nb: x${a}\n", "'b': ${a} is a list; within a text it must be text or a number"),
+        ("a: true\nb: x${a}\n", "'b': ${a} is True; within a text"),
+        ("a:\nb: x${a}\n", "'b': ${a} is null; within a text"),
+        ("align: {lr: 1}\nb: ${align}\n", "'b' has the variable '${align}', which names no key"),
+        ("a: 1\nb: ${a\n", "'${a' has a ${ without its }"),
+        ("".join(f"a{n}: ${{a{n + 1}}}\n" for n in range(1000)) + "a1000: x", "variables name each other more often"),
+        ("a: " + "x" * 3000 + "\nb: ${a}${a}\n", "'b' is longer than 4096 letters with its variables replaced"),
+        ("select: {out: ${run-dir}/heads}\n", "not YAML (line 1: expected ',' or '}', but got '{'); put quotes around a"
+         " value with ${...} that stands in [...] or {...}"),
+    ],
+)  # fmt: skip
+def test_variables_that_stand_for_nothing(tmp_path: Path, content: str, said: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        recipe(tmp_path, content)
+    line = str(refused.value)
+    assert line.startswith(f"recipe {tmp_path}/r.yaml: {said}") and "\n" not in line and len(line) < 500, line
+
+
+def test_many_variables_take_no_time_and_no_memory(tmp_path: Path) -> None:
+    content = "a0: ''\n" + "".join(f"a{n + 1}: {f'${{a{n}}}' * 600}\n" for n in range(6))
+    assert recipe(tmp_path, content)["a6"] == ""
+
+
 def test_what_yaml_allows_in_a_recipe(tmp_path: Path) -> None:
     content = (
         "\ufeffx: &common {lr: 1, seed: 2}\nalign: {<<: *common, lr: 3, window_size: 3:1, data-path: [0.5,"

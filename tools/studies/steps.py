@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra_mcore.recipe import Recipe, read_yaml
+from hydra_mcore.recipe import Recipe, read_yaml, without_variables
 from hydra_mcore.selection.choose import SCORED
 from tools.studies.file import SECTIONS, Overlay, Study, Variant, laid_over
 
@@ -84,13 +84,18 @@ class Job:
         return with_seed(laid_over(self._of_the_seed(), self._own(), seeds, self._places()), self.seed)
 
     def _of_the_seed(self) -> dict[str, Any]:
-        """What the recipes leave to the seed: texts that name it."""
+        """What the recipes leave to the seed: texts that name it. Variables keep what the recipes make of them, as this
+        job's own places would move what jobs share.
+        """
         found: dict[str, Any] = {}
         for path in self.study.recipes:
             found = laid_over(found, read_yaml(path, "recipe"))
-        named = {key: value for key, value in found.items() if with_seed(value, 0) != value}
+        settled = without_variables(laid_over(found, self._own()), " + ".join(map(str, self.study.recipes)))
+        named = {key: value for key, value in found.items() if _is_open(value)}
         return {
-            key: {flag: v for flag, v in value.items() if with_seed(v, 0) != v} if key in SECTIONS else value
+            key: {flag: settled[key][flag] for flag, v in value.items() if _is_open(v)}
+            if key in SECTIONS
+            else settled[key]
             for key, value in named.items()
         }
 
@@ -157,6 +162,11 @@ def with_seed(value: Any, seed: int) -> Any:
     if isinstance(value, list):
         return [with_seed(inner, seed) for inner in value]
     return value.replace("{seed}", str(seed)) if isinstance(value, str) else value
+
+
+def _is_open(value: Any) -> bool:
+    """Whether a value of a recipe names the seed, or another value."""
+    return with_seed(value, 0) != value or "${" in str(value)
 
 
 def without_evaluation(over: Overlay) -> dict[str, Any]:

@@ -132,6 +132,24 @@ def test_every_job_has_its_own_places_and_seeds(tmp_path: Path) -> None:
     assert shared["evaluate"]["out"] == over["evaluate"]["out"] == "runs/it/seed3/evaluation"
 
 
+def test_variables_keep_what_the_recipes_make_of_them(tmp_path: Path) -> None:
+    """A job's own run folder does not move the teacher, which all jobs share."""
+    study = study_of(tmp_path, seeds=[3])
+    with_variables = {
+        **RECIPE,
+        "teacher": "${run-dir}/teacher",
+        "data-path": "data",
+        "import": {"hf": "hf", "out": "${teacher}"},
+        "select": {"teacher": "${teacher}", "haystack": "${data-path}.txt", "out": "${run-dir}/heads"},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(with_variables))
+    over = variant_jobs(study)[0].overlay()
+    assert over["teacher"] == over["select"]["teacher"] == "run/teacher" and "hf" not in over["import"]
+    assert over["select"]["haystack"] == "data3.txt"  # as the study's own settings say
+    assert over["select"]["out"] == "runs/it/seed3/chosen-3to1/heads"
+    assert shared_jobs(study)[0].overlay()["evaluate"]["models"] == ["teacher=run/teacher"]
+
+
 def test_scores_are_shared_where_they_are_the_same(tmp_path: Path) -> None:
     """Random heads need none; a variant that scores otherwise makes its own."""
     chosen, at_random, longer = (job.overlay() for job in variant_jobs(study_of(tmp_path, seeds=[0])))
