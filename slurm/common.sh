@@ -3,8 +3,8 @@
 # shellcheck shell=bash
 # What the job scripts share: their arguments, how a command runs on the job's nodes, and how a job stops and goes on.
 #
-#   sbatch slurm/stage3.sh [RECIPE.yaml ...] [-- FLAG ...]     FLAGs go to the command, over the recipe
-#   bash slurm/stage3.sh --dry-run [...]                       show the commands, run nothing
+#   sbatch slurm/extend.sh [RECIPE.yaml ...] [-- FLAG ...]     FLAGs go to the command, over the recipe
+#   bash slurm/extend.sh --dry-run [...]                       show the commands, run nothing
 #
 # Sourced in the repository's root with the script's arguments.
 set -euo pipefail

@@ -5,7 +5,7 @@
 # evaluation that was stopped goes on with the next piece.
 #SBATCH --job-name=evaluate
 #SBATCH --nodes=1
-#SBATCH --gpus-per-node=8
+#SBATCH --gres=gpu:8
 #SBATCH --exclusive
 #SBATCH --mem=0
 #SBATCH --time=24:00:00

@@ -3,18 +3,15 @@
 # SPDX-License-Identifier: Apache-2.0
 # Submit everything from the text to the evaluation, each job after the success of the one before it.
 #
-#   bash slurm/pipeline.sh [--dry-run] [RECIPE.yaml ...]
+#   bash slurm/pipeline.sh [--dry-run] [RECIPE.yaml ...] [-- FLAG ...]     FLAGs go to all three stages, over the recipe
 #
 # The same command again goes on where a failed pipeline stopped, and ends at once where all is done.
 [[ -f slurm/common.sh ]] || { echo "pipeline: start it in the repository's root" >&2 && exit 2; }
 source slurm/common.sh
-((${#flags[@]} == 0)) || fail "flags belong in a recipe file here, laid over the others: pipeline.sh RECIPE.yaml MINE.yaml"
 [[ $dry_run ]] || command -v sbatch >/dev/null || fail "no sbatch here: start it on a machine of the cluster, or with --dry-run"
-[[ $dry_run ]] || mkdir -p "$HYDRA_LOGS"
 
 # A pipeline that is submitted twice runs once at a time (singleton goes by the name).
 name=$(basename "$(dirname "${recipes[0]}")")-$(cksum <<<"${recipes[*]}" | cut -c 1-4)
-signal=B:USR1@$HYDRA_SAVE_SECONDS
 jobs=()
 
 # what node.sh counts on nodes that have what is asked for
@@ -22,17 +19,22 @@ per_node=${HYDRA_RANKS_PER_NODE:-$((HYDRA_GPUS_PER_NODE > 0 ? HYDRA_GPUS_PER_NOD
 
 # submit SCRIPT OPTION...: after the job before it
 submit() {
-    local script=$1 job
+    local script=$1 job words=("${recipes[@]}")
+    [[ $script != @(align|distill|extend) || ${#flags[@]} == 0 ]] || words+=(-- "${flags[@]}")
     local command=(
         sbatch --parsable --job-name="$script-$name" --output="$HYDRA_LOGS/%x-%j.out" --kill-on-invalid-dep=yes
-        --dependency="singleton${jobs[*]:+,afterok:${jobs[-1]}}" "${@:2}" "slurm/$script.sh" "${recipes[@]}"
+        --dependency="singleton${jobs[*]:+,afterok:${jobs[-1]}}" --signal="B:USR1@$HYDRA_SAVE_SECONDS" "${@:2}"
+        "slurm/$script.sh" "${words[@]}"
     )
+    if [[ $script == prepare && ${SBATCH_CPUS_PER_GPU:-}${SBATCH_GPUS_PER_NODE:-} ]]; then # it has no GPUs to count by
+        command=(env -u SBATCH_CPUS_PER_GPU -u SBATCH_GPUS_PER_NODE "${command[@]}")
+    fi
     if [[ $dry_run ]]; then
         local -x SLURM_NNODES=1 # as the job will have it
         local option
         for option in "${@:2}"; do [[ $option != --nodes=* ]] || SLURM_NNODES=${option#*=}; done
         echo "${command[*]}"
-        bash "slurm/$script.sh" --dry-run "${recipes[@]}" | sed 's/^/    /'
+        bash "slurm/$script.sh" --dry-run "${words[@]}" | sed 's/^/    /'
         [[ $script == prepare ]] || echo "    nodes: $SLURM_NNODES, ranks on each: $per_node, ranks: $((SLURM_NNODES * per_node))"
         job=ID_OF_${script^^}
     else
@@ -42,18 +44,19 @@ submit() {
     jobs+=("${job%%;*}")
 }
 
-! has prepare || submit prepare --signal="$signal"
-submit select --signal="$signal" --gpus-per-node="$HYDRA_GPUS_PER_NODE"
-for stage in 1 2 3; do
-    submit "stage$stage" --signal="$signal" --nodes="$HYDRA_NODES" --gpus-per-node="$HYDRA_GPUS_PER_NODE"
+# shellcheck disable=SC2086  # several words
+! has prepare || submit prepare --gres=none $HYDRA_PREPARE_OPTIONS
+submit select --gres="$SBATCH_GRES"
+for stage in align distill extend; do
+    submit "$stage" --nodes="$HYDRA_NODES" --gres="$SBATCH_GRES"
 done
-submit evaluate --signal="$signal" --gpus-per-node="$HYDRA_GPUS_PER_NODE"
+submit evaluate --gres="$SBATCH_GRES"
 if [[ $dry_run ]]; then
     set_here=()
     for variable in "${!SBATCH_@}"; do set_here+=("$variable=${!variable}"); done
     echo "environment for sbatch: ${set_here[*]:-no SBATCH_ variable is set}"
     echo "check a stage: $HYDRA_PYTHON -m hydra_mcore.train --stage align --config ${recipes[*]} --dry-run --world-size" \
-        "$((HYDRA_NODES * per_node))"
+        "$((HYDRA_NODES * per_node))" "${flags[@]}"
     exit
 fi
 cat <<END

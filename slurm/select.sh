@@ -4,7 +4,7 @@
 # Teacher, head map and student: the sections import, select and hybridize of the recipe. What is there already is not made again.
 #SBATCH --job-name=select
 #SBATCH --nodes=1
-#SBATCH --gpus-per-node=8
+#SBATCH --gres=gpu:8
 #SBATCH --exclusive
 #SBATCH --mem=0
 #SBATCH --time=24:00:00

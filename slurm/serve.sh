@@ -6,7 +6,7 @@
 #   sbatch slurm/serve.sh -- --model runs/a/hf [FLAG ...]
 #SBATCH --job-name=serve
 #SBATCH --nodes=1
-#SBATCH --gpus-per-node=8
+#SBATCH --gres=gpu:8
 #SBATCH --exclusive
 #SBATCH --mem=0
 #SBATCH --time=24:00:00

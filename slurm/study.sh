@@ -9,7 +9,7 @@
 # The same two commands go on where a study was stopped. `tools/study.py run STUDY.yaml --dry-run` says how long the array is.
 #SBATCH --job-name=study
 #SBATCH --nodes=1
-#SBATCH --gpus-per-node=8
+#SBATCH --gres=gpu:8
 #SBATCH --exclusive
 #SBATCH --mem=0
 #SBATCH --time=24:00:00

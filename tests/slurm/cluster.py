@@ -1,6 +1,9 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A real SLURM on this machine: its own munged, slurmctld and two slurmd, on private ports and in a private folder."""
+"""A real SLURM on this machine: its own munged, slurmctld and slurmd, on private ports and in a private folder.
+
+Two nodes are for jobs that train. Two more have GPUs, as SLURM believes, for jobs that show what they are given.
+"""
 
 import contextlib
 import os
@@ -16,6 +19,8 @@ from pathlib import Path
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 NODES = ("n1", "n2")
+GPU_NODES = ("g1", "g2")
+GPUS = 2  # of each of these
 CPUS = 8  # of a node, as SLURM believes
 CONFIG = """\
 ClusterName=test
@@ -35,6 +40,7 @@ SlurmdParameters=config_overrides
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
+GresTypes=gpu
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=batch_sched_delay=1,sched_interval=2
@@ -45,7 +51,10 @@ SlurmdTimeout=20
 MinJobAge=3600
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs={cpus} State=UNKNOWN
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs={cpus} State=UNKNOWN
-PartitionName=short Nodes=ALL Default=YES OverSubscribe=FORCE:4 MaxTime=INFINITE State=UP
+NodeName=g1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[3]} CPUs={cpus} Gres=gpu:h100:{gpus} State=UNKNOWN
+NodeName=g2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[4]} CPUs={cpus} Gres=gpu:h100:{gpus} State=UNKNOWN
+PartitionName=gpu Nodes=g1,g2 MaxTime=INFINITE State=UP
+PartitionName=short Nodes=n1,n2 Default=YES OverSubscribe=FORCE:4 MaxTime=INFINITE State=UP
 """
 
 
@@ -70,23 +79,29 @@ class Cluster:
         self._daemons: dict[str, subprocess.Popen] = {}
 
     def start(self) -> None:
-        """Start all daemons and wait until both nodes take jobs."""
+        """Start all daemons and wait until all nodes take jobs."""
         (self.root / "state").mkdir()
         (self.root / "munge.key").write_bytes(secrets.token_bytes(128))
         (self.root / "munge.key").chmod(0o600)
-        ports = _free_ports(3)
-        config = CONFIG.format(root=self.root, host=socket.gethostname(), ports=ports, cpus=CPUS)
+        nodes = NODES + GPU_NODES
+        ports = _free_ports(1 + len(nodes))
+        config = CONFIG.format(root=self.root, host=socket.gethostname(), ports=ports, cpus=CPUS, gpus=GPUS)
         (self.root / "slurm.conf").write_text(config)
+        devices = [self.root / f"gpu{n}" for n in range(GPUS)]  # SLURM wants to see them
+        gres = (f"NodeName={','.join(GPU_NODES)} Name=gpu Type=h100 File={device}\n" for device in devices)
+        (self.root / "gres.conf").write_text("".join(gres))
+        for device in devices:
+            device.touch()
         files = [f"--{name}-file={self.root}/munge.{name}" for name in ("key", "pid", "log", "seed")]
         self._run("munged", "munged", "--foreground", "--force", f"--socket={self.root}/munge.socket", *files)
         wait_for(lambda: (self.root / "munge.socket").exists(), 10, "munged opens its socket")
         self._run("slurmctld", "slurmctld", "-D")
-        for node in NODES:
+        for node in nodes:
             self.start_node(node)
         wait_for(
-            lambda: self("sinfo", "-h", "-N", "-o", "%T", check=False).split() == ["idle"] * 2,
+            lambda: self("sinfo", "-h", "-N", "-o", "%T", check=False).split() == ["idle"] * len(nodes),
             30,
-            "both nodes are idle",
+            "all nodes are idle",
         )
 
     def last_errors(self) -> str:

@@ -11,7 +11,7 @@ from tests.slurm.cluster import Cluster, why_not
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Two nodes that take jobs; the tests are skipped, saying why, where SLURM cannot start."""
+    """Nodes that take jobs; the tests are skipped, saying why, where SLURM cannot start."""
     if reason := why_not():
         pytest.skip(reason)
     cluster = Cluster(tmp_path_factory.mktemp("slurm"))

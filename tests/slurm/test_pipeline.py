@@ -169,33 +169,33 @@ def story(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     whole, stopped = make_pipeline(cluster, folder, "whole"), make_pipeline(cluster, folder, "stopped")
     with socket.socket() as taken:
         whole.submit()
-        taken.bind(("127.0.0.1", 20000 + int(whole.jobs["stage1"])))  # the port that the first stage would take
+        taken.bind(("127.0.0.1", 20000 + int(whole.jobs["align"])))  # the port that the first stage would take
         taken.listen()
         wait_for(lambda: whole.state("select") == "COMPLETED", 300, "the first select job ends")
         for made in ("teacher", "heads", "student"):
             shutil.copytree(whole.run / made, stopped.run / made)
         stopped.submit()
-        stopped.reach("stage1", 5, restarts=0)
-        reach_the_time_limit(stopped, "stage1")
-        stopped.reach("stage1", 20, restarts=1)
-        cluster("scancel", "--batch", "--signal=USR1", stopped.jobs["stage1"])
-        stopped.reach("stage2", 5, restarts=0)
-        cluster("scontrol", "requeue", stopped.jobs["stage2"])
-        stopped.reach("stage2", 20, restarts=1)
-        with stopped.frozen("stage2"):
+        stopped.reach("align", 5, restarts=0)
+        reach_the_time_limit(stopped, "align")
+        stopped.reach("align", 20, restarts=1)
+        cluster("scancel", "--batch", "--signal=USR1", stopped.jobs["align"])
+        stopped.reach("distill", 5, restarts=0)
+        cluster("scontrol", "requeue", stopped.jobs["distill"])
+        stopped.reach("distill", 20, restarts=1)
+        with stopped.frozen("distill"):
             wait_for(whole.ended, 300, "the undisturbed pipeline ends")
             before, again = (set(map(whole.state, whole.jobs)), whole.files()), Pipeline(cluster, whole.run)
             again.submit()
             wait_for(again.ended, 300, "the finished pipeline ends again")
         cluster.kill_node("n2")
-        wait_for(lambda: stopped.state("stage2") == "PENDING", 120, "the job of a lost node is requeued")
+        wait_for(lambda: stopped.state("distill") == "PENDING", 120, "the job of a lost node is requeued")
         cluster.start_node("n2")
         wait_for(stopped.ended, 300, "the stopped pipeline ends")
         yield Story(whole, stopped, again, before, taken.getsockname()[1])
 
 
 def test_two_pipelines_at_once_end_well(story: Story) -> None:
-    assert list(story.whole.jobs) == ["select", "stage1", "stage2", "stage3", "evaluate"]
+    assert list(story.whole.jobs) == ["select", "align", "distill", "extend", "evaluate"]
     assert story.before[0] == {"COMPLETED"}
     for script in story.stopped.jobs:
         assert story.stopped.state(script) == "COMPLETED", story.stopped.log(script)[-3000:]
@@ -214,7 +214,7 @@ def test_losses_of_the_stopped_pipeline_are_those_of_the_undisturbed_one(story: 
 
 
 def test_a_stop_that_is_announced_loses_no_step_and_a_lost_node_less_than_two_saves(story: Story) -> None:
-    for script, lost in (("stage1", [0, 0]), ("stage2", [0, 2 * SAVE_INTERVAL])):
+    for script, lost in (("align", [0, 0]), ("distill", [0, 2 * SAVE_INTERVAL])):
         log = story.stopped.log(script)
         starts = [
             list(map(int, re.findall(r" iteration +(\d+)/", part))) for part in log.split("torch.distributed.run")[1:]
@@ -223,7 +223,7 @@ def test_a_stop_that_is_announced_loses_no_step_and_a_lost_node_less_than_two_sa
         for earlier, later, most in zip(starts, starts[1:], lost, strict=False):
             assert earlier == list(range(earlier[0], earlier[-1] + 1))
             assert 0 <= earlier[-1] + 1 - later[0] <= most
-    assert story.stopped.log("stage1").count("asked to stop and go on later") == 2
+    assert story.stopped.log("align").count("asked to stop and go on later") == 2
 
 
 def test_a_finished_pipeline_does_nothing(story: Story) -> None:
@@ -236,9 +236,9 @@ def test_a_finished_pipeline_does_nothing(story: Story) -> None:
     assert "holds a report with every piece already" in story.again.log(
         "evaluate"
     ) and "is there already" in story.again.log("evaluate")
-    for number, stage in enumerate(STEPS, 1):
-        assert f"stage {stage} is finished" in story.again.log(f"stage{number}")
+    for stage in STEPS:
+        assert f"stage {stage} is finished" in story.again.log(stage)
 
 
 def test_a_port_that_is_taken_is_not_used(story: Story) -> None:
-    assert f"--master-port={story.taken_port + 101} " in story.whole.log("stage1")
+    assert f"--master-port={story.taken_port + 101} " in story.whole.log("align")

@@ -4,6 +4,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,9 +26,9 @@ JOBS = {
         "tools/select_heads.py --config",
         "tools/convert.py hybridize --config",
     ],
-    "stage1": ["-m hydra_mcore.train --stage align --config"],
-    "stage2": ["-m hydra_mcore.train --stage distill --config"],
-    "stage3": ["-m hydra_mcore.train --stage extend --config"],
+    "align": ["-m hydra_mcore.train --stage align --config"],
+    "distill": ["-m hydra_mcore.train --stage distill --config"],
+    "extend": ["-m hydra_mcore.train --stage extend --config"],
     "evaluate": ["tools/evaluate.py --config", "tools/convert.py export --config"],
 }
 SECTIONS = (
@@ -78,10 +79,59 @@ def test_a_dry_run_of_the_pipeline_shows_all_jobs_in_their_order(recipe: str) ->
     jobs = [line for line in done.stdout.splitlines() if line.startswith("sbatch ")]
     assert [f" slurm/{job}.sh {recipe}" in line for job, line in zip(JOBS, jobs, strict=True)] == [True] * 6
     assert ["afterok:ID_OF_" in line for line in jobs] == [False] + [True] * 5
-    assert ["--nodes=4 --gpus-per-node=2" in line for line in jobs] == [False, False, True, True, True, False]
+    assert ["--nodes=4 --gres=gpu:2" in line for line in jobs] == [False, False, True, True, True, False]
     assert all("--signal=B:USR1@" in line for line in jobs)
-    assert ["--gpus-per-node=2 " in line for line in jobs] == [False] + [True] * 5
+    assert ["--gres=gpu:2 " in line for line in jobs] == [False] + [True] * 5
     assert all(expected in done.stdout for commands in JOBS.values() for expected in commands)
+
+
+def test_flags_of_the_pipeline_go_to_the_three_stages(recipe: str) -> None:
+    done = bash("slurm/pipeline.sh", "--dry-run", recipe, "--", "--lr", "2e-5")
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and not done.stderr
+    assert [line.endswith(" -- --lr 2e-5") for line in lines if line.startswith("sbatch ")] == [False] * 2 + [
+        *[True] * 3,
+        False,
+    ]
+    assert [line.split("--stage ")[1] for line in lines if line.endswith(" --lr 2e-5") and "--stage" in line] == [
+        f"{stage} --config {recipe} --lr 2e-5" for stage in ("align", "distill", "extend")
+    ]
+    assert done.stdout.count("--lr") == 6
+
+
+def test_the_text_is_prepared_where_the_site_wants_it(recipe: str) -> None:
+    options = {"HYDRA_PREPARE_OPTIONS": "--partition=cpu --mem=64G", "HYDRA_GRES": "gpu:h100"}
+    prepare, *others = (
+        line for line in bash("slurm/pipeline.sh", "--dry-run", recipe, **options).stdout.splitlines() if "sbatch " in line
+    )
+    assert f" --gres=none --partition=cpu --mem=64G slurm/prepare.sh {recipe}" in prepare
+    assert all("--gres=gpu:h100:8 " in line and "--partition" not in line for line in others)
+
+
+def test_the_examples_of_a_site_can_be_used(tmp_path: Path) -> None:
+    """Each with its signs removed, over nothing and over a variable that is set already."""
+    text = (ROOT / "slurm" / "env.sh").read_text()
+    names = re.findall(r'^#: "\$\{(\w+):=', text, re.MULTILINE)
+    assert {"NCCL_SOCKET_IFNAME", "NCCL_IB_HCA", "SBATCH_EXCLUSIVE", "SBATCH_MEM_PER_NODE"} <= set(names)
+    (tmp_path / "env.sh").write_text(text.replace("#:", ":"))
+    shown = bash("-c", "source ./env.sh; env", cwd=tmp_path, NCCL_IB_HCA="mine").stdout.splitlines()
+    found = dict(line.split("=", 1) for line in shown if "=" in line)
+    assert all(found[name] for name in names) and found["NCCL_IB_HCA"] == "mine"
+    assert found["SBATCH_GRES"] == "gpu:8" and found["SBATCH_OUTPUT"] == "runs/logs/%x-%j.out"
+    assert (tmp_path / "runs" / "logs").is_dir()
+
+
+def test_stages_keep_their_old_names(recipe: str) -> None:
+    for number, stage in enumerate(("align", "distill", "extend"), 1):
+        assert (ROOT / "slurm" / f"stage{number}.sh").resolve() == ROOT / "slurm" / f"{stage}.sh"
+        assert f" --stage {stage} " in bash(f"slurm/stage{number}.sh", "--dry-run", recipe).stdout
+
+
+def test_doctor_runs_on_every_node() -> None:
+    done = bash("slurm/doctor.sh", "--dry-run", "--", "--only", "packages")
+    assert done.returncode == 0 and not done.stderr and done.stdout == (
+        "srun --ntasks-per-node=1 --cpu-bind=none .venv/bin/python tools/doctor.py --run-dir runs --only packages\n"
+    )
 
 
 def test_only_the_sections_that_a_recipe_has_are_run(tmp_path: Path) -> None:
@@ -141,10 +191,15 @@ GPU_LIST = (
 @pytest.mark.parametrize(
     ("variables", "nvidia_smi", "ranks"),
     [
-        ({"SLURM_GPUS_ON_NODE": "4"}, GPU_LIST, "4"),
+        ({"SLURM_GPUS_ON_NODE": "4", "SLURM_GPUS_PER_NODE": "8"}, GPU_LIST, "4"),
         ({}, GPU_LIST, "2"),  # SLURM says nothing: the node itself is asked
         ({"SLURM_GPUS_ON_NODE": ""}, GPU_LIST, "2"),
-        ({"SLURM_GPUS_ON_NODE": "gpu:8"}, GPU_LIST, "2"),
+        ({"SLURM_GPUS_ON_NODE": "gpu:8"}, GPU_LIST, "8"),
+        ({"SLURM_GPUS_PER_NODE": "8", "SLURM_JOB_GPUS": "0"}, GPU_LIST, "8"),
+        ({"SLURM_GPUS_PER_NODE": "h100:4,a100:2"}, GPU_LIST, "6"),
+        ({"SLURM_GPUS_PER_NODE": "many"}, GPU_LIST, "2"),
+        ({"SLURM_STEP_GPUS": "4,5,7", "SLURM_JOB_GPUS": "0"}, GPU_LIST, "3"),
+        ({"SLURM_JOB_GPUS": "0,3,6,7"}, GPU_LIST, "4"),
         ({"CUDA_VISIBLE_DEVICES": "3"}, GPU_LIST, "1"),
         ({"CUDA_VISIBLE_DEVICES": "0,1,GPU-7c", "SLURM_GPUS_ON_NODE": "8"}, GPU_LIST, "3"),
         ({"HYDRA_RANKS_PER_NODE": "1", "SLURM_GPUS_ON_NODE": "4"}, GPU_LIST, "1"),
@@ -154,6 +209,7 @@ GPU_LIST = (
         ({}, "#!/bin/sh\nexit 9\n", None),
         ({"HYDRA_GPUS_PER_NODE": "8", "CUDA_VISIBLE_DEVICES": "NoDevFiles"}, GPU_LIST, None),
         ({"SLURM_GPUS_ON_NODE": "0"}, GPU_LIST, None),
+        ({"SLURM_GPUS_PER_NODE": "h100:0", "HYDRA_GPUS_PER_NODE": "8"}, GPU_LIST, None),
         ({"HYDRA_RANKS_PER_NODE": "two"}, GPU_LIST, None),
         ({"HYDRA_RANKS_PER_NODE": "0"}, GPU_LIST, None),
     ],
@@ -178,7 +234,8 @@ def test_each_node_counts_its_own_gpus(
             and "HYDRA_RANKS_PER_NODE" in done.stderr
         )
     else:
-        assert (done.returncode, done.stdout, done.stderr) == (0, f"{ranks}\n", "")
+        assert (done.returncode, done.stdout) == (0, f"{ranks}\n")
+        assert re.fullmatch(rf"node.sh: ranks on \S+: {ranks} \(GPUs: \d+ by \S+\)\n", done.stderr)
 
 
 @pytest.mark.slow
@@ -197,23 +254,23 @@ def test_torchrun_takes_the_count_from_the_node(tmp_path: Path) -> None:
 
 
 def test_without_a_recipe_it_is_the_example() -> None:
-    assert " --stage extend --config examples/qwen3-1.7b/recipe.yaml\n" in bash("slurm/stage3.sh", "--dry-run").stdout
+    assert " --stage extend --config examples/qwen3-1.7b/recipe.yaml\n" in bash("slurm/extend.sh", "--dry-run").stdout
 
 
 def test_a_container_is_srun_s_business(recipe: str, tmp_path: Path) -> None:
     (tmp_path / "image.sqsh").touch()
     relative = os.path.relpath(tmp_path / "image.sqsh", ROOT)  # Pyxis would look for it in a registry
     variables = {"HYDRA_CONTAINER": relative, "HYDRA_MOUNTS": "/data:/data", "HYDRA_PYTHON": "python3"}
-    done = bash("slurm/stage3.sh", "--dry-run", recipe, **variables)
+    done = bash("slurm/extend.sh", "--dry-run", recipe, **variables)
     mounts = f"--container-mounts={ROOT}:{ROOT},/data:/data"
     step = f"--container-image={tmp_path}/image.sqsh {mounts} --container-workdir={ROOT} bash slurm/node.sh python3 -m"
     assert step in done.stdout and not done.stderr
-    assert "--container" not in bash("slurm/stage3.sh", "--dry-run", recipe).stdout
+    assert "--container" not in bash("slurm/extend.sh", "--dry-run", recipe).stdout
 
 
 @pytest.mark.parametrize("image", ["image.sqsh", "./image", "/nowhere/image.sqsh"])
 def test_an_image_that_is_not_there_is_refused(image: str, recipe: str) -> None:
-    for script in ("stage3", "pipeline"):
+    for script in ("extend", "pipeline"):
         done = bash(f"slurm/{script}.sh", "--dry-run", recipe, HYDRA_CONTAINER=image)
         assert done.returncode == 2 and not done.stdout and done.stderr.count("\n") == 1
         assert f"no file {image} (HYDRA_CONTAINER) in {ROOT}; enroot import makes it" in done.stderr
@@ -221,9 +278,9 @@ def test_an_image_that_is_not_there_is_refused(image: str, recipe: str) -> None:
 
 def test_an_image_in_a_registry_is_imported_by_every_step(recipe: str) -> None:
     variables = {"HYDRA_CONTAINER": "nvcr.io#nvidia/pytorch:26.09-py3"}
-    said = bash("slurm/stage3.sh", recipe, **variables).stdout  # a job; this is none, and ends after that
+    said = bash("slurm/extend.sh", recipe, **variables).stdout  # a job; this is none, and ends after that
     assert said.count("\n") == 1 and "every step imports it again" in said and "docs/container.md" in said
-    step = bash("slurm/stage3.sh", "--dry-run", recipe, **variables).stdout
+    step = bash("slurm/extend.sh", "--dry-run", recipe, **variables).stdout
     assert step.count("\n") == 1 and f"--container-image={variables['HYDRA_CONTAINER']} --container-mounts=" in step
 
 
@@ -276,20 +333,20 @@ def test_outside_slurm_a_job_is_refused_in_one_line(job: str, recipe: str) -> No
     ],
 )
 def test_bad_arguments_are_refused_in_one_line(arguments: tuple[str, ...], said: str) -> None:
-    done = bash("slurm/stage1.sh", *arguments)
+    done = bash("slurm/align.sh", *arguments)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_scripts_say_where_they_must_be_started(recipe: str, tmp_path: Path) -> None:
-    for script in ("stage2.sh", "pipeline.sh"):
+    for script in ("distill.sh", "pipeline.sh"):
         done = bash(str(ROOT / "slurm" / script), recipe, cwd=tmp_path)
         assert done.returncode == 2 and "repository's root" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_pipeline_refuses_what_it_cannot_submit(recipe: str, tmp_path: Path) -> None:
-    done = bash("slurm/pipeline.sh", recipe, "--", "--lr", "3")
-    assert done.returncode == 2 and "flags belong in a recipe file here" in done.stderr
-    done = bash("slurm/pipeline.sh", recipe, PATH=str(tmp_path))
+    done = bash("slurm/pipeline.sh", recipe, "--lr", "3")
+    assert done.returncode == 2 and "unknown option --lr; flags of the command itself go behind --" in done.stderr
+    done = bash("slurm/pipeline.sh", recipe, PATH=str(tmp_path), HYDRA_LOGS=str(tmp_path))
     assert (
         done.returncode == 2
         and done.stderr == "pipeline.sh: no sbatch here: start it on a machine of the cluster, or with --dry-run\n"
