@@ -35,6 +35,7 @@ from hydra_mcore.train.wandb_run import send_alert
 
 GIB = 2.0**30
 HEADS_FOLDER = "heads"
+TOKENS_PER_SECOND = "speed/tokens per second"
 
 
 class TrainingLog:
@@ -73,16 +74,22 @@ class TrainingLog:
             writer.close()  # it opens its next file by itself, starting with this mark
             writer.purge_step = iteration
 
+    def flops(self, args: argparse.Namespace, sequences: int, **_packing: float | None) -> float:
+        """Operations of a step by our count, in the place of Megatron's, which knows one kind of heads and no
+        teacher.
+        """
+        return step_flops(self.card, self.step.options.stage, args.seq_length, sequences)
+
     def speed(self, steps: int) -> dict[str, float]:
         """Means of the ``steps`` since the last time, as Megatron's console counts them (without evaluation and
         saving).
         """
         seconds = get_timers()("interval-time").elapsed(reset=False) / steps
         sequences, length = get_current_global_batch_size(), self.args.seq_length
-        flops = step_flops(self.card, self.step.options.stage, length, sequences)
+        flops = self.flops(self.args, sequences)
         waited, self.waited = self.data.waited - self.waited, self.data.waited
         return {
-            "speed/tokens per second": sequences * length / seconds,
+            TOKENS_PER_SECOND: sequences * length / seconds,
             "speed/TFLOPs per second and GPU": flops / seconds / self.args.world_size / 1e12,
             "speed/seconds per step": seconds,
             "speed/seconds per step waiting for data": waited / steps,
@@ -167,13 +174,32 @@ class TrainingLog:
 
 
 @contextlib.contextmanager
+def _in_place_of_megatron(**ours: Any) -> Iterator[None]:
+    """While open, Megatron's training loop finds these under the names of its own."""
+    stock = {name: getattr(training, name) for name in ours}
+    try:
+        for name, own in ours.items():
+            setattr(training, name, own)
+        yield
+    finally:
+        for name, own in stock.items():
+            setattr(training, name, own)
+
+
+@contextlib.contextmanager
 def logging_to(log: TrainingLog) -> Iterator[None]:
     """While open, Megatron's training loop calls ``log``: as it logs a step, and as it has done so.
 
-    Its table of parameters and memory in theory, which knows no heads like ours, is not printed.
+    It counts operations as we do, and its line ends with tokens a second. Its table of parameters and memory in theory,
+    which knows no heads like ours, is not printed.
     """
-    stock = training.training_log, training.post_training_step_callbacks, training.report_theoretical_memory
-    stock_log, stock_after, _ = stock
+    stock_log, stock_after = training.training_log, training.post_training_step_callbacks
+    stock_print = training.print_rank_last
+    speed: dict[str, float] = {}
+
+    def print_line(line: str) -> None:
+        tokens = f" tokens per second: {speed[TOKENS_PER_SECOND]:.1f} |" if speed and " iteration " in line else ""
+        stock_print(line + tokens)
 
     def log_step(
         losses: dict[str, Tensor], totals: dict[str, Any], rate: Any, iteration: int, *rest: Any, **keywords: Any
@@ -184,9 +210,11 @@ def logging_to(log: TrainingLog) -> Iterator[None]:
             name: float(losses.pop(name)) for name in list(losses) if "/" in name
         }  # not for the console: one a layer
         log.log(layers, iteration)
+        speed.clear()
         if iteration % log.args.log_interval == 0:
             steps = 1 + sum(int(totals.get(f"{outcome} iterations", 0)) for outcome in ("advanced", "skipped"))
-            log.log(log.speed(steps) | log.memory(), iteration)
+            speed.update(log.speed(steps))
+            log.log(speed | log.memory(), iteration)
         if log.step.heads_due():
             log.heads(iteration)
         log.leave_out_empty(losses, totals, iteration)
@@ -207,15 +235,14 @@ def logging_to(log: TrainingLog) -> Iterator[None]:
             log.needles(model, optimizer, iteration)
         return stock_after(model, optimizer, scheduler, iteration, *rest)
 
-    training.training_log, training.post_training_step_callbacks = log_step, after
-    training.report_theoretical_memory = lambda *_, **__: None
-    try:
-        yield
-    except TrainingStopped as error:
-        send_alert("training stopped", str(error))
-        raise
-    finally:
-        training.training_log, training.post_training_step_callbacks, training.report_theoretical_memory = stock
+    ours = {"training_log": log_step, "post_training_step_callbacks": after, "print_rank_last": print_line}
+    ours |= {"num_floating_point_operations": log.flops, "report_theoretical_memory": lambda *_, **__: None}
+    with _in_place_of_megatron(**ours):
+        try:
+            yield
+        except TrainingStopped as error:
+            send_alert("training stopped", str(error))
+            raise
 
 
 def _plain(values_lh: np.ndarray) -> list[list[float | None]]:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from hydra_mcore.config import HydraOptions, ModelCard
 from hydra_mcore.costs.flops import step_flops
 from hydra_mcore.kinds import KINDS
 from tests.support.launch import model_parallel, run_ranks
-from tests.support.stages import FLAGS, HEAD_MAP, SHAPE, make_run, run_stage, write_data
+from tests.support.stages import FLAGS, HEAD_MAP, SHAPE, logged, make_run, run_stage, write_data
 
 LAYOUTS = {
     "tp2-pp2-queries": (4, "--tensor-model-parallel-size", "2", "--sequence-parallel",
@@ -190,14 +191,34 @@ def test_the_probe_changes_nothing(needle_run: Path) -> None:
 
 
 def test_speed_counts_our_own_operations(folder: Path) -> None:
-    found = run_stage(folder, "distill", 2, "--train-iters", "3", run="speed")
+    """In the panels, in the line of the console, and in Megatron's own panel and file."""
+    argv = ["--stage", "distill", "--run-dir", str(folder / "speed"), "--teacher", str(folder / "teacher")]
+    argv += ["--start-from", str(folder / "student"), "--data-path", str(folder / "data"), *FLAGS, "--train-iters", "3"]
+    argv += ["--log-throughput", "--log-timers-to-tensorboard", "--log-progress", "--save-interval", "3"]
+    output = run_ranks(_said, 2, argv, timeout=140)[-1]
+    found = logged(folder / "speed" / "distill" / "tensorboard")
+    lines = re.findall(r" iteration +(\d+)/.* tokens per second: ([\d.]+) \|$", output, re.MULTILINE)
+    assert [int(step) for step, _ in lines] == [1, 2, 3]
+    for step, tokens in lines:
+        assert float(tokens) == pytest.approx(found["speed/tokens per second"][int(step)], rel=1e-3)
     card = ModelCard.load(folder / "speed" / "distill")
     flops = step_flops(card, "distill", 32, 8)
     for step, seconds in found["speed/seconds per step"].items():
         assert found["speed/tokens per second"][step] == pytest.approx(32 * 8 / seconds, rel=1e-5)
         assert found["speed/TFLOPs per second and GPU"][step] == pytest.approx(flops / seconds / 2 / 1e12, rel=1e-5)
+        assert found["throughput"][step] * found["iteration-time"][step] == pytest.approx(flops / 2 / 1e12, rel=1e-5)
         assert 0 < found["speed/seconds per step waiting for data"][step] < seconds
         assert 0.1 < found["memory/host peak GiB"][step] < 10
+    progress = (folder / "speed" / "distill" / "progress.txt").read_text()
+    assert f"Floating-point operations: {3 * flops:.2e}\t" in progress
+
+
+def _said(rank: int, argv: list[str]) -> str:
+    from hydra_mcore.train.__main__ import main
+
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        main(argv)
+    return output.getvalue()
 
 
 BAD = ("--save-interval", "1", "--train-iters", "4", "--head-statistics-interval", "0")
