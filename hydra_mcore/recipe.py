@@ -272,7 +272,8 @@ class _Variables:
         if name not in self.by_name:
             near = difflib.get_close_matches(name, self.by_name, n=1)
             hint = f"did you mean ${{{near[0]}}}?" if near else "it takes a top-level key, or SECTION.KEY"
-            raise self._error(f"{within[-1]!r} has the variable {_shown(f'${{{written}}}')}, which names no key; {hint}")
+            shown = _shown(f"${{{written}}}")
+            raise self._error(f"{within[-1]!r} has the variable {shown}, which names no key; {hint}")
         if name not in self.found:
             if len(within) > MAX_ALIASES:
                 raise self._error(f"variables name each other more often than a recipe needs, from {within[0]!r} on")

@@ -101,9 +101,8 @@ def test_flags_of_the_pipeline_go_to_the_three_stages(recipe: str) -> None:
 
 def test_the_text_is_prepared_where_the_site_wants_it(recipe: str) -> None:
     options = {"HYDRA_PREPARE_OPTIONS": "--partition=cpu --mem=64G", "HYDRA_GRES": "gpu:h100"}
-    prepare, *others = (
-        line for line in bash("slurm/pipeline.sh", "--dry-run", recipe, **options).stdout.splitlines() if "sbatch " in line
-    )
+    lines = bash("slurm/pipeline.sh", "--dry-run", recipe, **options).stdout.splitlines()
+    prepare, *others = (line for line in lines if line.startswith("sbatch "))
     assert f" --gres=none --partition=cpu --mem=64G slurm/prepare.sh {recipe}" in prepare
     assert all("--gres=gpu:h100:8 " in line and "--partition" not in line for line in others)
 
@@ -129,8 +128,13 @@ def test_stages_keep_their_old_names(recipe: str) -> None:
 
 def test_doctor_runs_on_every_node() -> None:
     done = bash("slurm/doctor.sh", "--dry-run", "--", "--only", "packages")
-    assert done.returncode == 0 and not done.stderr and done.stdout == (
-        "srun --ntasks-per-node=1 --cpu-bind=none .venv/bin/python tools/doctor.py --run-dir runs --only packages\n"
+    assert (
+        done.returncode == 0
+        and not done.stderr
+        and done.stdout
+        == (
+            "srun --ntasks-per-node=1 --cpu-bind=none .venv/bin/python tools/doctor.py --run-dir runs --only packages\n"
+        )
     )
 
 

@@ -215,9 +215,10 @@ def test_variables_see_all_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (VARIABLES, "'run-dir' has the variable '${name.of}', which names no key; it takes a top-level key, or SECTION.KEY"),
-        ("run-dir: a\nexport: {out: '${run-dri}/hf'}\n", "'export.out' has the variable '${run-dri}', which names no key;"
-         " did you mean ${run-dir}?"),
+        (VARIABLES, "'run-dir' has the variable '${name.of}', which names no key; it takes a top-level key, or"
+         " SECTION.KEY"),
+        ("run-dir: a\nexport: {out: '${run-dri}/hf'}\n", "'export.out' has the variable '${run-dri}', which names no"
+         " key; did you mean ${run-dir}?"),
         ("run-dir: ${teacher}/x\nteacher: ${run-dir}/y\n", "variables go in a circle: run-dir -> teacher -> run-dir"),
         ("run-dir: ${run_dir}\n", "variables go in a circle: run-dir -> run-dir"),
         ("align: {lr: '${align.lr}'}\n", "variables go in a circle: align.lr -> align.lr"),
