@@ -41,7 +41,7 @@ def test_a_job_serves_an_export(cluster: Cluster, tmp_path: Path) -> None:
     port, log = free_port(), tmp_path / "serve.out"
     job = subprocess.run(
         [
-            *("sbatch", "--parsable", "--gpus-per-node=0", f"--output={log}", "slurm/serve.sh"),
+            *("sbatch", "--parsable", "--gres=gpu:0", f"--output={log}", "slurm/serve.sh"),
             *("--", "--model", str(TINY / "export"), "--dtype", "float32", "--enforce-eager"),
         ],
         cwd=REPOSITORY,

@@ -41,7 +41,7 @@ OUTSIDE = {name: value for name, value in os.environ.items() if not name.startsw
 
 def bash(*command: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [BASH, *command], cwd=cwd, env={**OUTSIDE, **variables}, capture_output=True, text=True, timeout=30
+        [BASH, *command], cwd=cwd, env={**OUTSIDE, **variables}, capture_output=True, text=True, timeout=120
     )
 
 
