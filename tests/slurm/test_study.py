@@ -88,7 +88,7 @@ def test_a_study_s_jobs_on_a_cluster(tables: str, tmp_path: Path, cluster: Clust
     site = {"HYDRA_PYTHON": sys.executable, "HYDRA_GPUS_PER_NODE": "0", "SBATCH_TIMELIMIT": "15"}
 
     def submit(*flags: str) -> str:
-        call = ["sbatch", "--parsable", "--gpus-per-node=0", f"--output={tmp_path}/%A_%a.out", *flags]
+        call = ["sbatch", "--parsable", "--gres=gpu:0", f"--output={tmp_path}/%A_%a.out", *flags]
         environment = cluster.environment | ENVIRONMENT | site | {"PATH": cluster.environment["PATH"]}
         done = subprocess.run(
             [*call, "slurm/study.sh", str(study)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
