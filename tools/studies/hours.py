@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
-from tools.plan.recipe_model import model_card
 
 from hydra_mcore.costs.machine import Machine
 from hydra_mcore.train.arguments import model_flags, recipe_flags
+from hydra_mcore.train.recipe_model import model_card
 from tools.commands.plan import machine_of
 from tools.plan.estimate import estimate
 from tools.studies.file import Study
@@ -43,11 +43,10 @@ def student_hours(study: Study, job: Job, machine: Machine) -> float:
         laid_over = Path(folder) / "recipe.yaml"
         laid_over.write_text(yaml.safe_dump(job.overlay()))
         config = [str(path) for path in (*study.recipes, laid_over)]
-        no_model = argparse.Namespace(hf=None, head_map=None, ratio=None, config=config)
         for stage in study.stages:
             argv = ["--stage", stage, "--config", *config]
             parser, given, options = recipe_flags(argv, with_gpu=True)
-            card, _ = model_card(no_model, options)
+            card, _ = model_card(config, options)
             known, _ = model_flags(parser, given, argv, card, machine.gpus)
             found += estimate(card, known, machine).hours
     return found
