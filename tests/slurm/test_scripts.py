@@ -93,10 +93,12 @@ def test_flags_of_the_pipeline_go_to_the_three_stages(recipe: str) -> None:
         *[True] * 3,
         False,
     ]
-    assert [line.split("--stage ")[1] for line in lines if line.endswith(" --lr 2e-5") and "--stage" in line] == [
-        f"{stage} --config {recipe} --lr 2e-5" for stage in ("align", "distill", "extend")
+    commands = [line.split("--stage ")[1] for line in lines if line.endswith(" --lr 2e-5") and "--stage" in line]
+    assert commands == [
+        *(f"{stage} --config {recipe} --lr 2e-5" for stage in ("align", "distill", "extend")),
+        f"align --config {recipe} --dry-run --world-size 8 --lr 2e-5",  # which checks a stage
     ]
-    assert done.stdout.count("--lr") == 6
+    assert done.stdout.count("--lr") == 7
 
 
 def test_the_text_is_prepared_where_the_site_wants_it(recipe: str) -> None:
