@@ -76,8 +76,8 @@ class ModelCard:
 
     ``fingerprint`` names the pretrained weights the model descends from (sha256 over names, shapes and
     values in Hugging Face order), so a head map made for another teacher is noticed. ``source`` is what only the
-    Hugging Face directory knew and an export needs again: its config.json, the dtypes of its tensors. ``stages`` are
-    the trainings so far: stage, sequence_length, batch_size (sequences), iterations.
+    Hugging Face directory knew and an export needs again: its config.json, the dtypes of its tensors, its name and
+    licence. ``stages`` are the trainings so far: stage, sequence_length, batch_size (sequences), iterations, datasets.
     """
 
     shape: ModelShape
@@ -87,6 +87,11 @@ class ModelCard:
     stage: str = "teacher"
     source: dict[str, Any] = field(default_factory=dict, compare=False)
     stages: list[dict[str, Any]] = field(default_factory=list, compare=False)
+
+    @property
+    def longest_trained(self) -> int:
+        """Tokens of the longest sequences that the model was trained on, by its teacher's makers or by a stage."""
+        return max(self.shape.native_length, *(stage["sequence_length"] for stage in self.stages), 1)
 
     def save(self, checkpoint_dir: str | Path) -> None:
         write_json(
@@ -155,6 +160,7 @@ class Training:
     sequence_length: int
     batch_size: int
     iterations: int
+    datasets: list[str] = field(default_factory=list)  # names on the hub, or of prepared data; older cards have none
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -165,6 +171,8 @@ class _CardSource:
     dtype: str = ""
     other_dtypes: dict[str, str] = field(default_factory=dict)
     output_layer_stored: bool = False
+    name: str = ""
+    license: str = ""
 
 
 @dataclass(kw_only=True, frozen=True)

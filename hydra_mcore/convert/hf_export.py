@@ -37,6 +37,8 @@ def export_hf(
     dtype: torch.dtype | None = None,
     max_shard_bytes: float = 5e9,
     evaluation: str | Path | None = None,
+    base_model: str = "",
+    license: str = "",
 ) -> ModelCard:
     """Write a model's Hugging Face directory, holding one shard in memory; returns the checkpoint's card.
 
@@ -44,7 +46,7 @@ def export_hf(
         dtype: of all tensors; unless given a teacher's are those of the directory it was imported from, a student's
             those of the checkpoint.
         max_shard_bytes: largest size of a safetensors file (a single tensor may be larger).
-        evaluation: markdown from tools/evaluate.py that the model card shall carry.
+        evaluation, base_model, license: for the model card, as in ``write_model_card``.
 
     Raises:
         InputError: no complete checkpoint, one that does not fit its card, weights that are not finite, or a target
@@ -70,7 +72,7 @@ def export_hf(
             card.head_map.save(folder / HEAD_MAP_NAME)
             copy_model_code(folder)
         export_tokenizer(checkpoint_dir, folder, is_teacher(card))
-        write_model_card(folder, card, evaluation)
+        write_model_card(folder, card, evaluation, base_model, license)
     return card
 
 

@@ -20,6 +20,7 @@ from hydra_mcore.config import ModelCard
 from hydra_mcore.convert.families import EMBEDDING, OUTPUT_LAYER, SHAPE_KEYS
 from hydra_mcore.convert.hf_config import CONFIG_NAME, HuggingFaceError, read_config
 from hydra_mcore.convert.hf_weights import HfWeights
+from hydra_mcore.convert.origin import origin
 from hydra_mcore.convert.output_folder import HEAD_MAP_NAME, check_target, new_folder
 from hydra_mcore.convert.tensor_table import TensorRule, is_teacher, output_layer_rule, tensor_rules
 from hydra_mcore.convert.tokenizer_files import TOKENIZER_DIR, import_tokenizer
@@ -46,7 +47,7 @@ def import_hf(hf_dir: str | Path, checkpoint_dir: str | Path, dtype: torch.dtype
     check_tensors(weights, rules, card)
     if card.shape.tied_embeddings:
         _check_tied(weights)
-    card = dataclasses.replace(card, source=card.source | _stored_as(weights))
+    card = dataclasses.replace(card, source=card.source | origin(hf_dir) | _stored_as(weights))
     if dtype is None:
         dtype = torch.bfloat16 if {weights.dtype(name) for name in rules} == {"bfloat16"} else torch.float32
     num_bytes = sum(math.prod(rule.shape) for rule in rules.values()) * dtype.itemsize

@@ -37,7 +37,7 @@ KEYS = {
     "heads": list[dict[str, list[int]]],
     "fa_heads": list[list[int]],  # of exports before format 3 of head maps: all other heads are GDN
     **OPTIONS,
-    "teacher": dict[str, str],
+    "teacher": dict[str, str | int],
     "stage": str,
     "stages": list[dict[str, Any]],
 }
@@ -77,6 +77,7 @@ def to_config(card: ModelCard, dtype: str) -> dict[str, Any]:
         "auto_map": AUTO_MAP,
         "dtype": dtype,
         **{key: getattr(shape, field) for field, key in SHAPE_KEYS.items()},
+        SHAPE_KEYS["native_length"]: card.longest_trained,  # engines serve no longer text unless told to
         "head_dim": shape.head_dim,
         "rms_norm_eps": shape.norm_epsilon,
         "tie_word_embeddings": shape.tied_embeddings,
@@ -87,21 +88,21 @@ def to_config(card: ModelCard, dtype: str) -> dict[str, Any]:
         **{key: source[key] for key in _TOKEN_IDS if key in source},
         "heads": [{kind: list(heads) for kind, heads in layer.items()} for layer in card.head_map.layers],
         **dataclasses.asdict(card.options),
-        "teacher": {"model_type": teacher_type(card), "fingerprint": card.fingerprint},
+        "teacher": {**teacher_facts(card), "fingerprint": card.fingerprint, "native_length": shape.native_length},
         "stage": card.stage,
         "stages": card.stages,
         "use_cache": True,
     }
 
 
-def teacher_type(card: ModelCard) -> str:
-    """The model_type of the pretrained model that a checkpoint descends from; empty where it is not known."""
-    source = card.source.get("config", {})
-    return (
-        source.get("teacher", {}).get("model_type", "")
-        if source.get("model_type") == MODEL_TYPE
-        else source.get("model_type", "")
-    )
+def teacher_facts(card: ModelCard) -> dict[str, str]:
+    """model_type, name and license of the pretrained model that a checkpoint descends from; empty where not known."""
+    config = card.source.get("config", {})
+    if config.get("model_type") == MODEL_TYPE:
+        known = config.get("teacher", {})
+    else:
+        known = card.source | {"model_type": config.get("model_type", "")}
+    return {key: known.get(key, "") for key in ("model_type", "name", "license")}
 
 
 def from_config(raw: dict[str, Any], shape: ModelShape) -> ModelCard:
@@ -117,11 +118,14 @@ def from_config(raw: dict[str, Any], shape: ModelShape) -> ModelCard:
         layers = [HeadsByKind.from_fa(heads, shape.num_heads) for heads in raw["fa_heads"]]
     else:
         layers = [HeadsByKind(**heads) for heads in raw["heads"]]
+    teacher = raw["teacher"]
+    if "native_length" in teacher:  # the model itself may have been trained on longer text
+        shape = dataclasses.replace(shape, native_length=checked(teacher["native_length"], int, "native_length"))
     return ModelCard(
         shape=shape,
         head_map=HeadMap(num_heads=shape.num_heads, num_kv_groups=shape.num_kv_groups, layers=tuple(layers)),
         options=HydraOptions(**{name: raw[name] for name in OPTIONS if name in raw}),
-        fingerprint=raw["teacher"]["fingerprint"],
+        fingerprint=checked(teacher["fingerprint"], str, "fingerprint"),
         stage=raw["stage"],
         stages=raw["stages"],
     )

@@ -17,7 +17,7 @@ from hydra_mcore.errors import InputError, first_line
 ANSWER = 10  # seconds that the hub has to answer at all
 SILENCE = 60  # seconds without a byte, after which a request that it began to answer has failed
 WEIGHTS = "*.safetensors"
-MODEL_FILES = (WEIGHTS, "*.json", "*.jinja", "tokenizer.model", "merges.txt")  # no code
+MODEL_FILES = (WEIGHTS, "*.json", "*.jinja", "tokenizer.model", "merges.txt", "README.md")  # no code
 
 
 def check_name(what: str, name: str) -> None:

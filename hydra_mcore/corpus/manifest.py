@@ -218,6 +218,17 @@ def expand_blend(blend: Sequence[str]) -> list[str]:
     return expanded if len(expanded) > 2 else expanded[1:]
 
 
+def dataset_names(blend: Sequence[str]) -> list[str]:
+    """What the prefixes of a ``data-path`` hold: the name of a dataset of the hub, else that of the files."""
+    names = []
+    for prefix in get_blend_from_list(list(blend))[0] if blend else ():
+        manifest = _manifest(prefix)
+        source = manifest.run["source"] if manifest else {}
+        hub = source.get("dataset") if "files" not in source else None  # a path is of no use to who reads the name
+        names.append(hub or Path(prefix).name)
+    return list(dict.fromkeys(names))
+
+
 def _manifest(prefix: str) -> Manifest | None:
     """The manifest of a prefix, None for a plain .bin/.idx pair, or where nothing is prepared."""
     if Path(f"{prefix}.idx").is_file():

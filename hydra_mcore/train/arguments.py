@@ -18,7 +18,7 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.training.arguments import add_megatron_arguments
 
 from hydra_mcore.config import CARD_NAME, ConfigError, ModelCard, StageOptions, add_stage_flags
-from hydra_mcore.corpus.manifest import expand_blend
+from hydra_mcore.corpus.manifest import dataset_names, expand_blend
 from hydra_mcore.files import check_writable
 from hydra_mcore.heads import HeadLayout
 from hydra_mcore.kinds import KINDS
@@ -215,6 +215,7 @@ def _this_stage(known: argparse.Namespace) -> dict[str, Any]:
         "sequence_length": known.seq_length,
         "batch_size": known.global_batch_size,
         "iterations": known.train_iters,
+        "datasets": dataset_names(known.train_data_path or known.data_path or []),
     }
     return {"stage": known.stage, **planned}
 

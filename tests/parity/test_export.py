@@ -3,6 +3,7 @@
 """Checkpoints that travel: out to Hugging Face and back, bit for bit; what cannot be written is refused in one line."""
 
 import json
+import re
 import resource
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +23,7 @@ from hydra_mcore.convert.hf_config import HuggingFaceError
 from hydra_mcore.convert.hf_export import export_hf
 from hydra_mcore.convert.hf_import import import_hf
 from hydra_mcore.convert.inherit import hybridize
+from hydra_mcore.convert.origin import origin
 from hydra_mcore.convert.tensor_table import tensor_rules
 from hydra_mcore.errors import InputError
 from hydra_mcore.heads import HeadMap, HeadsByKind
@@ -155,6 +158,7 @@ def test_mixed_dtypes_and_a_stored_copy_of_a_tied_output_layer_come_back_too(tmp
 def student(tmp_path: Path, family: str, options: dict, **changes: object) -> Path:
     """A student whose every weight is random, so that no start value hides a mix-up."""
     tiny_model(family, tmp_path / "hf", **changes)
+    (tmp_path / "hf" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A tiny model\n")
     import_hf(tmp_path / "hf", tmp_path / "teacher")
     hybridize(tmp_path / "teacher", HEAD_MAP, HydraOptions(**options), tmp_path / "start")
     card, model = load_model(tmp_path / "start")
@@ -200,10 +204,21 @@ def test_a_student_computes_the_same_in_hugging_face_and_comes_back_bit_for_bit(
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
 
 
+def trained(checkpoint: Path, **facts: object) -> Path:
+    """The checkpoint as if its last stage had been another."""
+    card = ModelCard.load(checkpoint)
+    replace(card, stages=[card.stages[0] | facts]).save(checkpoint)
+    return checkpoint
+
+
 def test_the_model_card_tells_where_the_model_comes_from(tmp_path):
     checkpoint = student(tmp_path, "qwen3", {"fusion": "norm"})
-    (tmp_path / "report.md").write_text("| needles | 93% |\n")
-    export_hf(checkpoint, tmp_path / "hydra", evaluation=tmp_path / "report.md")
+    trained(checkpoint, datasets=["HuggingFaceFW/fineweb-edu", "mine"])
+    (tmp_path / "report.md").write_text(
+        "# Evaluation\n\n| needles | 93% |\n\n![curve](accuracy.png)\n\n![loss](loss.png)\n"
+    )
+    (tmp_path / "accuracy.png").write_bytes(b"a picture")
+    export_hf(checkpoint, tmp_path / "hydra", evaluation=tmp_path / "report.md", base_model="Qwen/Tiny")
     text = (tmp_path / "hydra" / "README.md").read_text()
     fingerprint = ModelCard.load(checkpoint).fingerprint[:16]
     for fact in (
@@ -211,11 +226,61 @@ def test_the_model_card_tells_where_the_model_comes_from(tmp_path):
         "8 of 18 heads",
         "`by hand`",
         "fusion = norm",
-        "| align | 1,280 | 32 |",
-        "93%",
+        "| align | 1,280 | 32 | HuggingFaceFW/fineweb-edu, mine |",
+        "| licence | apache-2.0 |",
+        "hf upload ",
+        "\n## Evaluation\n\n| needles | 93% |\n",
     ):
         assert fact in text, fact
     assert "| 0 | 1, 5 | 1 | 2 | 1 |" in text and "| 1 | - | 2 | 1 | 3 |" in text
+    assert yaml.safe_load(text.split("---\n")[1]) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": "Qwen/Tiny",
+        "license": "apache-2.0",
+        "datasets": ["HuggingFaceFW/fineweb-edu"],
+        "tags": ["hydra_head"],
+    }
+    pictures = re.findall(r"!\[.*\]\((.*)\)", text)
+    assert pictures == ["heads.png", "accuracy.png"], "a picture that is not there must not be shown"
+    assert (tmp_path / "hydra" / "heads.png").read_bytes()[1:4] == b"PNG"
+    assert (tmp_path / "hydra" / "accuracy.png").read_bytes() == b"a picture"
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"), [("Tiny-1B", "Tiny-1B"), ("models--Qwen--Tiny-1B/snapshots/0a1b", "Qwen/Tiny-1B")]
+)
+@pytest.mark.parametrize(
+    ("readme", "licence"),
+    [
+        ("---\nlicense: mit\n---\n# Tiny\n", "mit"),
+        ("# Tiny\n", ""),
+        ("---\nlicense: [a, b]\n---\n", ""),
+        ("---\n{\n---\n", ""),
+        (None, ""),
+    ],
+)
+def test_the_name_and_the_license_of_a_folder(tmp_path, folder, name, readme, licence):
+    path = tmp_path / folder
+    path.mkdir(parents=True)
+    if readme is not None:
+        (path / "README.md").write_text(readme)
+    assert origin(path) == {"name": name, "license": licence}
+
+
+@pytest.mark.parametrize("changes", [{}, {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}])
+@pytest.mark.parametrize(("longest", "exported"), [(32, 64), (256, 256)])
+def test_an_export_takes_texts_as_long_as_it_was_trained_on(tmp_path, changes, longest, exported):
+    """A longer text than that of any stage or of the teacher is for its user to ask for; nothing else changes."""
+    checkpoint = trained(student(tmp_path, "qwen3", {"fa_position": "rope"}, **changes), sequence_length=longest)
+    export_hf(checkpoint, tmp_path / "hydra")
+    config = json.loads((tmp_path / "hydra" / "config.json").read_text())
+    assert config["max_position_embeddings"] == exported
+    assert import_hf(tmp_path / "hydra", tmp_path / "back") == ModelCard.load(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hydra", trust_remote_code=True)
+    tokens_bs = random_tokens(length=100)
+    with torch.no_grad():
+        assert (model(tokens_bs).logits - logits_of(checkpoint, tokens_bs)).abs().max() < 1e-4
 
 
 def test_an_all_fa_student_leaves_as_a_model_of_its_teachers_family(tmp_path):
