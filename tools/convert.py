@@ -99,6 +99,10 @@ def add_export(commands: argparse._SubParsersAction) -> None:
     largest = "largest safetensors file (default: %(default)s)"
     p.add_argument("--max-shard-size", type=float, default=5.0, metavar="GB", help=largest)
     p.add_argument("--evaluation", metavar="FILE", help="report.md of tools/evaluate.py, for the model card")
+    base = "the pretrained model's name on the hub, for the model card (default: as the import noted it)"
+    p.add_argument("--base-model", default="", metavar="USER/NAME", help=base)
+    terms = "of this model, as the hub names it, for the model card (default: the pretrained model's)"
+    p.add_argument("--license", default="", metavar="NAME", help=terms)
     add_result(p, "Hugging Face", source="at the source")
     p.set_defaults(command="export", seed=0, mark="config.json")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import hydra_mcore
 from hydra_mcore.commands import one_line_errors
 from hydra_mcore.recipe import parse_with_recipe  # light, so that --help is quick
 from tools.layout_flags import add_dtype_flag, add_layout_flags
@@ -126,9 +127,9 @@ def add_exam_flags(p: argparse.ArgumentParser) -> None:
 @one_line_errors("evaluate")
 def main(argv: list[str] | None = None) -> None:
     args = parse_with_recipe(parser(), "evaluate", argv)
-    from tools.commands.evaluate import run  # takes seconds: not for --help
-
-    run(args)
+    flags = vars(args)
+    del flags["config"]
+    hydra_mcore.evaluate(**flags)
 
 
 if __name__ == "__main__":

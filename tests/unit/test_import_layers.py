@@ -26,6 +26,7 @@ LAYERS = [
     ["hydra_mcore.convert", "hydra_mcore.selection"],
     ["hydra_mcore.evaluation"],
     ["hydra_mcore.train"],
+    ["hydra_mcore.api", "hydra_mcore.__main__"],
     ["tools", "examples"],
 ]
 INDEPENDENT = {("hydra_mcore.selection", "hydra_mcore.convert")}  # though one stands before the other

@@ -8,20 +8,15 @@ import argparse
 import dataclasses
 
 import numpy as np
-import torch
 from transformers.utils.logging import set_verbosity_error
 
+import hydra_mcore
 from hydra_mcore.config import HydraOptions, ModelCard
-from hydra_mcore.convert.calibration import FIT_TOKENS, SCALE_TOKENS, calibration_tokens
 from hydra_mcore.convert.fitted_start import MemoryTables
-from hydra_mcore.convert.hf_export import export_hf
-from hydra_mcore.convert.hf_import import import_hf
-from hydra_mcore.convert.inherit import SCALED_FUSIONS, hybridize
-from hydra_mcore.corpus.hub import model_folder
+from hydra_mcore.convert.inherit import SCALED_FUSIONS
 from hydra_mcore.errors import InputError
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.model.imitation import Memory
-from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.selection.score import HeadScores
 
 
@@ -29,8 +24,7 @@ def run(args: argparse.Namespace) -> None:
     """The command that was given; raises InputError for what cannot be used."""
     set_verbosity_error()  # a command has its own output, and its refusals are one line
     commands = {"import": import_from, "hybridize": hybridize_from, "export": export_from}
-    with process_groups(seed=args.seed):
-        commands[args.command](args)
+    commands[args.command](args)
 
 
 def hybridize_from(args: argparse.Namespace) -> None:
@@ -50,10 +44,17 @@ def hybridize_from(args: argparse.Namespace) -> None:
     if args.scores is not None and not fitted:
         raise InputError("--scores has no use without --start fitted; leave it out")
     memories = known_memories(args.scores, args.teacher, head_map) if args.scores is not None else None
-    count = FIT_TOKENS if fitted else SCALE_TOKENS
-    tokens_bs = calibration_tokens(args.calibration_text, args.teacher, count) if calibrated else None
-    dtype = getattr(torch, args.dtype)
-    card = hybridize(args.teacher, head_map, options, args.out, tokens_bs, dtype, args.start, memories)
+    card = hydra_mcore.hybridize(
+        args.teacher,
+        head_map,
+        args.out,
+        options,
+        calibration_text=args.calibration_text,
+        start=args.start,
+        memories=memories,
+        dtype=args.dtype,
+        seed=args.seed,
+    )
     num_heads = head_map.num_layers * head_map.num_heads
     print(f"student with {head_map.num_fa} FA heads of {num_heads}, teacher {card.fingerprint[:12]}: {args.out}")
 
@@ -78,7 +79,7 @@ def known_memories(scores_file: str, teacher_dir: str, head_map: HeadMap) -> Mem
 
 def import_from(args: argparse.Namespace) -> None:
     """The import command; raises InputError for a directory that cannot be used."""
-    card = import_hf(model_folder(args.hf), args.out, args.dtype and getattr(torch, args.dtype))
+    card = hydra_mcore.import_model(args.hf, args.out, args.dtype)
     print(
         f"{card.stage} {card.fingerprint[:12]}, {card.shape.num_layers} layers x {card.shape.num_heads} heads:"
         f" {args.out}"
@@ -89,8 +90,14 @@ def export_from(args: argparse.Namespace) -> None:
     """The export command; raises InputError for a checkpoint that cannot be exported."""
     if not args.max_shard_size > 0:
         raise InputError(f"--max-shard-size is {args.max_shard_size}; it counts GB, so it must exceed 0")
-    card = export_hf(
-        args.checkpoint, args.out, args.dtype and getattr(torch, args.dtype), args.max_shard_size * 1e9, args.evaluation
+    card = hydra_mcore.export_model(
+        args.checkpoint,
+        args.out,
+        args.dtype,
+        max_shard_gb=args.max_shard_size,
+        evaluation=args.evaluation,
+        base_model=args.base_model,
+        license=args.license,
     )
     print(
         f"{card.stage} with {card.head_map.num_fa} FA heads of {card.shape.num_layers * card.shape.num_heads}:"

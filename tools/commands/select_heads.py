@@ -14,16 +14,22 @@ from typing import Any
 from hydra_mcore.commands import sole_writer
 from hydra_mcore.config import ModelCard
 from hydra_mcore.errors import InputError
-from hydra_mcore.heads import every_head
 from hydra_mcore.kinds import KINDS
 from hydra_mcore.model.imitation import READS
 from hydra_mcore.model.runtime import from_first_rank, process_groups
-from hydra_mcore.selection.choose import SCORED, Choice, choose_heads, hybrid_budget, linear_words, parse_ratio
+from hydra_mcore.selection.choose import SCORED, Choice, hybrid_budget, linear_words, parse_ratio
 from hydra_mcore.selection.figures import heat_map
+from hydra_mcore.selection.head_choice import chosen_heads
+from hydra_mcore.selection.head_scoring import (
+    KNOCK_OUT_FILE,
+    announce,
+    load_knock_out,
+    save_findings,
+    score_teacher,
+)
 from hydra_mcore.selection.probes import check_seed
 from hydra_mcore.selection.report import write_report
 from hydra_mcore.selection.score import HeadScores
-from tools.commands.head_scoring import KNOCK_OUT_FILE, announce, load_knock_out, save_findings, score_teacher
 
 
 def run(args: argparse.Namespace) -> None:
@@ -53,7 +59,9 @@ def select(args: argparse.Namespace) -> None:
         if scored:
             findings = score_teacher(args, card, weights, imitators(args, trial), trial.linear)
         scores: HeadScores | None = findings["scores"]
-        from_first_rank(lambda: write(args, choose(args, card, budget, scores), **findings))
+        from_first_rank(
+            lambda: write(args, chosen_heads(args, card.shape, card.fingerprint, budget, scores), **findings)
+        )
 
 
 def check_request(args: argparse.Namespace, card: ModelCard) -> Choice:
@@ -80,7 +88,9 @@ def check_request(args: argparse.Namespace, card: ModelCard) -> Choice:
     else:
         args.ratio = args.ratio or "3:1"
         budget = parse_ratio(args.ratio, total)
-    return choose(args, card, budget, None)  # a budget that does not fit shows before the scoring
+    return chosen_heads(
+        args, card.shape, card.fingerprint, budget, None
+    )  # a budget that does not fit shows before the scoring
 
 
 def parse_weights(args: argparse.Namespace) -> dict[str, float]:
@@ -133,33 +143,6 @@ def known_findings(
     lengths = {file.stem.removeprefix("scores_"): file for file in folder.glob("scores_*.json")}
     others = {int(length): load(file) for length, file in lengths.items() if length.isdecimal()}
     return {"scores": scores, "knock_out": load_knock_out(folder / KNOCK_OUT_FILE), "by_length": others}
-
-
-def choose(args: argparse.Namespace, card: ModelCard, budget: int, scores: HeadScores | None) -> Choice:
-    """The head map; without scores, one that only shows that the request can be met."""
-    layers, heads = card.shape.num_layers, card.shape.num_heads
-    made_by: dict[str, Any] = {"tool": "select_heads", "seed": args.seed}
-    for name in ("ratio", "kv_groups", "ranks", "every"):
-        if getattr(args, name) is not None:
-            made_by[name] = getattr(args, name)
-    if args.linear:
-        made_by["linear"] = " ".join(args.linear)
-    ranking, table = every_head(layers, heads), None
-    if scores is not None:
-        ranking, table = scores.ranking(), scores.scores_lh.tolist()
-        if args.strategy in SCORED:
-            made_by |= {
-                "scores": scores.settings,
-                "roles": scores.roles,
-                "score": scores.score,
-                "weights": scores.weights,
-                "versions": scores.versions,
-            }
-    elif args.strategy in SCORED:
-        table = [[0.0] * heads] * layers
-    options = {"kv_budget": args.kv_groups, "tp_size": args.ranks or 1, "every": args.every, "seed": args.seed}
-    facts = {"linear": args.linear, "fingerprint": card.fingerprint, "made_by": made_by}
-    return choose_heads(args.strategy, card.shape, budget, scores=table, ranking=ranking, **options, **facts)
 
 
 def write(

@@ -23,11 +23,11 @@ from hydra_mcore.config import ModelCard
 from hydra_mcore.heads import HeadMap
 from hydra_mcore.ruler.needle_format import NeedleFormat
 from hydra_mcore.selection.evidence import spearman
+from hydra_mcore.selection.head_scoring import identity, needle_material, probes
 from hydra_mcore.selection.journal import JournalWriter, read_journal
 from hydra_mcore.selection.score import HeadScores
 from tests.support.commands import ended
 from tests.support.paths import ROOT, TINY_TEACHER
-from tools.commands.head_scoring import identity, needle_material, probes
 from tools.select_heads import main, parser
 
 SMALL = ["--length", "128", "--pairs", "2"]
@@ -104,7 +104,7 @@ def test_the_report_tells_what_was_found(selected: Path) -> None:
 def test_scores_serve_other_choices_without_the_model(
     tiny_teacher: Path, selected: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tools.commands.head_scoring.load_model", None)
+    monkeypatch.setattr("hydra_mcore.selection.head_scoring.load_model", None)
     known = ("--scores", str(selected / "scores.json"))
     scores = scores_of(selected)
     two = run(tiny_teacher, tmp_path / "two", "--budget", "2", "--strategy", "global", *known)
@@ -124,7 +124,7 @@ def test_scores_serve_other_choices_without_the_model(
 def test_random_and_layer_wise_maps_need_no_scores(
     tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tools.commands.head_scoring.load_model", None)
+    monkeypatch.setattr("hydra_mcore.selection.head_scoring.load_model", None)
     out = run(tiny_teacher, tmp_path / "random", "--strategy", "layer_random", "--seed", "7")
     assert sorted(file.name for file in out.iterdir()) == ["figures", "head_map.json"]
     assert HeadMap.load(out / "head_map.json").made_by == {"tool": "select_heads", "seed": 7, "ratio": "3:1"}
@@ -140,7 +140,7 @@ def test_other_heads_become_what_is_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """From known scores: the same heads are kept, the report and the map say what the others become."""
-    monkeypatch.setattr("tools.commands.head_scoring.load_model", None)
+    monkeypatch.setattr("hydra_mcore.selection.head_scoring.load_model", None)
     known = ("--scores", str(selected / "scores.json"), "--linear", "kda", "1-2=gdn", "3=lightning")
     mixed = HeadMap.load(run(tiny_teacher, tmp_path / "mixed", *known) / "head_map.json")
     said = "Kimi Delta Attention (KDA) heads in layer 0, Gated DeltaNet (GDN) heads in layers 1 to 2, Lightning"
@@ -207,7 +207,7 @@ def test_heads_that_a_linear_head_can_imitate_are_not_kept(
     few = ("--budget", "2", "--strategy", "global")
     asked = ("--score", "product", "--linear", "lightning", "--capabilities", "retrieval", "--knock-out", "0")
     product = run(tiny_teacher, tmp_path / "product", *SMALL, *few, *asked)
-    monkeypatch.setattr("tools.commands.head_scoring.load_model", None)
+    monkeypatch.setattr("hydra_mcore.selection.head_scoring.load_model", None)
     known = ("--scores", str(product / "scores.json"), *few, "--linear", "lightning")
     effect = run(tiny_teacher, tmp_path / "effect", *known)
     assert ({layer for layer, _ in fa_heads(product)}, {layer for layer, _ in fa_heads(effect)}) == ({1}, {0})

@@ -1,11 +1,13 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Models examined side by side, from the flags of ``tools/evaluate.py``."""
+"""Models examined side by side, from the settings of an evaluation to its report."""
 
 from __future__ import annotations
 
-import argparse
 import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -22,7 +24,34 @@ from hydra_mcore.model.precision import chosen_dtype
 from hydra_mcore.model.runtime import from_first_rank, process_groups
 
 
-def run(args: argparse.Namespace) -> None:
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """The flags of tools/evaluate.py; its --help says what they mean."""
+
+    models: Sequence[str]
+    lengths: Sequence[int]
+    out: Path
+    yarn: Sequence[str] = ()
+    reference: str | None = None
+    tasks: Sequence[str] = ("single-key", "multi-key")
+    prompts: int = 200
+    haystack: Path | None = None
+    repeat_haystack: bool = False
+    no_text: bool = False
+    template: str | None = None
+    date: date | None = None
+    scoring: str | None = None
+    cache: Path | None = None
+    seed: int = 1_000_000
+    skip_existing: bool = False
+    dry_run: bool = False
+    dtype: str | None = None
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+
+
+def run_evaluation(args: EvaluationSettings) -> None:
     """Examine the models; raises InputError for what cannot be used."""
     layout = {
         "tp_size": args.tensor_model_parallel_size,
@@ -33,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
         evaluate(args)
 
 
-def evaluate(args: argparse.Namespace) -> None:
+def evaluate(args: EvaluationSettings) -> None:
     """Check all input, let the models answer what they have not answered yet, write the report; called alike on all
     ranks.
     """
@@ -60,14 +89,14 @@ def evaluate(args: argparse.Namespace) -> None:
         print(f"\nreport: {args.out / 'report.md'}")
 
 
-def parse_exam(args: argparse.Namespace, records: Records) -> Exam:
+def parse_exam(args: EvaluationSettings, records: Records) -> Exam:
     return Exam(
         tasks=named_tasks(args.tasks),
         lengths=tuple(args.lengths),
         prompts=args.prompts,
         seed=args.seed,
         scoring=args.scoring,
-        haystack=args.haystack,
+        haystack=args.haystack and Path(args.haystack),
         repeat_haystack=args.repeat_haystack,
         template=args.template,
         today=lambda: records.today(args.date),
@@ -76,7 +105,7 @@ def parse_exam(args: argparse.Namespace, records: Records) -> Exam:
     )
 
 
-def check_request(args: argparse.Namespace, records: Records) -> dict[str, ModelFacts]:
+def check_request(args: EvaluationSettings, records: Records) -> dict[str, ModelFacts]:
     """The models by name; raises InputError for all that can be wrong before prompts are made."""
     check_folder(args.out)
     check_report(args.out)
@@ -94,7 +123,7 @@ def missing(records: Records, asked: dict[Contestant, list[Piece]]) -> dict[Cont
     return {who: [piece for piece in pieces if not records.holds(who, piece)] for who, pieces in asked.items()}
 
 
-def described(models: list[str], yarn: list[str], longest: int) -> dict[str, ModelFacts]:
+def described(models: Sequence[str], yarn: Sequence[str], longest: int) -> dict[str, ModelFacts]:
     """Facts by name, a folder's own name where none is given; a model with YaRN stands behind the model itself.
 
     Raises:

@@ -1,16 +1,15 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The part of tools/select_heads.py that runs the teacher: prompts, scores, knock-out curves, and an estimate
-beforehand.
-"""
+"""Scores of a teacher's heads from start to end: prompts, scores, knock-out curves, and an estimate beforehand."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import itertools
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from hydra_mcore.ruler.material import PromptMaterial
 from hydra_mcore.ruler.prompts import EVALUATION_SEEDS
 from hydra_mcore.ruler.sets import VERSION
 from hydra_mcore.ruler.wording import own_wording, read_wording
-from hydra_mcore.selection.capabilities import RETRIEVAL
+from hydra_mcore.selection.capabilities import BUILT_IN, RETRIEVAL
 from hydra_mcore.selection.evidence import ESTIMATES, KnockOut
 from hydra_mcore.selection.knock_out import knock_out, runs_a_prompt
 from hydra_mcore.selection.probes import ProbeBatch, build_probes
@@ -43,8 +42,30 @@ KNOCK_OUT_FILE = "knock_out.json"
 Probes = dict[str, list[ProbeBatch]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScoringSettings:
+    """The flags of tools/select_heads.py by which heads are scored; its --help says what they mean."""
+
+    teacher: Path
+    out: Path
+    length: int | None = None
+    also_lengths: Sequence[int] = ()
+    pairs: int = 8
+    seed: int = 0
+    method: str = "exact"
+    roles: str | None = None
+    score: str = "causal"
+    capabilities: Sequence[str] = tuple(BUILT_IN)
+    probe: Sequence[str] = ()
+    replaceable_by: Sequence[str] = ()
+    format: Path | None = None
+    haystack: str | None = None
+    knock_out: int = 4
+    dtype: str = "float32"
+
+
 def score_teacher(
-    args: argparse.Namespace, card: ModelCard, weights: dict[str, float], imitators: list[str], become: tuple[str, ...]
+    args: ScoringSettings, card: ModelCard, weights: dict[str, float], imitators: list[str], become: Sequence[str]
 ) -> dict[str, Any]:
     """Scores at the main length and at the others, and knock-out curves; says on the console what each probe gave.
 
@@ -76,7 +97,7 @@ def score_teacher(
 
 
 def measure(
-    args: argparse.Namespace, card: ModelCard, scoring: Scoring, settings: dict[str, Any], weights: dict[str, float]
+    args: ScoringSettings, card: ModelCard, scoring: Scoring, settings: dict[str, Any], weights: dict[str, float]
 ) -> HeadScores:
     """Score the heads once, together with every ranking that is compared with the scores."""
     start = time.monotonic()
@@ -108,7 +129,7 @@ def attributed_tables(scores: HeadScores, estimates: dict[str, Any]) -> dict[str
     return dict(zip(ESTIMATES, (receiver_lh, sender_lh), strict=True))
 
 
-def main_length(args: argparse.Namespace, card: ModelCard) -> int:
+def main_length(args: ScoringSettings, card: ModelCard) -> int:
     """By default the teacher's native length, at most the paper's 4096."""
     length = min(card.shape.native_length, 4096) if args.length is None else args.length
     for other in args.also_lengths:
@@ -117,7 +138,7 @@ def main_length(args: argparse.Namespace, card: ModelCard) -> int:
     return length
 
 
-def needle_material(args: argparse.Namespace) -> PromptMaterial:
+def needle_material(args: ScoringSettings) -> PromptMaterial:
     """What needle prompts are made of; without a haystack for noise."""
     tokenizer = load_tokenizer(args.teacher)
     wording = read_wording(args.format) if args.format else own_wording(args.teacher)
@@ -125,13 +146,13 @@ def needle_material(args: argparse.Namespace) -> PromptMaterial:
     return PromptMaterial(tokenizer, wording, haystack)
 
 
-def probes(args: argparse.Namespace, material: PromptMaterial, length: int) -> Probes:
+def probes(args: ScoringSettings, material: PromptMaterial, length: int) -> Probes:
     """The pairs of every sub-probe."""
     files = parse_probes(args.probe)
     return build_probes(material, length, args.pairs, args.seed, tuple(args.capabilities), files)
 
 
-def knock_out_prompts(args: argparse.Namespace, material: PromptMaterial, length: int) -> list[ProbeBatch]:
+def knock_out_prompts(args: ScoringSettings, material: PromptMaterial, length: int) -> list[ProbeBatch]:
     """Needle prompts of another seed than the scores'."""
     if args.knock_out < 0:
         raise InputError(f"--knock-out {args.knock_out}: give a number of prompts, 0 for none")
@@ -155,7 +176,7 @@ def parse_probes(texts: list[str]) -> dict[str, Path]:
     return files
 
 
-def identity(args: argparse.Namespace, card: ModelCard, prompts: Probes, length: int) -> dict[str, Any]:
+def identity(args: ScoringSettings, card: ModelCard, prompts: Probes, length: int) -> dict[str, Any]:
     """What a scoring run is: pieces of runs that differ in any of this do not belong together."""
     digest = hashlib.sha256()
     for batches in prompts.values():
@@ -188,13 +209,14 @@ def say(scores: HeadScores) -> None:
     print(f"{scores.settings['seconds']} s ({scores.settings['method']}, {scores.settings['dtype']})")
 
 
-def save_findings(out: Path, scores: HeadScores, curves: KnockOut | None, by_length: dict[int, HeadScores]) -> None:
+def save_findings(out: Path, scores: HeadScores, knock_out: KnockOut | None, by_length: dict[int, HeadScores]) -> None:
     """scores.json, scores_<length>.json, knock_out.json."""
+    out.mkdir(parents=True, exist_ok=True)
     scores.save(out / "scores.json")
     for length, other in by_length.items():
         other.save(out / f"scores_{length}.json")
-    if curves is not None:
-        write_json(out / KNOCK_OUT_FILE, curves.to_dict())
+    if knock_out is not None:
+        write_json(out / KNOCK_OUT_FILE, knock_out.to_dict())
 
 
 def load_knock_out(path: Path) -> KnockOut | None:
@@ -202,7 +224,7 @@ def load_knock_out(path: Path) -> KnockOut | None:
     return KnockOut.load(path) if path.exists() else None
 
 
-def announce(args: argparse.Namespace, card: ModelCard, imitators: list[str]) -> None:
+def announce(args: ScoringSettings, card: ModelCard, imitators: list[str]) -> None:
     """The cost of scoring, from operation counts and this machine's matrix-product speed."""
     lengths, material = [main_length(args, card), *args.also_lengths], needle_material(args)
     work, pairs = {"receivers and gradients": 0.0, "senders, a round": 0.0, "knock-out": 0.0}, 0
