@@ -6,12 +6,15 @@ PYTHON_VENV := .venv/bin/python
 PYTEST := $(PYTHON_VENV) -m pytest
 SIDE_BY_SIDE := --numprocesses=logical --maxprocesses=8 --dist=loadfile --no-loadscope-reorder --ignore=tests/slurm
 
-.PHONY: help env demo real test test-all serving-env serving-test gpu-check checks clean
+.PHONY: help env wheels demo real test test-all serving-env serving-test gpu-check checks clean
 help:           ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 18
 
-env:            ## set up .venv: Python 3.12 or newer, the tested versions
-	@tools/setup_env.sh
+env:            ## set up .venv: Python 3.12 or newer, the tested versions (CPU=1: torch for CPUs; WHEELS=DIR: offline)
+	@tools/setup_env.sh $(if $(CPU),--cpu) $(if $(WHEELS),--from $(WHEELS))
+
+wheels:         ## download all that env installs into WHEELS=DIR, for a machine without a network
+	@tools/setup_env.sh $(if $(CPU),--cpu) --download $(or $(WHEELS),wheels)
 
 demo: env       ## the whole pipeline, small, on this machine
 	@$(PYTHON_VENV) -m examples.tiny.demo
@@ -44,5 +47,5 @@ checks: env     ## lint and format
 	@$(PYTHON_VENV) -m ruff format --check .
 
 clean:          ## remove the environment and what tests and builds leave behind
-	rm -rf .venv .venv.lock *.egg-info serving/*.egg-info serving/tests/references .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv.lock build *.egg-info serving/*.egg-info serving/tests/references .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

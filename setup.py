@@ -2,22 +2,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """The package.  constraints.txt holds the exact versions it was tested with."""
 
+import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, find_packages, setup
 
-README = Path(__file__).parent / "README.md"
+HERE = Path(__file__).parent
+README = HERE / "README.md"
+VERSION = re.search(r'(?m)^__version__ = "(.+)"', (HERE / "hydra_mcore" / "__init__.py").read_text())[1]
+# A wheel has the commands inside the package; hydra_mcore/__main__.py finds them in either place. As packages of their
+# own, they would take the name "tools" away from everybody else.
+TOOLS = find_namespace_packages(include=["tools", "tools.*"])
+WHEEL = "hydra_mcore.commands_of_the_wheel."
 
 setup(
     name="hydra_mcore",
-    version="0.1.0",
+    version=VERSION,
     description="HydraHead models on Megatron-Core: full attention and Gated DeltaNet, chosen head by head",
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     author="the hydra_mcore authors",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    packages=find_packages(include=["hydra_mcore", "hydra_mcore.*"]),
+    packages=[*find_packages(include=["hydra_mcore", "hydra_mcore.*"]), *(WHEEL + name for name in TOOLS)],
+    package_dir={WHEEL + name: name.replace(".", "/") for name in TOOLS},
+    entry_points={"console_scripts": ["hydra-mcore = hydra_mcore.__main__:main"]},
     package_data={"hydra_mcore": ["py.typed"]},
     python_requires=">=3.12",
     install_requires=[

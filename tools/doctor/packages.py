@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hydra_mcore.errors import InputError
 from tools.doctor.lines import Line, fail, ok, one_line, version_of, warn
-from tools.doctor.wanted import CONSTRAINTS, SETUP, allows, normal, parsed, pinned_versions, setup_argument
+from tools.doctor.wanted import CONSTRAINTS, SETUP, allows, normal, parsed, pinned_versions, required
 
 NVIDIAS = re.compile(r"\+(.*\.)?nv\d")  # the version of a build in NVIDIA's images: 2.14.0a0+b2c75dd062.nv26.9.1
 OTHER_IMAGE = "take another of NVIDIA's images (docs/container.md)"
@@ -29,7 +29,7 @@ def requirements(setup: Path = SETUP, constraints: Path = CONSTRAINTS) -> Iterat
     python = ".".join(map(str, sys.version_info[:3]))
     yield ok("Python", f"{python} ({sys.executable})")  # tools/doctor.py refuses one that is too old
     tested = pinned_versions(constraints)
-    for name, wanted in map(parsed, setup_argument("install_requires", setup)):
+    for name, wanted in map(parsed, required(setup=setup)):
         found, tried = version_of(name), tested.get(normal(name))
         nvidias = bool(found and NVIDIAS.search(found))  # what else is in the image was built for it
         install = OTHER_IMAGE if nvidias else f"pip install '{name}{f'=={tried}' if tried else wanted}'"
@@ -116,7 +116,7 @@ def apex(has_gpu: bool) -> Iterator[Line]:
 
 def flash_linear_attention(has_gpu: bool) -> Iterator[Line]:
     """The kernels of linear heads: there, in their range, and loading; only a node with a GPU needs them."""
-    found, wanted = version_of(FLA), dict(map(parsed, setup_argument("extras_require")["kernels"]))[FLA]
+    found, wanted = version_of(FLA), dict(map(parsed, required("kernels")))[FLA]
     if found is None and has_gpu:
         yield warn(FLA, "not installed: linear heads run on torch functions, far slower", "pip install -e .[kernels]")
     elif found is None:

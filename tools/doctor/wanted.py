@@ -3,6 +3,7 @@
 """What setup.py asks for, what constraints.txt was tested with, and the rule by which pip compares versions."""
 
 import ast
+import importlib.metadata
 import re
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,15 @@ def setup_argument(name: str, setup: Path = SETUP) -> Any:
     raise ValueError(f"{setup}: no {name}")
 
 
+def required(extra: str = "", setup: Path = SETUP) -> list[str]:
+    """What the package, or an extra of it, needs: as setup.py says, or as was noted when it came from a wheel."""
+    if setup.is_file():
+        return setup_argument("extras_require", setup)[extra] if extra else setup_argument("install_requires", setup)
+    mark = f'extra == "{extra}"'
+    noted = importlib.metadata.requires("hydra_mcore") or []
+    return [text.split(";")[0].strip() for text in noted if (mark in text if extra else "extra ==" not in text)]
+
+
 def parsed(requirement: str) -> tuple[str, str]:
     """The name and the range of ``name[extra]>=1.0``."""
     name, wanted = re.fullmatch(r"([\w.-]+)(?:\[[^\]]*\])?\s*(.*)", requirement).groups()
@@ -27,7 +37,9 @@ def parsed(requirement: str) -> tuple[str, str]:
 
 
 def pinned_versions(constraints: Path = CONSTRAINTS) -> dict[str, str]:
-    """The version of every package that hydra_mcore was tested with, by its normal name."""
+    """The version of every package that hydra_mcore was tested with, by its normal name (a wheel has none)."""
+    if not constraints.is_file():
+        return {}
     pins = re.findall(r"(?m)^([\w.-]+)==([\w.+!]+)", constraints.read_text(encoding="utf-8"))
     return {normal(name): version for name, version in pins}
 
