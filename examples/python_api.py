@@ -19,4 +19,4 @@ def transfer(hf: Path, recipe: Path, text: Path, run: Path, length: int = 512) -
     models = {"teacher": run / "teacher", "student": run / "extend"}
     hydra_mcore.evaluate(models, [length, 2 * length], run / "evaluation", haystack=text, prompts=10)
     report = run / "evaluation" / "report.md"
-    hydra_mcore.export_model(run / "extend", run / "hf", dtype="bfloat16", evaluation=report)
+    hydra_mcore.export_model(run / "extend", run / "hf", dtype="bf16", evaluation=report)

@@ -41,6 +41,8 @@ from hydra_mcore.selection.head_scoring import ScoringSettings, save_findings, s
 from hydra_mcore.selection.score import HeadScores  # noqa: E402
 from hydra_mcore.stages import STAGES  # noqa: E402
 
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}  # of weights that are written
+
 
 def import_model(hf: str | Path, out: str | Path, dtype: str | None = None) -> ModelCard:
     """Write the checkpoint of a Hugging Face directory; returns its card.
@@ -49,7 +51,7 @@ def import_model(hf: str | Path, out: str | Path, dtype: str | None = None) -> M
         hf: directory with config.json and safetensors, or its name on the hub. It holds a Qwen3, a Qwen2 or 2.5, a
             Llama, or an export of hydra_mcore.
         out: new folder.
-        dtype: "float32" or "bfloat16"; None keeps what the directory has, so that nothing is rounded.
+        dtype: "float32" or "bf16"; None keeps what the directory has, so that nothing is rounded.
     """
     with _alone():
         return import_hf(model_folder(hf), out, _dtype(dtype))
@@ -81,7 +83,7 @@ def choose_heads(scores: HeadScores, ratio: str = "3:1", **settings: Any) -> Hea
         settings: fields of ``selection.head_choice.ChoiceSettings``, such as strategy, linear and seed.
 
     Returns:
-        The head map; its ``save`` writes the file that ``tools/convert.py hybridize --heads`` takes.
+        The head map; its ``save`` writes the file that ``tools/convert.py hybridize --head-map`` takes.
     """
     shape = scores.shape
     budget = parse_ratio(ratio, shape.num_layers * shape.num_heads)
@@ -177,7 +179,7 @@ def export_model(
     """Write the Hugging Face directory of a checkpoint, with its model card; returns the checkpoint's card.
 
     Args:
-        dtype: "float32" or "bfloat16"; None keeps that of the source.
+        dtype: "float32" or "bf16"; None keeps that of the source.
         max_shard_gb: largest safetensors file, in GB.
         evaluation: report.md that ``evaluate`` wrote, for the model card.
         base_model, license: for the model card; by default what the import noted.
@@ -194,9 +196,9 @@ def _alone(seed: int = 0) -> Iterator[None]:
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
-    if name not in (None, "float32", "bfloat16"):
-        raise InputError(f"dtype {name!r}: choose float32 or bfloat16")
-    return name and getattr(torch, name)
+    if name not in (None, *DTYPES):
+        raise InputError(f"dtype {name!r}: choose {' or '.join(DTYPES)}")
+    return name and DTYPES[name]
 
 
 def _words(flags: Mapping[str, Any]) -> Iterator[str]:

@@ -27,15 +27,15 @@ IMPORT_EXAMPLES = """examples:
   python tools/convert.py import --config examples/qwen3-1.7b/recipe.yaml --skip-existing
 """
 EXPORT_EXAMPLES = """examples:
-  python tools/convert.py export --checkpoint runs/a/extend --out runs/a/hf --dtype bfloat16
+  python tools/convert.py export --checkpoint runs/a/extend --out runs/a/hf --dtype bf16
   python tools/convert.py export --checkpoint runs/a/extend --out runs/a/hf --evaluation runs/a/evaluation/report.md
 """
 HYBRIDIZE_EXAMPLES = """examples:
-  python tools/convert.py hybridize --teacher runs/a/teacher --heads runs/a/heads/head_map.json \\
+  python tools/convert.py hybridize --teacher runs/a/teacher --head-map runs/a/heads/head_map.json \\
       --calibration-text corpus.txt --out runs/a/student
-  python tools/convert.py hybridize --teacher runs/a/teacher --heads map.json --out runs/c/student \\
+  python tools/convert.py hybridize --teacher runs/a/teacher --head-map map.json --out runs/c/student \\
       --start fitted --scores runs/a/heads/scores.json --calibration-text corpus.txt
-  python tools/convert.py hybridize --teacher runs/a/teacher --heads map.json --out runs/b/student \\
+  python tools/convert.py hybridize --teacher runs/a/teacher --head-map map.json --out runs/b/student \\
       --fusion norm --fa-gate headwise
 """
 
@@ -65,10 +65,10 @@ def add_import(commands: argparse._SubParsersAction) -> None:
 
 
 def add_hybridize(commands: argparse._SubParsersAction) -> None:
-    usage = "%(prog)s --teacher DIR --heads FILE --out DIR [options]"
+    usage = "%(prog)s --teacher DIR --head-map FILE --out DIR [options]"
     p = add_command(commands, "hybridize", "teacher + head map -> student", HYBRIDIZE_EXAMPLES, usage)
     p.add_argument("--teacher", required=True, metavar="DIR", help="checkpoint folder that import wrote")
-    p.add_argument("--heads", required=True, metavar="FILE", help="head map (JSON, from tools/select_heads.py)")
+    p.add_argument("--head-map", required=True, metavar="FILE", help="head map (JSON, from tools/select_heads.py)")
     starts = (
         "what training starts from: inherited: the teacher's values; fitted: memories, value projections, fusion scales"
         " and output projections that imitate each of the teacher's layers best, solved on the calibration text"
@@ -120,7 +120,7 @@ def add_result(p: argparse.ArgumentParser, result: str, source: str | None = Non
     if source:
         what += f" (default: as {source}, so nothing is rounded)"
     default = None if source else "float32"
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), default=default, help=what)
+    p.add_argument("--dtype", choices=("float32", "bf16"), default=default, help=what)
     p.add_argument("--out", required=True, metavar="DIR", help=f"new {result} folder")
 
 

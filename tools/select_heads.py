@@ -150,7 +150,7 @@ def add_scoring_flags(p: argparse.ArgumentParser) -> None:
     weight = "how much a capability counts (default 1 each); may be repeated"
     scoring.add_argument("--weight", action="append", default=[], metavar="NAME=W", help=weight)
     words = "JSON file with the wording of the needles (default: tokenizer/needles.json of the teacher, else RULER's)"
-    scoring.add_argument("--format", type=Path, metavar="FILE", help=words)
+    scoring.add_argument("--template", type=Path, metavar="FILE", help=words)
     text = 'UTF-8 text to hide needles in, or "noise" for repeated sentences (default: the Python language reference)'
     scoring.add_argument("--haystack", metavar="FILE", help=text)
     silent = (

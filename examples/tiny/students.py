@@ -79,7 +79,7 @@ def make_student(out: Path, student: Student, seed: int) -> None:
     choice = ("--ratio", student.ratio, "--strategy", student.strategy)
     known = ("--scores", out / "scores" / "scores.json") if student.scored else ()
     run_command(out, slug(student), *_select(out, seed), *choice, *known, "--out", place / "heads")
-    hybridize = ("hybridize", "--teacher", out / "teacher", "--heads", place / "heads" / "head_map.json", *LAYER)
+    hybridize = ("hybridize", "--teacher", out / "teacher", "--head-map", place / "heads" / "head_map.json", *LAYER)
     calibration = ("--calibration-text", out / "train.txt", "--seed", seed)
     to = ("--out", place / "student", "--skip-existing")
     run_command(out, slug(student), "tools/convert.py", *hybridize, *calibration, *to)

@@ -58,7 +58,7 @@ class ScoringSettings:
     capabilities: Sequence[str] = tuple(BUILT_IN)
     probe: Sequence[str] = ()
     replaceable_by: Sequence[str] = ()
-    format: Path | None = None
+    template: Path | None = None
     haystack: str | None = None
     knock_out: int = 4
     dtype: str = "float32"
@@ -141,7 +141,7 @@ def main_length(args: ScoringSettings, card: ModelCard) -> int:
 def needle_material(args: ScoringSettings) -> PromptMaterial:
     """What needle prompts are made of; without a haystack for noise."""
     tokenizer = load_tokenizer(args.teacher)
-    wording = read_wording(args.format) if args.format else own_wording(args.teacher)
+    wording = read_wording(args.template) if args.template else own_wording(args.teacher)
     haystack = None if args.haystack == "noise" else Haystack.of(tokenizer, read_text(tokenizer, args.haystack))
     return PromptMaterial(tokenizer, wording, haystack)
 

@@ -154,7 +154,7 @@ def _needle_pairs(material: PromptMaterial, length: int, pairs: int, seed: int) 
             for task in BUILT_IN[RETRIEVAL]
         }
     except InputError as error:
-        raise InputError(f"needle probe: {error}; give a longer --length or another --format") from None
+        raise InputError(f"needle probe: {error}; give a longer --length or another --template") from None
 
 
 def _needle_pair(clean: Prompt, corrupt: Prompt) -> Pair:

@@ -153,7 +153,7 @@ class HeadScores:
             )
             raise ScoresError(
                 f"no usable probe: the teacher fails {unsolved} of {pairs} prompts, of the rest few react to another"
-                " value; try a shorter --length, or the needle --format it knows"
+                " value; try a shorter --length, or the needle --template it knows"
             )
         if not any(self.weights.get(name, 1.0) > 0 for name in counted):
             raise ScoresError(

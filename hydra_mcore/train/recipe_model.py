@@ -40,8 +40,8 @@ def model_card(
             return dataclasses.replace(ModelCard.load(folder), stage=options.stage), f"model of {folder}"
     teacher, source = _teacher(config, options, hf)
     hybridize = Recipe.load(config, "hybridize").values if config else {}
-    if not (heads or ratio) and Path(str(hybridize.get("heads"))).is_file():
-        heads = Path(str(hybridize["heads"]))
+    if not (heads or ratio) and Path(str(hybridize.get("head-map"))).is_file():
+        heads = Path(str(hybridize["head-map"]))
     if heads:
         head_map = HeadMap.load(heads)
         teacher.check_head_map(head_map)

@@ -45,7 +45,7 @@ def test_commands_from_import_to_report(run_dir: Path) -> None:
     assert "rounds of senders" in printed(*select, "--out", str(heads), "--dry-run")
     printed(*select, "--out", str(heads))
     assert (heads / "figures" / "heads.png").stat().st_size > 10_000
-    hybridize = ("tools/convert.py", "hybridize", "--teacher", str(teacher), "--heads", str(heads / "head_map.json"))
+    hybridize = ("tools/convert.py", "hybridize", "--teacher", str(teacher), "--head-map", str(heads / "head_map.json"))
     printed(*hybridize, "--calibration-text", text, "--out", str(student))
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     for stage, launcher in (("align", torchrun), ("distill", ()), ("extend", ())):

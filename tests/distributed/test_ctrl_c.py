@@ -118,7 +118,16 @@ def test_convert_while_it_writes(tmp_path: Path) -> None:
     interrupt(process, tmp_path, "convert")
 
 
-FIT = ("tools/convert.py", "hybridize", "--teacher", "OUT/teacher", "--heads", "OUT/map.json", "--out", "OUT/student")
+FIT = (
+    "tools/convert.py",
+    "hybridize",
+    "--teacher",
+    "OUT/teacher",
+    "--head-map",
+    "OUT/map.json",
+    "--out",
+    "OUT/student",
+)
 FIT += ("--start", "fitted", "--calibration-text", "OUT/text")
 AT_WORK = {  # what a command has said when it is at work
     "select_heads": ((*SELECT, "--ratio", "3:1"), "receivers: "),

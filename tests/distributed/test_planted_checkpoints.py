@@ -45,8 +45,8 @@ def text_models(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) ->
 COMMANDS = {
     "hybridize": (
         (
-            "tools/convert.py hybridize --teacher {teacher} --heads {head_map.json} --calibration-text {text.txt} --out"
-            " {out}"
+            "tools/convert.py hybridize --teacher {teacher} --head-map {head_map.json} --calibration-text {text.txt}"
+            " --out {out}"
         ),
         "teacher",
     ),

@@ -94,7 +94,7 @@ def test_the_console_command_runs_every_tool(tmp_path: Path) -> None:
     assert {"convert", "train", "evaluate"} < set(names)
     for name in names:
         assert name == "train" or (ROOT / "tools" / f"{name}.py").exists()
-    assert "--hf DIR" in printed("-m", "hydra_mcore", "convert", "import", "--help")
+    assert "--hf NAME" in printed("-m", "hydra_mcore", "convert", "import", "--help")
     assert "--run-dir" in printed("-m", "hydra_mcore", "train", "--help")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     call = [sys.executable, "-m", "hydra_mcore", "convrt"]

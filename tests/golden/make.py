@@ -119,7 +119,7 @@ def main(golden: Path, root: Path) -> None:
     command("tools/select_heads.py", "--teacher", teacher, "--out", heads, *SELECT)
     for name, flags in STUDENTS.items():
         flags = [str(golden / flag) if flag.endswith(".txt") else flag for flag in flags]
-        given = ("--teacher", teacher, "--heads", heads / "head_map.json")
+        given = ("--teacher", teacher, "--head-map", heads / "head_map.json")
         command("tools/convert.py", "hybridize", *given, "--out", golden / name, *flags)
     expected: dict[str, dict] = {"fresh": {}, "stopped": {}}
     with tempfile.TemporaryDirectory() as work:

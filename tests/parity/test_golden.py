@@ -223,7 +223,7 @@ def test_a_teacher_is_imported_and_exported_as_it_was(golden: Path, tmp_path: Pa
 def test_a_student_is_made_as_it_was(golden: Path, tmp_path: Path, student: str) -> None:
     """Inherited, started at random and calibrated."""
     flags = [golden / flag if flag.endswith(".txt") else flag for flag in make.STUDENTS[student]]
-    given = ("--teacher", golden / "teacher", "--heads", GOLDEN / "heads" / "head_map.json")
+    given = ("--teacher", golden / "teacher", "--head-map", GOLDEN / "heads" / "head_map.json")
     run(convert.main, "hybridize", *given, "--out", tmp_path / "student", *flags)
     assert ModelCard.load(tmp_path / "student") == ModelCard.load(golden / student)
     same_logits(logits(tmp_path / "student"), student)

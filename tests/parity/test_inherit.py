@@ -423,8 +423,9 @@ def test_command_hybridizes(source, tmp_path):
     (tmp_path / "text").write_text("w1 w2 w3 w4 " * 50)
     out = tmp_path / "student"
     done = run_command(
-        "hybridize", "--teacher", source[2], "--heads", tmp_path / "map.json", "--calibration-text", tmp_path / "text",
-        "--out", out, "--gdn-conv-kernel", 0, "--kda-gate", "headwise", "--lightning-slope", 0.5,
+        "hybridize", "--teacher", source[2], "--head-map", tmp_path / "map.json",
+        "--calibration-text", tmp_path / "text", "--out", out,
+        "--gdn-conv-kernel", 0, "--kda-gate", "headwise", "--lightning-slope", 0.5,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert ModelCard.load(out).options == HydraOptions(gdn_conv_kernel=0, kda_gate="headwise", lightning_slope=0.5)
@@ -438,7 +439,7 @@ def test_command_starts_fitted(source, tmp_path):
     words = random.Random(5).choices([f"w{i}" for i in range(60)], k=64 * 8)
     (tmp_path / "text").write_text(" ".join(words))
     (tmp_path / "short").write_text(" ".join(words[: 64 * 3]))
-    given = ["hybridize", "--teacher", source[2], "--heads", tmp_path / "map.json", "--start", "fitted"]
+    given = ["hybridize", "--teacher", source[2], "--head-map", tmp_path / "map.json", "--start", "fitted"]
     done = run_command(*given, "--calibration-text", tmp_path / "text", "--out", tmp_path / "fitted")
     inherited, fitted = map(float, re.search(r"tokens: (\S+) inherited, (\S+) fitted", done.stdout).groups())
     assert done.returncode == 0 and fitted < 0.9 * inherited
@@ -461,7 +462,7 @@ def test_command_starts_with_memories_that_selection_found(source, tmp_path):
     scores = HeadScores(card.shape, card.fingerprint, {"one": probe}, replaceability={"gdn": Replaceability(*memory)})
     scores.save(tmp_path / "scores.json")
     given = ["hybridize", "--teacher", source[2], "--start", "fitted", "--calibration-text", tmp_path / "text"]
-    given += ["--scores", tmp_path / "scores.json", "--heads"]
+    given += ["--scores", tmp_path / "scores.json", "--head-map"]
     hybridize_from(parse_args([*map(str, given), str(tmp_path / "map.json"), "--out", str(tmp_path / "fitted")]))
     bias = load_model(tmp_path / "fitted")[1].decoder.layers[1].self_attention.gdn.linear_decay.bias
     torch.testing.assert_close(F.softplus(bias), torch.full_like(bias, math.log(2) / 512))
@@ -476,7 +477,7 @@ def test_command_refuses_a_broken_head_map_in_one_line(source, tmp_path):
     raw["layers"][1]["gdn"].remove(3)
     (tmp_path / "map.json").write_text(json.dumps(raw))
     done = run_command(
-        "hybridize", "--teacher", source[2], "--heads", tmp_path / "map.json", "--out", tmp_path / "student"
+        "hybridize", "--teacher", source[2], "--head-map", tmp_path / "map.json", "--out", tmp_path / "student"
     )
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
@@ -510,7 +511,7 @@ def test_command_refuses_a_broken_head_map_in_one_line(source, tmp_path):
 )
 def test_command_refuses_flags_that_do_not_go_together(source, tmp_path, flags, words):
     MIXED.save(tmp_path / "map.json")
-    given = ["--teacher", source[2], "--heads", tmp_path / "map.json", "--out", tmp_path / "student"]
+    given = ["--teacher", source[2], "--head-map", tmp_path / "map.json", "--out", tmp_path / "student"]
     with pytest.raises(InputError, match=words):
         hybridize_from(parse_args(["hybridize", *map(str, given), *flags]))
     assert not (tmp_path / "student").exists()

@@ -48,7 +48,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "map.json").write_text(json.dumps(facts))
     run("tools/convert.py", "import", "--hf", root / "hf", "--out", root / "teacher")
     options = ("--toy-decay", "0.8", "--gdn-kv", "per_group", "--fusion-scale", "one")
-    given = ("--teacher", root / "teacher", "--heads", root / "map.json")
+    given = ("--teacher", root / "teacher", "--head-map", root / "map.json")
     run("tools/convert.py", "hybridize", *given, *options, "--out", root / "student")
     write_data(root / "data", WORDS)
     return root

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
 def hybridize_from(args: argparse.Namespace) -> None:
     """The hybridize command; raises InputError for anything given that cannot be used."""
     options = HydraOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(HydraOptions)})
-    head_map = HeadMap.load(args.heads)
+    head_map = HeadMap.load(args.head_map)
     fitted = args.start == "fitted"
     calibrated = fitted or (args.fusion_scale == "calibrated" and options.fusion in SCALED_FUSIONS)
     if fitted and args.calibration_text is None:

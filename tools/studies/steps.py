@@ -103,7 +103,7 @@ class Job:
         scores = str(Job(self.study, self.seed, None).folder / "heads" / "scores.json")
         heads, teacher = self.folder / "heads", self.section("import")["out"]
         select: dict[str, Any] = {"out": str(heads)}
-        hybridize: dict[str, Any] = {"heads": str(heads / "head_map.json"), "out": str(self.folder / "student")}
+        hybridize: dict[str, Any] = {"head-map": str(heads / "head_map.json"), "out": str(self.folder / "student")}
         own_scores = self.variant is None or (self.scored and not self.shares_scores)
         if self.scored and not own_scores:
             select["scores"] = scores

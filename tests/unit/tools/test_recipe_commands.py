@@ -25,7 +25,7 @@ def recipe(tmp_path: Path) -> Path:
     out = tmp_path / "out"
     path = tmp_path / "recipe.yaml"
     path.write_text(
-        f"import: {{hf: nowhere, out: {out}}}\nhybridize: {{teacher: nowhere, heads: none.json, out: {out}}}\n"
+        f"import: {{hf: nowhere, out: {out}}}\nhybridize: {{teacher: nowhere, head-map: none.json, out: {out}}}\n"
         f"export: {{checkpoint: nowhere, out: {out}}}\nselect: {{teacher: nowhere, out: {out}}}\n"
         f"evaluate: {{models: [nowhere], lengths: [8, 16], haystack: none.txt, out: {out}}}\n"
     )

@@ -37,7 +37,7 @@ RECIPE = {
     "select": {"teacher": "teacher", "out": "heads", "ratio": "3:1"},
     "hybridize": {
         "teacher": "teacher",
-        "heads": "heads/head_map.json",
+        "head-map": "heads/head_map.json",
         "out": "student",
         "scores": "heads/scores.json",
     },
@@ -123,7 +123,7 @@ def test_every_job_has_its_own_places_and_seeds(tmp_path: Path) -> None:
     assert over["select"] == {"seed": 3, "out": "runs/it/seed3/chosen-3to1/heads", "scores": scores}
     assert over["hybridize"] == {
         **{"fa-position": "rope", "seed": 1237, "scores": scores, "out": "runs/it/seed3/chosen-3to1/student"},
-        "heads": "runs/it/seed3/chosen-3to1/heads/head_map.json",
+        "head-map": "runs/it/seed3/chosen-3to1/heads/head_map.json",
     }
     assert over["evaluate"]["models"] == ["chosen 3:1=runs/it/seed3/chosen-3to1/align"]
     assert over["evaluate"]["seed"] == 1_000_003 and over["evaluate"]["yarn"] is None
@@ -275,7 +275,7 @@ def test_studies_that_come_along_are_known_to_their_commands(path: Path, tmp_pat
         HydraOptions(**{field.name: getattr(student, field.name) for field in dataclasses.fields(HydraOptions)})
         assert parse_with_recipe(evaluate.parser(), "evaluate", config).seed >= 2_000_000 or "qwen3" in str(path)
         settings = [vars(selected) | {"out": 0, "scores": 0, "config": 0}]
-        settings.append(vars(student) | {"out": 0, "heads": 0, "scores": 0, "config": 0})
+        settings.append(vars(student) | {"out": 0, "head_map": 0, "scores": 0, "config": 0})
         for stage in study.stages:
             parser, recipe, options = recipe_flags(["--stage", stage, *config], with_gpu=False)
             assert recipe.to_flags(parser) and options.run_dir == str(job.folder)
