@@ -168,6 +168,8 @@ def write_csv(path: Path, found: Found) -> None:
 def write_figure(path: Path, found: Found) -> None:
     """A panel for each measure: means over seeds against length, a small mark for every seed."""
     measures = found.measures
+    if any(len(lengths) > 1 for lengths in measures.values()):  # a single length is no curve
+        measures = {name: lengths for name, lengths in measures.items() if len(lengths) > 1}
     figure = figures.empty(4.6 * len(measures), 4.4)
     for axes, (measure, lengths) in zip(
         figure.subplots(1, len(measures), squeeze=False)[0], measures.items(), strict=True
