@@ -167,7 +167,7 @@ def test_hypenet_has_folders_of_its_own_but_for_the_teacher() -> None:
         *(teacher, f"{folder}/heads", f"{folder}/heads/head_map.json", f"{folder}/student", f"{folder}/extend"),
         *(f"{folder}/evaluation", f"{folder}/evaluation/report.md", f"{folder}/hf"),
     }
-    assert paths["hybridize", "heads"] == [f"{paths['select', 'out'][0]}/head_map.json"]
+    assert paths["hybridize", "head-map"] == [f"{paths['select', 'out'][0]}/head_map.json"]
 
 
 def test_the_walk_through_shows_cost_and_jobs(

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from threading import Event
 
-from hydra_mcore.model.checkpoints import TRACKER
 from hydra_mcore.recipe import Recipe
 from hydra_mcore.stages import default_flags
 
@@ -46,6 +45,8 @@ def usable_cores() -> int:
 
 def trained(stage: Path, recipes: Sequence[Path]) -> bool:
     """Whether a stage's last checkpoint is in its folder: training that is asked to stop saves and ends well."""
+    from hydra_mcore.model.checkpoints import TRACKER  # takes seconds: not for --help
+
     newest = stage / TRACKER
     wanted = (default_flags(stage.name) | Recipe.load(recipes, stage.name).values)["train-iters"]
     return newest.exists() and newest.read_text().strip() == str(wanted)

@@ -189,8 +189,8 @@ def test_dry_run_writes_nothing(tmp_path: Path, texts: list[str], capsys: pytest
 
 def test_documented_commands(tmp_path: Path) -> None:
     """The tiny example runs as written; the commands that need a network have flags that exist."""
-    blocks = re.findall(r"```\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL)
-    commands = [block.replace("\\\n", " ") for block in blocks]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL | re.MULTILINE)
+    commands = [block.replace("\\\n", " ") for language, block in blocks if not language]
     assert len(commands) == 3 and all("tools/prepare_data.py" in command for command in commands)
     for command in commands[1:]:
         assert parser().parse_args(shlex.split(command)[2:]).dataset == "HuggingFaceFW/fineweb-edu"
