@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole pipeline on the tiny teacher: import, select, hybridize, align, distill, extend, evaluate, export, report.
 
-Runs the project's own commands, one after the other, and writes <out>/report.md. About seven minutes on two
+Runs the project's own commands, one after the other, and writes <out>/report.md. About five minutes on two
 cores.
 
 examples:
