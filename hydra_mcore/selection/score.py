@@ -144,7 +144,7 @@ class HeadScores:
 
     def __post_init__(self) -> None:
         if self.roles not in ROLES:
-            raise ScoresError(f"roles {self.roles!r}: choose one of {', '.join(ROLES)}")
+            raise ScoresError(f"roles {shown(self.roles)}: choose one of {', '.join(ROLES)}")
         counted = {probe.capability for probe in self.probes.values() if probe.usable}
         if not counted:
             unsolved, pairs = (
