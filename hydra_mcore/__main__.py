@@ -24,6 +24,7 @@ examples:
 
 from __future__ import annotations
 
+import contextlib
 import re
 import runpy
 import sys
@@ -39,7 +40,8 @@ def main() -> None:
     """Run the command that the first argument names; exit status 2 with one line where there is no such command."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("--help", "-h"):
-        print(__doc__.strip())
+        with contextlib.suppress(BrokenPipeError):  # a pager that was left
+            print(__doc__.strip(), flush=True)
     elif name == "--version":
         print(hydra_mcore.__version__)
     elif name not in COMMANDS:

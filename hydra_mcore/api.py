@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ install()
 
 import torch  # noqa: E402  the patches come before the engine
 
+from hydra_mcore.commands import python_command  # noqa: E402
 from hydra_mcore.config import HydraOptions, ModelCard  # noqa: E402
 from hydra_mcore.convert.calibration import FIT_TOKENS, SCALE_TOKENS, calibration_tokens  # noqa: E402
 from hydra_mcore.convert.fitted_start import MemoryTables  # noqa: E402
@@ -34,14 +34,13 @@ from hydra_mcore.evaluation.report import RESULTS_NAME  # noqa: E402
 from hydra_mcore.evaluation.session import EvaluationSettings, run_evaluation  # noqa: E402
 from hydra_mcore.files import read_json  # noqa: E402
 from hydra_mcore.heads import HeadMap  # noqa: E402
+from hydra_mcore.model.precision import DTYPES  # noqa: E402
 from hydra_mcore.model.runtime import from_first_rank, process_groups  # noqa: E402
 from hydra_mcore.selection.choose import parse_linear, parse_ratio  # noqa: E402
 from hydra_mcore.selection.head_choice import ChoiceSettings, chosen_heads  # noqa: E402
 from hydra_mcore.selection.head_scoring import ScoringSettings, save_findings, score_teacher  # noqa: E402
 from hydra_mcore.selection.score import HeadScores  # noqa: E402
 from hydra_mcore.stages import STAGES  # noqa: E402
-
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}  # of weights that are written
 
 
 def import_model(hf: str | Path, out: str | Path, dtype: str | None = None) -> ModelCard:
@@ -139,11 +138,10 @@ def train_stage(stage: str, config: str | Path | Sequence[str | Path], ranks: in
     if stage not in STAGES:
         raise InputError(f"stage {stage!r}: choose one of {', '.join(STAGES)}")
     files = [config] if isinstance(config, str | Path) else config
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launcher, "-m", "hydra_mcore.train", "--stage", stage, "--config", *map(str, files)]
+    command = python_command(("-m", "hydra_mcore.train", "--stage", stage, "--config", *files, *_words(flags)), ranks)
     package = str(Path(__file__).parents[1])  # the child finds it where it is not installed, too
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))}
-    status = subprocess.run([*command, *_words(flags)], env=environment, check=False).returncode
+    status = subprocess.run(command, env=environment, check=False).returncode
     if status:
         raise InputError(f"stage {stage} ended with exit status {status}; its own message stands above")
 

@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -196,3 +196,9 @@ def _holder(place: Path) -> str:
         if said := place.read_text()[:200].strip():
             return said
     return "another process"
+
+
+def python_command(words: Iterable[object], ranks: int = 1) -> list[str]:
+    """Python with these arguments, on as many ranks."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)) if ranks > 1 else ()
+    return [sys.executable, *launcher, *map(str, words)]

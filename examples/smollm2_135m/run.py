@@ -23,11 +23,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from hydra_mcore.commands import one_line_errors, sole_writer
+from hydra_mcore.commands import one_line_errors, python_command, sole_writer
 from hydra_mcore.files import read_json, write_json
 from hydra_mcore.recipe import Recipe
 from hydra_mcore.stages import STAGES
-from tools.studies.launch import command, environment, usable_cores
+from tools.studies.launch import environment, usable_cores
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -108,7 +108,7 @@ def steps(recipes: list[Path], stages: list[str], wheel: Path | None) -> list[St
 
 def run_step(step: Step) -> None:
     """Run a command, its progress on this screen; where it fails, it has said why and the run ends."""
-    words = command(step.words, step.ranks)
+    words = python_command(step.words, step.ranks)
     code = subprocess.run(words, cwd=ROOT, env=environment(step.ranks), check=False).returncode
     if code:
         sys.exit(f"run: {step.name} ended with exit status {code}; give the same command to go on from there")

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hydra_mcore.commands import python_command
 from hydra_mcore.progress import Progress
 from hydra_mcore.selection.choose import SCORED
-from tools.studies.launch import command, end_of, environment, trained
+from tools.studies.launch import end_of, environment, trained
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -47,7 +48,7 @@ def run_command(out: Path, log: str, *words: object, ranks: int = 1) -> None:
     """Run one of the project's commands, its output in <out>/logs; a failure shows the end of it and ends the run."""
     path = out / "logs" / f"{log}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
-    call = command(words, ranks)
+    call = python_command(words, ranks)
     with path.open("a") as sink:
         sink.write(f"$ {shlex.join(call)}\n")
         sink.flush()
@@ -113,7 +114,7 @@ def train(out: Path, student: Student, stage: str, ranks: int, position: int) ->
         Progress(desc=f"{student.name} {stage}", unit="step", position=position, leave=False) as bar,
     ):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        process = subprocess.Popen(command(words, ranks), cwd=ROOT, env=environment(2), **pipes)
+        process = subprocess.Popen(python_command(words, ranks), cwd=ROOT, env=environment(2), **pipes)
         for line in process.stdout:
             sink.write(line)
             if found := re.search(r"iteration\s+(\d+)/\s*(\d+).*?loss: ([\d.E+-]+)", line):

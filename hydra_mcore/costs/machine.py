@@ -36,6 +36,7 @@ GPUS = {
 GPUS_PER_NODE = 8
 # Of a GPU's memory; the rest is for the CUDA context, NCCL's buffers and the allocator's waste [assumed].
 MEMORY_SHARE = 0.92
+EFFICIENCY = 0.35  # share of the bf16 peak that computing reaches [assumed]
 LINK_SHARE = 0.7  # of a link's published bandwidth that collectives reach [assumed]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from hydra_mcore.costs.machine import GPUS, Machine
+from hydra_mcore.costs.machine import EFFICIENCY, GPUS, Machine
 from hydra_mcore.errors import InputError
 from hydra_mcore.files import write_json
 from hydra_mcore.stages import STAGES
@@ -19,6 +19,8 @@ from tools.plan.estimate import as_json, estimate
 from tools.plan.layouts import as_flags, layouts, smallest_change
 from tools.plan.report import imitation_line, layout_table, model_section, stage_section, summary
 
+OUT_OF_RANGE = "--gpus and --layouts must be at least 1, --efficiency above 0 and at most 1"
+
 
 def run(args: argparse.Namespace, flags: list[str]) -> None:
     """Plan the stages, or the evaluation, and print; raises InputError for bad input."""
@@ -27,7 +29,9 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
 
 def plan_stages(args: argparse.Namespace, flags: list[str]) -> None:
     """Plan the stages and print; raises InputError for bad input."""
-    machine = machine_of(args)
+    machine = machine_of(args.gpu, args.gpus, args.efficiency)
+    if args.layouts is not None and args.layouts < 1:
+        raise InputError(OUT_OF_RANGE)
     planned: dict[str, Any] = {}
     for stage in STAGES if args.stage == "all" else (args.stage,):
         argv = ["--stage", stage, *flags]
@@ -55,7 +59,7 @@ def plan_stages(args: argparse.Namespace, flags: list[str]) -> None:
 
 def plan_evaluation(args: argparse.Namespace, flags: list[str]) -> None:
     """Plan the recipe's evaluation and print; raises InputError for bad input."""
-    machine = machine_of(args)
+    machine = machine_of(args.gpu, args.gpus, args.efficiency)
     _, _, options = recipe_flags(["--stage", "extend", "--config", *args.config], with_gpu=True)
     card, source = model_card(args.config, options, args.hf, args.head_map, args.ratio)
     found = evaluation.examinations(card, flags, machine)
@@ -66,9 +70,10 @@ def plan_evaluation(args: argparse.Namespace, flags: list[str]) -> None:
         write_json(args.json, settings | {EVALUATE: [evaluation.as_json(at) for at in found]})
 
 
-def machine_of(args: argparse.Namespace) -> Machine:
-    if args.gpu not in GPUS:
-        raise InputError(f"unknown GPU {args.gpu!r}; choose one of {', '.join(GPUS)}")
-    if args.gpus < 1 or not 0 < args.efficiency <= 1 or (args.layouts is not None and args.layouts < 1):
-        raise InputError("--gpus and --layouts must be at least 1, --efficiency above 0 and at most 1")
-    return Machine(GPUS[args.gpu], args.gpus, args.efficiency)
+def machine_of(gpu: str, gpus: int, efficiency: float = EFFICIENCY) -> Machine:
+    """So many GPUs of a name; raises InputError where there is no such machine."""
+    if gpu not in GPUS:
+        raise InputError(f"unknown GPU {gpu!r}; choose one of {', '.join(GPUS)}")
+    if gpus < 1 or not 0 < efficiency <= 1:
+        raise InputError(OUT_OF_RANGE)
+    return Machine(GPUS[gpu], gpus, efficiency)

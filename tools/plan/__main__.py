@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 
 from hydra_mcore.commands import one_line_errors
-from hydra_mcore.costs.machine import GPUS  # facts only, so that --help is quick
+from hydra_mcore.costs.machine import EFFICIENCY, GPUS  # facts only, so that --help is quick
 from hydra_mcore.stages import STAGES
 
 EVALUATE = "evaluate"
@@ -44,8 +44,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--stage", choices=(*STAGES, "all", EVALUATE), default="all", help="default: all three of training")
     p.add_argument("--gpus", type=int, default=8, metavar="N", help="how many (default 8)")
     p.add_argument("--gpu", default="h100-80gb", metavar="NAME", help=f"one of {', '.join(GPUS)} (default h100-80gb)")
-    share = "share of the GPU's bf16 peak that computing reaches; communication and bubbles come on top (default 0.35)"
-    p.add_argument("--efficiency", type=float, default=0.35, metavar="X", help=share)
+    share = (
+        "share of the GPU's bf16 peak that computing reaches; communication and bubbles come on top"
+        f" (default {EFFICIENCY})"
+    )
+    p.add_argument("--efficiency", type=float, default=EFFICIENCY, metavar="X", help=share)
     p.add_argument("--price", type=float, metavar="P", help="of one GPU for one hour, in any currency")
     p.add_argument("--hf", type=Path, metavar="DIR", help="folder with the model's config.json")
     p.add_argument("--head-map", type=Path, metavar="FILE", help="heads that tools/select_heads.py chose")

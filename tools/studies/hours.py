@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,12 +18,10 @@ from tools.plan.estimate import estimate
 from tools.studies.file import Study
 from tools.studies.steps import Job
 
-EFFICIENCY = 0.35  # as tools/plan.py's default
-
 
 def planned(study: Study, students: Sequence[Job], gpu: str, gpus: int) -> str:
     """One line for a reader; raises InputError as ``machine_of`` and ``student_hours`` do."""
-    machine = machine_of(argparse.Namespace(gpu=gpu, gpus=gpus, efficiency=EFFICIENCY, layouts=None))
+    machine = machine_of(gpu, gpus)
     hours = [student_hours(study, job, machine) for job in students]
     return (
         f"training on {gpus} {gpu} by the plan: {sum(hours) / len(hours):.1f} hours a student,"

@@ -5,8 +5,7 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from threading import Event
@@ -15,12 +14,6 @@ from hydra_mcore.recipe import Recipe
 from hydra_mcore.stages import default_flags
 
 TAIL = 15  # lines
-
-
-def command(words: Iterable[object], ranks: int = 1) -> list[str]:
-    """Python with these arguments, on as many ranks."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)) if ranks > 1 else ()
-    return [sys.executable, *launcher, *map(str, words)]
 
 
 def environment(processes: int = 1) -> dict[str, str]:

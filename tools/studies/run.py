@@ -14,13 +14,14 @@ from threading import Event
 
 import yaml
 
+from hydra_mcore.commands import python_command
 from hydra_mcore.errors import InputError
 from hydra_mcore.files import read_json, write_json, write_text
 from hydra_mcore.progress import Progress
 from hydra_mcore.recipe import Recipe, read_yaml
 from hydra_mcore.stages import default_flags
 from tools.studies.file import Study
-from tools.studies.launch import command, end_of, environment, side_by_side, trained
+from tools.studies.launch import end_of, environment, side_by_side, trained
 from tools.studies.steps import Job, Step, shared_jobs, variant_jobs, without_evaluation
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,7 +90,7 @@ def finished(job: Job) -> dict[str, float]:
 
 def run_step(job: Job, step: Step, ranks: int, beside: int) -> None:
     """One command, its output added to the job's log."""
-    words = command([*step.words, *batch_size(job, step, ranks)], ranks)
+    words = python_command([*step.words, *batch_size(job, step, ranks)], ranks)
     own = environment(ranks * beside) | {"WANDB_RUN_GROUP": job.study.path.stem}
     log = job.folder / "log.txt"
     with log.open("a") as sink:
