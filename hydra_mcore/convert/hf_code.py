@@ -46,6 +46,7 @@ FORMER_CODE = (
     (_TWO_KINDS, "55c2e47ea00cf4fe25ad81b17dba65233ca70ddfb338091be8e87e1c5041b620"),  # 6436168
     (_OF_TODAY, "5c97bb9cf9e4f7539d5598605b3b5f561d57627f09e980ebaac464858098cd49"),  # 14f2f7b
     (_OF_TODAY, "78cf6674c249480cba3fb45981caa7f231a3d36ea0dc803f715251d90fdea6eb"),  # 131cb72
+    (_OF_TODAY, "617942494ea0f1af85f32373203019be436603495e5acbb0557c3bc7d2a09804"),  # 9b80d02
 )
 # For config.json: where transformers' Auto classes find theirs.
 AUTO_MAP = {

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.update(
+    VLLM_CPU_OMP_THREADS_BIND="nobind",  # or each rank wants a NUMA node
     VLLM_CPU_KVCACHE_SPACE="1",
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_LOGGING_LEVEL="ERROR",

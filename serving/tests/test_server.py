@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,15 @@ WAIT_S = 240
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server of the tiny student's export, in float32."""
+    with serving(TINY / "export", tmp_path_factory.mktemp("server") / "log.txt") as address:
+        yield address
+
+
+@contextmanager
+def serving(export: Path, log: Path) -> Iterator[str]:
+    """The address of a server of an export, in float32."""
     port = free_port()
-    log = tmp_path_factory.mktemp("server") / "log.txt"
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(TINY / "export")]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(export)]
     command += ["--dtype", "float32", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     with log.open("w") as sink:
@@ -110,6 +116,24 @@ def test_the_server_is_proven_to_serve_the_export(url: str) -> None:
     done = project("tools/verify.py", TINY / "student", *proof)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert "64 of 64 greedy tokens" in done.stdout and "1 passed, 0 failed" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "export"),
+    [("demo/selected-3to1/extend", "demo/selected-3to1/hf"), ("smollm2/align", "smollm2/export")],
+    ids=["make demo", "make real"],
+)
+def test_trained_students_are_served_as_they_are(checkpoint: str, export: str, tmp_path: Path) -> None:
+    """Of those runs that are here."""
+    runs = REPOSITORY / "runs"
+    if not (runs / export / "config.json").exists():
+        pytest.skip(f"runs/{export} is not there")
+    with serving(runs / export, tmp_path / "log.txt") as address:
+        proof = ["--export", runs / export, "--served", address, "--only", "served"]
+        done = project("tools/verify.py", runs / checkpoint, *proof)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert "64 of 64 greedy tokens" in done.stdout
 
 
 def test_what_a_server_cannot_do_is_one_line(url: str, tmp_path: Path) -> None:

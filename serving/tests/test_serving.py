@@ -62,6 +62,22 @@ def test_prefixes_are_remembered(folder: Path) -> None:
     assert sum(first.cached) == 0 and sum(second.cached) > 300
 
 
+@pytest.mark.parametrize(
+    ("case", "settings"),
+    [
+        ("gdn", {"tensor_parallel_size": 2, "enforce_eager": False}),
+        ("every-kind", {"tensor_parallel_size": 3}),
+        ("shared-qkv-competition", {"tensor_parallel_size": 2}),
+        ("values-by-group-no-convolution", {"tensor_parallel_size": 2}),
+        ("rotary-biases-untied", {"tensor_parallel_size": 2, "max_num_batched_tokens": 48}),
+    ],
+)
+def test_ranks_share_the_heads(case: str, settings: dict[str, Any]) -> None:
+    """Layers of 0 to 6 FA heads in 0 to 3 kv groups, so that some ranks have none of a layer's."""
+    (answers,) = in_child(ask, REFERENCES / f"{case}-float32", settings)
+    same(answers)
+
+
 def request_bytes(folder: Path, tokens: int) -> tuple[int, int]:
     """Bytes that the engine's blocks of one request take, and what the request needs exactly."""
     engine = start(folder, dtype="bfloat16", max_model_len=tokens, hf_overrides={"max_position_embeddings": tokens})
@@ -92,8 +108,10 @@ def test_a_request_takes_what_its_heads_remember(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"tensor_parallel_size": 2}, r"tensor parallelism \(--tensor-parallel-size\) is not there for HydraHead"),
-        ({"pipeline_parallel_size": 2}, r"pipeline parallelism \(--pipeline-parallel-size\) is not there"),
+        (
+            {"pipeline_parallel_size": 2},
+            r"pipeline parallelism \(--pipeline-parallel-size\) is not there for HydraHead",
+        ),
         ({"kv_cache_dtype": "fp8"}, r"a quantized KV cache \(--kv-cache-dtype\) is not there"),
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative decoding is not there"),
     ],

@@ -9,6 +9,7 @@ Shape suffixes: t tokens of all requests of this step, r requests, k inputs befo
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -28,7 +29,16 @@ from vllm_hydra_head.export.fa_heads_hydra_head import FullAttentionHeads
 from vllm_hydra_head.export.heads_hydra_head import Call, Heads, Padding, RecurrentHeads
 from vllm_hydra_head.export.kinds_hydra_head import BRANCHES
 from vllm_hydra_head.export.modeling_hydra_head import HydraHeadAttention
-from vllm_hydra_head.settings import CONVOLVE_OP, RECUR_OP, layer_states, page_bytes, served_head_size
+from vllm_hydra_head.settings import (
+    CONVOLVE_OP,
+    RECUR_OP,
+    States,
+    allotted_groups,
+    layer_states,
+    living_groups,
+    page_bytes,
+    served_head_size,
+)
 
 SharedKV = tuple[Tensor, Tensor] | None
 
@@ -36,20 +46,12 @@ SharedKV = tuple[Tensor, Tensor] | None
 class ServedFullAttention(FullAttentionHeads):
     """Keys and values in vLLM's cache; groups that fewer heads read than others get queries of zeros beside them."""
 
-    def enter(self, engine: VllmConfig, prefix: str) -> None:
-        """Take a place in the engine's cache."""
-        counts, d = self.heads_per_group, self.config.head_dim
-        self.most, self.padding = max(counts), served_head_size(d) - d
-        self.attention = Attention(
-            self.most * len(counts),
-            d + self.padding,
-            d**-0.5,
-            num_kv_heads=len(counts),
-            cache_config=engine.cache_config,
-            prefix=f"{prefix}.fa",
-            attn_backend=attention_backend(),
-        )
-        places = [group * self.most + place for group, count in enumerate(counts) for place in range(count)]
+    def enter(self, attention: Attention, groups: int, most: int) -> None:
+        """Use the engine's attention, whose cache has so many kv groups, each with so many queries."""
+        self.attention, self.groups, self.most = attention, groups, most
+        self.padding = attention.head_size - self.config.head_dim
+        counts = self.heads_per_group
+        places = [group * most + place for group, count in enumerate(counts) for place in range(count)]
         self.register_buffer("places", torch.tensor(places), persistent=False)
 
     def outputs(self, x_bsm: Tensor, call: Call, shared_kv: SharedKV, cache: HydraHeadCacheLayer | None) -> Tensor:
@@ -57,8 +59,9 @@ class ServedFullAttention(FullAttentionHeads):
         q, k = self.norm_and_place(q, k, call)
         if call.query_scale_bs11 is not None:
             q = q * call.query_scale_bs11
-        q_thd, k_tgd, v_tgd = (F.pad(x[0], (0, self.padding)) for x in (q, k, v))
-        rows = q_thd.new_zeros(len(q_thd), self.most * k_tgd.shape[1], q_thd.shape[-1])
+        q_thd = F.pad(q[0], (0, self.padding))
+        k_tgd, v_tgd = (F.pad(x[0], (0, self.padding, 0, self.groups - x.shape[2])) for x in (k, v))
+        rows = q_thd.new_zeros(len(q_thd), self.most * self.groups, q_thd.shape[-1])
         rows = rows.index_copy(1, self.places, q_thd)
         out = self.attention(rows.flatten(1), k_tgd.flatten(1), v_tgd.flatten(1)).view_as(rows)
         return out.index_select(1, self.places)[None, ..., : self.config.head_dim]
@@ -69,11 +72,9 @@ class RecurrentStates(nn.Module, MambaBase):
 
     mamba_type = MambaAttentionBackendEnum.LINEAR
 
-    def __init__(self, config: HydraHeadConfig, layer_idx: int, engine: VllmConfig, prefix: str) -> None:
+    def __init__(self, by_kind: dict[str, States], page_bytes: int, engine: VllmConfig, prefix: str) -> None:
         super().__init__()
-        dtype = engine.model_config.dtype
-        self.prefix, self.by_kind = prefix, layer_states(config, layer_idx, dtype)
-        self.page_bytes = page_bytes(config, dtype)
+        self.prefix, self.by_kind, self.page_bytes = prefix, by_kind, page_bytes
         self.kv_cache: tuple[Tensor, ...] = ()
         self.views: dict[str, dict[str, Tensor]] = {}
         self.heads: dict[str, RecurrentHeads] = {}  # modules of the layer, which is their parent
@@ -204,14 +205,29 @@ class ServedAttention(HydraHeadAttention):
         kind: ServedFullAttention if kind == "fa" else served(branch) for kind, branch in BRANCHES.items()
     }
 
-    def enter(self, engine: VllmConfig, prefix: str) -> None:
-        """Take the layer's places in the engine's cache."""
-        recurrent_kinds = [kind for kind in self.heads if kind != "fa"]
-        if "fa" in self.heads:
-            self.fa.enter(engine, prefix)
-        if recurrent_kinds:
-            name = f"{prefix}.recurrent"
-            states = RecurrentStates(self.config, self.layer_idx, engine, name)
-            for kind in recurrent_kinds:
+    def enter(self, engine: VllmConfig, prefix: str, views: Sequence[HydraHeadConfig]) -> None:
+        """Take the layer's places in the engine's cache, the same ones on all ranks, whose configs ``views`` are."""
+        dtype, d = engine.model_config.dtype, self.config.head_dim
+        if groups := allotted_groups(views, self.layer_idx):
+            most = max(max(living_groups(view, self.layer_idx), default=0) for view in views)
+            self.full_attention = Attention(
+                most * groups,
+                served_head_size(d),
+                d**-0.5,
+                num_kv_heads=groups,
+                cache_config=engine.cache_config,
+                prefix=f"{prefix}.fa",
+                attn_backend=attention_backend(),
+            )
+            if "fa" in self.heads:
+                self.fa.enter(self.full_attention, groups, most)
+        if any(kind != "fa" for view in views for kind in view.heads[self.layer_idx]):
+            name, by_kind = f"{prefix}.recurrent", layer_states(self.config, self.layer_idx, dtype)
+            states = RecurrentStates(by_kind, page_bytes(views, dtype), engine, name)
+            for kind in by_kind:
                 branch = states.heads[kind] = getattr(self, kind)
                 branch.layer_name = name
+        self.register_buffer("own", torch.tensor(self.order), persistent=False)
+
+    def shares(self, x_bsm: Tensor) -> Tensor:
+        return super().shares(x_bsm).index_select(-1, self.own)

@@ -4,39 +4,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFuncCalculator
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    DEFAULT_VOCAB_PADDING_SIZE,
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid, SupportsMambaPrefixCaching
 from vllm.model_executor.models.utils import maybe_prefix
 
+from vllm_hydra_head.export.configuration_hydra_head import HydraHeadConfig
 from vllm_hydra_head.export.heads_hydra_head import Call, describe_call, rotary_frequencies
 from vllm_hydra_head.export.modeling_hydra_head import HydraHeadMLP
 from vllm_hydra_head.heads import ServedAttention
+from vllm_hydra_head.ranks import deal, own_part
+
+
+def vocabulary_multiple() -> int:
+    """What the vocabulary is padded to a multiple of, so that any number of ranks gets equal parts."""
+    return DEFAULT_VOCAB_PADDING_SIZE * get_tensor_model_parallel_world_size()
 
 
 class HydraHeadLayer(nn.Module):
-    """Pre-norm attention and MLP, each added to the residual stream; x_bsm is [1, t, m]."""
+    """Pre-norm attention and MLP, each added to the residual stream; x_bsm is [1, t, m], the same on all ranks."""
 
-    def __init__(self, engine: VllmConfig, layer_idx: int, prefix: str) -> None:
+    def __init__(self, engine: VllmConfig, views: Sequence[HydraHeadConfig], layer_idx: int, prefix: str) -> None:
         super().__init__()
-        config = engine.model_config.hf_config
+        config = views[get_tensor_model_parallel_rank()]
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = ServedAttention(config, layer_idx)
-        self.self_attn.enter(engine, f"{prefix}.self_attn")
+        self.self_attn.enter(engine, f"{prefix}.self_attn", views)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = HydraHeadMLP(config)
 
     def forward(self, x_bsm: Tensor, call: Call) -> Tensor:
-        x_bsm = x_bsm + self.self_attn(self.input_layernorm(x_bsm), call, None)
-        return x_bsm + self.mlp(self.post_attention_layernorm(x_bsm))
+        x_bsm = x_bsm + tensor_model_parallel_all_reduce(self.self_attn(self.input_layernorm(x_bsm), call, None))
+        return x_bsm + tensor_model_parallel_all_reduce(self.mlp(self.post_attention_layernorm(x_bsm)))
 
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": -1, "inputs_embeds": 0})
@@ -46,9 +62,12 @@ class HydraHeadModel(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config = self.config = vllm_config.model_config.hf_config
-        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
+        self.views = deal(config, get_tensor_model_parallel_world_size())
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size, padding_size=vocabulary_multiple()
+        )
         self.layers = nn.ModuleList(
-            HydraHeadLayer(vllm_config, layer_idx, maybe_prefix(prefix, f"layers.{layer_idx}"))
+            HydraHeadLayer(vllm_config, self.views, layer_idx, maybe_prefix(prefix, f"layers.{layer_idx}"))
             for layer_idx in range(config.num_hidden_layers)
         )
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -89,7 +108,12 @@ class HydraHeadForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsMambaPref
         super().__init__()
         config = self.config = vllm_config.model_config.hf_config
         self.model = HydraHeadModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
-        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, prefix=maybe_prefix(prefix, "lm_head"))
+        self.lm_head = ParallelLMHead(
+            config.vocab_size,
+            config.hidden_size,
+            padding_size=vocabulary_multiple(),
+            prefix=maybe_prefix(prefix, "lm_head"),
+        )
         if config.tie_word_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(config.vocab_size)
@@ -112,9 +136,11 @@ class HydraHeadForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsMambaPref
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Names are the export's own; raises ValueError for a tensor that the model has no place for, or lacks."""
-        own, loaded = dict(self.named_parameters()), set()
-        for name, values in weights:
+        own, loaded, rank = dict(self.named_parameters()), set(), get_tensor_model_parallel_rank()
+        for name, whole in weights:
             if name == "lm_head.weight" and self.config.tie_word_embeddings:
+                continue
+            if (values := own_part(name, whole, self.config, self.model.views, rank)) is None:
                 continue
             if name not in own:
                 raise ValueError(f"the export's tensor {name} has no place in its model; export the checkpoint anew")

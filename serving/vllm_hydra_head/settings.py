@@ -9,6 +9,7 @@ groups; a block of recurrent states holds a page each of some layers. ``block_to
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.utils.torch_utils import get_dtype_size
 
 from vllm_hydra_head.export.configuration_hydra_head import HydraHeadConfig
+from vllm_hydra_head.ranks import deal
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -44,7 +46,8 @@ class ServingSettings(VerifyAndUpdateConfig):
         check(vllm_config)
         cache, config = vllm_config.cache_config, vllm_config.model_config.hf_config
         if not cache.user_specified_block_size:
-            cache.block_size = block_tokens(config, vllm_config.model_config.dtype)
+            views = deal(config, vllm_config.parallel_config.tensor_parallel_size)
+            cache.block_size = block_tokens(views, vllm_config.model_config.dtype)
             cache.user_specified_block_size = True  # or the platform sets its own
         for operator in (RECUR_OP, CONVOLVE_OP):
             if operator not in CompilationConfig._attention_ops:  # where graphs are split
@@ -58,7 +61,6 @@ def check(vllm_config: VllmConfig) -> None:
         raise ValueError(f"HydraHead models are served by vLLM {fits}, this is {vllm.__version__}; install one of them")
     parallel = vllm_config.parallel_config
     unable = {
-        "tensor parallelism (--tensor-parallel-size)": parallel.tensor_parallel_size > 1,
         "pipeline parallelism (--pipeline-parallel-size)": parallel.pipeline_parallel_size > 1,
         "context parallelism of decoding": parallel.decode_context_parallel_size > 1,
         "speculative decoding": vllm_config.speculative_config is not None,
@@ -86,9 +88,9 @@ def layer_states(config: HydraHeadConfig, layer_idx: int, dtype: torch.dtype) ->
     return {kind: states_of(config, kind, len(own), dtype) for kind, own in heads.items() if kind != "fa"}
 
 
-def page_bytes(config: HydraHeadConfig, dtype: torch.dtype) -> int:
-    """One layer's states of one request: the most of any layer, since all layers share one pool of blocks."""
-    layers = (layer_states(config, layer_idx, dtype) for layer_idx in range(config.num_hidden_layers))
+def page_bytes(views: Sequence[HydraHeadConfig], dtype: torch.dtype) -> int:
+    """One layer's states of one request: the most of any layer and rank, since all layers share one pool of blocks."""
+    layers = (layer_states(view, layer_idx, dtype) for view in views for layer_idx in range(view.num_hidden_layers))
     return max((state_bytes(states) for states in layers), default=0)
 
 
@@ -105,11 +107,17 @@ def living_groups(config: HydraHeadConfig, layer_idx: int) -> list[int]:
     return [count for count in config.heads_per_group(config.heads[layer_idx].get("fa", [])) if count]
 
 
-def block_tokens(config: HydraHeadConfig, dtype: torch.dtype) -> int:
+def allotted_groups(views: Sequence[HydraHeadConfig], layer_idx: int) -> int:
+    """Kv groups that every rank keeps of a layer: the most that any rank's heads read."""
+    return max(len(living_groups(view, layer_idx)) for view in views)
+
+
+def block_tokens(views: Sequence[HydraHeadConfig], dtype: torch.dtype) -> int:
     """Tokens of a block of full attention, so that a layer's states fill a block as well."""
-    groups = sum(len(living_groups(config, layer_idx)) for layer_idx in range(config.num_hidden_layers))
+    config = views[0]
+    groups = sum(allotted_groups(views, layer_idx) for layer_idx in range(config.num_hidden_layers))
     token = groups * 2 * served_head_size(config.head_dim) * get_dtype_size(dtype)
-    fitting = -(-page_bytes(config, dtype) // token) if token else 1
+    fitting = -(-page_bytes(views, dtype) // token) if token else 1
     return max(1, -(-fitting // BLOCK_MULTIPLE)) * BLOCK_MULTIPLE
 
 

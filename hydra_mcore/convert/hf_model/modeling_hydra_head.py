@@ -13,6 +13,7 @@ width.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -52,10 +53,11 @@ class HydraHeadAttention(nn.Module):
     def __init__(self, config: HydraHeadConfig, layer_idx: int) -> None:
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
-        m, d, h = config.hidden_size, config.head_dim, config.num_attention_heads
+        m, d = config.hidden_size, config.head_dim
         if strange := config.heads[layer_idx].keys() - BRANCHES.keys():
             raise ValueError(f"heads: layer {layer_idx} has kind {min(strange)!r}; the kinds are {', '.join(BRANCHES)}")
         self.heads = {kind: config.heads[layer_idx][kind] for kind in BRANCHES if kind in config.heads[layer_idx]}
+        self.order = sorted(itertools.chain.from_iterable(self.heads.values()))  # all heads; an engine's rank has some
         if config.qkv == "shared":
             self.k_proj = nn.Linear(m, config.num_key_value_heads * d, bias=config.qkv_bias)
             self.v_proj = nn.Linear(m, config.num_key_value_heads * d, bias=config.qkv_bias)
@@ -65,10 +67,10 @@ class HydraHeadAttention(nn.Module):
             for kind in self.heads:
                 self.add_module(f"{kind}_norm", nn.RMSNorm(d, config.rms_norm_eps))
         if config.fusion in ("scale", "competition"):
-            self.scale = nn.Parameter(torch.ones(h))
+            self.scale = nn.Parameter(torch.ones(len(self.order)))
         if config.fusion == "competition":
-            self.competition = nn.Linear(m, h, bias=False)
-        self.o_proj = nn.Linear(h * d, m, bias=False)
+            self.competition = nn.Linear(m, config.num_attention_heads, bias=False)
+        self.o_proj = nn.Linear(len(self.order) * d, m, bias=False)
 
     def forward(self, x_bsm: Tensor, call: Call, past_key_values: HydraHeadCache | None) -> Tensor:
         """The layer's mixing of the tokens of this call with each other and with what the cache remembers: [b,
@@ -86,15 +88,19 @@ class HydraHeadAttention(nn.Module):
             own_kv = None if kv is None else tuple(repeat_groups(x, living, dim=2) for x in kv)
             out_bshd, gate = getattr(self, kind)(x_bsm, call, own_kv, cache)
             by_head.update(zip(heads, self._normed(kind, out_bshd, gate).unbind(2), strict=True))
-        out_bshd = torch.stack([by_head[head] for head in range(self.config.num_attention_heads)], dim=2)
+        out_bshd = torch.stack([by_head[head] for head in self.order], dim=2)
         if self.config.fusion in ("scale", "competition"):
             out_bshd = out_bshd * self.scale[:, None]
         if self.config.fusion == "competition":
-            share_bsh = self.competition(x_bsm).to(torch.promote_types(x_bsm.dtype, torch.float32)).softmax(dim=-1)
-            out_bshd = out_bshd * (self.config.num_attention_heads * share_bsh.to(x_bsm.dtype))[..., None]
+            out_bshd = out_bshd * (self.config.num_attention_heads * self.shares(x_bsm))[..., None]
         if cache is not None:
             cache.num_tokens += x_bsm.shape[1]
         return self.o_proj(out_bshd.flatten(2))
+
+    def shares(self, x_bsm: Tensor) -> Tensor:
+        """The share of each head in a softmax over all heads of the layer, [b, s, h]."""
+        logits_bsh = self.competition(x_bsm)
+        return logits_bsh.to(torch.promote_types(x_bsm.dtype, torch.float32)).softmax(dim=-1).to(x_bsm.dtype)
 
     def _normed(self, kind: str, out_bshd: Tensor, gate: Tensor | None) -> Tensor:
         if gate is not None and self.config.gate_order == "before_norm":
