@@ -278,7 +278,7 @@ class StageOptions:
             )
         if self.world_size < 0 or (self.world_size and not self.dry_run):
             raise ConfigError(
-                f"world_size is {self.world_size}; it is for a dry run to check, and a training takes its ranks from"
+                                f"world_size is {shown(self.world_size)}; only a dry run uses it, and training takes its ranks from"
                 " torchrun: leave it out"
             )
         if self.keep_last < 1 or self.keep_every < 0:
