@@ -2,19 +2,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The commands of hydra_mcore, as ``hydra-mcore COMMAND`` or ``python -m hydra_mcore COMMAND``.
 
-convert         a Hugging Face directory to a checkpoint, a teacher to a student, a checkpoint to Hugging Face
-prepare_data    text to token shards
-select_heads    which heads of a teacher keep full attention
-train           a stage: align, distill or extend
-evaluate        models side by side: RULER's tasks and the loss on text
-verify          a checkpoint is what it claims to be
-tune_log_scale  the base of the log-position scale
-plan            memory, time and cost of a recipe
-doctor          what this environment can run
-study           variants of a recipe
-benchmark       what HydraHead costs
+convert         converts Hugging Face to a checkpoint, a teacher to a student, and a checkpoint to Hugging Face
+prepare_data    turns text into token shards
+select_heads    chooses the heads of a teacher that keep full attention
+train           trains a stage: align, distill or extend
+evaluate        compares models by RULER's tasks and the loss on text
+verify          checks that a checkpoint is what it claims to be
+tune_log_scale  chooses the base of the log-position scale
+plan            computes memory, time and cost of a recipe
+doctor          says what this environment can run
+study           compares variants of a recipe
+benchmark       measures what HydraHead costs
 
-Each has a --help of its own. In a checkout, ``python tools/COMMAND.py`` is the same.
+Each command has its own --help. In a checkout, ``python tools/COMMAND.py`` does the same.
 
 examples:
   hydra-mcore convert import --hf Qwen3-1.7B --out runs/a/teacher

@@ -33,17 +33,19 @@ class FusionOptions:
     """The options that all kinds of heads of a layer have in common."""
 
     qkv: Literal["separate", "shared"] = "separate"
-    """K/V projections of the kinds of heads: separate, or one for all, whose keys and values then come by kv group
-    whatever gdn_kv and its like say [paper: separate].
+    """K/V projections: separate for each kind of heads, or one for all kinds. Shared keys and values come by kv group,
+    whatever gdn_kv and the like say [paper: separate].
     """
     gate_activation: Literal["sigmoid", "silu"] = "sigmoid"
     """Activation of the output gates [HALO: sigmoid]."""
     gate_order: Literal["before_norm", "after_norm"] = "before_norm"
     """Whether output gates act before or after the per-head norm [ours: before]."""
     fusion: Literal["scale", "norm", "none", "competition"] = "scale"
-    """Per-head norm and learned scale; norm only; neither; or norm, scale and a softmax over heads [paper: scale]."""
+    """What joins the heads. 'scale' is a norm and a learned scale for each head, 'norm' the norm only, 'none' neither.
+    'competition' is norm, scale and a softmax over heads [paper: scale].
+    """
     fusion_norm_weight: Literal["branch", "none"] = "branch"
-    """Learned weight of the fusion norm: one vector per branch, or none [ours: branch]."""
+    """Learned weight of the fusion norm: one vector for each branch, or none [ours: branch]."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -206,26 +208,31 @@ class StageOptions:
     """Which stage of the transfer runs, on which checkpoints, with which loss."""
 
     stage: Literal["align", "distill", "extend"] = "align"
-    """Stage of the transfer: align heads to the teacher, distill its logits, or extend to long context [paper]."""
+    """Stage of training. 'align' fits heads to the teacher's, 'distill' fits logits to the teacher's, 'extend' trains
+    on long context [paper].
+    """
     run_dir: str = ""
-    """Folder of the run: <run_dir>/student is where align starts, <run_dir>/<stage> is what each stage writes."""
+    """Folder of the run. align starts from <run_dir>/student, and each stage writes <run_dir>/<stage>."""
     teacher: str = ""
     """Checkpoint folder of the imported teacher (align and distill)."""
     start_from: str = ""
-    """Checkpoint folder to start from instead of the previous stage of run_dir."""
+    """Checkpoint folder to start from, instead of the stage before it in run_dir."""
     dtype: Literal["by_flags", "auto"] = "by_flags"
-    """What training computes in: as Megatron's flags say, or bf16 (with float32 master weights) on a GPU and on a CPU
-    that computes faster in it [ours: by_flags].
+    """Precision of training. 'by_flags' does as Megatron's flags say. 'auto' is bf16 (with float32 master weights) on a
+    GPU and on a CPU that computes faster in it [ours: by_flags].
     """
     fa_position: Literal["as_before", "nope", "rope"] = "as_before"
-    """Positions of FA heads from this stage on: as in the checkpoint it starts from, none, or rotary [ours: as_before].
-    Rotary in align and distill and none in extend is the schedule of DroPE (arXiv 2512.12167).
+    """Positions of FA heads from this stage on: as in the checkpoint that it starts from, none, or rotary [ours:
+    as_before]. The schedule of DroPE (arXiv 2512.12167) is rotary in align and distill, and none in extend.
     """
     align_loss: Literal["relative", "squared"] = "relative"
-    """Per-layer squared error divided by the teacher's own square, or as it is (paper Eq 15) [ours: relative]."""
+    """Loss of align: each layer's squared error, divided by the teacher's own square or as it is (paper Eq 15) [ours:
+    relative].
+    """
     align_heads: float = 0.0
-    """Weight of the heads' own error in what align trains on: each head's output before the output projection against
-    the teacher's, relative and averaged over heads, beside the layer's. Losses in logs are the layer's alone [ours: 0].
+    """Weight of the heads' own error, which is added to the layer's error in align. It compares each head's output
+    before the output projection with the teacher's, relative and averaged over heads. Logs show the layer's error alone
+    [ours: 0].
     """
     kl_weight: float = 1.0
     """Weight of KL(teacher, student) in distill (paper Eq 16) [ours: 1.0]."""
@@ -234,35 +241,33 @@ class StageOptions:
     kl_temperature: float = 1.0
     """Temperature of both distributions in the KL [HALO: 1]."""
     packed_documents: bool = False
-    """Documents packed into a row do not see each other: attention, recurrence, convolution and positions start anew at
-    each.
-    """
+    """Keep the documents of a row apart: attention, recurrence, convolution and positions start anew at each one."""
     teacher_fp8: bool = False
-    """The teacher computes in FP8 as well, under fp8-format; otherwise it stays in the precision of training."""
+    """Let the teacher compute in FP8 too, as fp8-format says. Without this flag it has the precision of training."""
     fa_balance: Literal["heads", "queries"] = "heads"
-    """FA heads on tensor-parallel ranks: whole heads, or left-over heads shared by all ranks, each for its part of the
-    queries.
+    """How tensor-parallel ranks share FA heads. 'heads' gives them whole heads only. With 'queries' all ranks share the
+    heads that are left over, and each computes a part of their queries.
     """
     keep_last: int = 2
-    """How many of the newest checkpoints are kept."""
+    """Number of newest checkpoints that are kept."""
     keep_every: int = 0
-    """Keep the checkpoints whose step is a multiple of this as well; 0 for none."""
+    """Also keep the checkpoints whose step is a multiple of this number; 0 for none."""
     head_statistics_interval: int = 100
-    """Steps between two looks at every head: gate, scale, output size, half-life, write gate; 0 for none."""
+    """Steps between two reports of every head's gate, scale, output size, half-life and write gate; 0 for none."""
     needle_interval: int = 0
     """Steps between two measurements of needle accuracy on the training layout; 0 for none."""
     needle_length: int = 0
-    """Tokens of those prompts, the answer included; 0 for the training sequence length."""
+    """Tokens of a needle prompt with its answer; 0 for the sequence length of training."""
     needle_prompts: int = 32
-    """Prompts of each needle task."""
+    """Number of prompts of each needle task."""
     data_timeout: float = 600.0
-    """Seconds after which a rank that waits for training data stops, with a warning after half of them."""
+    """Seconds that a rank waits for training data before it stops. It warns after half of them."""
     dry_run: bool = False
-    """Check the run without building anything, and print the settings that are ours or differ from Megatron's; the
-    folder of the run gets a file with all of them. Student, teacher and data that earlier jobs make may be missing.
+    """Check the run without building anything. Print the settings that are ours or differ from Megatron's defaults, and
+    write all settings to a file in the run folder. Student, teacher and data may be missing if earlier jobs make them.
     """
     world_size: int = 0
-    """Ranks of the real job, for a dry run to check layout and batch sizes with; 0 for those that it runs on."""
+    """Ranks of the real job, for which a dry run checks layout and batch sizes; 0 for its own ranks."""
 
     def __post_init__(self) -> None:
         for name, choices in _literal_choices(type(self)).items():
@@ -278,7 +283,7 @@ class StageOptions:
             )
         if self.world_size < 0 or (self.world_size and not self.dry_run):
             raise ConfigError(
-                                f"world_size is {shown(self.world_size)}; only a dry run uses it, and training takes its ranks from"
+                f"world_size is {shown(self.world_size)}; only a dry run uses it, and training takes its ranks from"
                 " torchrun: leave it out"
             )
         if self.keep_last < 1 or self.keep_every < 0:
@@ -323,7 +328,7 @@ def add_flags(group: argparse._ArgumentGroup, cls: type) -> None:
 def add_stage_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """The flags of training that are ours; Megatron's stand beside them."""
     parser.add_argument(
-        "--config", nargs="+", help="Recipe: YAML files of flags with a section for each stage; a later file wins."
+        "--config", nargs="+", help="Recipe: YAML files of flags, with a section for each stage. A later file wins."
     )
     add_flags(parser.add_argument_group("hydra_mcore: stages of the transfer"), StageOptions)
     return parser

@@ -30,9 +30,11 @@ def parser() -> argparse.ArgumentParser:
             formatter_class=layout,
         )
         section.add_flags(command)
-        command.add_argument("--json", type=Path, metavar="FILE", help="write the tables and every measured time there")
+        command.add_argument(
+            "--json", type=Path, metavar="FILE", help="write the tables and every measured time to this file"
+        )
         if section.figure:
-            curves = "PNG of time against length, and memory where it is measured"
+            curves = "draw time against length into this PNG, and memory where it is measured"
             command.add_argument("--figure", type=Path, metavar="FILE", help=curves)
         command.set_defaults(section=name, figure=None)
     return p

@@ -27,9 +27,9 @@ KEPT = (
 NEVER = re.compile("|".join((*map(re.escape, KEPT), "nvidia-.*")))  # what must not come into the new environment
 
 EXAMPLES = """\
-The environment sees all packages of the Python that makes it. pip takes of them what fits setup.py. What is missing or
-too old comes from the package index in the version of constraints.txt. torch, Triton, Transformer Engine, Apex and
-numpy stay as they are. Where that is not possible, the command ends with status 2 and says why.
+The environment sees all packages of the Python that makes it. pip keeps those that fit setup.py. It installs what is
+missing or too old from the package index, in the version of constraints.txt. torch, Triton, Transformer Engine, Apex
+and numpy stay as they are. If that is not possible, the command ends with status 2 and says why.
 
 example:
   in a container of nvcr.io/nvidia/pytorch:26.09-py3 (the Dockerfile does it)

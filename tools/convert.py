@@ -3,9 +3,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Convert a Hugging Face model to a checkpoint, a teacher to a student, and a checkpoint to a Hugging Face model.
 
-import     a Hugging Face directory -> a checkpoint: Qwen3, Qwen2/2.5, Llama the teacher's; HydraHead a student's
-hybridize  a teacher's checkpoint and a head map -> the student's checkpoint
-export     a checkpoint -> a Hugging Face directory, of the teacher's own family or HydraHead with its own code
+import     makes a checkpoint from a Hugging Face directory: a teacher's (Qwen3, Qwen2/2.5, Llama) or a HydraHead one's
+hybridize  makes a student's checkpoint from a teacher's checkpoint and a head map
+export     makes a Hugging Face directory from a checkpoint: a teacher's own family, or HydraHead with its own code
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name, command in commands.choices.items():
         sections = f"recipe: YAML files whose section {name} holds these flags"
         command.add_argument("--config", nargs="+", metavar="FILE", help=sections)
-        command.add_argument("--skip-existing", action="store_true", help="do nothing where --out is complete already")
+        command.add_argument("--skip-existing", action="store_true", help="do nothing if --out is complete already")
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in commands.choices:
         return parse_with_recipe(commands.choices[argv[0]], argv[0], argv[1:])
@@ -57,7 +57,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def add_import(commands: argparse._SubParsersAction) -> None:
-    p = add_command(commands, "import", "Hugging Face directory -> checkpoint", IMPORT_EXAMPLES)
+    p = add_command(commands, "import", "make a checkpoint from a Hugging Face directory", IMPORT_EXAMPLES)
     what = "directory with config.json and *.safetensors, or a name on the hub"
     p.add_argument("--hf", required=True, metavar="NAME", help=what)
     add_result(p, "checkpoint", source="in the directory")
@@ -66,24 +66,27 @@ def add_import(commands: argparse._SubParsersAction) -> None:
 
 def add_hybridize(commands: argparse._SubParsersAction) -> None:
     usage = "%(prog)s --teacher DIR --head-map FILE --out DIR [options]"
-    p = add_command(commands, "hybridize", "teacher + head map -> student", HYBRIDIZE_EXAMPLES, usage)
+    p = add_command(commands, "hybridize", "make a student from a teacher and a head map", HYBRIDIZE_EXAMPLES, usage)
     p.add_argument("--teacher", required=True, metavar="DIR", help="checkpoint folder that import wrote")
     p.add_argument("--head-map", required=True, metavar="FILE", help="head map (JSON, from tools/select_heads.py)")
     starts = (
-        "what training starts from: inherited: the teacher's values; fitted: memories, value projections, fusion scales"
-        " and output projections that imitate each of the teacher's layers best, solved on the calibration text"
-        " (default inherited)"
+        "what training starts from. 'inherited' takes the teacher's values. 'fitted' solves for the memories, value"
+        " projections, fusion scales and output projections that imitate each of the teacher's layers best on the"
+        " calibration text (default inherited)"
     )
     p.add_argument("--start", choices=("inherited", "fitted"), default="inherited", help=starts)
-    scales = "where fusion scales start: at the size of the teacher's head outputs on the calibration text, or at 1"
+    scales = (
+        "where fusion scales start. 'calibrated' takes the size of the teacher's head outputs on the calibration text,"
+        " 'one' takes 1 (default calibrated)"
+    )
     p.add_argument("--fusion-scale", choices=("calibrated", "one"), default="calibrated", help=scales)
     p.add_argument(
         "--calibration-text",
         metavar="FILE",
-        help="UTF-8 text like that of training; its first 4096 tokens are used, 16384 to fit on",
+        help="UTF-8 text like that of training. Its first 4096 tokens are used, and 16384 for a fitted start",
     )
     known = (
-        "with --start fitted: scores.json of tools/select_heads.py; heads start with the memories found there, which"
+        "scores.json of tools/select_heads.py, for --start fitted. Heads start with the memories that it holds, which"
         " takes a tenth of the time"
     )
     p.add_argument("--scores", metavar="FILE", help=known)
@@ -94,14 +97,14 @@ def add_hybridize(commands: argparse._SubParsersAction) -> None:
 
 
 def add_export(commands: argparse._SubParsersAction) -> None:
-    p = add_command(commands, "export", "checkpoint -> Hugging Face directory", EXPORT_EXAMPLES)
+    p = add_command(commands, "export", "make a Hugging Face directory from a checkpoint", EXPORT_EXAMPLES)
     p.add_argument("--checkpoint", required=True, metavar="DIR", help="checkpoint folder of a teacher or of any stage")
     largest = "largest safetensors file (default: %(default)s)"
     p.add_argument("--max-shard-size", type=float, default=5.0, metavar="GB", help=largest)
     p.add_argument("--evaluation", metavar="FILE", help="report.md of tools/evaluate.py, for the model card")
     base = "the pretrained model's name on the hub, for the model card (default: as the import noted it)"
     p.add_argument("--base-model", default="", metavar="USER/NAME", help=base)
-    terms = "of this model, as the hub names it, for the model card (default: the pretrained model's)"
+    terms = "licence of this model, as the hub names it, for the model card (default: the pretrained model's)"
     p.add_argument("--license", default="", metavar="NAME", help=terms)
     add_result(p, "Hugging Face", source="at the source")
     p.set_defaults(command="export", seed=0, mark="config.json")

@@ -18,13 +18,13 @@ from hydra_mcore.recipe import parse_with_recipe  # light, so that --help is qui
 from tools.layout_flags import add_dtype_flag, add_layout_flags
 
 EXAMPLES = """\
-How it works: RULER's prompts are made here, of exactly the lengths asked for; all models of a tokenizer get the same
-ones. Where one text alone is right, teacher forcing scores what greedy decoding would; elsewhere the model decodes.
-The loss on the text itself is taken by window length and by position. docs/evaluation.md says what is measured and how.
+How it works: this command makes RULER's prompts, with exactly the lengths asked for. All models of a tokenizer get the
+same prompts. If only one text is right, teacher forcing gives the score of greedy decoding. Otherwise the model
+decodes. The loss on the text is taken by window length and by position. docs/evaluation.md says what is measured.
 
 Written to --out: report.md (tables), accuracy.png, loss.png, results.json (every number), records/ (every finished
-piece), prompts/. A piece that is there is not run again: a stopped evaluation goes on when the same command is given,
-and more models, lengths, tasks or prompts are added to the report by asking for them.
+piece), prompts/. A finished piece is never run again. So after a stop the same command continues. To add models,
+lengths, tasks or prompts to the report, ask for them.
 
 examples:
   a teacher and its student, at the teacher's native length and beyond
@@ -55,24 +55,30 @@ def parser() -> argparse.ArgumentParser:
         "--config", nargs="+", metavar="FILE", help="recipe: YAML files whose section evaluate holds these flags"
     )
     p.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder for the report; an earlier one there is added to"
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder for the report; an earlier report in it is extended",
     )
     p.add_argument(
-        "--skip-existing", action="store_true", help="do nothing where the report in --out has every piece already"
+        "--skip-existing", action="store_true", help="do nothing if the report in --out has every piece already"
     )
     p.add_argument(
         "--dry-run", action="store_true", help="make the prompts, say what would be run and what is there, and stop"
     )
     models = p.add_argument_group("models")
-    both = "checkpoints, Hugging Face directories or servers (NAME=http://HOST:PORT/v1), in the order of rows"
+    both = "checkpoints, Hugging Face directories or servers (NAME=http://HOST:PORT/v1), in the order of the rows"
     models.add_argument("--models", nargs="+", required=True, metavar="[NAME=]DIR", help=both)
     stretched = (
-        "one more row for a model of --models, positions stretched by YaRN (factor: longest / native length,"
-        " rounded up)"
+        "add a row for a model of --models with its positions stretched by YaRN (default factor: longest / native"
+        " length, rounded up)"
     )
     models.add_argument("--yarn", nargs="+", default=[], metavar="NAME[=FACTOR]", help=stretched)
     models.add_argument(
-        "--reference", metavar="NAME", help="whose likeliest tokens others are compared with (default: the first row)"
+        "--reference",
+        metavar="NAME",
+        help="model whose likeliest tokens the others' are compared with (default: the first row)",
     )
     add_exam_flags(p)
     machine = p.add_argument_group("machine")
@@ -84,18 +90,20 @@ def parser() -> argparse.ArgumentParser:
 def add_exam_flags(p: argparse.ArgumentParser) -> None:
     exam = p.add_argument_group("what is asked")
     exam.add_argument(
-        "--lengths", nargs="+", type=int, required=True, metavar="N", help="tokens of a prompt or text window"
+        "--lengths", nargs="+", type=int, required=True, metavar="N", help="tokens of a prompt or a text window"
     )
     groups = (
         "RULER's tasks by name or group: single-key, multi-key, multi-answer, tracking, counting, all (default: the"
         " first two)"
     )
     exam.add_argument("--tasks", nargs="+", default=["single-key", "multi-key"], metavar="NAME", help=groups)
-    exam.add_argument("--prompts", type=int, default=200, metavar="N", help="for each task and length (default 200)")
-    text = "UTF-8 text that the models were not trained on, to hide needles in and for perplexity"
+    exam.add_argument(
+        "--prompts", type=int, default=200, metavar="N", help="prompts of each task and length (default 200)"
+    )
+    text = "UTF-8 text that the models were not trained on. Needles are hidden in it, and perplexity is measured on it"
     exam.add_argument("--haystack", type=Path, metavar="FILE", help=text)
     exam.add_argument(
-        "--repeat-haystack", action="store_true", help="let prompts repeat a text that is shorter than they are"
+        "--repeat-haystack", action="store_true", help="let a prompt repeat the haystack if that is too short"
     )
     exam.add_argument("--no-text", action="store_true", help="leave out the loss on the haystack")
     wording = (
@@ -103,23 +111,23 @@ def add_exam_flags(p: argparse.ArgumentParser) -> None:
         " model's own, else ruler)"
     )
     exam.add_argument("--template", metavar="NAME", help=wording)
-    day = "YYYY-MM-DD, the day that chat templates take for today (default: that of the first run into --out)"
+    day = "day that chat templates take for today, as YYYY-MM-DD (default: that of the first run into --out)"
     exam.add_argument("--date", type=date.fromisoformat, metavar="DAY", help=day)
-    scoring = "of all tasks (default: teacher-forced where that is exact, else generation)"
+    scoring = "how all tasks are scored (default: teacher-forced where that is exact, else generation)"
     exam.add_argument("--scoring", choices=["teacher-forced", "generation"], help=scoring)
     exam.add_argument(
         "--cache",
         type=Path,
         metavar="DIR",
-        help="folder for the prompts, shared by any evaluations (default: OUT/prompts)",
+        help="folder for the prompts; several evaluations may share it (default: OUT/prompts)",
     )
     exam.add_argument(
         "--seed",
         type=int,
         default=1_000_000,
         help=(
-            "of the prompts, 1000000 or above: smaller ones belong to training and head selection, "
-            "and no model is judged on prompts it was made with (default 1000000)"
+            "seed of the prompts, at least 1000000. Smaller seeds belong to training and head selection, because no"
+            " model should be judged by prompts that it was made with (default 1000000)"
         ),
     )
 

@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from hydra_mcore.commands import one_line_errors
 
 EXAMPLES = """\
-The page is made from the tables by which training refuses flags (hydra_mcore/train/flags.py) and from the list of
-those that were judged to work (tools/commands/flag_table.py). A flag that stands in neither is an error: read in
-Megatron what it does, then put it into one of them.
+The page comes from two tables. hydra_mcore/train/flags.py holds the flags that training refuses.
+tools/commands/flag_table.py lists those that were judged to work. A flag in neither table is an error. Read in Megatron
+what it does, then put it into one of them.
 
 examples:
   after a table was changed
@@ -29,7 +29,7 @@ examples:
 def parser() -> argparse.ArgumentParser:
     layout = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(prog="flag_table", description=__doc__, epilog=EXAMPLES, formatter_class=layout)
-    p.add_argument("--out", type=Path, metavar="FILE", help="where to write the page (default: print it)")
+    p.add_argument("--out", type=Path, metavar="FILE", help="file that gets the page (default: print it)")
     return p
 
 

@@ -11,7 +11,9 @@ DTYPE_CHOICES = ("auto", "bf16", "float32")
 
 def add_dtype_flag(group: argparse._ArgumentGroup, default: str | None = None) -> None:
     """Add ``--dtype``; None stands for bf16 on a GPU, else float32."""
-    what = "of the parameters; auto: bf16 on a GPU and on a CPU that computes faster in it, else float32 (default"
+    what = (
+        "precision of the parameters. 'auto' is bf16 on a GPU and on a CPU that is faster in it, else float32 (default"
+    )
     said = default or "bf16 on a GPU, else float32"
     group.add_argument("--dtype", choices=DTYPE_CHOICES, default=default, help=f"{what}: {said})")
 
@@ -28,7 +30,7 @@ def add_layout_flags(group: argparse._ArgumentGroup, shared: str, parted: str = 
         meanings["context"] = f"hold parts of {parted}"
     for index, (name, what) in enumerate(meanings.items()):
         rest = (
-            f"; what torchrun starts beyond {'the three' if parted else 'both'} shares {shared}"
+            f". Ranks that torchrun starts beyond {'these three' if parted else 'these two'} sizes share {shared}"
             if index == len(meanings) - 1
             else ""
         )

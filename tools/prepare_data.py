@@ -18,13 +18,14 @@ from hydra_mcore.commands import one_line_errors
 from hydra_mcore.recipe import parse_with_recipe  # light, so that --help is quick
 
 EXAMPLES = """\
-How it works: documents are read one after the other, tokenized by --workers processes, ended with the end-of-document
-token and written in the order they were read: PREFIX-00000.bin and .idx, PREFIX-00001.bin ..., and last PREFIX.json,
-which says what they hold and were made from. Training takes them all as data-path: PREFIX.
+How it works: the command reads one document after the other. --workers processes tokenize them and add the
+end-of-document token. It writes them in the order in which they were read, to PREFIX-00000.bin and .idx,
+PREFIX-00001.bin and so on. PREFIX.json comes last. It says what they hold and what they were made from. Training takes
+all of them as data-path: PREFIX.
 
-Stopped or killed, the same command goes on after the last complete shard, with as many workers as you like, and writes
-the same bytes. Given again when all is done, it checks the checksums. With --skip-existing it only looks at the sizes
-of the files, and needs neither network nor text: data made elsewhere are taken as they are.
+After a stop or a kill, the same command continues behind the last complete shard. It may have another number of
+workers, and writes the same bytes. If all is done, the same command compares the checksums. With --skip-existing it
+looks only at the sizes of the files, and needs neither network nor text. So it takes data that were made elsewhere.
 
 examples:
   15 billion tokens of FineWeb-Edu, streamed (needs a network; nothing but the shards is kept)
@@ -37,7 +38,7 @@ examples:
       python tools/prepare_data.py --input books/ 'web/*.jsonl.gz' --tokenizer Qwen/Qwen3-1.7B --out data/mine
   how long would that take?
       python tools/prepare_data.py --input books/ --tokenizer Qwen/Qwen3-1.7B --out data/mine --dry-run
-  everything from the section "prepare" of a recipe, as jobs do it
+  the flags from a recipe's section prepare, as jobs give them
       python tools/prepare_data.py --config examples/qwen3-1.7b/recipe.yaml --skip-existing
 """
 
@@ -52,11 +53,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--skip-broken",
         action="store_true",
-        help="leave out, and count, what is empty, not UTF-8, not JSON or without text",
+        help="leave out documents that are empty, not UTF-8, not JSON or without text, and count them",
     )
-    cores, each = len(os.sched_getaffinity(0)), "processes (default: one a core)"
+    cores, each = len(os.sched_getaffinity(0)), "processes that tokenize (default: one a core)"
     p.add_argument("--workers", type=count, default=cores, metavar="N", help=each)
-    there = "do nothing where --out is finished: no text is read, no tokenizer loaded, no hub asked"
+    there = "do nothing if --out is finished; then no text is read, no tokenizer is loaded and no hub is asked"
     p.add_argument("--skip-existing", action="store_true", help=there)
     dry_run = "tokenize the first megabyte, say what would be done and how fast, and stop"
     p.add_argument("--dry-run", action="store_true", help=dry_run)
@@ -66,17 +67,17 @@ def parser() -> argparse.ArgumentParser:
 def add_source(p: argparse.ArgumentParser) -> None:
     source = p.add_mutually_exclusive_group(required=True)
     kinds = (
-        "files, globs, folders: .txt (one document each), .jsonl (also .gz, .zst, .bz2), .parquet (one document a line"
-        " or row)"
+        "files, globs or folders. A .txt file is one document; .jsonl (also .gz, .zst, .bz2) has one a line, .parquet"
+        " one a row"
     )
     source.add_argument("--input", nargs="+", metavar="PATH", help=kinds)
-    hub = "a dataset of the Hugging Face hub, or a folder of one, streamed by datasets"
+    hub = "dataset on the Hugging Face hub, or a folder that holds one; it is streamed"
     source.add_argument("--dataset", metavar="NAME", help=hub)
     p.add_argument("--dataset-config", metavar="NAME", help="configuration of the dataset, such as sample-100BT")
     p.add_argument("--split", default="train", metavar="NAME", help="split of the dataset (default train)")
     commit = "commit of the dataset on the hub (default: the one that --out notes, else the newest)"
     p.add_argument("--revision", metavar="COMMIT", help=commit)
-    key = "where a JSON object or a row has its text (default text)"
+    key = "key or column that holds the text of a JSON object or a row (default text)"
     p.add_argument("--text-key", default="text", metavar="KEY", help=key)
 
 
@@ -88,19 +89,20 @@ def add_result(p: argparse.ArgumentParser) -> None:
     end = "token that ends documents (default: the tokenizer's end-of-sequence token)"
     p.add_argument("--eod", metavar="TOKEN", help=end)
     fits = (
-        "checkpoint, Hugging Face folder or config.json whose vocabulary must hold the tokenizer's; training checks"
-        " it, too"
+        "checkpoint, Hugging Face folder or config.json. Its vocabulary must hold the tokenizer's; training checks"
+        " this too"
     )
     p.add_argument("--model", type=Path, metavar="PATH", help=fits)
-    most = "stop with the document that reaches so many, as in 15e9 (default: all)"
+    most = "stop with the document that reaches N tokens, such as 15e9 (default: take all)"
     p.add_argument("--tokens", type=count, metavar="N", help=most)
-    per_shard = "begin a new shard after about so many: what a kill can cost (default 500e6)"
+    per_shard = "begin a new shard after about N tokens. A kill loses at most one shard (default 500e6)"
     p.add_argument("--shard-tokens", type=count, default=500_000_000, metavar="N", help=per_shard)
-    shorter = "leave shorter documents out (end of document counted)"
+    shorter = "leave out documents of fewer tokens, counting the end-of-document token"
     p.add_argument("--min-tokens", type=count, default=1, metavar="N", help=shorter)
-    p.add_argument("--max-tokens", type=count, metavar="N", help="leave longer documents out")
+    p.add_argument("--max-tokens", type=count, metavar="N", help="leave out documents of more tokens")
     held_out = (
-        "keep the first N documents out of training, as text in PREFIX.held_out.txt, for calibration and evaluation"
+        "keep the first N documents out of training. PREFIX.held_out.txt gets their text, for calibration and"
+        " evaluation"
     )
     p.add_argument("--held-out", type=count, default=0, metavar="N", help=held_out)
 

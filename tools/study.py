@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Does a choice matter? Variants of a recipe, made, trained and examined alike, and a table of what they scored."""
+"""Find out whether a choice matters: make, train and evaluate variants of a recipe alike, and compare their scores."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from hydra_mcore.commands import one_line_errors
 from hydra_mcore.costs.machine import GPUS  # facts only, so that --help is quick
 
 EXAMPLES = """\
-A study is a YAML file: recipes, what each variant lays over them, and seeds. docs/studies.md describes it.
+A study is a YAML file. It names recipes, what each variant lays over them, and seeds. docs/studies.md describes it.
 
-run makes what is not there yet: for each seed the teacher, the scores of its heads and its evaluation, then each
-variant's heads, student, stages and evaluation. Killed, it goes on when the same command is given. table reads what is
-finished.
+run makes what is missing. For each seed it makes the teacher, the scores of its heads and its evaluation. Then it makes
+each variant's heads, student, stages and evaluation. After a kill, the same command continues. table prints the results
+of what is finished.
 
 examples:
   python tools/study.py run examples/studies/smollm2/selection.yaml --dry-run
@@ -34,23 +34,28 @@ def parser() -> argparse.ArgumentParser:
     layout = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(prog="study", description=__doc__, epilog=EXAMPLES, formatter_class=layout)
     commands = p.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="make, train and examine what is not finished", formatter_class=layout)
+    run = commands.add_parser("run", help="make, train and evaluate what is not finished", formatter_class=layout)
     run.add_argument("study", type=Path, metavar="FILE", help="the study's YAML file")
-    run.add_argument("--only", nargs="+", default=[], metavar="VARIANT", help="these variants (default: all)")
-    run.add_argument("--jobs", type=int, default=1, metavar="N", help="variants side by side (default 1)")
+    run.add_argument("--only", nargs="+", default=[], metavar="VARIANT", help="run these variants alone (default: all)")
+    run.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="number of variants that run side by side (default 1)"
+    )
     run.add_argument("--ranks", type=int, default=1, metavar="N", help="processes of each command (default 1)")
     run.add_argument("--dry-run", action="store_true", help="say what is left to do, and stop")
-    planned = "with --dry-run: the hours that training takes on so many GPUs of a kind, as tools/plan.py has them"
+    planned = "with --dry-run, also say how many hours training takes on N GPUs, by the formulas of tools/plan.py"
     run.add_argument("--gpus", type=int, metavar="N", help=planned)
-    run.add_argument("--gpu", default="h100-80gb", metavar="NAME", help=f"one of {', '.join(GPUS)} (default h100-80gb)")
-    steps = commands.add_parser("steps", help="the commands of one job, for slurm/study.sh", formatter_class=layout)
+    kinds = f"kind of GPU: {', '.join(GPUS)} (default h100-80gb)"
+    run.add_argument("--gpu", default="h100-80gb", metavar="NAME", help=kinds)
+    steps = commands.add_parser("steps", help="print the commands of a job, for slurm/study.sh", formatter_class=layout)
     steps.add_argument("study", type=Path, metavar="FILE", help="the study's YAML file")
-    which = '"shared", or the number of a variant with a seed, from 0 on'
+    which = '"shared", or the number of a job, from 0 on: each variant with each seed is one'
     steps.add_argument("--job", required=True, metavar="JOB", help=which)
-    table = commands.add_parser("table", help="what is finished, as tables and a figure", formatter_class=layout)
+    table = commands.add_parser(
+        "table", help="print what is finished as tables, and draw a figure", formatter_class=layout
+    )
     table.add_argument("study", type=Path, metavar="FILE", help="the study's YAML file")
-    table.add_argument("--csv", type=Path, metavar="FILE", help="write every number there")
-    table.add_argument("--figure", type=Path, metavar="FILE", help="draw accuracy against length there (PNG)")
+    table.add_argument("--csv", type=Path, metavar="FILE", help="write every number to this file")
+    table.add_argument("--figure", type=Path, metavar="FILE", help="draw accuracy against length into this PNG")
     return p
 
 

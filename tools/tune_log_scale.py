@@ -15,11 +15,11 @@ from hydra_mcore.commands import one_line_errors
 from tools.layout_flags import add_dtype_flag, add_layout_flags  # light, so that --help is quick
 
 EXAMPLES = """\
-How it works: FA heads multiply the query of token t by ln(t + a) / ln(a). The weights do not depend on a, so the same
-windows of text are run under several bases and without the scale, and the least loss wins: first the candidates (more
-of them while the best is at their end), then golden sections between the best one's neighbours. Windows should be
-longer than the sequences of training, and cut from long documents: after short ones, one behind the other, late tokens
-gain nothing from a long context.
+How it works: FA heads multiply the query of token t by ln(t + a) / ln(a). The weights do not depend on a. So the same
+windows of text are run with several bases a and without the scale, and the least loss wins. The candidates are tried
+first, and more of them while the best is at their end. Golden sections between the neighbours of the best one follow.
+Windows should be longer than the sequences of training, and come from long documents. In a row of short documents, late
+tokens gain nothing from a long context.
 
 Written to --out: log_scale.md, log_scale.png, log_scale.json. Without --write the checkpoint stays as it is.
 
@@ -41,9 +41,13 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--length", type=int, required=True, metavar="N", help="tokens of a window, more than in training")
     p.add_argument(
-        "--windows", type=int, default=16, metavar="K", help="windows from the beginning of the text (default 16)"
+        "--windows",
+        type=int,
+        default=16,
+        metavar="K",
+        help="number of windows, from the beginning of the text (default 16)",
     )
-    grid = "bases to begin with, in tokens (default: 50 to 5000 in seven steps); the checkpoint's own is tried too"
+    grid = "bases to begin with, in tokens. The checkpoint's own is tried too (default: 50 to 5000 in seven steps)"
     p.add_argument("--candidates", type=float, nargs="+", metavar="A", help=grid)
     p.add_argument("--out", type=Path, metavar="DIR", help="folder for table, figure and JSON")
     p.add_argument("--write", action="store_true", help="put the choice into the checkpoint's model.json")

@@ -3,14 +3,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Check that a checkpoint is what it claims to be. Each check prints its numbers and a verdict.
 
-source     the teacher computes what transformers' own model of its source computes: nothing was lost at the import
-all-fa     a student all of whose heads are FA is its teacher: inheritance moves every row and column to its place
+source     the teacher computes what transformers computes from its source, so the import lost nothing
+all-fa     a student with FA heads alone equals its teacher, so inheritance moves every row and column to its place
 layouts    tensor, pipeline and context parallel ranks compute what one process computes, packed rows included
-export     the Hugging Face export computes what the checkpoint computes: what is published is what was trained
-packed     documents packed into a row do not see each other: each is what the export makes of it alone
-padding    in a padded batch, left or right, every row is what it is alone: batched evaluation can be trusted
-decode     the export's cache remembers all there is: token by token and in chunks as all at once
-served     a server of vLLM writes the tokens that the export writes, as likely: what is served is what was published
+export     the Hugging Face export computes what the checkpoint computes, so what is published was trained
+packed     documents packed into a row do not see each other: each gets what the export computes for it alone
+padding    a row padded left or right gets what it gets alone, so batched evaluation can be trusted
+decode     the export computes the same token by token, in chunks and all at once, so its cache remembers everything
+served     a vLLM server writes the export's tokens with the same likelihood, so what is served was published
 identity   weights, head map, teacher and export are those that the card names, and every number is finite
 """
 
@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from hydra_mcore.commands import one_line_errors
 
 EXAMPLES = """\
-A check passes where KL(reference || found) is below 1e-6 nats a token and every token's likeliest successor is the same
-(or a tie that float32 cannot tell apart). All models run in float32, on the GPU if there is one, one after the other.
-The exit status is 0 if nothing failed, 1 if something did, 2 for arguments that cannot be used.
+A check passes if KL(reference || found) is below 1e-6 nats a token and every token has the same likeliest successor. (A
+tie that float32 cannot tell apart passes too.) All models run in float32, one after the other, on the GPU if there is
+one. The exit status is 0 if nothing failed, 1 if something failed, and 2 for arguments that cannot be used.
 
 examples:
   a teacher and where it came from
@@ -54,31 +54,31 @@ def parser() -> argparse.ArgumentParser:
         metavar="CHECKPOINT",
         help="folder of a teacher's or a student's checkpoint, of any stage",
     )
-    source = "Hugging Face directory, or name on the hub, that the teacher was imported from"
+    source = "Hugging Face directory, or name on the hub, from which the teacher was imported"
     p.add_argument("--hf", metavar="NAME", help=source)
     p.add_argument("--teacher", type=Path, metavar="DIR", help="checkpoint of a student's teacher")
     p.add_argument(
         "--export",
         type=Path,
         metavar="DIR",
-        help="Hugging Face export; its code is run if it is ours to the byte (default: one is made and removed)",
+        help="Hugging Face export. Its code is run if it is ours to the byte (default: one is made and removed)",
     )
     p.add_argument(
-        "--served", metavar="URL", help="server of the export, as http://127.0.0.1:8000/v1 (docs/serving.md)"
+        "--served", metavar="URL", help="server of the export, such as http://127.0.0.1:8000/v1 (docs/serving.md)"
     )
     p.add_argument(
         "--text",
         type=Path,
         metavar="FILE",
-        help="UTF-8 text to run on, by the checkpoint's tokenizer (default: random tokens)",
+        help="UTF-8 text to run on, with the checkpoint's tokenizer (default: random tokens)",
     )
     p.add_argument(
-        "--length", type=int, metavar="N", help="tokens a sequence (default: the native length, at most 512)"
+        "--length", type=int, metavar="N", help="tokens of a sequence (default: the native length, at most 512)"
     )
-    p.add_argument("--sequences", type=int, default=2, metavar="N", help="sequences (default %(default)s)")
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="of random tokens (default %(default)s)")
-    p.add_argument("--only", nargs="+", metavar="CHECK", help="run these checks alone, named as above")
-    p.add_argument("--json", type=Path, metavar="FILE", help="write all results there too")
+    p.add_argument("--sequences", type=int, default=2, metavar="N", help="number of sequences (default %(default)s)")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="seed of random tokens (default %(default)s)")
+    p.add_argument("--only", nargs="+", metavar="CHECK", help="run these checks alone, by the names above")
+    p.add_argument("--json", type=Path, metavar="FILE", help="also write all results to this file")
     return p
 
 

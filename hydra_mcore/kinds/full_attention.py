@@ -40,11 +40,11 @@ class FullAttentionOptions:
     fa_position: Literal["nope", "rope"] = "nope"
     """Positions of FA heads: none, or rotary [paper: nope]."""
     fa_log_scale: Literal["never", "extend", "always"] = "extend"
-    """When FA queries are multiplied by ln(t+a)/ln(a): never, from stage extend on (and at inference), or always
-    [HALO, ours].
+    """When FA queries are multiplied by ln(t+a)/ln(a): never, from stage extend on and at inference, or always [HALO,
+    ours].
     """
     fa_log_scale_base: float = 500.0
-    """The a of the log-position scale, in tokens [paper: 500]."""
+    """The base a of the log-position scale, in tokens [paper: 500]."""
     fa_gate: Literal["none", "elementwise", "headwise"] = "elementwise"
     """Output gate of FA heads, computed from the layer's input [HALO: elementwise]."""
 

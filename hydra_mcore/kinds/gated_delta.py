@@ -19,19 +19,19 @@ class GatedDeltaOptions:
     gdn_qk_norm: Literal["rms", "none"] = "rms"
     """RMSNorm of GDN queries and keys before rotary and L2 norm [HALO: rms]."""
     gdn_conv_kernel: int = 4
-    """Taps of the causal short convolution on q, k and v of GDN heads, identity at the start; 0 for none [paper keeps
-    it; size ours].
+    """Taps of the causal short convolution on q, k and v of GDN heads, which starts as the identity; 0 for none [paper
+    keeps it; size ours].
     """
     gdn_conv_activation: Literal["none", "silu"] = "none"
-    """Activation after the short convolution; silu gives up the identity start [ours: none]."""
+    """Activation after the short convolution. silu gives up the identity start [ours: none]."""
     gdn_write_max: float = 1.0
-    """The write gate is gdn_write_max * sigmoid; 2 allows negative eigenvalues [HALO: 2; ours: 1]."""
+    """Largest value of the write gate (gdn_write_max * sigmoid). 2 allows negative eigenvalues [HALO: 2; ours: 1]."""
     gdn_half_life: float = 69.0
     """Tokens after which a GDN state has decayed to half at the start of training [ours: long memory]."""
     gdn_gate: Literal["none", "elementwise", "headwise"] = "none"
     """Output gate of GDN heads [HALO: optional]."""
     gdn_kv: Literal["per_head", "per_group"] = "per_head"
-    """Keys and values of GDN heads: each its own copy, or shared in the group as in the teacher [paper: per_head]."""
+    """Keys and values of GDN heads: one copy a head, or shared in a group as in the teacher [paper: per_head]."""
 
 
 GATED_DELTA = DeltaRuleHeads("gdn", per_channel=False).kind(

@@ -19,17 +19,17 @@ class KimiDeltaOptions:
     kda_qk_norm: Literal["rms", "none"] = "rms"
     """RMSNorm of KDA queries and keys before rotary and L2 norm [Kimi: none; HALO: a switch; ours: rms, as GDN]."""
     kda_conv_kernel: int = 4
-    """Taps of the causal short convolution on q, k and v of KDA heads, identity at the start; 0 for none [Kimi: 4]."""
+    """Taps of the short convolution on q, k and v of KDA heads, which starts as the identity; 0 for none [Kimi: 4]."""
     kda_conv_activation: Literal["none", "silu"] = "none"
-    """Activation after the short convolution; silu gives up the identity start [Kimi: silu; ours: none, as GDN]."""
+    """Activation after the short convolution. silu gives up the identity start [Kimi: silu; ours: none, as GDN]."""
     kda_write_max: float = 1.0
-    """The write gate is kda_write_max * sigmoid; 2 allows negative eigenvalues [Kimi: 1]."""
+    """Largest value of the write gate (kda_write_max * sigmoid). 2 allows negative eigenvalues [Kimi: 1]."""
     kda_half_life: float = 69.0
     """Tokens after which every channel of a KDA state has decayed to half at the start of training [ours: as GDN]."""
     kda_gate: Literal["none", "elementwise", "headwise"] = "none"
     """Output gate of KDA heads [Kimi, HALO: elementwise, of low rank; ours: none, as GDN]."""
     kda_kv: Literal["per_head", "per_group"] = "per_head"
-    """Keys and values of KDA heads: each its own copy, or shared in the group as in the teacher [HALO: per_head]."""
+    """Keys and values of KDA heads: one copy a head, or shared in a group as in the teacher [HALO: per_head]."""
 
 
 KIMI_DELTA = DeltaRuleHeads("kda", per_channel=True).kind(

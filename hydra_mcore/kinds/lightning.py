@@ -41,18 +41,17 @@ class LightningOptions:
     """The options of Lightning heads."""
 
     lightning_slope: float = 2.0**-8
-    """Decay rate of the last head of a layer; head h of H decays by lightning_slope^((h + 1) / H) a token, ALiBi's
-    slopes for 2^-8 [HALO].
+    """Decay rate of the last head of a layer. Head h of H decays by lightning_slope^((h + 1) / H) a token. 2^-8 gives
+    ALiBi's slopes [HALO].
     """
     lightning_position: Literal["rope", "nope"] = "rope"
     """Positions of Lightning heads [HALO: rope]."""
     lightning_qk_norm: Literal["rms", "none"] = "rms"
     """RMSNorm of Lightning queries and keys before rotary [HALO: rms]."""
     lightning_gate: Literal["none", "elementwise", "headwise"] = "elementwise"
-    """Output gate of Lightning heads; the fusion norm takes the place of HALO's output norm [HALO: elementwise]."""
+    """Output gate of Lightning heads. The fusion norm replaces HALO's output norm [HALO: elementwise]."""
     lightning_kv: Literal["per_head", "per_group"] = "per_head"
-    """Keys and values of Lightning heads: each its own copy, or shared in the group as in the teacher [HALO: per_head].
-    """
+    """Keys and values of Lightning heads: one copy a head, or shared in a group as in the teacher [HALO: per_head]."""
 
 
 def decay_rate(options: Options, head_idx: Rate, num_heads: int) -> Rate:

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a stage: python -m hydra_mcore.train --stage align|distill|extend --config recipe.yaml [Megatron's flags].
 
-Alone or under torchrun. A stage starts from the previous one's checkpoint in the run folder, and continues its own
-when there is one. Flags on the command line win over the recipe.
+It runs alone or under torchrun. A stage starts from the checkpoint of the stage before it in the run folder. If it has
+a checkpoint of its own, it continues from that. Flags on the command line win over the recipe.
 
 examples:
   python -m hydra_mcore.train --stage align --config examples/tiny/recipe.yaml

@@ -38,18 +38,24 @@ def several(p: argparse.ArgumentParser, flag: str, choices: Iterable[str], help:
 
 def add_heads(p: argparse.ArgumentParser) -> None:
     """The heads that a section times by themselves, and how often."""
-    number(p, "--heads", "default 4", 4)
+    number(p, "--heads", "number of heads (default 4)", 4)
     number(p, "--head-dim", "channels of queries, keys and values (default 128)", 128)
-    number(p, "--batch", "rows (default 1)", 1)
-    number(p, "--repeats", "the median counts (default 5)", 5)
+    number(p, "--batch", "rows of a batch (default 1)", 1)
+    add_repeats(p, 5)
+
+
+def add_repeats(p: argparse.ArgumentParser, default: int) -> None:
+    number(p, "--repeats", f"measurements, of which the median counts (default {default})", default)
 
 
 def add_machine(p: argparse.ArgumentParser) -> None:
     """``--device`` and ``--dtype``, for ``measure.chosen_machine``."""
-    p.add_argument("--device", choices=tuple(DTYPES), help="where to measure (default: cuda where torch sees a GPU)")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, bfloat16 on a GPU")
+    p.add_argument("--device", choices=tuple(DTYPES), help="where to measure (default: cuda if torch sees a GPU)")
+    p.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="precision (default: float32 on a CPU, bfloat16 on a GPU)"
+    )
 
 
 def add_profile(p: argparse.ArgumentParser) -> None:
-    parts = "also a table by part of every contestant, at the last length"
+    parts = "also print a table of the parts of everything that is timed, at the last length"
     p.add_argument("--profile", action="store_true", help=parts)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tools.benchmarks import shapes
-from tools.benchmarks.flags import add_heads, add_machine, add_profile, layers_x_heads, number, several
-from tools.benchmarks.shapes import BLOCKS, DECODED, DECODED_FA_HEADS, QWEN3, SMALL, STEP_SIZES
+from tools.benchmarks.flags import add_heads, add_machine, add_profile, add_repeats, layers_x_heads, number, several
+from tools.benchmarks.shapes import BLOCKS, DECODED, DECODED_FA_HEADS, QWEN3, SIZES, SMALL, STEP_SIZES
 
 
 @dataclass(frozen=True)
@@ -64,17 +64,17 @@ def section(help: str, examples: str, figure: bool = False, plain: bool = False)
     plain=True,
 )
 def delta_rule(p: argparse.ArgumentParser) -> None:
-    """The gated delta rule beside what one would call instead: Megatron-Core's and transformers' torch code, attention,
-    FLA's kernel.
+    """Time the gated delta rule, and what one would call instead: Megatron-Core's and transformers' torch code,
+    attention, and FLA's kernel.
     """
     lengths = [2**power for power in range(10, 15)]
-    number(p, "--lengths", "tokens (default 1024 ... 16384)", lengths, nargs="+")
+    number(p, "--lengths", "tokens of a row (default 1024 ... 16384)", lengths, nargs="+")
     add_heads(p)
-    slow = "longest row that Megatron-Core's and transformers' torch code read (default 16384; 0 leaves them out)"
+    slow = "longest row for Megatron-Core's and transformers' torch code (default 16384; 0 leaves them out)"
     p.add_argument("--slow-limit", type=int, default=16384, metavar="N", help=slow)
-    sizes = "rows a chunk of our torch code to compare (default 32 64 128)"
+    sizes = "chunk sizes of our torch code that are compared, in rows (default 32 64 128)"
     number(p, "--chunk-sizes", sizes, [32, 64, 128], nargs="*")
-    exact = "tokens on which all are compared with the float64 recurrence (default 512)"
+    exact = "tokens of the comparison with the recurrence in float64 (default 512)"
     number(p, "--accuracy-length", exact, 512)
     add_machine(p)
 
@@ -88,12 +88,12 @@ def delta_rule(p: argparse.ArgumentParser) -> None:
     figure=True,
 )
 def kinds(p: argparse.ArgumentParser) -> None:
-    """The core of each kind of heads, forward and backward, beside attention, Gated DeltaNet and the torch code that
-    one would call instead: Megatron-Core's, and flash-linear-attention's where it is installed.
+    """Time the core of each kind of heads, forward and backward. It stands beside attention, Gated DeltaNet and the
+    torch code that one would call instead: Megatron-Core's, and flash-linear-attention's if it is installed.
     """
-    number(p, "--lengths", "tokens (default 2048 16384)", [2048, 16_384], nargs="+")
+    number(p, "--lengths", "tokens of a row (default 2048 16384)", [2048, 16_384], nargs="+")
     add_heads(p)
-    slow = "longest row that the torch code of others reads (default 2048; 0 leaves it out)"
+    slow = "longest row for the torch code of others (default 2048; 0 leaves it out)"
     p.add_argument("--slow-limit", type=int, default=2048, metavar="N", help=slow)
     add_machine(p)
 
@@ -107,17 +107,17 @@ def kinds(p: argparse.ArgumentParser) -> None:
     figure=True,
 )
 def attention(p: argparse.ArgumentParser) -> None:
-    """Causal attention by each of torch's kernels, forward and backward, with keys and values of a group copied per
-    head or shared.
+    """Time causal attention with each of torch's kernels, forward and backward. Keys and values of a group are copied
+    for each head, or shared.
 
-    FA heads copy them (groups may be uneven) and take the kernel that torch chooses: this section says what another
-    choice would give.
+    FA heads copy them, because groups may be uneven, and take the kernel that torch chooses. This section says what
+    another choice would give.
     """
-    number(p, "--lengths", "tokens (default 512 2048; 2048 16384 131072 on a GPU)", nargs="+")
-    number(p, "--heads", "query heads (default 16)", QWEN3.num_heads)
-    number(p, "--kv-groups", "default 8; divides the heads", QWEN3.num_kv_groups)
-    number(p, "--head-dim", "default 128", QWEN3.head_dim)
-    number(p, "--repeats", "the median counts (default 5)", 5)
+    number(p, "--lengths", "tokens of a row (default 512 2048; 2048 16384 131072 on a GPU)", nargs="+")
+    number(p, "--heads", "number of query heads (default 16)", QWEN3.num_heads)
+    number(p, "--kv-groups", "number of kv groups, a divisor of the heads (default 8)", QWEN3.num_kv_groups)
+    number(p, "--head-dim", "channels of a head (default 128)", QWEN3.head_dim)
+    add_repeats(p, 5)
     add_machine(p)
 
 
@@ -134,14 +134,14 @@ def attention(p: argparse.ArgumentParser) -> None:
     figure=True,
 )
 def layer(p: argparse.ArgumentParser) -> None:
-    """One attention block, forward and backward: the teacher's (all heads FA, rotary) beside HydraHead's at several
+    """Time an attention block, forward and backward: the teacher's (all heads FA, rotary) beside HydraHead's at several
     ratios.
     """
-    number(p, "--lengths", "tokens (default 2048 ... 32768, on a GPU ... 524288)", nargs="+")
+    number(p, "--lengths", "tokens of a row (default 2048 ... 32768, on a GPU 2048 ... 524288)", nargs="+")
     for name, on_cpu in BLOCKS["cpu"].items():
-        number(p, "--" + name.replace("_", "-"), f"default {on_cpu}, on a GPU {BLOCKS['cuda'][name]}")
-    number(p, "--repeats", "the median counts (default 3)", 3)
-    several(p, "--ratios", shapes.SHARES, "what stands beside the teacher")
+        number(p, "--" + name.replace("_", "-"), f"{SIZES[name]} (default {on_cpu}, on a GPU {BLOCKS['cuda'][name]})")
+    add_repeats(p, 3)
+    several(p, "--ratios", shapes.SHARES, "HydraHead's ratios that are timed beside the teacher")
     add_profile(p)
     add_machine(p)
 
@@ -163,21 +163,21 @@ def layer(p: argparse.ArgumentParser) -> None:
     figure=True,
 )
 def step(p: argparse.ArgumentParser) -> None:
-    """Seconds and peak memory of one micro-batch of align, distill and extend, beside what distill cannot do
-    without.
+    """Measure seconds and peak memory of one micro-batch of align, distill and extend. Beside them stand the teacher's
+    forward pass and the student's step, which distill cannot do without.
     """
-    number(p, "--lengths", "tokens (default 512 2048 8192; 2048 8192 32768 on a GPU)", nargs="+")
-    number(p, "--repeats", "the median counts (default 3)", 3)
-    longest = "tokens up to which distill is run from whole logits too, some 24 bytes a token and word (default 2048)"
+    number(p, "--lengths", "tokens of a row (default 512 2048 8192; 2048 8192 32768 on a GPU)", nargs="+")
+    add_repeats(p, 3)
+    longest = "longest row for distill from whole logits too, which take some 24 bytes a token and word (default 2048)"
     p.add_argument("--whole-logits", type=int, default=2048, metavar="N", help=longest)
-    other = "also the teacher's shape in transformers, its forward pass and its training step"
+    other = "also time the teacher's shape in transformers: its forward pass and its training step"
     p.add_argument("--transformers", action="store_true", help=other)
     add_profile(p)
     add_machine(p)
     model = p.add_argument_group("model (default: a small one; on a GPU that of Qwen3-1.7B)")
     model.add_argument("--fa-heads", type=int, metavar="N", help="FA heads of every layer (default: a quarter)")
     for name, field in STEP_SIZES.items():
-        default = f"default {getattr(SMALL, field)}, on a GPU {getattr(QWEN3, field)}"
+        default = f"{SIZES[name]} (default {getattr(SMALL, field)}, on a GPU {getattr(QWEN3, field)})"
         number(model, "--" + name.replace("_", "-"), default)
 
 
@@ -192,25 +192,25 @@ def step(p: argparse.ArgumentParser) -> None:
     figure=True,
 )
 def decode(p: argparse.ArgumentParser) -> None:
-    """The exported model beside its teacher in transformers: seconds of a prompt, seconds and cache bytes of a decoded
-    token.
+    """Measure an exported model beside its teacher in transformers: the seconds of a prompt, and the seconds and cache
+    bytes of a decoded token.
     """
     lengths = [2**power for power in range(10, 16)]
     number(p, "--lengths", "tokens of context (default 1024 ... 32768)", lengths, nargs="+")
-    number(p, "--steps", "tokens timed at each length (default 16)", 16)
-    number(p, "--prompts", "times that a prompt of each length is read in one call (default 2)", 2)
+    number(p, "--steps", "decoded tokens that are timed at each length (default 16)", 16)
+    number(p, "--prompts", "readings of a prompt of each length, each in one call (default 2)", 2)
     add_machine(p)
     p.add_argument("--teacher-hf", type=Path, metavar="DIR", help="Hugging Face folder of the teacher")
-    exported = "exported HydraHead models; the code in them is run"
+    exported = "exported HydraHead models. The code in them is run"
     p.add_argument("--hf", nargs="+", type=Path, default=[], metavar="DIR", help=exported)
     random_models = p.add_argument_group("random models, without --hf")
     counts = (
-        "FA heads of each layer, in the fewest kv groups that hold them and spread over the most (default 4 2); the"
-        " first of these maps with each other kind in place of GDN, too"
+        "FA heads of each layer, in the fewest kv groups that hold them, and spread over the most (default 4 2). The"
+        " first of these maps is also timed with each other kind in place of GDN"
     )
     number(random_models, "--fa-heads", counts, DECODED_FA_HEADS, nargs="+")
     for name, default in DECODED.items():
-        number(random_models, "--" + name.replace("_", "-"), "default %(default)s", default)
+        number(random_models, "--" + name.replace("_", "-"), f"{SIZES[name]} (default %(default)s)", default)
 
 
 @section(
@@ -222,15 +222,15 @@ def decode(p: argparse.ArgumentParser) -> None:
 """,
 )
 def communication(p: argparse.ArgumentParser) -> None:
-    """Bytes that a context-parallel rank sends for a layer, beside Megatron's all-to-all; formulas of
-    hydra_mcore/costs/communication.py.
+    """Compute the bytes that a context-parallel rank sends for a layer, beside Megatron's all-to-all. The formulas are
+    those of hydra_mcore/costs/communication.py.
     """
-    few = "FA heads of the layer's 16 (default 4, that is 3:1)"
+    few = "FA heads among the layer's 16 (default 4, that is 3:1)"
     p.add_argument("--fa-heads", type=int, default=4, metavar="N", help=few)
     number(p, "--cp", "context parallel sizes (default 2 4 8 16)", [2, 4, 8, 16], nargs="+")
     number(p, "--tp", "tensor parallel size (default 1)", 1)
     lengths = [2**power for power in range(14, 20)]
-    number(p, "--lengths", "tokens a row (default 16384 ... 524288)", lengths, nargs="+")
+    number(p, "--lengths", "tokens of a row (default 16384 ... 524288)", lengths, nargs="+")
 
 
 @section(
@@ -243,14 +243,16 @@ def communication(p: argparse.ArgumentParser) -> None:
 """,
 )
 def balance(p: argparse.ArgumentParser) -> None:
-    """How evenly tensor-parallel ranks share a layer's attention, by ``fa_balance``: counted, or timed rank by rank."""
-    maps = "head maps to show before the synthetic ones"
+    """Say how evenly tensor-parallel ranks share a layer's attention, by ``fa_balance``. The work is counted, or timed
+    rank by rank.
+    """
+    maps = "head maps of your own, shown before the synthetic ones"
     p.add_argument("--head-map", nargs="+", type=Path, default=[], metavar="FILE", help=maps)
     number(p, "--tp", "tensor parallel sizes (default 2 4 8)", [2, 4, 8], nargs="+")
-    number(p, "--length", "tokens of the one document (default 16384, with --measure 4096)")
-    timed = "time one layer of every rank of TP 8 instead of counting; takes minutes"
+    number(p, "--length", "tokens of the document (default 16384, with --measure 4096)")
+    timed = "time a layer of every rank of TP 8 instead of counting, which takes minutes"
     p.add_argument("--measure", action="store_true", help=timed)
-    number(p, "--repeats", "of --measure; the median counts (default 3)", 3)
+    number(p, "--repeats", "measurements with --measure, of which the median counts (default 3)", 3)
 
 
 @section(
@@ -261,8 +263,8 @@ def balance(p: argparse.ArgumentParser) -> None:
 """,
 )
 def memory(p: argparse.ArgumentParser) -> None:
-    """Peak memory a token of align and distill, beside end-to-end backpropagation of the same model."""
-    number(p, "--lengths", "tokens (default 1024 2048)", [1024, 2048], nargs=2)
+    """Measure the peak memory a token of align and distill, beside end-to-end backpropagation of the same model."""
+    number(p, "--lengths", "tokens of a row (default 1024 2048)", [1024, 2048], nargs=2)
 
 
 @section(
@@ -274,18 +276,18 @@ def memory(p: argparse.ArgumentParser) -> None:
 """,
 )
 def selection(p: argparse.ArgumentParser) -> None:
-    """Seconds of the exact scores of all heads of random models, beside a forward pass for every head."""
-    models, named = [(4, 8), (8, 8), (14, 16), (28, 16)], "default 4x8 8x8 14x16 28x16"
+    """Time the exact scores of all heads of random models, beside a forward pass for every head."""
+    models, named = [(4, 8), (8, 8), (14, 16), (28, 16)], "layers x heads of the models (default 4x8 8x8 14x16 28x16)"
     p.add_argument("--models", nargs="+", type=layers_x_heads, default=models, metavar="LxH", help=named)
-    number(p, "--hidden", "width (default 256)", 256)
+    number(p, "--hidden", "width of the models (default 256)", 256)
     number(p, "--head-dim", "channels of a head (default 32)", 32)
     number(p, "--ffn", "width of the MLPs (default 768)", 768)
-    number(p, "--vocabulary", "tokens (default 512)", 512)
-    number(p, "--length", "tokens a prompt (default 512)", 512)
+    number(p, "--vocabulary", "tokens of the vocabulary (default 512)", 512)
+    number(p, "--length", "tokens of a prompt (default 512)", 512)
     number(p, "--pairs", "pairs of prompts in the batch (default 1)", 1)
-    number(p, "--answer", "tokens an answer (default 7)", 7)
-    number(p, "--naive-heads", "receivers scored by definition too (default 64)", 64)
-    number(p, "--naive-senders", "senders scored by definition too (default 24)", 24)
+    number(p, "--answer", "tokens of an answer (default 7)", 7)
+    number(p, "--naive-heads", "receivers that are also scored one forward pass each (default 64)", 64)
+    number(p, "--naive-senders", "senders that are also scored one forward pass each (default 24)", 24)
 
 
 @section(
@@ -296,13 +298,13 @@ def selection(p: argparse.ArgumentParser) -> None:
 """,
 )
 def data(p: argparse.ArgumentParser) -> None:
-    """Tokens a second and memory of tools/prepare_data.py, beside the tokenizers library alone: the command itself, on
-    real text.
+    """Measure tokens a second and memory of tools/prepare_data.py, beside the tokenizers library alone. The command
+    itself runs, on real text.
     """
     whose = "folders with a tokenizer.json (default: one of 32768 words, trained on the text)"
     p.add_argument("--tokenizers", nargs="+", type=Path, default=[], metavar="DIR", help=whose)
-    number(p, "--megabytes", "of text (Python's library) in the smaller corpus (default 8)", 8)
-    number(p, "--repeats", "the median counts (default 3)", 3)
+    number(p, "--megabytes", "megabytes of text (Python's library) in the smaller corpus (default 8)", 8)
+    add_repeats(p, 3)
     number(p, "--workers", "processes that tokenize (default 2)", 2)
 
 
@@ -314,16 +316,16 @@ def data(p: argparse.ArgumentParser) -> None:
 """,
 )
 def evaluation(p: argparse.ArgumentParser) -> None:
-    """How fast evaluation makes prompts, and how fast models read them.
+    """Measure how fast evaluation makes prompts, and how fast models read them.
 
-    Sets are made as evaluation makes them, without a cache; random models of the tiny teacher's shape run as evaluation
-    runs them.
+    Prompts are made as evaluation makes them, without a cache. Random models of the tiny teacher's shape run as
+    evaluation runs them.
     """
     whose = "folder with a tokenizer (default: one of 32768 words, trained on the text)"
     p.add_argument("--tokenizer", type=Path, metavar="DIR", help=whose)
     lengths, read = [4096, 32_768, 131_072], [2**power for power in range(12, 17)]
-    number(p, "--lengths", "tokens (default 4096 32768 131072)", lengths, nargs="+")
-    number(p, "--prompts", "of each task and length (default 10)", 10)
+    number(p, "--lengths", "tokens of a prompt (default 4096 32768 131072)", lengths, nargs="+")
+    number(p, "--prompts", "prompts of each task and length (default 10)", 10)
     number(p, "--read", "tokens that models read (default 4096 ... 65536)", read, nargs="+")
 
 
@@ -335,10 +337,10 @@ def evaluation(p: argparse.ArgumentParser) -> None:
 """,
 )
 def start_up(p: argparse.ArgumentParser) -> None:
-    """Seconds from a command to its --help, for every command, and to the end of the first training step of the tiny
-    example.
+    """Measure the seconds from a command to its --help, for every command, and to the end of the tiny example's first
+    training step.
     """
-    number(p, "--repeats", "the median counts (default 3)", 3)
+    add_repeats(p, 3)
 
 
 @section(
@@ -352,13 +354,19 @@ def start_up(p: argparse.ArgumentParser) -> None:
     plain=True,
 )
 def kernels(p: argparse.ArgumentParser) -> None:
-    """The functions of hydra_mcore/ops/fla_kernels.py run as in a layer; Triton compiles what they launch for GPUs that
-    are not there. Exit status 1 where a kernel does not compile or fit. Flash-linear-attention: make env.
+    """Run the functions of hydra_mcore/ops/fla_kernels.py as a layer does, while Triton compiles their kernels for GPUs
+    that are not there. The exit status is 1 if a kernel does not compile or fit. `make env` installs
+    flash-linear-attention, which this needs.
     """
-    several(p, "--gpus", shapes.CAPABILITIES, "what to compile for: H100 and H200, B200")
-    several(p, "--calls", shapes.CALLERS, "kinds of heads, their short convolution, the norm of queries and keys")
+    several(p, "--gpus", shapes.CAPABILITIES, "GPUs to compile for: sm_90 is H100 and H200, sm_100 is B200")
+    several(
+        p,
+        "--calls",
+        shapes.CALLERS,
+        "what to compile: kinds of heads, their short convolution, the norm of queries and keys",
+    )
     number(p, "--head-dims", "channels of a head (default 64 128)", [64, 128], nargs="+")
-    several(p, "--dtypes", ("bfloat16", "float32"), "of queries, keys and values")
+    several(p, "--dtypes", ("bfloat16", "float32"), "precisions of queries, keys and values")
     p.add_argument("--forward", action="store_true", help="leave out the backward pass")
 
 
@@ -372,11 +380,14 @@ def kernels(p: argparse.ArgumentParser) -> None:
 """,
 )
 def imitation(p: argparse.ArgumentParser) -> None:
-    """Where the error of linear heads comes from: the share of each head's output that is left on held-out tokens with
-    the best values in closed form, for a GDN head with the teacher's queries and keys and for what might be better.
+    """Say where the error of linear heads comes from. The measure is the share of each head's output that is left on
+    held-out tokens, with the best values in closed form. It is taken for a GDN head with the teacher's queries and
+    keys, and for heads that might be better.
     """
-    p.add_argument("--teacher", type=Path, required=True, metavar="DIR", help="an imported model")
-    p.add_argument("--haystack", type=Path, required=True, metavar="FILE", help="text; needle prompts stand in it too")
-    p.add_argument("--layers", type=int, nargs="+", metavar="N", help="from 0 (default: all)")
-    number(p, "--length", "tokens of a row (default and most 512)", 512)
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="of prompts and text (default 0)")
+    p.add_argument("--teacher", type=Path, required=True, metavar="DIR", help="checkpoint of an imported model")
+    p.add_argument(
+        "--haystack", type=Path, required=True, metavar="FILE", help="text; needle prompts are hidden in it too"
+    )
+    p.add_argument("--layers", type=int, nargs="+", metavar="N", help="numbers of layers, from 0 (default: all)")
+    number(p, "--length", "tokens of a row, at most 512 (default 512)", 512)
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="seed of prompts and text (default 0)")

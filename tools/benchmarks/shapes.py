@@ -8,6 +8,16 @@ from hydra_mcore.config import ModelShape
 from hydra_mcore.errors import InputError
 
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
+# The flags that set a model's shape, as help names them.
+SIZES = {
+    "layers": "number of layers",
+    "hidden": "width of the model",
+    "heads": "number of query heads",
+    "kv_groups": "number of kv groups, a divisor of the heads",
+    "head_dim": "channels of a head",
+    "ffn": "width of the MLPs",
+    "vocabulary": "tokens of the vocabulary",
+}
 # Section kernels: GPUs by their compute capability, times ten, and whose kernels.
 CAPABILITIES = {"sm_90": 90, "sm_100": 100}
 CALLERS = ("gdn", "kda", "lightning", "conv", "norm")

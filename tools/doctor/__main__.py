@@ -24,9 +24,9 @@ TOPICS = ("packages", "GPU", "machine", "network", "files", "SLURM", "services",
 COLOURS = {"ok": "32", "warn": "33", "fail": "31"}
 
 EXAMPLES = """\
-Every line says ok, warn (it works, worse than it could) or fail, what was found, and below it what to do. Nothing is
-changed and nothing waits forever. The exit status is 0 if nothing fails, 1 if something does, 2 for arguments that
-cannot be used.
+Every line says ok, warn or fail, and what was found. The fix is below it. warn means that something works worse than it
+could. doctor changes nothing and never waits forever. The exit status is 0 if nothing fails, 1 if something fails, and
+2 for arguments that cannot be used.
 
 examples:
   this machine, and the folder that runs will be kept in
@@ -48,9 +48,9 @@ def parser() -> argparse.ArgumentParser:
     add = p.add_argument
     run_dir_help = "folder that runs are kept in (default: the current one)"
     add("--run-dir", type=Path, default=Path(), metavar="DIR", help=run_dir_help)
-    add("--json", type=Path, metavar="FILE", help="write all lines there too")
+    add("--json", type=Path, metavar="FILE", help="also write all lines to this file")
     add("--network", action="store_true", help="also try to reach Hugging Face and W&B")
-    topics_help = f"one or more of: {', '.join(TOPICS)}"
+    topics_help = f"check these topics alone: {', '.join(TOPICS)}"
     add("--only", nargs="+", choices=TOPICS, metavar="TOPIC", default=TOPICS, help=topics_help)
     limit_help = "seconds that one check may take (default %(default)g)"
     add("--limit", type=float, default=20.0, metavar="S", help=limit_help)

@@ -13,12 +13,12 @@ from hydra_mcore.stages import STAGES
 
 EVALUATE = "evaluate"
 EXAMPLES = """\
-Any flag of Megatron or of hydra_mcore.train may follow; it wins over the recipe, as it does in training. The formulas
-and what they leave out: docs/planning.md.
+You may add any flag of Megatron or of hydra_mcore.train. It wins over the recipe, as it does in training.
+docs/planning.md has the formulas, and says what they leave out.
 
-The model is that of run-dir/student or of the teacher's folder, where they exist. Otherwise its shape comes from a
-config.json (--hf, or beside the recipe), and its heads from --head-map, or, before they are selected, from an even
-spread at --ratio.
+The model is that of run-dir/student or of the teacher's folder, if they exist. Otherwise its shape comes from a
+config.json (--hf, or beside the recipe), and its heads come from --head-map. Before heads are selected, the plan
+spreads them evenly at --ratio.
 
 examples:
   what does the recipe need on one node?
@@ -41,26 +41,28 @@ def parser() -> argparse.ArgumentParser:
         prog="plan", description=__doc__, epilog=EXAMPLES, formatter_class=layout, allow_abbrev=False
     )
     p.add_argument("--config", nargs="+", required=True, metavar="YAML", help="recipe files; a later one wins")
-    p.add_argument("--stage", choices=(*STAGES, "all", EVALUATE), default="all", help="default: all three of training")
-    p.add_argument("--gpus", type=int, default=8, metavar="N", help="how many (default 8)")
-    p.add_argument("--gpu", default="h100-80gb", metavar="NAME", help=f"one of {', '.join(GPUS)} (default h100-80gb)")
+    stages = "what to plan: a stage, all three stages, or the evaluation (default: all)"
+    p.add_argument("--stage", choices=(*STAGES, "all", EVALUATE), default="all", help=stages)
+    p.add_argument("--gpus", type=int, default=8, metavar="N", help="number of GPUs (default 8)")
+    kinds = f"kind of GPU: {', '.join(GPUS)} (default h100-80gb)"
+    p.add_argument("--gpu", default="h100-80gb", metavar="NAME", help=kinds)
     share = (
-        "share of the GPU's bf16 peak that computing reaches; communication and bubbles come on top"
+        "share of the GPU's bf16 peak that computing reaches. The plan adds communication and bubbles"
         f" (default {EFFICIENCY})"
     )
     p.add_argument("--efficiency", type=float, default=EFFICIENCY, metavar="X", help=share)
-    p.add_argument("--price", type=float, metavar="P", help="of one GPU for one hour, in any currency")
+    p.add_argument("--price", type=float, metavar="P", help="price of one GPU for one hour, in any currency")
     p.add_argument("--hf", type=Path, metavar="DIR", help="folder with the model's config.json")
-    p.add_argument("--head-map", type=Path, metavar="FILE", help="heads that tools/select_heads.py chose")
+    p.add_argument("--head-map", type=Path, metavar="FILE", help="head map that tools/select_heads.py wrote")
     p.add_argument(
         "--ratio",
         metavar="LINEAR:FA",
-        help="heads to assume instead (default: that of the recipe's select section, else 3:1)",
+        help="ratio to assume without a head map (default: that of the recipe's section select, else 3:1)",
     )
     p.add_argument(
         "--layouts", type=int, metavar="N", help="list the N fastest layouts that fit, instead of the recipe's own"
     )
-    p.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to this file")
     return p
 
 
