@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every command does at its edges: one line for bad input and Ctrl-C, and one writer at a time.
 
-Light, to be imported first.
+It imports nothing heavy, so commands import it first.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Convert a Hugging Face model to a checkpoint, a teacher to a student, and a checkpoint to a Hugging Face model.
 
-import     makes a checkpoint from a Hugging Face directory: a teacher's (Qwen3, Qwen2/2.5, Llama) or a HydraHead one's
+import     makes a checkpoint from a Hugging Face directory, a teacher's (Qwen3, Qwen2/2.5, Llama) or a student's export
 hybridize  makes a student's checkpoint from a teacher's checkpoint and a head map
 export     makes a Hugging Face directory from a checkpoint: a teacher's own family, or HydraHead with its own code
 """

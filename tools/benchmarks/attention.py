@@ -3,8 +3,8 @@
 """Causal attention by each of torch's kernels, forward and backward, with keys and values of a group copied per head or
 shared.
 
-FA heads copy them (groups may be uneven) and take the kernel that torch chooses: this section says what another choice
-would give.
+FA heads copy them, because groups may be uneven, and take the kernel that torch chooses. This section says what another
+choice would give.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast evaluation makes prompts, and how fast models read them.
 
-Sets are made as evaluation makes them, without a cache; random models of the tiny teacher's shape run as evaluation
+Prompts are made as evaluation makes them, without a cache. Random models of the tiny teacher's shape run as evaluation
 runs them.
 """
 

@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A GPU that compiles and never runs, as Triton and flash-linear-attention see it.
 
-Triton asks a driver what to compile for; here that is a stand-in that names a GPU. Every launch becomes a compilation,
-with the signature, the constants and the alignment that the launch had. The tuner's trial runs compile too. Tensors
-live on the CPU and are never read by a kernel, so their values mean nothing.
+Triton asks a driver for which GPU to compile. Here the driver is a stand-in that names one. Every launch becomes a
+compilation, with the signature, the constants and the alignment that the launch had. The tuner's trial runs compile
+too. Tensors live on the CPU and are never read by a kernel, so their values mean nothing.
 """
 
 from __future__ import annotations

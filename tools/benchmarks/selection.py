@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Seconds of the exact scores of all heads of random models, beside a forward pass for every head.
 
-By definition a receiver score takes a forward pass for every head and a sender score two.
-``tests/support/naive_patching.py`` does that without help from the package, for tests; ``Naive`` here is the same with
-little besides the passes themselves.
+By definition a receiver score takes a forward pass for every head, and a sender score takes two.
+``tests/support/naive_patching.py`` does that for tests, without help from the package. ``Naive`` here does the same,
+with little besides the passes themselves.
 """
 
 from __future__ import annotations

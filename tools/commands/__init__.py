@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the commands do, once ``tools/NAME.py`` has parsed their flags: one module each, with its imports at the top.
 
-Commands import theirs after parsing: torch and Megatron-Core take seconds, and --help needs neither. What Megatron-Core
-lacks here is installed with this package, so before any module of it imports the engine.
+A command imports its module after parsing, because torch and Megatron-Core take seconds and --help needs neither.
+Importing this package installs what Megatron-Core lacks here. So that happens before any of its modules imports the
+engine.
 """
 
 from hydra_mcore.compat import install

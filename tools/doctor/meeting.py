@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several nodes: where this process stands, and how they meet.
 
-The first node asks, the others answer: lines of JSON over one connection each, which the others open.
+The first node asks and the others answer. Each of them opens one connection to the first, over which lines of JSON go.
 """
 
 import contextlib

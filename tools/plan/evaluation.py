@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory and time of an evaluation, by model and length, from the section evaluate of a recipe.
 
-Replicas share the prompts out. Left out: communication, the steps of decoding, the loss on held-out text.
+Replicas share the prompts. The plan leaves out communication, the steps of decoding, and the loss on held-out text.
 """
 
 from __future__ import annotations

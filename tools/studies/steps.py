@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The commands that a study stands for: once for a seed, and once for a variant with a seed.
 
-Every command can be given again: what is finished stays, a stage of training goes on.
+Every command can be given again. Finished results stay, and a stage of training continues.
 """
 
 from __future__ import annotations
