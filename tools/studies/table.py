@@ -20,7 +20,7 @@ from hydra_mcore.evaluation.scoring import Score
 from hydra_mcore.figures import short
 from hydra_mcore.files import read_json, write_text
 from tools.studies.file import Study
-from tools.studies.steps import TEACHER, shared_jobs
+from tools.studies.steps import TEACHER, shared_jobs, variant_jobs
 
 PERPLEXITY, AGREEMENT = "perplexity", "agreement with the teacher"
 # Two-sided 95% quantiles of Student's t for 1, 2, ... degrees of freedom; the normal one beyond.
@@ -59,17 +59,24 @@ class Found:
 
 
 def read(study: Study) -> Found:
-    """The results of all seeds; raises InputError where there are none."""
+    """The results of all seeds, at the lengths that this study asks for, since other studies may share the folder.
+
+    Raises:
+        InputError: there are none.
+    """
     models: dict[str, dict[Column, Seeds]] = {}
+    first = [job for job in (*shared_jobs(study), *variant_jobs(study)) if job.seed == study.seeds[0]]
+    asked = {length for job in first for length in job.section("evaluate")["lengths"]}
     for job in shared_jobs(study):
         path = job.evaluation / RESULTS_NAME
         if path.exists():
             for model, entry in read_json(path)["models"].items():
                 for column, value in _values(model, entry):
-                    models.setdefault(model, {}).setdefault(column, {})[job.seed] = value
+                    if column[1] in asked:
+                        models.setdefault(model, {}).setdefault(column, {})[job.seed] = value
     if not models:
         raise InputError(f"{study.out}: no model has been evaluated there; give tools/study.py run first")
-    rows = [name for name in models if name.partition(" + ")[0] == TEACHER]  # other studies may share the folder
+    rows = [name for name in models if name.partition(" + ")[0] == TEACHER]
     rows += [variant.name for variant in study.variants if variant.name in models]
     return Found(study, {name: models[name] for name in rows})
 

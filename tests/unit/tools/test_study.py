@@ -243,6 +243,11 @@ def test_the_table_of_two_seeds(tmp_path: Path) -> None:
         "| perplexity | 64 |\n| :-- | --: |\n| teacher | 9.0 (9.0, 9.0) |\n| chosen 3:1 | 21.0 (20.0, 22.0) |" in said
     )
     assert "| agreement with the teacher | 64 |\n| :-- | --: |\n| chosen 3:1 |" in said
+    path = tmp_path / "out/seed0/evaluation/results.json"
+    found = json.loads(path.read_text())
+    found["models"]["teacher"]["text"].append(found["models"]["teacher"]["text"][0] | {"length": 128})
+    path.write_text(json.dumps(found))  # another study with this folder has asked for more
+    assert tables(read(study)) == said
     write_csv(tmp_path / "all.csv", read(study))
     rows = list(csv.DictReader((tmp_path / "all.csv").open()))
     assert rows[0] == {
