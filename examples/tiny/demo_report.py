@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,6 +52,8 @@ random; a student's last stage stands behind its name. 3:1 keeps one head in fou
 
 def read_losses(stage_dir: Path) -> Curve:
     """Steps and losses of a stage, from its TensorBoard files."""
+    # Megatron's import shows the INFO records of every library; at the end of a folder TensorBoard writes one.
+    logging.getLogger("tensorboard").setLevel(logging.WARNING)
     events = EventAccumulator(str(stage_dir / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     points = events.Scalars(f"{stage_dir.name} loss")
     return [point.step for point in points], [point.value for point in points]
