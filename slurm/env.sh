@@ -16,7 +16,7 @@ set -a
 : "${HYDRA_NODES:=1}"                      # of the three stages; the other jobs run on one
 : "${HYDRA_GPUS_PER_NODE:=8}"              # 0: no GPU
 : "${HYDRA_GRES:=gpu}"                     # SLURM's name of the GPUs, with a type where the site asks for one: gpu:h100
-#: "${HYDRA_RANKS_PER_NODE:=2}"            # where it is not one a GPU
+#: "${HYDRA_RANKS_PER_NODE:=2}"            # where it is not one a GPU; of serve.sh the copies
 : "${HYDRA_PREPARE_OPTIONS:=}"             # of sbatch for the job prepare, which needs no GPU: --partition=cpu --cpus-per-task=32
 
 # how much of a node a job takes: all of it, unless a site shares nodes or counts memory

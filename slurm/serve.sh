@@ -15,7 +15,6 @@
 [[ -f slurm/common.sh ]] || { echo "serve: start it in the repository's root, or with sbatch --chdir" >&2 && exit 2; }
 source slurm/common.sh
 ((${#flags[@]})) || fail "name the export: sbatch slurm/serve.sh -- --model EXPORT_DIR"
-copies=$((HYDRA_GPUS_PER_NODE > 0 ? HYDRA_GPUS_PER_NODE : 1))
 [[ $dry_run ]] || say "serving at http://$(hostname):$HYDRA_SERVING_PORT/v1"
-launch srun --nodes=1 --ntasks=1 --cpu-bind=none "${container[@]}" "$HYDRA_SERVING_PYTHON" -m vllm.entrypoints.openai.api_server \
-    --host 0.0.0.0 --port "$HYDRA_SERVING_PORT" --data-parallel-size "$copies" "${flags[@]}"
+launch srun --nodes=1 --ntasks=1 --cpu-bind=none "${container[@]}" bash slurm/serve_node.sh "$HYDRA_SERVING_PYTHON" \
+    --host 0.0.0.0 --port "$HYDRA_SERVING_PORT" "${flags[@]}"

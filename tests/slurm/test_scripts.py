@@ -221,8 +221,9 @@ GPU_LIST = (
     ],
     ids=str,
 )
+@pytest.mark.parametrize("script", ["node", "serve_node"])
 def test_each_node_counts_its_own_gpus(
-    variables: dict[str, str], nvidia_smi: str, ranks: str | None, tmp_path: Path
+    variables: dict[str, str], nvidia_smi: str, ranks: str | None, script: str, tmp_path: Path
 ) -> None:
     if ranks is None and list(Path("/dev").glob("nvidia[0-9]*")) and not variables:
         pytest.skip("this machine has GPUs")
@@ -230,7 +231,8 @@ def test_each_node_counts_its_own_gpus(
     (tmp_path / "nvidia-smi").chmod(0o755)
     outside = {name: value for name, value in OUTSIDE.items() if name != "CUDA_VISIBLE_DEVICES"}
     environment = {**outside, "PATH": f"{tmp_path}:{OUTSIDE['PATH']}", "SLURM_NODEID": "0", **variables}
-    command = [BASH, "slurm/node.sh", BASH, "-c", "echo $PET_NPROC_PER_NODE"]
+    show = {"node": [BASH, "-c", "echo $PET_NPROC_PER_NODE"], "serve_node": ["echo", "--model", "x"]}[script]
+    command = [BASH, f"slurm/{script}.sh", *show]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=30)
     if ranks is None:
         assert (
@@ -240,8 +242,10 @@ def test_each_node_counts_its_own_gpus(
             and "HYDRA_RANKS_PER_NODE" in done.stderr
         )
     else:
-        assert (done.returncode, done.stdout) == (0, f"{ranks}\n")
-        assert re.fullmatch(rf"node.sh: ranks on \S+: {ranks} \(GPUs: \d+ by \S+\)\n", done.stderr)
+        server = f"-m vllm.entrypoints.openai.api_server --data-parallel-size {ranks} --model x"
+        assert (done.returncode, done.stdout) == (0, f"{ranks if script == 'node' else server}\n")
+        what = "ranks" if script == "node" else "copies"
+        assert re.fullmatch(rf"{script}.sh: {what} on \S+: {ranks} \(GPUs: \d+ by \S+\)\n", done.stderr)
 
 
 @pytest.mark.slow
@@ -311,13 +315,12 @@ def test_a_study_s_jobs_are_its_steps(tmp_path: Path) -> None:
     assert done.returncode == 2 and done.stderr == "study: --job 2: there are shared and 0 to 1\n"
 
 
-def test_an_export_is_served_on_every_gpu_of_a_node() -> None:
+def test_an_export_is_served() -> None:
     export = ("--", "--model", "runs/a/hf", "--max-model-len", "8192")
-    done = bash("slurm/serve.sh", "--dry-run", *export, HYDRA_GPUS_PER_NODE="4", HYDRA_SERVING_PORT="8123")
+    done = bash("slurm/serve.sh", "--dry-run", *export, HYDRA_SERVING_PORT="8123")
     assert done.returncode == 0 and done.stdout.count("\n") == 1 and not done.stderr
-    assert ".venv/serving/bin/python -m vllm.entrypoints.openai.api_server --host 0.0.0.0 --port 8123" in done.stdout
-    assert done.stdout.endswith(" --data-parallel-size 4 --model runs/a/hf --max-model-len 8192\n")
-    assert " --data-parallel-size 1 " in bash("slurm/serve.sh", "--dry-run", *export, HYDRA_GPUS_PER_NODE="0").stdout
+    command = "bash slurm/serve_node.sh .venv/serving/bin/python --host 0.0.0.0 --port 8123 --model runs/a/hf"
+    assert done.stdout.endswith(f" {command} --max-model-len 8192\n")
     done = bash("slurm/serve.sh", "--dry-run")
     assert done.returncode == 2 and done.stderr == (
         "serve.sh: name the export: sbatch slurm/serve.sh -- --model EXPORT_DIR\n"

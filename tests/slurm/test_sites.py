@@ -70,6 +70,14 @@ def test_a_job_that_asks_for_no_gpu_says_so(cluster: Cluster, site: dict[str, st
     assert "0 ranks for " in line and "sbatch --gres=gpu:8" in line
 
 
+def test_a_job_that_serves_has_a_copy_on_each_gpu(cluster: Cluster, site: dict[str, str]) -> None:
+    """As many as the node gives the job, whatever was set for others."""
+    site |= {"HYDRA_SERVING_PYTHON": "echo", "HYDRA_GPUS_PER_NODE": "8"}
+    facts, output = job(cluster, site, f"source slurm/env.sh; sbatch --gres=gpu:{GPUS} slurm/serve.sh -- --model x")
+    assert facts["JobState"] == "COMPLETED" and f"copies on {facts['BatchHost']}: {GPUS} (GPUs: {GPUS} by " in output
+    assert f"api_server --data-parallel-size {GPUS} --host 0.0.0.0 " in output
+
+
 def test_a_site_that_shares_nodes(cluster: Cluster, site: dict[str, str]) -> None:
     shared = "export SBATCH_EXCLUSIVE=oversubscribe SBATCH_CPUS_PER_GPU=3; source slurm/env.sh; "
     facts, output = job(cluster, site, shared + "sbatch slurm/align.sh")
