@@ -78,8 +78,9 @@ class ModelCard:
 
     ``fingerprint`` names the pretrained weights the model descends from (sha256 over names, shapes and
     values in Hugging Face order), so a head map made for another teacher is noticed. ``source`` is what only the
-    Hugging Face directory knew and an export needs again: its config.json, the dtypes of its tensors, its name and
-    licence. ``stages`` are the trainings so far: stage, sequence_length, batch_size (sequences), iterations, datasets.
+    Hugging Face directory knew and an export needs again: its config.json, the dtypes of its tensors, its name,
+    revision and licence. ``stages`` are the trainings so far: stage, sequence_length, batch_size (sequences),
+    iterations, datasets.
     """
 
     shape: ModelShape
@@ -174,6 +175,7 @@ class _CardSource:
     other_dtypes: dict[str, str] = field(default_factory=dict)
     output_layer_stored: bool = False
     name: str = ""
+    revision: str = ""  # commit on the hub; older cards have none
     license: str = ""
 
 

@@ -96,13 +96,15 @@ def to_config(card: ModelCard, dtype: str) -> dict[str, Any]:
 
 
 def teacher_facts(card: ModelCard) -> dict[str, str]:
-    """model_type, name and license of the pretrained model that a checkpoint descends from; empty where not known."""
+    """model_type, name, revision and license of the pretrained model that a checkpoint descends from; empty where not
+    known.
+    """
     config = card.source.get("config", {})
     if config.get("model_type") == MODEL_TYPE:
         known = config.get("teacher", {})
     else:
         known = card.source | {"model_type": config.get("model_type", "")}
-    return {key: known.get(key, "") for key in ("model_type", "name", "license")}
+    return {key: known.get(key, "") for key in ("model_type", "name", "revision", "license")}
 
 
 def from_config(raw: dict[str, Any], shape: ModelShape) -> ModelCard:

@@ -35,7 +35,7 @@ Every layer mixes full attention (FA) and {others} head by head ([arXiv 2606.200
 """
 _TEACHER = """# {title}
 
-Weights `{fingerprint}`, stage {stage}, written by hydra_mcore.
+Weights `{fingerprint}` of {base}, stage {stage}, written by hydra_mcore.
 """
 _USE = """
 ## Use
@@ -62,7 +62,7 @@ _ORIGIN = """
 
 | | |
 |---|---|
-| base model | {name} |
+| base model | {base} |
 | licence | {license} |
 | teacher | {model_type}, weights `{fingerprint}` |
 | shape | {num_layers} layers x {heads} heads ({groups} kv groups) x {head_dim}, width {width} |
@@ -98,9 +98,12 @@ def write_model_card(
         InputError: the evaluation's markdown cannot be read.
     """
     facts = teacher_facts(card)
-    facts["name"], facts["license"] = base_model or facts["name"], license or facts["license"]
+    if base_model and base_model != facts["name"]:
+        facts["name"], facts["revision"] = base_model, ""  # the import noted a commit of another name
+    facts["license"] = license or facts["license"]
     names = {"fingerprint": card.fingerprint[:16], "stage": card.stage, "figure": HEAD_FIGURE}
     known = names | {key: value or "unknown" for key, value in facts.items()}
+    known["base"] = known["name"] + (f", commit `{facts['revision']}`" if facts["revision"] else "")
     if is_teacher(card):
         text = _TEACHER.format(title=facts["name"] or known["model_type"], **known) + _USE.format(trust="")
     else:

@@ -16,15 +16,16 @@ _CACHED = re.compile(r"models--(.+?)--(.+)")  # the folder of a model in the hub
 
 
 def origin(hf_dir: str | Path) -> dict[str, str]:
-    """The name and the license of a model, as its folder tells them; empty where it does not.
+    """The name, the revision and the license of a model, as its folder tells them; empty where it does not.
 
-    The name is that on the hub where the folder is of the hub's cache, else the folder's own. The license stands in the
-    front matter of README.md.
+    In the hub's cache, where folders are ``models--OWNER--NAME/snapshots/COMMIT``, the name is that on the hub and the
+    revision the commit. Elsewhere the name is the folder's own. The license stands in the front matter of README.md.
     """
     folder = Path(hf_dir).resolve()
     cached = _CACHED.fullmatch(folder.parents[1].name) if len(folder.parents) > 1 else None
     name = "/".join(cached.groups()) if cached else folder.name
-    found = {"name": name, "license": _front_matter(folder / "README.md").get("license")}
+    revision = folder.name if cached else ""
+    found = {"name": name, "revision": revision, "license": _front_matter(folder / "README.md").get("license")}
     return {key: value if isinstance(value, str) and is_name(value) else "" for key, value in found.items()}
 
 

@@ -25,6 +25,7 @@ from hydra_mcore.convert.hf_import import import_hf
 from hydra_mcore.convert.inherit import hybridize
 from hydra_mcore.convert.origin import origin
 from hydra_mcore.convert.tensor_table import tensor_rules
+from hydra_mcore.corpus.hub import model_folder
 from hydra_mcore.errors import InputError
 from hydra_mcore.heads import HeadMap, HeadsByKind
 from hydra_mcore.model.build import load_model
@@ -248,7 +249,8 @@ def test_the_model_card_tells_where_the_model_comes_from(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("folder", "name"), [("Tiny-1B", "Tiny-1B"), ("models--Qwen--Tiny-1B/snapshots/0a1b", "Qwen/Tiny-1B")]
+    ("folder", "name", "revision"),
+    [("Tiny-1B", "Tiny-1B", ""), ("models--Qwen--Tiny-1B/snapshots/0a1b", "Qwen/Tiny-1B", "0a1b")],
 )
 @pytest.mark.parametrize(
     ("readme", "licence"),
@@ -260,12 +262,39 @@ def test_the_model_card_tells_where_the_model_comes_from(tmp_path):
         (None, ""),
     ],
 )
-def test_the_name_and_the_license_of_a_folder(tmp_path, folder, name, readme, licence):
+def test_the_name_and_the_license_of_a_folder(tmp_path, folder, name, revision, readme, licence):
     path = tmp_path / folder
     path.mkdir(parents=True)
     if readme is not None:
         (path / "README.md").write_text(readme)
-    assert origin(path) == {"name": name, "license": licence}
+    assert origin(path) == {"name": name, "revision": revision, "license": licence}
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def test_a_model_of_the_hub_is_named_by_its_commit(tmp_path, monkeypatch):
+    """From the import through a student, its export and its import to the card of what is exported again."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    model = tmp_path / "cache" / "models--nobody--tiny"
+    tiny_model("qwen3", model / "snapshots" / COMMIT)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(COMMIT)
+    import_hf(model_folder("nobody/tiny"), tmp_path / "teacher")
+    source = json.loads((tmp_path / "teacher" / "model.json").read_text())["source"]
+    assert (source["name"], source["revision"]) == ("nobody/tiny", COMMIT)
+    hybridize(tmp_path / "teacher", HEAD_MAP, HydraOptions(), tmp_path / "student")
+    export_hf(tmp_path / "student", tmp_path / "hydra")
+    import_hf(tmp_path / "hydra", tmp_path / "back")
+    for checkpoint, base_model, said in (
+        ("teacher", "", f" of nobody/tiny, commit `{COMMIT}`, stage teacher"),
+        ("student", "", f"| base model | nobody/tiny, commit `{COMMIT}` |"),
+        ("back", "nobody/tiny", f"| base model | nobody/tiny, commit `{COMMIT}` |"),
+        ("back", "other/tiny", "| base model | other/tiny |"),
+    ):
+        out = tmp_path / f"{checkpoint} {base_model.replace('/', ' ')}"
+        export_hf(tmp_path / checkpoint, out, base_model=base_model)
+        assert said in (out / "README.md").read_text()
 
 
 @pytest.mark.parametrize("changes", [{}, {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}])
