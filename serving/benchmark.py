@@ -5,7 +5,7 @@
 
 examples:
   .venv/serving/bin/python serving/benchmark.py --export runs/a/hf --teacher Qwen3-1.7B
-  .venv/serving/bin/python serving/benchmark.py --export runs/a/hf --teacher Qwen3-1.7B --dtype bfloat16 --lengths 512
+  .venv/serving/bin/python serving/benchmark.py --export runs/a/hf --teacher Qwen3-1.7B --dtype bf16 --lengths 512
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 NEW_TOKENS = 32
+DTYPES = {"bf16": "bfloat16", "float32": "float32"}  # by the names of the other commands: vLLM's and torch's
 Times = dict[tuple[int, int], tuple[float, float]]  # requests, prompt tokens -> seconds to read, and to read and write
 
 
@@ -29,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--teacher", type=Path, required=True, metavar="DIR", help="Hugging Face directory of its teacher")
     p.add_argument("--lengths", type=int, nargs="+", default=[512, 4096], metavar="N", help="tokens of a prompt")
     p.add_argument("--requests", type=int, nargs="+", default=[1, 8], metavar="N", help="at once")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    p.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
     return p
 
 
@@ -87,7 +88,7 @@ def in_vllm(folder: Path, args: argparse.Namespace) -> Times:
     from vllm import LLM, SamplingParams
 
     longest = max(args.lengths) + NEW_TOKENS
-    settings = {"dtype": args.dtype, "max_model_len": longest, "max_num_seqs": max(args.requests), "seed": 0}
+    settings = {"dtype": DTYPES[args.dtype], "max_model_len": longest, "max_num_seqs": max(args.requests), "seed": 0}
     engine = LLM(model=str(folder), skip_tokenizer_init=True, enable_prefix_caching=False, **settings)
 
     def run(requests: int, length: int, new: int) -> None:
@@ -102,7 +103,7 @@ def by_generate(folder: Path, args: argparse.Namespace) -> Times:
     import torch
     from vllm_hydra_head.export.modeling_hydra_head import HydraHeadForCausalLM
 
-    model = HydraHeadForCausalLM.from_pretrained(folder, dtype=getattr(torch, args.dtype)).eval()
+    model = HydraHeadForCausalLM.from_pretrained(folder, dtype=getattr(torch, DTYPES[args.dtype])).eval()
 
     def run(requests: int, length: int, new: int) -> None:
         ids_bs = torch.tensor(random_prompts(requests, length))

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hydra_mcore.errors import InputError
+from hydra_mcore.model.precision import DTYPES
 from tools.benchmarks.measure import chosen_machine, measured
 from tools.benchmarks.report import Report
 
@@ -60,9 +61,7 @@ def _calls(args: argparse.Namespace, length: int, device: str, dtype: str) -> di
     """A call of each kernel, by name."""
 
     def made(heads: int) -> torch.Tensor:
-        return torch.randn(
-            length, 1, heads, args.head_dim, device=device, dtype=getattr(torch, dtype), requires_grad=True
-        )
+        return torch.randn(length, 1, heads, args.head_dim, device=device, dtype=DTYPES[dtype], requires_grad=True)
 
     q, k, v = made(args.heads), made(args.kv_groups), made(args.kv_groups)
     grad_out, times = torch.randn_like(q), args.heads // args.kv_groups

@@ -29,6 +29,7 @@ from hydra_mcore.convert.hydra_family import MODEL_TYPE, to_config
 from hydra_mcore.errors import InputError, first_line
 from hydra_mcore.heads import HeadLayout, HeadMap, HeadsByKind
 from hydra_mcore.kinds import DEFAULT_LINEAR, FA, KINDS
+from hydra_mcore.model.precision import DTYPES
 from hydra_mcore.progress import Progress
 from tools.benchmarks.measure import Point, chosen_machine, in_turn, timed
 from tools.benchmarks.report import Report
@@ -235,10 +236,10 @@ def random_decoders(shape: ModelShape, layers: Sequence[HeadsByKind], device: st
     """
     torch.manual_seed(0)
     configs = [_student_config(shape, heads, dtype) for heads in layers]
-    students = {label(config): model_class()._from_config(config, dtype=getattr(torch, dtype)) for config in configs}
+    students = {label(config): model_class()._from_config(config, dtype=DTYPES[dtype]) for config in configs}
     sizes = {key: getattr(shape, name) for name, key in SHAPE_KEYS.items()}
     teacher = Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=shape.head_dim, tie_word_embeddings=shape.tied_embeddings))
-    models = {"teacher": teacher.to(getattr(torch, dtype)), **students}
+    models = {"teacher": teacher.to(DTYPES[dtype]), **students}
     return [Decoder(name, model, device) for name, model in models.items()]
 
 
@@ -247,7 +248,7 @@ def _student_config(shape: ModelShape, heads: HeadsByKind, dtype: str) -> Pretra
     head_map = HeadMap(shape.num_heads, shape.num_kv_groups, (heads,) * shape.num_layers)
     card = ModelCard(shape=shape, head_map=head_map, options=HydraOptions(), fingerprint="")
     try:
-        return model_class().config_class(**to_config(card, dtype))
+        return model_class().config_class(**to_config(card, str(DTYPES[dtype]).removeprefix("torch.")))
     except ValueError as error:
         raise InputError(str(error)) from None
 
@@ -270,7 +271,7 @@ def _load(folder: Path, dtype: str) -> PreTrainedModel:
         )
     kind = model_class() if read_object(folder / CONFIG_NAME).get("model_type") == MODEL_TYPE else AutoModelForCausalLM
     try:
-        return kind.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=False)
+        return kind.from_pretrained(folder, dtype=DTYPES[dtype], trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: {first_line(error)}") from None
 

@@ -24,6 +24,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated
 from hydra_mcore.compat import install
 from hydra_mcore.kinds.delta_rule import chunked_flops
 from hydra_mcore.kinds.full_attention import causal_attention
+from hydra_mcore.model.precision import DTYPES
 from hydra_mcore.ops.chunked_delta_rule import chunked_delta_rule, recurrent_delta_rule
 from hydra_mcore.ops.gated_delta import gated_delta_rule
 from hydra_mcore.progress import Progress
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> Report:
     """
     device, dtype = chosen_machine(args)
     rules = Rules(args.batch, args.heads, args.head_dim, device, dtype)
-    product_dtype = "float32" if device == "cpu" else dtype  # our torch code computes bfloat16 inputs in float32 too
+    product_dtype = "float32" if device == "cpu" else dtype  # our torch code computes bf16 inputs in float32 too
     before = gemm_speed(device, product_dtype)
     lengths = sorted(args.lengths)
     ways = (GRADIENT, FORWARD, KEPT) if device == "cpu" else (GRADIENT, FORWARD)
@@ -156,7 +157,7 @@ class Rules:
             heads,
             head_dim,
             device,
-            getattr(torch, dtype),
+            DTYPES[dtype],
         )
         self.fast: dict[str, Rule] = {OURS: _first(gated_delta_rule), ATTENTION: _attention}
         if device == "cuda" and importlib.util.find_spec("fla"):

@@ -8,7 +8,7 @@ import argparse
 from collections.abc import Iterable
 from typing import Any
 
-from tools.benchmarks.shapes import DTYPES
+from tools.benchmarks.shapes import DEVICE_DTYPES
 
 
 def positive(text: str) -> int:
@@ -50,10 +50,10 @@ def add_repeats(p: argparse.ArgumentParser, default: int) -> None:
 
 def add_machine(p: argparse.ArgumentParser) -> None:
     """``--device`` and ``--dtype``, for ``measure.chosen_machine``."""
-    p.add_argument("--device", choices=tuple(DTYPES), help="where to measure (default: cuda if torch sees a GPU)")
     p.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="precision (default: float32 on a CPU, bfloat16 on a GPU)"
+        "--device", choices=tuple(DEVICE_DTYPES), help="where to measure (default: cuda if torch sees a GPU)"
     )
+    p.add_argument("--dtype", choices=("float32", "bf16"), help="precision (default: float32 on a CPU, bf16 on a GPU)")
 
 
 def add_profile(p: argparse.ArgumentParser) -> None:

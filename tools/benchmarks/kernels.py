@@ -22,9 +22,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from hydra_mcore.errors import InputError, first_line
+from hydra_mcore.model.precision import DTYPES
 from tools.benchmarks.kernel_compiler import SHARED_BYTES, Compiled, Compiler, Needs
 from tools.benchmarks.report import Report
 from tools.benchmarks.shapes import CAPABILITIES
@@ -71,7 +70,7 @@ def compile_for(gpu: str, args: argparse.Namespace) -> Found:
     for kind, head_dim, dtype in itertools.product(args.calls, args.head_dims, args.dtypes):
         shape = f"{head_dim}, {dtype}"
         print(f"{gpu}: {kind}, {shape}", file=sys.stderr, flush=True)
-        for name, call in calls(kind, head_dim, getattr(torch, dtype), not args.forward):
+        for name, call in calls(kind, head_dim, DTYPES[dtype], not args.forward):
             try:
                 compiler.compile(kind, shape, call)
             except Exception as error:  # whatever a compiler raises: the other kernels are still of interest

@@ -22,6 +22,7 @@ from torch import Tensor
 from hydra_mcore.config import HydraOptions
 from hydra_mcore.kinds import DEFAULT_LINEAR, FA, KINDS
 from hydra_mcore.kinds.lightning import decay_rate
+from hydra_mcore.model.precision import DTYPES
 from hydra_mcore.ops.gated_delta import gated_delta_rule
 from hydra_mcore.ops.linear_attention import linear_attention
 from hydra_mcore.progress import Progress
@@ -90,7 +91,7 @@ def references() -> dict[str, tuple[str, Core]]:
 def run(args: argparse.Namespace) -> Report:
     """Every length: all kinds in turn, then each reference once."""
     device, dtype = chosen_machine(args)
-    product_dtype = "float32" if device == "cpu" else dtype  # our torch code computes bfloat16 inputs in float32 too
+    product_dtype = "float32" if device == "cpu" else dtype  # our torch code computes bf16 inputs in float32 too
     before, others, lengths = gemm_speed(device, product_dtype), references(), sorted(args.lengths)
     kind_of = {kind.label: kind.name for kind in KINDS.values()} | {name: kind for kind, (name, _) in others.items()}
     points: list[Point] = []
@@ -169,7 +170,7 @@ def make_inputs(batch: int, length: int, heads: int, head_dim: int, device: str,
         -0.1 * torch.rand(*shape, head_dim, generator=generator),
         torch.rand(*shape, generator=generator),
     )
-    wide = [x.to(getattr(torch, dtype)) for x in (F.normalize(q, dim=-1), F.normalize(k, dim=-1), v)]
+    wide = [x.to(DTYPES[dtype]) for x in (F.normalize(q, dim=-1), F.normalize(k, dim=-1), v)]
     gates = [by_channel.mean(-1), by_channel, write]
     rate_h = -decay_rate(HydraOptions(), torch.arange(heads).double(), heads)
     return Inputs(*(x.to(device).requires_grad_() for x in (*wide, *gates)), rate_h.float().to(device))

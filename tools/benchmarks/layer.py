@@ -24,6 +24,7 @@ from hydra_mcore.kinds import FA, KINDS
 from hydra_mcore.model.attention_plan import AttentionPlan
 from hydra_mcore.model.build import transformer_config
 from hydra_mcore.model.hydra_attention import HydraAttention
+from hydra_mcore.model.precision import DTYPES
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.progress import Progress
 from tools.benchmarks.measure import Point, chosen_machine, gemm_speed, measured
@@ -102,9 +103,7 @@ def measured_layers(
     with process_groups():
         blocks = _blocks(args.ratios, shape, device, dtype)
         for length in Progress(lengths, desc="layer", unit="length"):
-            x_sbm = torch.randn(
-                length, 1, shape.hidden_size, device=device, dtype=getattr(torch, dtype)
-            ).requires_grad_()
+            x_sbm = torch.randn(length, 1, shape.hidden_size, device=device, dtype=DTYPES[dtype]).requires_grad_()
             rotary = RotaryEmbedding(shape.head_dim, 1.0, rotary_base=shape.rope_theta).get_emb(length).to(device)
             calls = {name: partial(_step, block, x_sbm, rotary) for name, block in blocks.items()}
             points += measured(calls, length, args.repeats, device)
@@ -148,7 +147,7 @@ def _fa_heads(ratios: Sequence[str], shape: ModelShape) -> dict[str, list[int]]:
 def _blocks(ratios: Sequence[str], shape: ModelShape, device: str, dtype: str) -> dict[str, torch.nn.Module]:
     """By name; every weight has a gradient that the next one adds to, as in training."""
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    config = transformer_config(shape, getattr(torch, dtype))
+    config = transformer_config(shape, DTYPES[dtype])
 
     def block(fa: Sequence[int], options: HydraOptions) -> HydraAttention:
         head_map = HeadMap.from_fa([(0, head) for head in fa], 1, shape.num_heads, shape.num_kv_groups)
@@ -157,7 +156,7 @@ def _blocks(ratios: Sequence[str], shape: ModelShape, device: str, dtype: str) -
     blocks: dict[str, torch.nn.Module] = {TEACHER: block(range(shape.num_heads), HydraOptions.teacher())}
     blocks |= {name: block(fa, HydraOptions()) for name, fa in _fa_heads(ratios, shape).items()}
     if device == "cuda" and "all GDN" in ratios and importlib.util.find_spec("fla"):
-        blocks[FLA] = _FlaLayer(shape).to(getattr(torch, dtype))
+        blocks[FLA] = _FlaLayer(shape).to(DTYPES[dtype])
     for module in blocks.values():
         for parameter in module.to(device).parameters():
             parameter.grad = torch.zeros_like(parameter)

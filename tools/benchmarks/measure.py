@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from hydra_mcore.errors import InputError
-from tools.benchmarks.shapes import DTYPES
+from hydra_mcore.model.precision import DTYPES
+from tools.benchmarks.shapes import DEVICE_DTYPES
 from tools.tracked_memory import tracked_peak
 
 Call = Callable[[], object]
@@ -42,7 +43,7 @@ class Point:
 
 
 def chosen_machine(args: argparse.Namespace) -> tuple[str, str]:
-    """Device ("cpu" or "cuda") and torch's name of the dtype.
+    """Device ("cpu" or "cuda") and the dtype, a name of ``DTYPES``.
 
     Raises:
         InputError: cuda, and torch sees no GPU.
@@ -51,7 +52,7 @@ def chosen_machine(args: argparse.Namespace) -> tuple[str, str]:
     if args.device == "cuda" and not available:
         raise InputError("--device cuda: torch sees no GPU; leave it out to measure on the CPU")
     device = args.device or ("cuda" if available else "cpu")
-    return device, args.dtype or DTYPES[device]
+    return device, args.dtype or DEVICE_DTYPES[device]
 
 
 def timed(call: Call, device: str) -> float:
@@ -106,10 +107,10 @@ def gemm_speed(device: str, dtype: str) -> float:
     """Operations a second of a large square matrix product, the best of several: what this machine can do at most.
 
     Args:
-        dtype: torch's name, such as "bfloat16".
+        dtype: a name of ``DTYPES``.
     """
     rows = GEMM_ROWS[device]
-    a, b = torch.randn(2, rows, rows, device=device, dtype=getattr(torch, dtype)).unbind()
+    a, b = torch.randn(2, rows, rows, device=device, dtype=DTYPES[dtype]).unbind()
     return 2 * rows**3 / min(in_turn({"": lambda: a @ b}, GEMM_REPEATS, device)[""])
 
 

@@ -349,7 +349,7 @@ def start_up(p: argparse.ArgumentParser) -> None:
   every kernel for Hopper (H100, H200) and Blackwell (B200); minutes to an hour on one core
       python tools/benchmark.py kernels --json kernels.json
   what a model with GDN heads of 128 channels calls on Hopper in bf16
-      python tools/benchmark.py kernels --gpus sm_90 --calls gdn conv norm --head-dims 128 --dtypes bfloat16
+      python tools/benchmark.py kernels --gpus sm_90 --calls gdn conv norm --head-dims 128 --dtypes bf16
 """,
     plain=True,
 )
@@ -366,7 +366,7 @@ def kernels(p: argparse.ArgumentParser) -> None:
         "what to compile: kinds of heads, their short convolution, the norm of queries and keys",
     )
     number(p, "--head-dims", "channels of a head (default 64 128)", [64, 128], nargs="+")
-    several(p, "--dtypes", ("bfloat16", "float32"), "precisions of queries, keys and values")
+    several(p, "--dtypes", ("bf16", "float32"), "precisions of queries, keys and values")
     p.add_argument("--forward", action="store_true", help="leave out the backward pass")
 
 

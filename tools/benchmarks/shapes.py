@@ -7,7 +7,7 @@ from __future__ import annotations
 from hydra_mcore.config import ModelShape
 from hydra_mcore.errors import InputError
 
-DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
+DEVICE_DTYPES = {"cpu": "float32", "cuda": "bf16"}
 # The flags that set a model's shape, as help names them.
 SIZES = {
     "layers": "number of layers",

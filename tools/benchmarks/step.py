@@ -10,10 +10,9 @@ import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
 
-import torch
-
 from hydra_mcore.config import ModelCard, teacher_card
 from hydra_mcore.costs.flops import model_flops, step_flops
+from hydra_mcore.model.precision import DTYPES
 from hydra_mcore.model.runtime import process_groups
 from hydra_mcore.stages import STAGES
 from tools.benchmarks.measure import Point, chosen_machine, gemm_speed, measured
@@ -60,8 +59,8 @@ def run(args: argparse.Namespace) -> Report:
     card = student_card(shape, fa_heads)
     points, rows, speed = [], [], gemm_speed(device, dtype)
     with process_groups():
-        pair = TeacherAndStudent(card, getattr(torch, dtype))
-        other = TransformersTeacher(shape, getattr(torch, dtype)) if args.transformers else None
+        pair = TeacherAndStudent(card, DTYPES[dtype])
+        other = TransformersTeacher(shape, DTYPES[dtype]) if args.transformers else None
         for length in sorted(args.lengths or LENGTHS[device]):
             found = _with_reference(
                 measured(_contestants(pair, other, length, args.whole_logits), length, args.repeats, device)

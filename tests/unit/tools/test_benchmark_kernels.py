@@ -79,7 +79,7 @@ def table_of(flags: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> di
 
 @needs_fla
 def test_convolution_and_norm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = table_of("--gpus sm_90 --calls conv norm --head-dims 64 --dtypes bfloat16", tmp_path, capsys)
+    rows = table_of("--gpus sm_90 --calls conv norm --head-dims 64 --dtypes bf16", tmp_path, capsys)
     assert {name: row["called by"] for name, row in rows.items()} == {
         "causal_conv1d_fwd_kernel": "conv",
         "causal_conv1d_bwd_kernel": "conv",
@@ -91,9 +91,7 @@ def test_convolution_and_norm(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 @needs_fla
 @pytest.mark.slow
 def test_recurrences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = table_of(
-        "--gpus sm_100 --calls gdn kda lightning --head-dims 128 --dtypes bfloat16 --forward", tmp_path, capsys
-    )
+    rows = table_of("--gpus sm_100 --calls gdn kda lightning --head-dims 128 --dtypes bf16 --forward", tmp_path, capsys)
     callers = {name: row["called by"] for name, row in rows.items()}
     assert callers["chunk_gated_delta_rule_fwd_kernel_h_blockdim64"] == "gdn, kda"
     assert {"fused_recurrent_gated_delta_rule_fwd_kernel", "fused_recurrent_kda_fwd_kernel"} < callers.keys()
@@ -125,14 +123,14 @@ def test_limits(name: str) -> None:
 
 def test_what_counts_is_what_would_be_launched() -> None:
     compiled = [
-        Compiled("a", "gdn", "64, bfloat16", chosen, f"{chosen}", needs)
+        Compiled("a", "gdn", "64, bf16", chosen, f"{chosen}", needs)
         for chosen, needs in ((False, MISFITS["shared memory"]), (True, FITS))
     ]
-    compiled.append(Compiled("a", "kda", "128, bfloat16", True, "c", SPILLS))
+    compiled.append(Compiled("a", "kda", "128, bf16", True, "c", SPILLS))
     found = report([Found("sm_90", compiled, [])], "some versions")
     assert found.rows == [["a", "gdn, kda", "168 / 24.0", "255 / 40.0 / 176"]] and not found.failure
     assert "some versions. 3 binaries, of which 1 were only tried and 1 fit not." in found.notes
-    compiled.append(Compiled("b", "kda", "128, bfloat16", True, "d", MISFITS["shared memory"]))
+    compiled.append(Compiled("b", "kda", "128, bf16", True, "d", MISFITS["shared memory"]))
     found = report([Found("sm_90", compiled, []), Found("sm_100", [], ["sm_100: gdn, ...: no"])], "")
     assert found.rows[1][:3] == ["b", "kda", "-"]
     assert found.failure == "sm_90: b fits not; sm_100: gdn, ...: no" and found.more[0].rows == []
