@@ -96,7 +96,7 @@ def hybridize(
     out: str | Path,
     options: HydraOptions | None = None,
     *,
-    calibration_text: str | Path | None = None,
+    text: str | Path | None = None,
     start: str = "inherited",
     memories: MemoryTables | None = None,
     dtype: str = "float32",
@@ -106,14 +106,14 @@ def hybridize(
 
     Args:
         options: how the student's layers compute; None for the defaults.
-        calibration_text: UTF-8 file whose first tokens set the fusion scales; without it they start at 1.
-        start: "inherited", or "fitted", which solves for memories and projections on the calibration text.
+        text: UTF-8 file whose first tokens set the fusion scales; without it they start at 1.
+        start: "inherited", or "fitted", which solves for memories and projections on the text.
         memories: for a fitted start, the memories that head selection found.
         seed: of what starts at random, such as output gates.
     """
     tokens_bs = None
-    if calibration_text is not None:
-        tokens_bs = calibration_tokens(calibration_text, teacher, FIT_TOKENS if start == "fitted" else SCALE_TOKENS)
+    if text is not None:
+        tokens_bs = calibration_tokens(text, teacher, FIT_TOKENS if start == "fitted" else SCALE_TOKENS)
     chosen, kind = options or HydraOptions(), _dtype(dtype)
     with _alone(seed):
         return write_student(teacher, head_map, chosen, out, tokens_bs, kind, start, memories)
@@ -156,7 +156,7 @@ def evaluate(
     Args:
         models: name -> checkpoint, Hugging Face directory or address of a server.
         lengths: tokens of a prompt, and of a window of text.
-        settings: fields of ``evaluation.session.EvaluationSettings``, such as haystack, tasks and prompts.
+        settings: fields of ``evaluation.session.EvaluationSettings``, such as text, tasks and prompts.
     """
     named = [f"{name}={folder}" for name, folder in models.items()] if isinstance(models, Mapping) else list(models)
     run_evaluation(EvaluationSettings(models=named, lengths=list(lengths), out=Path(out), **settings))

@@ -32,9 +32,9 @@ EXPORT_EXAMPLES = """examples:
 """
 HYBRIDIZE_EXAMPLES = """examples:
   python tools/convert.py hybridize --teacher runs/a/teacher --head-map runs/a/heads/head_map.json \\
-      --calibration-text corpus.txt --out runs/a/student
+      --text corpus.txt --out runs/a/student
   python tools/convert.py hybridize --teacher runs/a/teacher --head-map map.json --out runs/c/student \\
-      --start fitted --scores runs/a/heads/scores.json --calibration-text corpus.txt
+      --start fitted --scores runs/a/heads/scores.json --text corpus.txt
   python tools/convert.py hybridize --teacher runs/a/teacher --head-map map.json --out runs/b/student \\
       --fusion norm --fa-gate headwise
 """
@@ -72,16 +72,16 @@ def add_hybridize(commands: argparse._SubParsersAction) -> None:
     starts = (
         "what training starts from. 'inherited' takes the teacher's values. 'fitted' solves for the memories, value"
         " projections, fusion scales and output projections that imitate each of the teacher's layers best on the"
-        " calibration text (default inherited)"
+        " text (default inherited)"
     )
     p.add_argument("--start", choices=("inherited", "fitted"), default="inherited", help=starts)
     scales = (
-        "where fusion scales start. 'calibrated' takes the size of the teacher's head outputs on the calibration text,"
+        "where fusion scales start. 'calibrated' takes the size of the teacher's head outputs on the text,"
         " 'one' takes 1 (default calibrated)"
     )
     p.add_argument("--fusion-scale", choices=("calibrated", "one"), default="calibrated", help=scales)
     p.add_argument(
-        "--calibration-text",
+        "--text",
         metavar="FILE",
         help="UTF-8 text like that of training. Its first 4096 tokens are used, and 16384 for a fitted start",
     )

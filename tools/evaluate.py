@@ -29,19 +29,19 @@ lengths, tasks or prompts to the report, ask for them.
 examples:
   a teacher and its student, at the teacher's native length and beyond
       python tools/evaluate.py --models teacher=runs/teacher student=runs/a/extend --lengths 512 1024 \\
-          --haystack book.txt --out runs/evaluation
+          --text book.txt --out runs/evaluation
   one more row: the teacher with its positions stretched by YaRN, by longest / native length
       python tools/evaluate.py --models teacher=runs/teacher student=runs/a/extend --yarn teacher --lengths 512 1024 \\
-          --haystack book.txt --out runs/evaluation
+          --text book.txt --out runs/evaluation
   all of RULER's synthetic tasks, to 512K tokens, on eight GPUs that share each prompt
       torchrun --nproc-per-node 8 tools/evaluate.py --models student=runs/a/extend --tasks all --prompts 100 \\
-          --lengths 4096 8192 16384 32768 65536 131072 262144 524288 --haystack books.txt \\
+          --lengths 4096 8192 16384 32768 65536 131072 262144 524288 --text books.txt \\
           --context-parallel-size 8 --out runs/evaluation
   an export through the server that people use (docs/serving.md)
-      python tools/evaluate.py --models served=http://127.0.0.1:8000/v1 --lengths 4096 131072 --haystack books.txt \\
+      python tools/evaluate.py --models served=http://127.0.0.1:8000/v1 --lengths 4096 131072 --text books.txt \\
           --out runs/evaluation
   what that would run, and what is there already
-      python tools/evaluate.py --models student=runs/a/extend --lengths 512 --haystack book.txt \\
+      python tools/evaluate.py --models student=runs/a/extend --lengths 512 --text book.txt \\
           --out runs/evaluation --dry-run
   the flags from a recipe's section evaluate, as jobs give them
       python tools/evaluate.py --config examples/qwen3-1.7b/recipe.yaml --skip-existing
@@ -101,11 +101,9 @@ def add_exam_flags(p: argparse.ArgumentParser) -> None:
         "--prompts", type=int, default=200, metavar="N", help="prompts of each task and length (default 200)"
     )
     text = "UTF-8 text that the models were not trained on. Needles are hidden in it, and perplexity is measured on it"
-    exam.add_argument("--haystack", type=Path, metavar="FILE", help=text)
-    exam.add_argument(
-        "--repeat-haystack", action="store_true", help="let a prompt repeat the haystack if that is too short"
-    )
-    exam.add_argument("--no-text", action="store_true", help="leave out the loss on the haystack")
+    exam.add_argument("--text", type=Path, metavar="FILE", help=text)
+    exam.add_argument("--repeat-text", action="store_true", help="let a prompt repeat the text if that is too short")
+    exam.add_argument("--no-text-loss", action="store_true", help="leave out the loss on the text")
     wording = (
         'wording of the prompts: "ruler", "chat" (in the tokenizer\'s chat template) or a JSON file (default: the'
         " model's own, else ruler)"

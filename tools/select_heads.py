@@ -170,7 +170,7 @@ def add_scoring_flags(p: argparse.ArgumentParser) -> None:
     words = "JSON file with the wording of the needles (default: tokenizer/needles.json of the teacher, else RULER's)"
     scoring.add_argument("--template", type=Path, metavar="FILE", help=words)
     text = 'UTF-8 text to hide needles in, or "noise" for repeated sentences (default: the Python language reference)'
-    scoring.add_argument("--haystack", metavar="FILE", help=text)
+    scoring.add_argument("--text", metavar="FILE", help=text)
     silent = (
         "prompts of each needle task for the knock-out curves. They silence heads by score and show when retrieval"
         " breaks. 0 makes none (default 4)"

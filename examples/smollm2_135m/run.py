@@ -85,7 +85,7 @@ def steps(recipes: list[Path], stages: list[str], wheel: Path | None) -> list[St
     """All commands, in their order; what they read and write stands in the recipe."""
     at = {name: Recipe.load(recipes, name).values for name in SECTIONS}
     config, hf, teacher = ("--config", *recipes), at["import"]["hf"], at["import"]["out"]
-    held_out, run_dir = at["evaluate"]["haystack"], at["align"]["run-dir"]
+    held_out, run_dir = at["evaluate"]["text"], at["align"]["run-dir"]
     own = ("-m", f"{__package__}.model"), ("-m", f"{__package__}.text"), ("-m", f"{__package__}.report")
     rows = at["align"]["global-batch-size"]
     ranks = max(count for count in range(1, usable_cores() + 1) if rows % count == 0)

@@ -66,7 +66,7 @@ def prepare(out: Path, seed: int, steps: Progress) -> None:
     teacher = ("--hf", HERE / "teacher", "--out", out / "teacher")
     run_command(out, "import", "tools/convert.py", "import", *teacher, "--skip-existing")
     steps.update()
-    run_command(out, "scores", *_select(out, seed), "--haystack", out / "train.txt", "--out", out / "scores")
+    run_command(out, "scores", *_select(out, seed), "--text", out / "train.txt", "--out", out / "scores")
     steps.update()
 
 
@@ -81,7 +81,7 @@ def make_student(out: Path, student: Student, seed: int) -> None:
     known = ("--scores", out / "scores" / "scores.json") if student.scored else ()
     run_command(out, slug(student), *_select(out, seed), *choice, *known, "--out", place / "heads")
     hybridize = ("hybridize", "--teacher", out / "teacher", "--head-map", place / "heads" / "head_map.json", *LAYER)
-    calibration = ("--calibration-text", out / "train.txt", "--seed", seed)
+    calibration = ("--text", out / "train.txt", "--seed", seed)
     to = ("--out", place / "student", "--skip-existing")
     run_command(out, slug(student), "tools/convert.py", *hybridize, *calibration, *to)
 
@@ -128,6 +128,6 @@ def train(out: Path, student: Student, stage: str, ranks: int, position: int) ->
 
 def evaluate(out: Path, models: Sequence[str], seed: int, *asked: object, ranks: int = 1) -> None:
     """Let models (NAME=DIR) answer prompts in held-out text."""
-    prompts = ("--haystack", out / "held_out.txt", "--seed", EVALUATION_SEED + seed, "--cache", out / "prompts")
+    prompts = ("--text", out / "held_out.txt", "--seed", EVALUATION_SEED + seed, "--cache", out / "prompts")
     words = ("tools/evaluate.py", "--models", *models, *prompts, *asked, "--out", out / "evaluation")
     run_command(out, "evaluate", *words, ranks=ranks)

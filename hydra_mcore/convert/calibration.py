@@ -30,14 +30,14 @@ def calibration_tokens(text_file: str | Path, checkpoint_dir: str | Path, num_to
         with open(text_file, encoding="utf-8") as file:
             text = file.read(CHARACTERS_A_TOKEN * num_tokens)
     except OSError as error:
-        raise InputError(f"calibration text {text_file}: {error.strerror}") from None
+        raise InputError(f"text {text_file}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise InputError(f"calibration text {text_file}: not UTF-8 text") from None
+        raise InputError(f"text {text_file}: not UTF-8 text") from None
     folder = Path(checkpoint_dir) / TOKENIZER_DIR
     if not has_tokenizer(folder):
         raise InputError(f"{folder}: no tokenizer there; import a directory that has its tokenizer files")
     token_ids = open_tokenizer(folder)(text, verbose=False)["input_ids"]
     num_sequences = min(len(token_ids), num_tokens) // length
     if not num_sequences:
-        raise InputError(f"calibration text {text_file}: {len(token_ids)} tokens; give at least {length}")
+        raise InputError(f"text {text_file}: {len(token_ids)} tokens; give at least {length}")
     return torch.tensor(token_ids[: num_sequences * length]).view(num_sequences, length)

@@ -68,7 +68,7 @@ def hybridize(
     if calibration_tokens_bs is not None:
         _check_tokens(calibration_tokens_bs, card)
     if fitted and (calibration_tokens_bs is None or len(calibration_tokens_bs) < FEWEST_ROWS):
-        raise InputError(f"a fitted start needs {FEWEST_ROWS} sequences of calibration text; give a longer one")
+        raise InputError(f"a fitted start needs {FEWEST_ROWS} sequences of text; give a longer --text")
     _, teacher = load_model(teacher_dir, dtype)
     student_card = dataclasses.replace(card, head_map=head_map, options=options, stage="student")
     student = build_model(student_card, dtype=dtype)

@@ -56,15 +56,15 @@ class Exam:
     """Folder for finished sets of prompts."""
     scoring: str | None = None
     """For all tasks: "teacher-forced" or "generation"; None: teacher forcing wherever it is exact."""
-    haystack: Path | None = None
+    text: Path | None = None
     """UTF-8 text to hide needles in, and to predict."""
-    repeat_haystack: bool = False
+    repeat_text: bool = False
     template: str | None = None
     """Wording of the prompts, as in ``load_wording``."""
     today: Callable[[], date] = date.today
     """The day that chat templates name."""
-    text: bool = True
-    """Whether the haystack is to be predicted, too."""
+    text_loss: bool = True
+    """Whether the text is to be predicted, too."""
 
     def __post_init__(self) -> None:
         if not self.lengths or len(set(self.lengths)) < len(self.lengths) or min(self.lengths) < 1:
@@ -72,8 +72,8 @@ class Exam:
         if self.prompts < 1:
             raise InputError(f"{self.prompts} prompts a task: at least 1 is needed")
         check_seed(self.seed)
-        if self.text and self.haystack is None:
-            raise InputError("perplexity needs --haystack FILE with held-out text; or leave it out with --no-text")
+        if self.text_loss and self.text is None:
+            raise InputError("the loss on text needs --text FILE, held out; or leave the loss out with --no-text-loss")
         for task in self.tasks:
             if self.scoring == "teacher-forced" and not TASKS[task].one_answer:
                 raise InputError(
@@ -114,7 +114,7 @@ class Papers:
         """
         tokenizer = from_first_rank(partial(self._read, facts))
         if tokenizer not in self._pieces:
-            tasks = (*self.exam.tasks, *((TEXT,) if self.exam.text else ()))
+            tasks = (*self.exam.tasks, *((TEXT,) if self.exam.text_loss else ()))
             asked = list(itertools.product(self.exam.lengths, tasks))
             # one by one, since ranks that wait for very long are taken for dead
             bar = Progress(asked, desc="prompts", unit="set", disable=_hidden())
@@ -140,7 +140,7 @@ class Papers:
         tokenizer = open_tokenizer(facts.tokenizer_dir)
         fingerprint = tokenizer_fingerprint(tokenizer)
         if fingerprint not in self._materials:
-            haystack = read_haystack(tokenizer, self.exam.haystack, self.exam.repeat_haystack)
+            haystack = read_haystack(tokenizer, self.exam.text, self.exam.repeat_text)
             wording = load_wording(self.exam.template, tokenizer, facts.tokenizer_dir, self.exam.today)
             self._materials[fingerprint] = PromptMaterial(tokenizer, wording, haystack)
         return fingerprint

@@ -35,9 +35,9 @@ class EvaluationSettings:
     reference: str | None = None
     tasks: Sequence[str] = ("single-key", "multi-key")
     prompts: int = 200
-    haystack: Path | None = None
-    repeat_haystack: bool = False
-    no_text: bool = False
+    text: Path | None = None
+    repeat_text: bool = False
+    no_text_loss: bool = False
     template: str | None = None
     date: date | None = None
     scoring: str | None = None
@@ -96,11 +96,11 @@ def parse_exam(args: EvaluationSettings, records: Records) -> Exam:
         prompts=args.prompts,
         seed=args.seed,
         scoring=args.scoring,
-        haystack=args.haystack and Path(args.haystack),
-        repeat_haystack=args.repeat_haystack,
+        text=args.text and Path(args.text),
+        repeat_text=args.repeat_text,
         template=args.template,
         today=lambda: records.today(args.date),
-        text=not args.no_text,
+        text_loss=not args.no_text_loss,
         cache=args.cache or args.out / "prompts",
     )
 

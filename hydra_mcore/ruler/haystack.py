@@ -60,8 +60,7 @@ class Haystack:
         if not self.repeat:
             if size > len(self.ids):
                 raise InputError(
-                    f"the haystack has {len(self.ids)} tokens, a prompt needs {size}; give a longer one, or"
-                    " --repeat-haystack"
+                    f"the text has {len(self.ids)} tokens, a prompt needs {size}; give a longer one, or --repeat-text"
                 )
             starts = starts[starts + size <= len(self.ids)]
         start = int(rng.choice(starts))
@@ -92,12 +91,12 @@ def read_text(tokenizer: Tokenizer, path: str | Path | None = None) -> np.ndarra
         try:
             text = Path(path).read_text(encoding="utf-8")
         except OSError as error:
-            raise InputError(f"haystack {path}: {error.strerror}") from None
+            raise InputError(f"text {path}: {error.strerror}") from None
         except UnicodeDecodeError:
-            raise InputError(f"haystack {path}: not UTF-8 text") from None
+            raise InputError(f"text {path}: not UTF-8 text") from None
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if not ids:
-        raise InputError(f"haystack {path}: no text in it")
+        raise InputError(f"text {path}: no text in it")
     return np.asarray(ids, dtype=np.int64)
 
 

@@ -145,7 +145,7 @@ class _Draw:
         self.task, self.needle_task, self.material, self.rng = task, NEEDLE_TASKS[task], material, rng
         in_text = self.needle_task.filler == "text"
         if in_text and material.haystack is None:
-            raise InputError(f"{task} hides its needles in text; give it some with --haystack FILE")
+            raise InputError(f"{task} hides its needles in text; give it some with --text FILE")
         self.haystack = material.haystack if in_text else material.noise
         self._gap = material.wording.text_gap if in_text else material.wording.line_gap
         self._own = material.wording.own

@@ -59,7 +59,7 @@ class ScoringSettings:
     probe: Sequence[str] = ()
     replaceable_by: Sequence[str] = ()
     template: Path | None = None
-    haystack: str | None = None
+    text: str | None = None
     knock_out: int = 4
     dtype: str = "float32"
 
@@ -142,7 +142,7 @@ def needle_material(args: ScoringSettings) -> PromptMaterial:
     """What needle prompts are made of; without a haystack for noise."""
     tokenizer = load_tokenizer(args.teacher)
     wording = read_wording(args.template) if args.template else own_wording(args.teacher)
-    haystack = None if args.haystack == "noise" else Haystack.of(tokenizer, read_text(tokenizer, args.haystack))
+    haystack = None if args.text == "noise" else Haystack.of(tokenizer, read_text(tokenizer, args.text))
     return PromptMaterial(tokenizer, wording, haystack)
 
 

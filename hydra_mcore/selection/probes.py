@@ -146,8 +146,8 @@ def _needle_pairs(material: PromptMaterial, length: int, pairs: int, seed: int) 
     if material.haystack is None:
         material = material.in_noise()
     elif len(material.haystack.ids) < length:
-        fix = "give a longer --haystack, a shorter --length, or --haystack noise"
-        raise InputError(f"the haystack has {len(material.haystack.ids)} tokens, a prompt {length}; {fix}")
+        fix = "give a longer --text, a shorter --length, or --text noise"
+        raise InputError(f"the text has {len(material.haystack.ids)} tokens, a prompt {length}; {fix}")
     try:
         return {
             task: [_needle_pair(*twins) for twins in draw_pairs(task, length, pairs, seed, material)]

@@ -46,7 +46,7 @@ def test_commands_from_import_to_report(run_dir: Path) -> None:
     printed(*select, "--out", str(heads))
     assert (heads / "figures" / "heads.png").stat().st_size > 10_000
     hybridize = ("tools/convert.py", "hybridize", "--teacher", str(teacher), "--head-map", str(heads / "head_map.json"))
-    printed(*hybridize, "--calibration-text", text, "--out", str(student))
+    printed(*hybridize, "--text", text, "--out", str(student))
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     for stage, launcher in (("align", torchrun), ("distill", ()), ("extend", ())):
         train = ("-m", "hydra_mcore.train", "--stage", stage, "--config", str(run_dir / "recipe.yaml"))
@@ -68,7 +68,7 @@ def test_commands_from_import_to_report(run_dir: Path) -> None:
         "--prompts",
         "2",
     )
-    evaluate += ("--haystack", text, "--out", str(run_dir / "out"))
+    evaluate += ("--text", text, "--out", str(run_dir / "out"))
     table = printed(*evaluate)
     assert re.search(r"\| teacher \| 32 of 32 \|.*\n\| teacher \+ YaRN x2 \|.*\n\| student \| 8 of 32 \|", table)
     assert "holds a report with every piece already" in printed(*evaluate, "--skip-existing")

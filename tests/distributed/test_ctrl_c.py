@@ -62,7 +62,7 @@ EVALUATE = (
     "teacher=OUT/teacher",
     "--lengths",
     "64",
-    "--no-text",
+    "--no-text-loss",
     "--out",
     "OUT/evaluation",
 )
@@ -128,7 +128,7 @@ FIT = (
     "--out",
     "OUT/student",
 )
-FIT += ("--start", "fitted", "--calibration-text", "OUT/text")
+FIT += ("--start", "fitted", "--text", "OUT/text")
 AT_WORK = {  # what a command has said when it is at work
     "select_heads": ((*SELECT, "--ratio", "3:1"), "receivers: "),
     "convert": (FIT, "fit: "),

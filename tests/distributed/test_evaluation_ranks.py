@@ -25,7 +25,7 @@ def evaluated(runs: Path, out: Path, ranks: int, *flags: str) -> dict[str, dict]
     from tools.evaluate import main
 
     models = [f"{name}={runs / name}" for name in ("teacher", "student")]
-    asked = ["--lengths", "192", "256", "--prompts", "5", "--tasks", *TASKS, "--haystack", str(runs / "text.txt")]
+    asked = ["--lengths", "192", "256", "--prompts", "5", "--tasks", *TASKS, "--text", str(runs / "text.txt")]
     run_ranks(lambda rank: main(["--models", *models, *asked, "--out", str(out), *flags]), ranks)
     return json.loads((out / "results.json").read_text())["models"]
 

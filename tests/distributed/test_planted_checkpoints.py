@@ -44,16 +44,13 @@ def text_models(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 COMMANDS = {
     "hybridize": (
-        (
-            "tools/convert.py hybridize --teacher {teacher} --head-map {head_map.json} --calibration-text {text.txt}"
-            " --out {out}"
-        ),
+        ("tools/convert.py hybridize --teacher {teacher} --head-map {head_map.json} --text {text.txt} --out {out}"),
         "teacher",
     ),
     "export": ("tools/convert.py export --checkpoint {student} --out {out}", "student"),
     "select": ("tools/select_heads.py --teacher {teacher} --out {out} --pairs 1 --length 128", "teacher"),
     "evaluate": (
-        "tools/evaluate.py --models {student} --out {out} --lengths 64 --prompts 1 --no-text --haystack {text.txt}",
+        "tools/evaluate.py --models {student} --out {out} --lengths 64 --prompts 1 --no-text-loss --text {text.txt}",
         "student",
     ),
     "verify": ("tools/verify.py {student} --length 32", "student"),

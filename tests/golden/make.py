@@ -28,11 +28,11 @@ SIZES = {
 }  # fmt: skip
 # Gives a layer of FA heads alone, one of both kinds and one of GDN heads alone.
 SELECT = "--budget 6 --strategy global_random --seed 46".split()
-SCORE = "--length 96 --pairs 2 --knock-out 0 --haystack noise --ratio 3:1".split()
+SCORE = "--length 96 --pairs 2 --knock-out 0 --text noise --ratio 3:1".split()
 # Students by name: all options at their defaults, and all of them at other values.
 STUDENTS = {
-    "plain": "--calibration-text calibration.txt".split(),
-    "other": """--calibration-text calibration.txt --fa-position rope --fa-log-scale always --fa-log-scale-base 20
+    "plain": "--text calibration.txt".split(),
+    "other": """--text calibration.txt --fa-position rope --fa-log-scale always --fa-log-scale-base 20
         --fa-gate headwise --gdn-position nope --gdn-qk-norm none --gdn-conv-kernel 3 --gdn-conv-activation silu
         --gdn-write-max 2 --gdn-half-life 20 --gdn-gate elementwise --gdn-kv per_group --qkv shared
         --gate-activation silu --gate-order after_norm --fusion competition --fusion-norm-weight none""".split(),

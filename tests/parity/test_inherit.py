@@ -424,7 +424,7 @@ def test_command_hybridizes(source, tmp_path):
     out = tmp_path / "student"
     done = run_command(
         "hybridize", "--teacher", source[2], "--head-map", tmp_path / "map.json",
-        "--calibration-text", tmp_path / "text", "--out", out,
+        "--text", tmp_path / "text", "--out", out,
         "--gdn-conv-kernel", 0, "--kda-gate", "headwise", "--lightning-slope", 0.5,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -440,13 +440,13 @@ def test_command_starts_fitted(source, tmp_path):
     (tmp_path / "text").write_text(" ".join(words))
     (tmp_path / "short").write_text(" ".join(words[: 64 * 3]))
     given = ["hybridize", "--teacher", source[2], "--head-map", tmp_path / "map.json", "--start", "fitted"]
-    done = run_command(*given, "--calibration-text", tmp_path / "text", "--out", tmp_path / "fitted")
+    done = run_command(*given, "--text", tmp_path / "text", "--out", tmp_path / "fitted")
     inherited, fitted = map(float, re.search(r"tokens: (\S+) inherited, (\S+) fitted", done.stdout).groups())
     assert done.returncode == 0 and fitted < 0.9 * inherited
     load_model(tmp_path / "fitted")
-    done = run_command(*given, "--calibration-text", tmp_path / "short", "--out", tmp_path / "no")
+    done = run_command(*given, "--text", tmp_path / "short", "--out", tmp_path / "no")
     assert done.returncode == 2 and done.stderr.splitlines() == [
-        "convert: a fitted start needs 4 sequences of calibration text; give a longer one"
+        "convert: a fitted start needs 4 sequences of text; give a longer --text"
     ]
     assert not (tmp_path / "no").exists()
 
@@ -461,7 +461,7 @@ def test_command_starts_with_memories_that_selection_found(source, tmp_path):
     memory = (np.zeros(heads), np.zeros(heads), np.full(heads, 512.0), np.full(heads, 512.0), np.full(heads, 0.5))
     scores = HeadScores(card.shape, card.fingerprint, {"one": probe}, replaceability={"gdn": Replaceability(*memory)})
     scores.save(tmp_path / "scores.json")
-    given = ["hybridize", "--teacher", source[2], "--start", "fitted", "--calibration-text", tmp_path / "text"]
+    given = ["hybridize", "--teacher", source[2], "--start", "fitted", "--text", tmp_path / "text"]
     given += ["--scores", tmp_path / "scores.json", "--head-map"]
     hybridize_from(parse_args([*map(str, given), str(tmp_path / "map.json"), "--out", str(tmp_path / "fitted")]))
     bias = load_model(tmp_path / "fitted")[1].decoder.layers[1].self_attention.gdn.linear_decay.bias
@@ -489,12 +489,12 @@ def test_command_refuses_a_broken_head_map_in_one_line(source, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ([], "need --calibration-text FILE"),
-        (["--fusion-scale", "one", "--calibration-text", "text"], "has no use here"),
-        (["--fusion", "norm", "--calibration-text", "text"], "has no use here"),
-        (["--start", "fitted"], "--start fitted needs --calibration-text"),
-        (["--start", "fitted", "--calibration-text", "text", "--fusion-scale", "one"], "no use with --start fitted"),
-        (["--scores", "scores.json", "--calibration-text", "text"], "--scores has no use without --start fitted"),
+        ([], "need --text FILE"),
+        (["--fusion-scale", "one", "--text", "text"], "has no use here"),
+        (["--fusion", "norm", "--text", "text"], "has no use here"),
+        (["--start", "fitted"], "--start fitted needs --text"),
+        (["--start", "fitted", "--text", "text", "--fusion-scale", "one"], "no use with --start fitted"),
+        (["--scores", "scores.json", "--text", "text"], "--scores has no use without --start fitted"),
         (["--gdn-conv-kernel", "-1"], "gdn_conv_kernel is -1"),
         (["--lightning-slope", "2"], "lightning_slope is 2.0"),
     ],

@@ -52,7 +52,7 @@ extend: {{train-iters: {extend}}}
 import: {{hf: {hf}, out: {run}/teacher}}
 select: {{teacher: {run}/teacher, strategy: global_random, out: {run}/heads}}
 hybridize: {{teacher: {run}/teacher, head-map: {run}/heads/head_map.json, fusion-scale: one, out: {run}/student}}
-evaluate: {{models: [{run}/extend], lengths: [128], prompts: 1, haystack: {data}/corpus.txt, out: {run}/evaluation}}
+evaluate: {{models: [{run}/extend], lengths: [128], prompts: 1, text: {data}/corpus.txt, out: {run}/evaluation}}
 export: {{checkpoint: {run}/extend, out: {run}/hf}}
 """
 

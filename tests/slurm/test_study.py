@@ -36,9 +36,9 @@ def make_study(folder: Path) -> Path:
         "align": {**rows, "train-iters": 4, "lr": 1e-3, "lr-warmup-iters": 0, "save-interval": 2},
         "prepare": {"input": [at["text.jsonl"]], "tokenizer": str(TINY_TEACHER), "out": at["data"]},
         "import": {"hf": str(TINY_TEACHER), "out": at["teacher"]},
-        "select": {"teacher": at["teacher"], "pairs": 2, "length": 128, "haystack": at["text.txt"], "knock-out": 0},
-        "hybridize": {"teacher": at["teacher"], "calibration-text": at["text.txt"]},
-        "evaluate": {"haystack": at["text.txt"], "lengths": [128], "prompts": 2, "yarn": ["teacher=2"]},
+        "select": {"teacher": at["teacher"], "pairs": 2, "length": 128, "text": at["text.txt"], "knock-out": 0},
+        "hybridize": {"teacher": at["teacher"], "text": at["text.txt"]},
+        "evaluate": {"text": at["text.txt"], "lengths": [128], "prompts": 2, "yarn": ["teacher=2"]},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     study = {"recipes": ["recipe.yaml"], "out": str(folder / "out"), "stages": ["align"]}

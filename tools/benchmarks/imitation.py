@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> Report:
     if args.length > ROW_LENGTH:
         raise InputError(f"--length {args.length}: rows have {ROW_LENGTH} tokens at most, as head selection's have")
     tokenizer = load_tokenizer(args.teacher)
-    haystack = Haystack.of(tokenizer, read_text(tokenizer, args.haystack))
+    haystack = Haystack.of(tokenizer, read_text(tokenizer, args.text))
     material = PromptMaterial(tokenizer, own_wording(args.teacher), haystack)
     ids_bs = rows_to_imitate(material, args.length, args.seed)
     with process_groups(), torch.no_grad():

@@ -374,9 +374,9 @@ def kernels(p: argparse.ArgumentParser) -> None:
     "what linear heads cannot imitate of a model's heads, by what they are given: kernel, convolutions, gates, windows",
     """\
   the tiny teacher, whole (minutes)
-      python tools/benchmark.py imitation --teacher runs/demo/teacher --haystack runs/demo/train.txt
+      python tools/benchmark.py imitation --teacher runs/demo/teacher --text runs/demo/train.txt
   a larger model, a few layers of it
-      python tools/benchmark.py imitation --teacher runs/teacher --haystack books.txt --layers 0 7 14 21
+      python tools/benchmark.py imitation --teacher runs/teacher --text books.txt --layers 0 7 14 21
 """,
 )
 def imitation(p: argparse.ArgumentParser) -> None:
@@ -385,9 +385,7 @@ def imitation(p: argparse.ArgumentParser) -> None:
     keys, and for heads that might be better.
     """
     p.add_argument("--teacher", type=Path, required=True, metavar="DIR", help="checkpoint of an imported model")
-    p.add_argument(
-        "--haystack", type=Path, required=True, metavar="FILE", help="text; needle prompts are hidden in it too"
-    )
+    p.add_argument("--text", type=Path, required=True, metavar="FILE", help="text; needle prompts are hidden in it too")
     p.add_argument("--layers", type=int, nargs="+", metavar="N", help="numbers of layers, from 0 (default: all)")
     number(p, "--length", "tokens of a row, at most 512 (default 512)", 512)
     p.add_argument("--seed", type=int, default=0, metavar="N", help="seed of prompts and text (default 0)")

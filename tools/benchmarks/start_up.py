@@ -80,7 +80,7 @@ def _prepare(folder: Path) -> None:
         str(folder / "teacher"),
         "--heads",
         str(folder / "map.json"),
-        "--calibration-text",
+        "--text",
         str(folder / "text.txt"),
     )
     _start("tools.convert", "hybridize", *source, "--out", str(folder / "student"))

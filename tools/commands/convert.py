@@ -33,14 +33,14 @@ def hybridize_from(args: argparse.Namespace) -> None:
     head_map = HeadMap.load(args.head_map)
     fitted = args.start == "fitted"
     calibrated = fitted or (args.fusion_scale == "calibrated" and options.fusion in SCALED_FUSIONS)
-    if fitted and args.calibration_text is None:
-        raise InputError("--start fitted needs --calibration-text FILE")
+    if fitted and args.text is None:
+        raise InputError("--start fitted needs --text FILE")
     if fitted and args.fusion_scale == "one":
         raise InputError("--fusion-scale one has no use with --start fitted, which fits the scales; leave it out")
-    if calibrated and args.calibration_text is None:
-        raise InputError("the fusion scales need --calibration-text FILE; or start them at 1 with --fusion-scale one")
-    if args.calibration_text is not None and not calibrated:
-        raise InputError("--calibration-text has no use here: the fusion scales are not calibrated; leave it out")
+    if calibrated and args.text is None:
+        raise InputError("the fusion scales need --text FILE; or start them at 1 with --fusion-scale one")
+    if args.text is not None and not calibrated:
+        raise InputError("--text has no use here: the fusion scales are not calibrated; leave it out")
     if args.scores is not None and not fitted:
         raise InputError("--scores has no use without --start fitted; leave it out")
     memories = known_memories(args.scores, args.teacher, head_map) if args.scores is not None else None
@@ -49,7 +49,7 @@ def hybridize_from(args: argparse.Namespace) -> None:
         head_map,
         args.out,
         options,
-        calibration_text=args.calibration_text,
+        text=args.text,
         start=args.start,
         memories=memories,
         dtype=args.dtype,

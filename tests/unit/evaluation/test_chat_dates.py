@@ -132,7 +132,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluate(runs: Path, out: Path, *more: str, model: str = "teacher") -> None:
-    asked = ("--tasks", "niah_single_1", "--lengths", "256", "--prompts", "2", "--no-text", "--template", "chat")
+    asked = ("--tasks", "niah_single_1", "--lengths", "256", "--prompts", "2", "--no-text-loss", "--template", "chat")
     main(["--models", f"{model}={runs / model}", *asked, "--out", str(out), *more])
 
 

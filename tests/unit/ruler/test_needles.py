@@ -143,7 +143,7 @@ def test_intro_comes_first(source: PromptMaterial, fmt: NeedleFormat) -> None:
         ("niah_multiquery", 128, "niah_multiquery asks for several values"),
         ("niah_single_2", 8, "niah_single_2 with 8 tokens: too short"),
         ("niah_multikey_2", 13, "niah_multikey_2 with 13 tokens: too short"),
-        ("niah_single_2", 10**6, "the haystack has [0-9]+ tokens, a prompt needs [0-9]+"),
+        ("niah_single_2", 10**6, "the text has [0-9]+ tokens, a prompt needs [0-9]+"),
     ],
 )
 def test_bad_requests(task: str, length: int, message: str, source: PromptMaterial) -> None:

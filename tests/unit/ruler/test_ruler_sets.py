@@ -238,14 +238,14 @@ def test_bad_haystacks(tmp_path: Path, source: PromptMaterial) -> None:
     file.write_text("A short one. It ends.")
     short = dataclasses.replace(source, haystack=read_haystack(source.tokenizer, file))
     with pytest.raises(
-        InputError, match=r"the haystack has \d+ tokens, a prompt needs \d+; give a longer one, or --repeat-haystack"
+        InputError, match=r"the text has \d+ tokens, a prompt needs \d+; give a longer one, or --repeat-text"
     ):
         prompt_set("niah_single_2", 512, 1, SEED, short)
     assert prompt_set("niah_single_1", 512, 1, SEED, short)
     again = dataclasses.replace(source, haystack=read_haystack(source.tokenizer, file, repeat=True))
     (prompt,) = prompt_set("niah_single_2", 512, 1, SEED, again).prompts
     assert source.tokenizer.decode(prompt.ids).count("A short one. It ends.") > 10
-    with pytest.raises(InputError, match="niah_single_2 hides its needles in text; give it some with --haystack FILE"):
+    with pytest.raises(InputError, match="niah_single_2 hides its needles in text; give it some with --text FILE"):
         prompt_set(
             "niah_single_2", 512, 1, SEED, dataclasses.replace(source, haystack=read_haystack(source.tokenizer, None))
         )

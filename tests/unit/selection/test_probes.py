@@ -163,8 +163,8 @@ def test_seeds_of_evaluation_are_refused() -> None:
         (
             {"length": 10**7},
             (
-                "the haystack has [0-9]+ tokens, a prompt 10000000; give a longer --haystack, a shorter --length, or"
-                " --haystack noise"
+                "the text has [0-9]+ tokens, a prompt 10000000; give a longer --text, a shorter --length, or"
+                " --text noise"
             ),
         ),
         ({"pairs": 0}, "0 pairs"),

@@ -99,7 +99,7 @@ def test_a_linear_head_needs_nothing_else(x_bsm: Tensor, qkv: list[Tensor]) -> N
 
 def command(tiny_teacher: Path, tmp_path: Path, layers: str) -> list[str]:
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
-    given = ["imitation", "--teacher", str(tiny_teacher), "--haystack", str(tmp_path / "text.txt")]
+    given = ["imitation", "--teacher", str(tiny_teacher), "--text", str(tmp_path / "text.txt")]
     return [*given, "--length", "64", "--layers", layers, "--json", str(tmp_path / "found.json")]
 
 

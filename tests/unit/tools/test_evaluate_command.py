@@ -63,7 +63,7 @@ def call(
     lengths: tuple[int, ...] = (192, 256),
 ) -> None:
     named = [model if "=" in model else f"{model}={runs / model}" for model in models]
-    given = ["--lengths", *map(str, lengths), "--prompts", "3", "--haystack", str(runs / "text.txt"), "--out", str(out)]
+    given = ["--lengths", *map(str, lengths), "--prompts", "3", "--text", str(runs / "text.txt"), "--out", str(out)]
     main(["--models", *named, *given, *(() if "--tasks" in more else TASKS), *more])
 
 
@@ -186,7 +186,7 @@ def test_more_is_added_by_asking_for_it(
 
 
 def test_a_larger_set_counts_once_all_models_took_it(runs: Path, tmp_path: Path) -> None:
-    few = ("--tasks", "niah_single_1", "--no-text")
+    few = ("--tasks", "niah_single_1", "--no-text-loss")
     call(runs, tmp_path, *few, lengths=(192,))
     call(runs, tmp_path, *few, "--prompts", "5", models=("teacher",), lengths=(192,))
     assert [line["tasks"][0]["total"] for line in results(tmp_path).values()] == [3, 3]
@@ -270,8 +270,8 @@ def test_bad_input_is_one_line(runs: Path, tmp_path: Path, capsys: pytest.Captur
         ({}, ("--prompts", "0"), "0 prompts a task"),
         ({"lengths": (192, 192)}, (), "each once"),
         ({"lengths": (9,)}, (), "niah_single_1 with 9 tokens: too short"),
-        ({}, ("--haystack", str(tmp_path / "missing.txt")), "missing.txt: No such file"),
-        ({}, ("--haystack", str(tmp_path / "short.txt")), "give a longer one"),
+        ({}, ("--text", str(tmp_path / "missing.txt")), "missing.txt: No such file"),
+        ({}, ("--text", str(tmp_path / "short.txt")), "give a longer one"),
         ({}, ("--template", "chat"), "chat template"),
         ({"out": tmp_path / "file" / "out"}, (), "not a writable folder"),
         ({"out": tmp_path / "old"}, (), "old/results.json: no report that this version can add to .format 1."),
@@ -294,4 +294,4 @@ def test_bad_input_is_one_line(runs: Path, tmp_path: Path, capsys: pytest.Captur
     assert not (tmp_path / "out" / "records").exists()
     with pytest.raises(SystemExit):
         main(["--models", str(runs / "teacher"), "--lengths", "192", "--out", str(tmp_path / "out")])
-    assert "perplexity needs --haystack FILE" in capsys.readouterr().err
+    assert "the loss on text needs --text FILE" in capsys.readouterr().err

@@ -27,7 +27,7 @@ def recipe(tmp_path: Path) -> Path:
     path.write_text(
         f"import: {{hf: nowhere, out: {out}}}\nhybridize: {{teacher: nowhere, head-map: none.json, out: {out}}}\n"
         f"export: {{checkpoint: nowhere, out: {out}}}\nselect: {{teacher: nowhere, out: {out}}}\n"
-        f"evaluate: {{models: [nowhere], lengths: [8, 16], haystack: none.txt, out: {out}}}\n"
+        f"evaluate: {{models: [nowhere], lengths: [8, 16], text: none.txt, out: {out}}}\n"
     )
     out.mkdir()
     return path

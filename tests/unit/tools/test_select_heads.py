@@ -342,7 +342,7 @@ def test_a_stopped_run_goes_on_and_loses_no_finished_piece(tiny_teacher: Path, s
         (["--pairs", "0"], "0 pairs"),
         (["--length", "128", "--also-lengths", "128"], "--also-lengths 128: is scored already"),
         (["--knock-out", "-1"], "--knock-out -1: give a number"),
-        (["--haystack", "nowhere.txt"], "haystack nowhere.txt: No such file"),
+        (["--text", "nowhere.txt"], "text nowhere.txt: No such file"),
         (["--template", "nowhere.json"], "wording nowhere.json: No such file"),
         (["--probe", "law"], "--probe law: write the name"),
         (["--probe", "law=nowhere.jsonl"], "nowhere.jsonl: No such file"),

@@ -140,12 +140,12 @@ def test_variables_keep_what_the_recipes_make_of_them(tmp_path: Path) -> None:
         "teacher": "${run-dir}/teacher",
         "data-path": "data",
         "import": {"hf": "hf", "out": "${teacher}"},
-        "select": {"teacher": "${teacher}", "haystack": "${data-path}.txt", "out": "${run-dir}/heads"},
+        "select": {"teacher": "${teacher}", "text": "${data-path}.txt", "out": "${run-dir}/heads"},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(with_variables))
     over = variant_jobs(study)[0].overlay()
     assert over["teacher"] == over["select"]["teacher"] == "run/teacher" and "hf" not in over["import"]
-    assert over["select"]["haystack"] == "data3.txt"  # as the study's own settings say
+    assert over["select"]["text"] == "data3.txt"  # as the study's own settings say
     assert over["select"]["out"] == "runs/it/seed3/chosen-3to1/heads"
     assert shared_jobs(study)[0].overlay()["evaluate"]["models"] == ["teacher=run/teacher"]
 
