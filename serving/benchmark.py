@@ -36,6 +36,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = parser().parse_args()
+    for folder in (args.export, args.teacher):
+        if not folder.is_dir():
+            parser().exit(2, f"benchmark: {folder}: no such folder; correct the path\n")
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR", HF_HUB_OFFLINE="1")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
     ways: dict[str, tuple[Callable[..., Times], Path]] = {

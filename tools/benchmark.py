@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hydra_mcore.commands import one_line_errors
+from hydra_mcore.commands import check_inputs, one_line_errors
 from hydra_mcore.errors import InputError
 from tools.benchmarks.sections import SECTIONS
 
@@ -47,6 +47,8 @@ def main(argv: list[str] | None = None) -> None:
     for flag, path in (("--json", args.json), ("--figure", args.figure)):
         if path and not path.absolute().parent.is_dir():
             raise InputError(f"{flag} {path}: no such folder; make it first")
+    read = ("teacher", "text", "teacher_hf", "hf", "head_map", "tokenizers", "tokenizer")
+    check_inputs(**{name: vars(args).get(name) for name in read})
     from tools.benchmarks.run import run  # takes seconds: not for --help
 
     run(args, argv)

@@ -17,8 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hydra_mcore.commands import one_line_errors
+from hydra_mcore.commands import check_inputs, one_line_errors
 from hydra_mcore.config import CARD_NAME, HydraOptions, add_flags  # light, so that --help is quick
+from hydra_mcore.corpus.hub import model_folder
 from hydra_mcore.recipe import parse_with_recipe
 
 IMPORT_EXAMPLES = """examples:
@@ -133,6 +134,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.skip_existing and (Path(args.out) / args.mark).exists():  # a folder gets its name when it is complete
         print(f"{args.out}: is there already")
         return
+    if args.command == "import":
+        args.hf = model_folder(args.hf)
+    else:
+        read = ("teacher", "head_map", "text", "scores", "checkpoint", "evaluation")
+        check_inputs(**{name: vars(args).get(name) for name in read})
     warnings.filterwarnings("ignore", module=r"megatron\.")
     from tools.commands.convert import run  # takes seconds: not for --help
 

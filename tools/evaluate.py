@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import hydra_mcore
-from hydra_mcore.commands import one_line_errors
+from hydra_mcore.commands import check_inputs, one_line_errors
 from hydra_mcore.recipe import parse_with_recipe  # light, so that --help is quick
 from tools.layout_flags import add_dtype_flag, add_layout_flags
 
@@ -133,6 +133,8 @@ def add_exam_flags(p: argparse.ArgumentParser) -> None:
 @one_line_errors("evaluate")
 def main(argv: list[str] | None = None) -> None:
     args = parse_with_recipe(parser(), "evaluate", argv)
+    folders = [folder or name for name, _, folder in (model.partition("=") for model in args.models)]
+    check_inputs(models=[folder for folder in folders if "://" not in folder], text=args.text)
     flags = vars(args)
     del flags["config"]
     hydra_mcore.evaluate(**flags)

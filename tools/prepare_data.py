@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import logging
 import os
 import sys
@@ -14,7 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hydra_mcore.commands import one_line_errors
+from hydra_mcore.commands import check_inputs, one_line_errors
+from hydra_mcore.corpus.hub import check_name
 from hydra_mcore.recipe import parse_with_recipe  # light, so that --help is quick
 
 EXAMPLES = """\
@@ -118,6 +120,10 @@ def count(text: str) -> int:
 @one_line_errors("prepare_data")
 def main(argv: list[str] | None = None) -> None:
     args = parse_with_recipe(parser(), "prepare", argv)
+    if not (args.skip_existing and Path(f"{args.out}.json").exists()):  # finished data need no text
+        check_inputs(input=[path for path in args.input or () if not glob.has_magic(path)], model=args.model)
+        if not os.path.exists(args.tokenizer):
+            check_name("tokenizer", args.tokenizer)
     logging.getLogger("megatron").setLevel(logging.ERROR)  # its notes are about training
     warnings.filterwarnings("ignore", message="Could not determine rank")
     from tools.commands.prepare_data import run  # takes seconds: not for --help

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hydra_mcore.commands import one_line_errors
+from hydra_mcore.commands import check_inputs, one_line_errors
 from hydra_mcore.kinds import DEFAULT_LINEAR, KINDS
 from hydra_mcore.recipe import parse_with_recipe  # light, so that --help is quick
 from hydra_mcore.selection.capabilities import BUILT_IN
@@ -188,6 +188,13 @@ def main(argv: list[str] | None = None) -> None:
         if os.environ.get("RANK", "0") == "0":
             print(f"{args.out}: holds a head map already")
         return
+    check_inputs(
+        teacher=args.teacher,
+        scores=args.scores,
+        template=args.template,
+        text=None if args.text == "noise" else args.text,
+        probe=[file for _, _, file in (probe.partition("=") for probe in args.probe) if file],
+    )
     from tools.commands.select_heads import run  # takes seconds: not for --help
 
     run(args)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hydra_mcore.commands import one_line_errors
+from hydra_mcore.commands import check_inputs, one_line_errors
 from hydra_mcore.costs.machine import GPUS  # facts only, so that --help is quick
 
 EXAMPLES = """\
@@ -62,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
 @one_line_errors("study")
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
+    check_inputs(study=args.study)
     from tools.commands.study import run  # takes seconds: not for --help
 
     run(args)

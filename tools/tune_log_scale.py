@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hydra_mcore.commands import one_line_errors
+from hydra_mcore.commands import check_inputs, one_line_errors
 from tools.layout_flags import add_dtype_flag, add_layout_flags  # light, so that --help is quick
 
 EXAMPLES = """\
@@ -60,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
 @one_line_errors("tune_log_scale")
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
+    check_inputs(checkpoint=args.checkpoint, text=args.text)
     from tools.commands.tune_log_scale import run  # takes seconds: not for --help
 
     run(args)

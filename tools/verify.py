@@ -25,7 +25,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hydra_mcore.commands import one_line_errors
+from hydra_mcore.commands import check_inputs, one_line_errors
+from hydra_mcore.corpus.hub import model_folder
 
 EXAMPLES = """\
 A check passes if KL(reference || found) is below 1e-6 nats a token and every token has the same likeliest successor. (A
@@ -85,6 +86,8 @@ def parser() -> argparse.ArgumentParser:
 @one_line_errors("verify")
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
+    check_inputs(checkpoint=args.checkpoint, teacher=args.teacher, export=args.export, text=args.text)
+    args.hf = args.hf and model_folder(args.hf)
     with tempfile.TemporaryDirectory(prefix="verify_") as work:
         # transformers copies the code of an export before it runs it: not into the home folder, and not to stay
         os.environ.setdefault("HF_MODULES_CACHE", str(Path(work) / "modules"))

@@ -17,8 +17,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from hydra_mcore.commands import one_line_errors
+from hydra_mcore.commands import check_inputs, one_line_errors
 from hydra_mcore.config import add_stage_flags
+from hydra_mcore.recipe import Recipe
+from hydra_mcore.stages import STAGES
 
 
 @one_line_errors("train")
@@ -31,9 +33,34 @@ def main(argv: list[str] | None = None) -> None:
             argparse.ArgumentParser(prog="python -m hydra_mcore.train", usage=argparse.SUPPRESS)
         ).print_help()
         return
+    check_folders(argv)
     from hydra_mcore.train.run import run_stage  # Megatron takes seconds to import: not for the help
 
     run_stage(argv)
+
+
+def check_folders(argv: list[str]) -> None:
+    """Refuse a recipe, a teacher or a start that is missing; flags that cannot be used are for the whole parser.
+
+    Raises:
+        InputError: such a file or folder is missing, or the recipe is broken.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", nargs="+", default=[])
+    for flag in ("--stage", "--teacher", "--start-from"):
+        parser.add_argument(flag)
+    parser.add_argument("--dry-run", action="store_true")
+    try:
+        given, _ = parser.parse_known_args(argv)
+    except argparse.ArgumentError:
+        return
+    if given.stage not in STAGES:
+        return
+    recipe = Recipe.load(given.config, given.stage).values if given.config else {}
+    if not (given.dry_run or recipe.get("dry-run")):
+        if STAGES[given.stage].needs_teacher:
+            check_inputs(teacher=given.teacher or recipe.get("teacher"))
+        check_inputs(start_from=given.start_from or recipe.get("start-from"))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def refusal(folder: Path, *flags: str, ranks: int = 1, **places: str) -> str:
         ),
         (("--seq-length", "1000000"), "one sequence needs 1000001"),
         (("--data-path", "nowhere"), "no nowhere.idx and .bin"),
-        (("--start-from", "nowhere"), "nowhere: no complete checkpoint"),
+        (("--start-from", "nowhere"), "start from nowhere: No such file"),
         (("--train-iters", "2"), "lr-warmup-iters 2 must be fewer than the 2 steps"),
         (("--global-batch-size", "3"), "Megatron refuses these settings: eval_global_batch_size (3) must be divisible"),
         (("--min-lr", "1"), "Megatron refuses these settings: args.min_lr <= args.lr (min-lr 1.0, lr 1e-05)"),
@@ -141,7 +141,7 @@ def test_unknown_recipe_key(folder: Path) -> None:
 
 
 def test_align_needs_a_teacher_that_is_there(folder: Path) -> None:
-    assert "nowhere: no model.json" in refusal(folder, "--teacher", "nowhere", stage="align")
+    assert "teacher nowhere: No such file" in refusal(folder, "--teacher", "nowhere", stage="align")
 
 
 def test_previous_stage_is_missing(folder: Path) -> None:

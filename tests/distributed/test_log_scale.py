@@ -174,7 +174,7 @@ def test_a_grid_that_is_none_is_refused(grid: list[float]) -> None:
         (None, ["--windows", "13"], "1,920 tokens, 13 windows of 160 need 2,080"),
         (None, ["--windows", "1"], "at least two windows of two tokens"),
         (None, ["--text", "nowhere.txt"], "nowhere.txt: No such file"),
-        (None, ["--checkpoint", "nowhere"], "no model.json"),
+        (None, ["--checkpoint", "nowhere"], "checkpoint nowhere: No such file"),
         ({"head_map": HeadMap.from_fa([], 2, 4, 2)}, [], "no FA heads, so nothing to scale"),
         (
             {"head_map": HeadMap.all_fa(2, 4, 2), "options": HydraOptions.teacher()},

@@ -15,7 +15,6 @@ import transformers
 from torch import Tensor
 
 from hydra_mcore.config import ModelCard
-from hydra_mcore.corpus.hub import model_folder
 from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.comparison import KL_BAR, TIE
 from hydra_mcore.evaluation.subject import Subject
@@ -49,7 +48,7 @@ def checked(args: argparse.Namespace, work: Path) -> int:
         except OSError as error:
             raise InputError(f"--json {args.json}: {error.strerror}") from None
     card = ModelCard.load(args.checkpoint)
-    others = (args.hf and model_folder(args.hf), args.teacher, args.export, args.served)
+    others = (args.hf, args.teacher, args.export, args.served)
     subject = Subject(args.checkpoint, tokens(args, card), work, *others)
     num_heads, (rows, length) = card.shape.num_layers * card.shape.num_heads, subject.rows.tokens_bs.shape
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

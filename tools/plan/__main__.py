@@ -7,7 +7,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from hydra_mcore.commands import one_line_errors
+from hydra_mcore.commands import check_inputs, one_line_errors
 from hydra_mcore.costs.machine import EFFICIENCY, GPUS  # facts only, so that --help is quick
 from hydra_mcore.stages import STAGES
 
@@ -69,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
 @one_line_errors("plan")
 def main(argv: list[str] | None = None) -> None:
     args, flags = parser().parse_known_args(argv)
+    check_inputs(recipe=args.config, hf=args.hf, head_map=args.head_map)
     from tools.commands.plan import run  # takes seconds: not for --help
 
     run(args, ["--config", *args.config, *flags])

@@ -100,9 +100,9 @@ def test_another_size_fails(exported, tmp_path, capsys):
     [
         ("--lengths 40 44 --steps 3", "44 tokens after 40"),
         ("--lengths 5 --steps 3", "5 tokens after 0"),
-        ("--hf nowhere", "--teacher-hf go together"),
-        ("--hf nowhere --teacher-hf elsewhere", "nowhere: no config.json"),
-        ("--hf nowhere --teacher-hf elsewhere --kv-groups 4", "--kv-groups has no use"),
+        ("--hf .", "--teacher-hf go together"),
+        ("--hf docs --teacher-hf .", "docs: no config.json"),
+        ("--hf docs --teacher-hf . --kv-groups 4", "--kv-groups has no use"),
         ("--fa-heads 17", "17 FA heads"),
         ("--layers 1 --head-dim 5", "head_dim is 5"),
         ("--figure nowhere/decode.png", "no such folder"),

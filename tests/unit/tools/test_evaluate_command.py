@@ -258,7 +258,7 @@ def test_bad_input_is_one_line(runs: Path, tmp_path: Path, capsys: pytest.Captur
         ({"models": (f"small={small}",)}, (), "small: its vocabulary has 300 words, the tokenizer gives token"),
         ({"models": ("teacher", f"teacher={runs / 'student'}")}, (), "two are named 'teacher'"),
         ({"models": ("teacher", f"again={runs / 'teacher'}")}, (), "'teacher' and 'again' are one and the same model"),
-        ({"models": ("nowhere",)}, (), "nowhere: neither a checkpoint"),
+        ({"models": ("nowhere",)}, (), "nowhere: No such file"),
         ({}, ("--tasks", "niah_single_9"), "--tasks niah_single_9: unknown; choose from all, single-key"),
         ({}, ("--scoring", "teacher-forced"), "niah_multivalue has more than one right text"),
         ({}, ("--yarn", "teechr"), "--yarn teechr: no such name in --models; there are teacher, student"),

@@ -123,7 +123,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
 @pytest.mark.parametrize(
     ("files", "flags", "said"),
     [
-        ({}, "--input {}/nowhere", "nowhere: no data files; give .txt"),
+        ({}, "--input {}/nowhere", "nowhere: No such file"),
         ({"empty/x.csv": b"1"}, "--input {}/empty", "empty: no data files"),
         ({"a.csv": b"1"}, "--input {}/a.csv", "a.csv: not a kind of file that is read"),
         ({"a.txt": b"1"}, "--input {}/a.txt {}/*.txt", "a.txt twice"),

@@ -343,7 +343,7 @@ def test_a_stopped_run_goes_on_and_loses_no_finished_piece(tiny_teacher: Path, s
         (["--length", "128", "--also-lengths", "128"], "--also-lengths 128: is scored already"),
         (["--knock-out", "-1"], "--knock-out -1: give a number"),
         (["--text", "nowhere.txt"], "text nowhere.txt: No such file"),
-        (["--template", "nowhere.json"], "wording nowhere.json: No such file"),
+        (["--template", "nowhere.json"], "template nowhere.json: No such file"),
         (["--probe", "law"], "--probe law: write the name"),
         (["--probe", "law=nowhere.jsonl"], "nowhere.jsonl: No such file"),
         (["--weight", "retrieval=much"], "--weight retrieval=much: write a capability and a number"),

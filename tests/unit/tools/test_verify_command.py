@@ -43,12 +43,12 @@ def refusal(capsys: pytest.CaptureFixture, *argv: str | Path) -> str:
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (("nothing",), "no model.json, so not a hydra_mcore checkpoint"),
+        (("nothing",), "checkpoint nothing: No such file or directory; correct the path, or make it first"),
         (
             ("{student}", "--teacher", "{student}"),
             "a student checkpoint, not a teacher's; give the folder that import wrote",
         ),
-        (("{student}", "--teacher", "nothing"), "nothing: no model.json"),
+        (("{student}", "--teacher", "nothing"), "teacher nothing: No such file"),
         (("{teacher}", "--teacher", "{teacher}"), "is a teacher itself, so it has no other; leave --teacher out"),
         (("{teacher}", "--hf", "{teacher}"), "/config.json: no such file; give a Hugging Face model directory"),
         (("{teacher}", "--hf", "nothing"), "model nothing: neither a folder nor in the cache, and the hub"),
