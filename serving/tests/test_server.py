@@ -98,7 +98,7 @@ def test_evaluation_through_the_server_is_evaluation_of_the_export(url: str, tmp
     (tmp_path / "text.txt").write_text(text[:40_000])
     models = [f"direct={TINY / 'export'}", f"served={url}", f"teacher={TINY / 'teacher'}"]
     asked = ["--tasks", "niah_single_1", "niah_multivalue", "--lengths", 192, "--prompts", 6]
-    to = ["--haystack", tmp_path / "text.txt", "--out", tmp_path / "report"]
+    to = ["--text", tmp_path / "text.txt", "--out", tmp_path / "report"]
     done = project("tools/evaluate.py", "--models", *models, *asked, *to)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "report" / "results.json").read_text())["models"]
@@ -137,7 +137,7 @@ def test_trained_students_are_served_as_they_are(checkpoint: str, export: str, t
 
 
 def test_what_a_server_cannot_do_is_one_line(url: str, tmp_path: Path) -> None:
-    asked = ["--tasks", "niah_single_1", "--lengths", 192, "--prompts", 2, "--no-text", "--out", tmp_path / "report"]
+    asked = ["--tasks", "niah_single_1", "--lengths", 192, "--prompts", 2, "--no-text-loss", "--out", tmp_path / "report"]
     for words, said in (
         ([f"served={url}", "--yarn", "served=2"], "a server's model is as it is; leave --yarn out"),
         ([url], "give the server's model a name, as in NAME=http://"),

@@ -486,25 +486,28 @@ def test_command_refuses_a_broken_head_map_in_one_line(source, tmp_path):
     assert not (tmp_path / "student").exists()
 
 
+def test_what_a_recipe_gives_for_other_students_is_not_read(source, tmp_path, capsys):
+    MIXED.save(tmp_path / "map.json")
+    given = ["--teacher", source[2], "--head-map", tmp_path / "map.json", "--out", tmp_path / "student"]
+    unused = ["--fusion", "norm", "--text", tmp_path / "none", "--scores", tmp_path / "none"]
+    hybridize_from(parse_args(["hybridize", *map(str, (*given, *unused))]))
+    said = capsys.readouterr().out
+    assert "note: --text is not read, since no fusion" in said and "note: --scores is not read" in said
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         ([], "need --text FILE"),
-        (["--fusion-scale", "one", "--text", "text"], "has no use here"),
-        (["--fusion", "norm", "--text", "text"], "has no use here"),
         (["--start", "fitted"], "--start fitted needs --text"),
         (["--start", "fitted", "--text", "text", "--fusion-scale", "one"], "no use with --start fitted"),
-        (["--scores", "scores.json", "--text", "text"], "--scores has no use without --start fitted"),
         (["--gdn-conv-kernel", "-1"], "gdn_conv_kernel is -1"),
         (["--lightning-slope", "2"], "lightning_slope is 2.0"),
     ],
     ids=[
         "no text",
-        "unused text",
-        "no scale",
         "no text to fit on",
         "two starts",
-        "scores without a fit",
         "option",
         "another option",
     ],

@@ -39,17 +39,18 @@ def hybridize_from(args: argparse.Namespace) -> None:
         raise InputError("--fusion-scale one has no use with --start fitted, which fits the scales; leave it out")
     if calibrated and args.text is None:
         raise InputError("the fusion scales need --text FILE; or start them at 1 with --fusion-scale one")
+    # A recipe gives both for all students made of it; some have no use for them.
     if args.text is not None and not calibrated:
-        raise InputError("--text has no use here: the fusion scales are not calibrated; leave it out")
+        print("note: --text is not read, since no fusion scale is calibrated")
     if args.scores is not None and not fitted:
-        raise InputError("--scores has no use without --start fitted; leave it out")
-    memories = known_memories(args.scores, args.teacher, head_map) if args.scores is not None else None
+        print("note: --scores is not read, since the start is not fitted")
+    memories = known_memories(args.scores, args.teacher, head_map) if args.scores is not None and fitted else None
     card = hydra_mcore.hybridize(
         args.teacher,
         head_map,
         args.out,
         options,
-        text=args.text,
+        text=args.text if calibrated else None,
         start=args.start,
         memories=memories,
         dtype=args.dtype,

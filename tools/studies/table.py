@@ -66,7 +66,7 @@ def read(study: Study) -> Found:
     """
     models: dict[str, dict[Column, Seeds]] = {}
     first = [job for job in (*shared_jobs(study), *variant_jobs(study)) if job.seed == study.seeds[0]]
-    asked = {length for job in first for length in job.section("evaluate")["lengths"]}
+    asked = set().union(*(job.section("evaluate")["lengths"] for job in first))
     for job in shared_jobs(study):
         path = job.evaluation / RESULTS_NAME
         if path.exists():
