@@ -56,6 +56,8 @@ def started(_rank: int, module: str, argv: Sequence[str], folder: Path) -> tuple
 @pytest.mark.parametrize("command", COMMANDS)
 def test_on_a_gpu_a_command_ends_in_one_line(command: str, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("some text")
+    for folder in ("teacher", "student"):  # a path that is not there is refused earlier
+        (tmp_path / folder).mkdir()
     (answer,) = run_ranks(started, 1, command.split()[0], COMMANDS[command], tmp_path)
     status, said = answer
     assert status == 2 and said.count("\n") == 1, said
