@@ -7,6 +7,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from hydra_mcore.errors import InputError
+
 # AdamW as in HALO; the paper names rates, batches and lengths, which each stage sets below.
 OPTIMISER: dict[str, Any] = {
     "optimizer": "adam",
@@ -90,6 +92,14 @@ STAGES: dict[str, Stage] = {
         },
     ),
 }
+
+
+def check_named(stage: str, run_dir: str | None, teacher: str | None) -> None:
+    """Raise InputError where a stage's run folder, or the teacher that it needs, has no name."""
+    if not run_dir:
+        raise InputError("no run folder: set run-dir in the recipe or on the command line")
+    if STAGES[stage].needs_teacher and not teacher:
+        raise InputError(f"stage {stage} needs the teacher: set teacher to the folder that tools/convert.py import wrote")
 
 
 def default_flags(stage: str) -> dict[str, Any]:

@@ -189,7 +189,9 @@ def _write(
     if writer:
         manifest.shards.append(writer.close(skipped, None))
     elif not manifest.shards:
-        raise InputError(f"no document is left for {out}; skipped: {skipped or 'none, the source is empty'}")
+        held_out = f"the first {keeper.limits.held_out} are held out (--held-out)" if keeper.limits.held_out else ""
+        reason = f"skipped: {skipped}" if skipped else held_out or "the source is empty"
+        raise InputError(f"no document is left for {out}: {reason}")
     elif skipped:
         last = manifest.shards[-1]
         manifest.shards[-1] = dataclasses.replace(last, skipped=dict(Counter(last.skipped) + Counter(skipped)))

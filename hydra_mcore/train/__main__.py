@@ -6,7 +6,7 @@ It runs alone or under torchrun. A stage starts from the checkpoint of the stage
 a checkpoint of its own, it continues from that. Flags on the command line win over the recipe.
 
 examples:
-  python -m hydra_mcore.train --stage align --config examples/tiny/recipe.yaml
+  python -m hydra_mcore.train --stage align --config recipe.yaml
   torchrun --nproc-per-node 8 -m hydra_mcore.train --stage extend --config recipe.yaml --tensor-model-parallel-size 4
   python -m hydra_mcore.train --stage distill --config recipe.yaml --dry-run --world-size 64
   python -m hydra_mcore.train --stage distill --config recipe.yaml --profile
@@ -19,8 +19,8 @@ import sys
 
 from hydra_mcore.commands import check_inputs, one_line_errors
 from hydra_mcore.config import add_stage_flags
-from hydra_mcore.recipe import Recipe
-from hydra_mcore.stages import STAGES
+from hydra_mcore.recipe import Recipe, with_dashes
+from hydra_mcore.stages import STAGES, check_named
 
 
 @one_line_errors("train")
@@ -40,14 +40,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_folders(argv: list[str]) -> None:
-    """Refuse a recipe, a teacher or a start that is missing; flags that cannot be used are for the whole parser.
+    """Refuse a recipe, a run folder, a teacher or a start that is missing; bad flags are for the whole parser.
 
     Raises:
-        InputError: such a file or folder is missing, or the recipe is broken.
+        InputError: such a file or folder is missing or not named, or the recipe is broken.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", nargs="+", default=[])
-    for flag in ("--stage", "--teacher", "--start-from"):
+    for flag in ("--stage", "--run-dir", "--teacher", "--start-from"):
         parser.add_argument(flag)
     parser.add_argument("--dry-run", action="store_true")
     try:
@@ -56,7 +56,8 @@ def check_folders(argv: list[str]) -> None:
         return
     if given.stage not in STAGES:
         return
-    recipe = Recipe.load(given.config, given.stage).values if given.config else {}
+    recipe = with_dashes(Recipe.load(given.config, given.stage).values) if given.config else {}
+    check_named(given.stage, given.run_dir or recipe.get("run-dir"), given.teacher or recipe.get("teacher"))
     if not (given.dry_run or recipe.get("dry-run")):
         if STAGES[given.stage].needs_teacher:
             check_inputs(teacher=given.teacher or recipe.get("teacher"))

@@ -27,7 +27,7 @@ from hydra_mcore.model.precision import fast_bf16
 from hydra_mcore.model.te_layers import FP8_MULTIPLE
 from hydra_mcore.recipe import Recipe
 from hydra_mcore.sequence import SequencePart
-from hydra_mcore.stages import STAGES, default_flags
+from hydra_mcore.stages import STAGES, check_named, default_flags
 from hydra_mcore.train.checkpoint_care import difference, resumable
 from hydra_mcore.train.flags import FlagParser, check_values, check_without_gpu
 from hydra_mcore.train.recipe_model import model_card
@@ -221,12 +221,7 @@ def _this_stage(known: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_folders(options: StageOptions) -> None:
-    if not options.run_dir:
-        raise ConfigError("no run folder: set run-dir in the recipe or on the command line")
-    if STAGES[options.stage].needs_teacher and not options.teacher:
-        raise ConfigError(
-            f"stage {options.stage} needs the teacher: set teacher to the folder that tools/convert.py import wrote"
-        )
+    check_named(options.stage, options.run_dir, options.teacher)
     if STAGES[options.stage].needs_teacher and not options.dry_run:
         ModelCard.load(options.teacher)
 

@@ -56,8 +56,8 @@ def report(resolved: ResolvedStage, args: argparse.Namespace, settings: dict[str
         f" {args.data_parallel_size}"
     )
     print(
-        f"  batch    {rows} rows of {args.seq_length} tokens a step, {a_rank} micro-batches of {args.micro_batch_size}"
-        f" on each data-parallel rank; {steps} steps are {steps * rows * args.seq_length:,} tokens"
+        f"  batch    {rows} rows of {args.seq_length} tokens a step, {a_rank}"
+        f" micro-batch{'' if a_rank == 1 else 'es'} of {args.micro_batch_size} on each data-parallel rank; {steps} steps are {steps * rows * args.seq_length:,} tokens"
     )
     _print_settings(settings)
     print(f"all arguments: {arguments}")

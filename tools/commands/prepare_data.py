@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     skipped = "".join(f", {number} left out: {reason}" for reason, number in manifest.skipped.items())
     print(
         f"{args.out}.json: {manifest.tokens} tokens, {manifest.documents} documents, {len(manifest.shards)}"
-        f" shards{skipped}"
+        f" shard{'' if len(manifest.shards) == 1 else 's'}{skipped}"
     )
     if args.tokens and manifest.tokens < args.tokens:
         print(f"the source ends before --tokens {args.tokens}")

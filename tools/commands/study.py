@@ -14,7 +14,7 @@ from tools.studies.file import Study
 from tools.studies.hours import planned
 from tools.studies.run import StepFailed, describe, write_recipe
 from tools.studies.run import run as run_study
-from tools.studies.steps import SHARED, shared_jobs, variant_jobs
+from tools.studies.steps import SHARED, check_recipes, shared_jobs, variant_jobs
 from tools.studies.table import read, tables, write_csv, write_figure
 
 
@@ -23,6 +23,7 @@ def run(args: argparse.Namespace) -> None:
     study = Study.load(args.study)
     if args.command == "table":
         return tell(args, study)
+    check_recipes(study)
     if args.command == "steps":
         return print("\n".join(job_lines(study, args.job)))
     names = [variant.name for variant in study.variants]

@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     topics_help = f"check these topics alone: {', '.join(TOPICS)}"
     add("--only", nargs="+", choices=TOPICS, metavar="TOPIC", default=TOPICS, help=topics_help)
     limit_help = "seconds that one check may take (default %(default)g)"
-    add("--limit", type=float, default=20.0, metavar="S", help=limit_help)
+    add("--limit", type=float, default=60.0, metavar="S", help=limit_help)
     return p
 
 

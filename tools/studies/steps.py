@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra_mcore.config import ConfigError
 from hydra_mcore.recipe import Recipe, read_yaml, without_variables
 from hydra_mcore.selection.choose import SCORED
 from tools.studies.file import SECTIONS, Overlay, Study, Variant, laid_over
@@ -21,6 +22,8 @@ from tools.studies.file import SECTIONS, Overlay, Study, Variant, laid_over
 SHARED, TEACHER = "shared", "teacher"
 # What a choice of heads says; another flag of selection changes the scores, and the variant makes its own.
 CHOICE = frozenset({"strategy", "ratio", "budget", "every", "ranks", "kv-groups", "linear", "score", "roles", "weight"})
+# Without these of a recipe's sections no job could be begun; a study says everything else itself, or leaves it open.
+NEEDED = {"import": ("hf", "out"), "select": ("teacher",), "hybridize": ("teacher",), "evaluate": ("lengths",)}
 FIRST_SEEDS = {"": 1234, "select": 0, "hybridize": 1234, "evaluate": 1_000_000}  # where the recipes name none
 
 
@@ -141,6 +144,18 @@ class Job:
         teacher = Step("import", ("tools/convert.py", "import", *config, "--skip-existing"))
         scores = [select] if self.scored else []
         return [*setup, *data, teacher, *scores, evaluation]
+
+
+def check_recipes(study: Study) -> None:
+    """Raise ConfigError where the recipes leave out what every study needs: before a run, which would stop midway."""
+    for job in (*shared_jobs(study), *variant_jobs(study)):
+        for section, keys in NEEDED.items():
+            if missing := [key for key in keys if job.section(section).get(key) is None]:
+                names = " + ".join(map(str, study.recipes))
+                raise ConfigError(
+                    f"recipe {names}: section {section!r} needs {missing[0]!r}, {job.name}; docs/studies.md lists what"
+                    " the recipe of a study holds"
+                )
 
 
 def shared_jobs(study: Study) -> list[Job]:

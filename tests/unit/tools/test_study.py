@@ -107,6 +107,24 @@ def test_broken_studies_are_one_line(tmp_path: Path, changes: dict[str, Any], sa
     assert line.startswith(f"study {tmp_path}/study.yaml: {said}") and "\n" not in line
 
 
+@pytest.mark.parametrize(
+    ("left_out", "said"),
+    [("import", "section 'import' needs 'hf', shared"), ("evaluate", "section 'evaluate' needs 'lengths', shared")],
+)
+@pytest.mark.parametrize("command", ["run --dry-run", "run", "steps --job 0"])
+def test_a_recipe_that_lacks_a_section_is_refused_before_anything_is_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, left_out: str, said: str
+) -> None:
+    study = study_of(tmp_path, out=str(tmp_path / "out"))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({key: v for key, v in RECIPE.items() if key != left_out}))
+    name, *flags = command.split()
+    with pytest.raises(SystemExit) as end:
+        main([name, str(study.path), *flags])
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and line.count("\n") == 1 and f"{tmp_path}/recipe.yaml: {said}" in line
+    assert not study.out.exists()
+
+
 def test_every_job_has_its_own_places_and_seeds(tmp_path: Path) -> None:
     study = study_of(tmp_path)
     jobs = variant_jobs(study)
