@@ -7,7 +7,15 @@ torch and Megatron-Core take seconds.
 """
 
 import importlib
+import sys
 from typing import Any
+
+# In a checkout whose .venv is not active, the next import would end in a SyntaxError.
+if sys.version_info < (3, 12):  # noqa: UP036
+    version = ".".join(map(str, sys.version_info[:2]))
+    fix = "make env, then source .venv/bin/activate"
+    sys.stderr.write(f"hydra_mcore needs Python 3.12 or newer, and {sys.executable} is {version}: {fix}\n")
+    raise SystemExit(2)
 
 __version__ = "0.1.0"
 _PLACES = {

@@ -99,7 +99,9 @@ def check_named(stage: str, run_dir: str | None, teacher: str | None) -> None:
     if not run_dir:
         raise InputError("no run folder: set run-dir in the recipe or on the command line")
     if STAGES[stage].needs_teacher and not teacher:
-        raise InputError(f"stage {stage} needs the teacher: set teacher to the folder that tools/convert.py import wrote")
+        raise InputError(
+            f"stage {stage} needs the teacher: set teacher to the folder that tools/convert.py import wrote"
+        )
 
 
 def default_flags(stage: str) -> dict[str, Any]:

@@ -46,17 +46,19 @@ submit() {
 
 # shellcheck disable=SC2086  # several words
 ! has prepare || submit prepare --gres=none $HYDRA_PREPARE_OPTIONS
-submit select --gres="$SBATCH_GRES"
+if has import || has select || has hybridize; then submit select --gres="$SBATCH_GRES"; fi
 for stage in align distill extend; do
     submit "$stage" --nodes="$HYDRA_NODES" --gres="$SBATCH_GRES"
 done
-submit evaluate --gres="$SBATCH_GRES"
+! has evaluate || submit evaluate --gres="$SBATCH_GRES"
 if [[ $dry_run ]]; then
     set_here=()
     for variable in "${!SBATCH_@}"; do set_here+=("$variable=${!variable}"); done
     echo "environment for sbatch: ${set_here[*]:-no SBATCH_ variable is set}"
-    echo "check a stage: $HYDRA_PYTHON -m hydra_mcore.train --stage align --config ${recipes[*]} --dry-run --world-size" \
-        "$((HYDRA_NODES * per_node))" "${flags[@]}"
+    for stage in align distill extend; do
+        echo "check $stage: $HYDRA_PYTHON -m hydra_mcore.train --stage $stage --config ${recipes[*]} --dry-run --world-size" \
+            "$((HYDRA_NODES * per_node))" "${flags[@]}"
+    done
     exit
 fi
 cat <<END

@@ -42,6 +42,7 @@ def report(resolved: ResolvedStage, args: argparse.Namespace, settings: dict[str
     sizes = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size)
     rows, steps = args.global_batch_size, args.train_iters
     a_rank = rows // (args.micro_batch_size * args.data_parallel_size)
+    batches = "micro-batch" if a_rank == 1 else "micro-batches"
     arguments = Path(options.run_dir) / f"{options.stage}.dry_run.txt"
     write_text(arguments, table)
     heads = f"{head_map.num_fa} FA heads of {shape.num_layers} layers x {shape.num_heads}"
@@ -56,8 +57,9 @@ def report(resolved: ResolvedStage, args: argparse.Namespace, settings: dict[str
         f" {args.data_parallel_size}"
     )
     print(
-        f"  batch    {rows} rows of {args.seq_length} tokens a step, {a_rank}"
-        f" micro-batch{'' if a_rank == 1 else 'es'} of {args.micro_batch_size} on each data-parallel rank; {steps} steps are {steps * rows * args.seq_length:,} tokens"
+        f"  batch    {rows} rows of {args.seq_length} tokens a step, {a_rank} {batches} of"
+        f" {args.micro_batch_size} on each data-parallel rank;"
+        f" {steps} steps are {steps * rows * args.seq_length:,} tokens"
     )
     _print_settings(settings)
     print(f"all arguments: {arguments}")

@@ -96,9 +96,16 @@ def test_flags_of_the_pipeline_go_to_the_three_stages(recipe: str) -> None:
     commands = [line.split("--stage ")[1] for line in lines if line.endswith(" --lr 2e-5") and "--stage" in line]
     assert commands == [
         *(f"{stage} --config {recipe} --lr 2e-5" for stage in ("align", "distill", "extend")),
-        f"align --config {recipe} --dry-run --world-size 8 --lr 2e-5",  # which checks a stage
+        *(f"{stage} --config {recipe} --dry-run --world-size 8 --lr 2e-5" for stage in ("align", "distill", "extend")),
     ]
-    assert done.stdout.count("--lr") == 7
+    assert done.stdout.count("--lr") == 9
+
+
+def test_a_recipe_of_the_stages_alone_is_three_jobs(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("run-dir: runs/a\n")
+    done = bash("slurm/pipeline.sh", "--dry-run", str(tmp_path / "recipe.yaml"))
+    jobs = re.findall(r"^sbatch .* slurm/(\w+)\.sh ", done.stdout, re.MULTILINE)
+    assert done.returncode == 0 and jobs == ["align", "distill", "extend"]
 
 
 def test_the_text_is_prepared_where_the_site_wants_it(recipe: str) -> None:

@@ -240,3 +240,10 @@ def test_one_rank_says_it(
         with pytest.raises(SystemExit, match="2"), one_line_errors("tool"):
             raise error("a fault")
         assert capsys.readouterr().err == ("tool: a fault\n" if os.environ[says] == "0" else "")
+
+
+def test_a_python_that_is_too_old_is_one_line() -> None:
+    old = python("import sys; sys.version_info = (3, 11, 2); import hydra_mcore")
+    said = old.communicate(timeout=60)[1]
+    assert old.returncode == 2 and said.count("\n") == 1
+    assert f"{sys.executable} is 3.11: make env, then source .venv/bin/activate" in said

@@ -58,18 +58,29 @@ def arguments(command: str, missing: str) -> tuple[str, list[str]]:
     return module, [*words, *needed.split()]
 
 
-@pytest.fixture(scope="module")
-def outcomes() -> dict[tuple[str, str], tuple[int, str, list[str]]]:
+def run_each(commands: list[tuple[str, list[str]]]) -> list[tuple[int, str, list[str]]]:
     """Exit status, stderr and which of the heavy packages are loaded by then; one process for all."""
-    lines = json.dumps([arguments(*case) for case in CASES])
     done = subprocess.run(
-        [sys.executable, "-c", CHILD], cwd=ROOT, input=lines, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", CHILD], cwd=ROOT, input=json.dumps(commands), capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    return dict(zip(CASES, map(json.loads, done.stdout.splitlines()), strict=True))
+    return list(map(json.loads, done.stdout.splitlines()))
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[tuple[str, str], tuple[int, str, list[str]]]:
+    return dict(zip(CASES, run_each([arguments(*case) for case in CASES]), strict=True))
 
 
 @pytest.mark.parametrize("case", CASES, ids=" ".join)
 def test_a_missing_path_is_refused_at_once(case: tuple[str, str], outcomes: dict) -> None:
     status, said, loaded = outcomes[case]
     assert status == 2 and said.count("\n") == 1 and Path(MISSING).name in said and not loaded, (said, loaded)
+
+
+def test_a_stage_without_a_run_folder_or_a_teacher_is_refused_at_once() -> None:
+    recipe = ["--config", "examples/tiny/recipe.yaml", "--dry-run"]
+    lines = [["--stage", "extend", *recipe], ["--stage", "align", *recipe, "--run-dir", "out"]]
+    first, second = run_each([("hydra_mcore.train.__main__", line) for line in lines])
+    assert first == [2, "train: no run folder: set run-dir in the recipe or on the command line\n", []]
+    assert second[0] == 2 and second[1].startswith("train: stage align needs the teacher: ") and not second[2]
