@@ -11,11 +11,9 @@ import sys
 from hydra_mcore.commands import sole_writer
 from hydra_mcore.errors import InputError
 from tools.studies.file import Study
-from tools.studies.hours import planned
 from tools.studies.run import StepFailed, describe, write_recipe
 from tools.studies.run import run as run_study
 from tools.studies.steps import SHARED, check_recipes, shared_jobs, variant_jobs
-from tools.studies.table import read, tables, write_csv, write_figure
 
 
 def run(args: argparse.Namespace) -> None:
@@ -34,6 +32,8 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         print(describe(study, args.only))
         if args.gpus:
+            from tools.studies.hours import planned  # Megatron's parser takes seconds to import
+
             print(planned(study, variant_jobs(study, args.only), args.gpu, args.gpus))
         return None
     study.out.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,10 @@ def run(args: argparse.Namespace) -> None:
             run_study(study, args.only, args.ranks, args.jobs)
         except StepFailed as failure:
             sys.exit(f"study: {failure}")
+    from tools.studies.table import read, tables
+
     print(tables(read(study)))
+    return None
 
 
 def job_lines(study: Study, which: str) -> list[str]:
@@ -67,6 +70,8 @@ def job_lines(study: Study, which: str) -> list[str]:
 
 def tell(args: argparse.Namespace, study: Study) -> None:
     """Print the tables; write the CSV and the figure that were asked for."""
+    from tools.studies.table import read, tables, write_csv, write_figure  # torch takes seconds to import
+
     found = read(study)
     print(tables(found))
     if args.csv:
