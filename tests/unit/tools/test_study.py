@@ -284,9 +284,20 @@ def test_the_table_of_two_seeds(tmp_path: Path) -> None:
 STUDIES = sorted(path for path in (ROOT / "examples" / "studies").glob("*/*.yaml") if path.name != "base.yaml")
 
 
+def test_the_study_of_the_page_can_be_run(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "studies.md").read_text()
+    block = re.search(r"```yaml\n(.*?)```", page, re.DOTALL)[1]
+    (tmp_path / "my_study.yaml").write_text(block.replace("examples/", f"{ROOT}/examples/"))
+    check_commands(tmp_path / "my_study.yaml", tmp_path)
+
+
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: "/".join(path.parts[-2:]))
 def test_studies_that_come_along_are_known_to_their_commands(path: Path, tmp_path: Path) -> None:
-    """Every key of every variant is a flag, and each variant is another student."""
+    check_commands(path, tmp_path)
+
+
+def check_commands(path: Path, tmp_path: Path) -> None:
+    """Every key of every variant of a study is a flag, and each variant is another student."""
     study = dataclasses.replace(Study.load(path), out=tmp_path)
     assert study.out == tmp_path and len(study.variants) >= 3
     made = set()
