@@ -28,7 +28,7 @@ pytestmark = needs_te
 TINY = TINY_TEACHER.parent
 OUT = ("--out", "out")
 COMMANDS = {
-    "hydra_mcore.train.__main__": ("--stage", "align", "--run-dir", "out"),
+    "hydra_mcore.train.__main__": ("--stage", "align", "--run-dir", "out", "--teacher", "teacher"),
     "tools.convert": ("import", "--hf", str(TINY_TEACHER), *OUT),
     "tools.select_heads": ("--teacher", "teacher", *OUT),
     "tools.evaluate": ("--models", "a=teacher", "--lengths", "64", *OUT),
