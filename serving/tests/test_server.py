@@ -137,7 +137,8 @@ def test_trained_students_are_served_as_they_are(checkpoint: str, export: str, t
 
 
 def test_what_a_server_cannot_do_is_one_line(url: str, tmp_path: Path) -> None:
-    asked = ["--tasks", "niah_single_1", "--lengths", 192, "--prompts", 2, "--no-text-loss", "--out", tmp_path / "report"]
+    asked = ["--tasks", "niah_single_1", "--lengths", 192, "--prompts", 2, "--no-text-loss"]
+    asked += ["--out", tmp_path / "report"]
     for words, said in (
         ([f"served={url}", "--yarn", "served=2"], "a server's model is as it is; leave --yarn out"),
         ([url], "give the server's model a name, as in NAME=http://"),
