@@ -49,6 +49,7 @@ EVERY_KIND = [
     {"fa": range(6)},
     {"fa": [0, 1], "kda": [2, 3, 4, 5]},
 ]
+ONE_GDN = [{"fa": range(5), "gdn": [5]}] * 4  # on two ranks, one of them has no linear head
 ALL_LIGHTNING = [{"fa": [0, 5], "lightning": [1, 2, 3, 4]}] * 4
 CASES: dict[str, dict[str, Any]] = {
     "gdn": {"heads": GDN},
@@ -79,6 +80,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "no linear heads": {"heads": [{"fa": range(6)}] * 4},
     "no full attention": {"heads": [{"gdn": range(6)}, {"kda": range(6)}, {"lightning": range(6)}, {"gdn": range(6)}]},
+    "one linear head": {"heads": ONE_GDN},
 }
 
 

@@ -22,7 +22,7 @@ def same(answers: Answers) -> None:
 
 
 def test_there_are_references() -> None:
-    assert len(FLOAT32) == 11 and len(list(REFERENCES.glob("*-bfloat16"))) == 2
+    assert len(FLOAT32) == 12 and len(list(REFERENCES.glob("*-bfloat16"))) == 2
 
 
 @pytest.mark.parametrize("folder", FLOAT32, ids=lambda folder: folder.name.removesuffix("-float32"))
@@ -70,10 +70,11 @@ def test_prefixes_are_remembered(folder: Path) -> None:
         ("shared-qkv-competition", {"tensor_parallel_size": 2}),
         ("values-by-group-no-convolution", {"tensor_parallel_size": 2}),
         ("rotary-biases-untied", {"tensor_parallel_size": 2, "max_num_batched_tokens": 48}),
+        ("one-linear-head", {"tensor_parallel_size": 2}),
     ],
 )
 def test_ranks_share_the_heads(case: str, settings: dict[str, Any]) -> None:
-    """Layers of 0 to 6 FA heads in 0 to 3 kv groups, so that some ranks have none of a layer's."""
+    """Layers of 0 to 6 FA heads in 0 to 3 kv groups, so that some ranks have none, or nothing else."""
     (answers,) = in_child(ask, REFERENCES / f"{case}-float32", settings)
     same(answers)
 
