@@ -47,5 +47,6 @@ checks: env     ## lint and format
 	@$(PYTHON_VENV) -m ruff format --check .
 
 clean:          ## remove the environment and what tests and builds leave behind
-	rm -rf .venv .venv.lock build *.egg-info serving/*.egg-info serving/tests/references .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv.lock build *.egg-info serving/*.egg-info serving/tests/references
+	rm -rf .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-# Stage 1, align: each layer's hybrid attention learns its teacher's.
+# Run stage 1, align: the hybrid attention of each layer learns to compute what the teacher's attention computes.
 #SBATCH --job-name=align
 #SBATCH --nodes=1
 #SBATCH --gres=gpu:8
@@ -13,6 +13,6 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
-[[ -f slurm/common.sh ]] || { echo "align: start it in the repository's root, or with sbatch --chdir" >&2 && exit 2; }
+[[ -f slurm/common.sh ]] || { echo "align: start it in the repository's root, or with sbatch --chdir" >&2; exit 2; }
 source slurm/common.sh
 ranks -m hydra_mcore.train --stage align --config "${recipes[@]}" "${flags[@]}"

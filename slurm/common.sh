@@ -1,12 +1,12 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
 # shellcheck shell=bash
-# What the job scripts share: their arguments, how a command runs on the job's nodes, and how a job stops and goes on.
+# The job scripts share this file: it reads arguments, runs commands on the job's nodes, and stops and continues a job.
 #
 #   sbatch slurm/extend.sh [RECIPE.yaml ...] [-- FLAG ...]     FLAGs go to the command, over the recipe
 #   bash slurm/extend.sh --dry-run [...]                       show the commands, run nothing
 #
-# Sourced in the repository's root with the script's arguments.
+# A script sources it in the repository's root, with its own arguments.
 set -euo pipefail
 source slurm/env.sh
 
@@ -35,21 +35,23 @@ for recipe in "${recipes[@]}"; do
     [[ -f $recipe ]] || fail "no recipe $recipe in $PWD"
 done
 
-# Pyxis takes for a file what begins with / or a dot, and looks for all else in a registry, also for image.sqsh.
+# Pyxis takes a name for a file if it begins with / or a dot. It looks for others in a registry, even for image.sqsh.
 if [[ -f $HYDRA_CONTAINER ]]; then
     HYDRA_CONTAINER=$(realpath --no-symlinks "$HYDRA_CONTAINER")
 elif [[ $HYDRA_CONTAINER == [./]* || $HYDRA_CONTAINER == *.sqsh ]]; then
     fail "no file $HYDRA_CONTAINER (HYDRA_CONTAINER) in $PWD; enroot import makes it (docs/container.md)"
 elif [[ $HYDRA_CONTAINER && ! $dry_run ]]; then
-    say "HYDRA_CONTAINER=$HYDRA_CONTAINER is no file: every step imports it again; enroot import makes one (docs/container.md)"
+    say "HYDRA_CONTAINER=$HYDRA_CONTAINER is no file: every step imports it again;" \
+        "enroot import makes one (docs/container.md)"
 fi
 container=()
 [[ -z $HYDRA_CONTAINER ]] || container=(
-    --container-image="$HYDRA_CONTAINER" --container-mounts="$PWD:$PWD${HYDRA_MOUNTS:+,$HYDRA_MOUNTS}" --container-workdir="$PWD"
+    --container-image="$HYDRA_CONTAINER" --container-mounts="$PWD:$PWD${HYDRA_MOUNTS:+,$HYDRA_MOUNTS}"
+    --container-workdir="$PWD"
 )
 
-# has SECTION: whether the recipe has a section for a command. Python reads it, in the job's container; outside of jobs a container
-# cannot be asked: then yes, and the job itself will see.
+# has SECTION: whether the recipe has a section for a command. Python reads the recipe, in the job's container if there
+# is one. Outside of a job no container can be asked. Then the answer is yes, and the job itself finds out.
 has() {
     local answer step=()
     if [[ $HYDRA_CONTAINER ]]; then
@@ -57,7 +59,7 @@ has() {
         step=(srun --nodes=1 --ntasks=1 "${container[@]}")
     fi
     if ! answer=$("${step[@]}" "$HYDRA_PYTHON" -m hydra_mcore.recipe has "$1" "${recipes[@]}"); then
-        [[ $answer == broken ]] || fail "$HYDRA_PYTHON (HYDRA_PYTHON) cannot read recipes; run make env, or name another"
+        [[ $answer == broken ]] || fail "$HYDRA_PYTHON (HYDRA_PYTHON) cannot read recipes; run make env or name another"
         exit 2
     fi
     [[ $answer == yes ]]
@@ -66,24 +68,25 @@ has() {
 # alone ARGUMENT...: one Python process on the first node
 alone() { launch srun --nodes=1 --ntasks=1 "${container[@]}" "$HYDRA_PYTHON" "$@"; }
 
-# ranks ARGUMENT...: torchrun on every node; the ranks meet on the first one
+# ranks ARGUMENT...: torchrun on every node. The ranks meet on the first one.
 ranks() {
     local address=FIRST_NODE port=FREE_PORT
     if [[ ${SLURM_JOB_ID:-} ]]; then
         address=$(scontrol show node "$(scontrol show hostnames | head -n 1)" -o | sed 's/.* NodeAddr=\([^ ]*\).*/\1/')
-        # one of the job's own, so that jobs on the same nodes do not meet; below those that systems deal out
+        # Each job has its own port, so that jobs on one node do not meet. It is below the ports that systems assign.
         port=$((20000 + SLURM_JOB_ID % 10000))
         while timeout 5 bash -c ": </dev/tcp/$address/$port" 2>/dev/null; do port=$((port + 101)); done
     fi
-    # a node's ranks are children of its one task, which must not be bound to a core of its own
+    # The ranks of a node are children of one task. So that task must not be bound to one core.
     launch srun --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 "${container[@]}" bash slurm/node.sh \
         "$HYDRA_PYTHON" -m torch.distributed.run --nnodes="${SLURM_NNODES:-NODES}" --master-addr="$address" \
-        --master-port="$port" --rdzv-id="${SLURM_JOB_ID:-JOB}.${SLURM_RESTART_COUNT:-0}" --rdzv-conf=timeout=900 --max-restarts=0 "$@"
+        --master-port="$port" --rdzv-id="${SLURM_JOB_ID:-JOB}.${SLURM_RESTART_COUNT:-0}" --rdzv-conf=timeout=900 \
+        --max-restarts=0 "$@"
 }
 
-# launch COMMAND...: run a step of the job; a job that must stop does not come back from here
-#   USR1 (the time limit is near, or scancel --batch --signal=USR1): save, requeue
-#   TERM (scancel; preemption, scontrol requeue, a lost node: SLURM starts the job again by itself): save, end
+# launch COMMAND...: run a step of the job. It does not return if the job must stop:
+#   on USR1 (the time limit is near, or scancel --batch --signal=USR1) the job saves and requeues itself
+#   on TERM it saves and ends (scancel; after preemption, scontrol requeue or a lost node SLURM starts it again)
 launch() {
     local status=0 stop=
     if [[ $dry_run ]]; then
@@ -104,7 +107,7 @@ launch() {
     ((status == 0)) || exit "$status"
 }
 
-# requeue: put the job back into the queue, from where it goes on with its last complete checkpoint
+# requeue: put the job back into the queue. It continues from its last complete checkpoint.
 requeue() {
     ((${SLURM_RESTART_COUNT:-0} < HYDRA_MAX_RESTARTS)) || fail "not requeued again after $SLURM_RESTART_COUNT times"
     say "requeueing job $SLURM_JOB_ID"

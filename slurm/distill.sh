@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-# Stage 2, distill: the student's logits learn the teacher's.
+# Run stage 2, distill: the student learns to give the teacher's logits.
 #SBATCH --job-name=distill
 #SBATCH --nodes=1
 #SBATCH --gres=gpu:8
@@ -13,6 +13,6 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
-[[ -f slurm/common.sh ]] || { echo "distill: start it in the repository's root, or with sbatch --chdir" >&2 && exit 2; }
+[[ -f slurm/common.sh ]] || { echo "distill: start it in the repository's root, or with sbatch --chdir" >&2; exit 2; }
 source slurm/common.sh
 ranks -m hydra_mcore.train --stage distill --config "${recipes[@]}" "${flags[@]}"

@@ -1,9 +1,10 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
 # shellcheck shell=bash
-# The one file that a site edits. Each line is a default: a variable that is set already wins. Lines that begin with #: are
-# examples; remove the two signs to use one. SBATCH_* are sbatch's own variables: they win over the #SBATCH lines of a script, and
-# options of the command line win over them. pipeline.sh reads this file; before an sbatch of your own, `source slurm/env.sh`.
+# This is the one file that a site edits. Each line is a default: a variable that is already set wins. Lines that begin
+# with #: are examples. Remove the two signs to use one. SBATCH_* are sbatch's own variables: they win over the #SBATCH
+# lines of a script, and options of the command line win over them. pipeline.sh reads this file. Before an sbatch of
+# your own, run `source slurm/env.sh`.
 set -a
 
 # where jobs run
@@ -13,11 +14,11 @@ set -a
 #: "${SBATCH_TIMELIMIT:=24:00:00}"
 #: "${SBATCH_CONSTRAINT:=h100}"
 : "${HYDRA_SAVE_SECONDS:=300}"             # before the time limit: a job saves and requeues itself
-: "${HYDRA_NODES:=1}"                      # of the three stages; the other jobs run on one
+: "${HYDRA_NODES:=1}"                      # of the three stages; other jobs run on one
 : "${HYDRA_GPUS_PER_NODE:=8}"              # 0: no GPU
 : "${HYDRA_GRES:=gpu}"                     # SLURM's name of the GPUs, with a type where the site asks for one: gpu:h100
 #: "${HYDRA_RANKS_PER_NODE:=2}"            # where it is not one a GPU; of serve.sh the copies
-: "${HYDRA_PREPARE_OPTIONS:=}"             # of sbatch for the job prepare, which needs no GPU: --partition=cpu --cpus-per-task=32
+: "${HYDRA_PREPARE_OPTIONS:=}"             # for prepare, which needs no GPU: --partition=cpu --cpus-per-task=32
 
 # how much of a node a job takes: all of it, unless a site shares nodes or counts memory
 #: "${SBATCH_EXCLUSIVE:=oversubscribe}"    # share the node with other jobs, or with your own alone: user
@@ -25,7 +26,7 @@ set -a
 #: "${SBATCH_MEM_PER_NODE:=900G}"          # where --mem=0, all memory, is refused
 
 # network of the ranks, where NCCL does not find it by itself (docs/slurm.md)
-#: "${NCCL_SOCKET_IFNAME:=ib0}"            # the interface over which ranks meet; the names are those of `ip -brief address`
+#: "${NCCL_SOCKET_IFNAME:=ib0}"            # the interface over which ranks meet (`ip -brief address` lists them)
 #: "${GLOO_SOCKET_IFNAME:=ib0}"
 #: "${NCCL_IB_HCA:=mlx5}"                  # InfiniBand adapters to use, by the beginning of their names (`ibstat -l`)
 #: "${NCCL_IB_GID_INDEX:=3}"               # RoCE instead of InfiniBand
@@ -49,9 +50,9 @@ set -a
 : "${HYDRA_MAX_RESTARTS:=100}"             # a job that was requeued so often is not requeued again
 #: "${WANDB_MODE:=offline}"                # compute nodes without network: `wandb sync` the run later
 
-# what sbatch gets of it. Where only --gpus-per-node is allowed: SBATCH_GRES=none SBATCH_GPUS_PER_NODE=$HYDRA_GPUS_PER_NODE
+# What sbatch reads. If only --gpus-per-node is allowed: SBATCH_GRES=none SBATCH_GPUS_PER_NODE=$HYDRA_GPUS_PER_NODE
 SBATCH_GRES=$HYDRA_GRES:$HYDRA_GPUS_PER_NODE
 SBATCH_OUTPUT=$HYDRA_LOGS/%x-%j.out
-# SLURM makes no folder, and a job that cannot write its output fails without a word
+# SLURM makes no folder, and a job that cannot write its output fails without a message
 [[ -d $HYDRA_LOGS ]] || mkdir -p "$HYDRA_LOGS"
 set +a

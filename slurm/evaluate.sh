@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-# The evaluation on all GPUs of a node, and the export to Hugging Face if the recipe has that section. Neither is made twice; an
-# evaluation that was stopped goes on with the next piece.
+# Evaluate on all GPUs of a node. Then export to Hugging Face if the recipe has that section. What exists is not made
+# again. An evaluation that was stopped continues with the next piece.
 #SBATCH --job-name=evaluate
 #SBATCH --nodes=1
 #SBATCH --gres=gpu:8
@@ -14,7 +14,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
-[[ -f slurm/common.sh ]] || { echo "evaluate: start it in the repository's root, or with sbatch --chdir" >&2 && exit 2; }
+[[ -f slurm/common.sh ]] || { echo "evaluate: start it in the repository's root, or with sbatch --chdir" >&2; exit 2; }
 source slurm/common.sh
 ranks tools/evaluate.py --config "${recipes[@]}" --skip-existing "${flags[@]}"
 ! has export || alone tools/convert.py export --config "${recipes[@]}" --skip-existing

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-# Stage 3, extend: next token at long context.
+# Run stage 3, extend: the student learns to predict the next token at long context.
 #SBATCH --job-name=extend
 #SBATCH --nodes=1
 #SBATCH --gres=gpu:8
@@ -13,6 +13,6 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
-[[ -f slurm/common.sh ]] || { echo "extend: start it in the repository's root, or with sbatch --chdir" >&2 && exit 2; }
+[[ -f slurm/common.sh ]] || { echo "extend: start it in the repository's root, or with sbatch --chdir" >&2; exit 2; }
 source slurm/common.sh
 ranks -m hydra_mcore.train --stage extend --config "${recipes[@]}" "${flags[@]}"

@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-# Submit everything from the text to the evaluation, each job after the success of the one before it.
+# Submit all jobs from the text to the evaluation. Each job starts after the one before it has succeeded.
 #
 #   bash slurm/pipeline.sh [--dry-run] [RECIPE.yaml ...] [-- FLAG ...]     FLAGs go to all three stages, over the recipe
 #
-# The same command again goes on where a failed pipeline stopped, and ends at once where all is done.
-[[ -f slurm/common.sh ]] || { echo "pipeline: start it in the repository's root" >&2 && exit 2; }
+# The same command continues a pipeline that failed. It ends at once if everything exists.
+[[ -f slurm/common.sh ]] || { echo "pipeline: start it in the repository's root" >&2; exit 2; }
 source slurm/common.sh
-[[ $dry_run ]] || command -v sbatch >/dev/null || fail "no sbatch here: start it on a machine of the cluster, or with --dry-run"
+[[ $dry_run ]] || command -v sbatch >/dev/null || fail "no sbatch here: run it on the cluster, or with --dry-run"
 
-# A pipeline that is submitted twice runs once at a time (singleton goes by the name).
+# A pipeline that is submitted twice runs one job at a time: singleton compares names.
 name=$(basename "$(dirname "${recipes[0]}")")-$(cksum <<<"${recipes[*]}" | cut -c 1-4)
 jobs=()
 
-# what node.sh counts on nodes that have what is asked for
+# what node.sh will count on nodes that have what is asked for
 per_node=${HYDRA_RANKS_PER_NODE:-$((HYDRA_GPUS_PER_NODE > 0 ? HYDRA_GPUS_PER_NODE : 1))}
 
-# submit SCRIPT OPTION...: after the job before it
+# submit SCRIPT OPTION...: submit it to start after the job before it
 submit() {
     local script=$1 job words=("${recipes[@]}")
     [[ $script != @(align|distill|extend) || ${#flags[@]} == 0 ]] || words+=(-- "${flags[@]}")
@@ -35,7 +35,8 @@ submit() {
         for option in "${@:2}"; do [[ $option != --nodes=* ]] || SLURM_NNODES=${option#*=}; done
         echo "${command[*]}"
         bash "slurm/$script.sh" --dry-run "${words[@]}" | sed 's/^/    /'
-        [[ $script == prepare ]] || echo "    nodes: $SLURM_NNODES, ranks on each: $per_node, ranks: $((SLURM_NNODES * per_node))"
+        [[ $script == prepare ]] ||
+            echo "    nodes: $SLURM_NNODES, ranks on each: $per_node, ranks: $((SLURM_NNODES * per_node))"
         job=ID_OF_${script^^}
     else
         job=$("${command[@]}")
@@ -56,8 +57,8 @@ if [[ $dry_run ]]; then
     for variable in "${!SBATCH_@}"; do set_here+=("$variable=${!variable}"); done
     echo "environment for sbatch: ${set_here[*]:-no SBATCH_ variable is set}"
     for stage in align distill extend; do
-        echo "check $stage: $HYDRA_PYTHON -m hydra_mcore.train --stage $stage --config ${recipes[*]} --dry-run --world-size" \
-            "$((HYDRA_NODES * per_node))" "${flags[@]}"
+        echo "check $stage: $HYDRA_PYTHON -m hydra_mcore.train --stage $stage --config ${recipes[*]} --dry-run" \
+            "--world-size $((HYDRA_NODES * per_node))" "${flags[@]}"
     done
     exit
 fi

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-# Text to token shards: the section prepare of the recipe. Goes on where it was stopped.
+# Turn text into token shards: the section prepare of the recipe. A job that was stopped continues.
 #SBATCH --job-name=prepare
 #SBATCH --nodes=1
 #SBATCH --exclusive
@@ -12,7 +12,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
-[[ -f slurm/common.sh ]] || { echo "prepare: start it in the repository's root, or with sbatch --chdir" >&2 && exit 2; }
+[[ -f slurm/common.sh ]] || { echo "prepare: start it in the repository's root, or with sbatch --chdir" >&2; exit 2; }
 source slurm/common.sh
 if has prepare; then
     alone tools/prepare_data.py --config "${recipes[@]}" --skip-existing "${flags[@]}"

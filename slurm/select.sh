@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-# Teacher, head map and student: the sections import, select and hybridize of the recipe. What is there already is not made again.
+# Make the teacher, the head map and the student: the sections import, select and hybridize of the recipe. What exists
+# is not made again.
 #SBATCH --job-name=select
 #SBATCH --nodes=1
 #SBATCH --gres=gpu:8
@@ -13,7 +14,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
-[[ -f slurm/common.sh ]] || { echo "select: start it in the repository's root, or with sbatch --chdir" >&2 && exit 2; }
+[[ -f slurm/common.sh ]] || { echo "select: start it in the repository's root, or with sbatch --chdir" >&2; exit 2; }
 source slurm/common.sh
 ! has import || alone tools/convert.py import --config "${recipes[@]}" --skip-existing
 ! has select || ranks tools/select_heads.py --config "${recipes[@]}" --skip-existing "${flags[@]}"

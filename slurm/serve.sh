@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-# Serve an export with vLLM, a copy on each GPU of a node behind one address (docs/serving.md). FLAGs are vLLM's.
+# Serve an export with vLLM: one copy on each GPU of a node, all behind one address (docs/serving.md). FLAGs go to vLLM.
 #
 #   sbatch slurm/serve.sh -- --model runs/a/hf [FLAG ...]
 #SBATCH --job-name=serve
@@ -12,7 +12,7 @@
 #SBATCH --time=24:00:00
 #SBATCH --ntasks-per-node=1
 #SBATCH --output=%x-%j.out
-[[ -f slurm/common.sh ]] || { echo "serve: start it in the repository's root, or with sbatch --chdir" >&2 && exit 2; }
+[[ -f slurm/common.sh ]] || { echo "serve: start it in the repository's root, or with sbatch --chdir" >&2; exit 2; }
 source slurm/common.sh
 ((${#flags[@]})) || fail "name the export: sbatch slurm/serve.sh -- --model EXPORT_DIR"
 [[ $dry_run ]] || say "serving at http://$(hostname):$HYDRA_SERVING_PORT/v1"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-# The node of a job that serves: vLLM's server, with a copy of the model on each GPU.
+# Start vLLM's server on the node of a serving job, with a copy of the model on each GPU.
 #
 #   srun bash slurm/serve_node.sh PYTHON FLAG...
 set -uo pipefail

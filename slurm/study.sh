@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-# A study (docs/studies.md): as an array, each task one variant with one seed; without, what all variants share.
+# Run a study (docs/studies.md). Without an array the job makes what all variants share. In an array each task runs one
+# variant with one seed.
 #
 #   shared=$(sbatch --parsable slurm/study.sh STUDY.yaml)
 #   sbatch --dependency=afterok:$shared --array=0-5 slurm/study.sh STUDY.yaml
 #
-# The same two commands go on where a study was stopped. `tools/study.py run STUDY.yaml --dry-run` says how long the array is.
+# The same two commands continue a study that was stopped. `tools/study.py run STUDY.yaml --dry-run` says how long the
+# array is.
 #SBATCH --job-name=study
 #SBATCH --nodes=1
 #SBATCH --gres=gpu:8
@@ -18,13 +20,14 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%A_%a.out
-[[ -f slurm/common.sh ]] || { echo "study: start it in the repository's root, or with sbatch --chdir" >&2 && exit 2; }
+[[ -f slurm/common.sh ]] || { echo "study: start it in the repository's root, or with sbatch --chdir" >&2; exit 2; }
 source slurm/common.sh
 ((${#recipes[@]} == 1)) || fail "give one study's file"
 export WANDB_RUN_GROUP=${WANDB_RUN_GROUP:-$(basename "${recipes[0]}" .yaml)} # as tools/study.py run sets it
 step=()
 [[ ! $HYDRA_CONTAINER || ! ${SLURM_JOB_ID:-} ]] || step=(srun --nodes=1 --ntasks=1 "${container[@]}")
-steps=$("${step[@]}" "$HYDRA_PYTHON" tools/study.py steps "${recipes[0]}" --job "${SLURM_ARRAY_TASK_ID:-shared}") || exit 2
+job=${SLURM_ARRAY_TASK_ID:-shared}
+steps=$("${step[@]}" "$HYDRA_PYTHON" tools/study.py steps "${recipes[0]}" --job "$job") || exit 2
 mapfile -t steps <<<"$steps"
 for step in "${steps[@]}"; do
     eval "$step" # "alone" or "ranks" of common.sh, and the words of a command, quoted

@@ -257,7 +257,8 @@ def test_each_node_counts_its_own_gpus(
 
 @pytest.mark.slow
 def test_torchrun_takes_the_count_from_the_node(tmp_path: Path) -> None:
-    (tmp_path / "rank.py").write_text("import os; print(os.environ['LOCAL_WORLD_SIZE'], end=' ', flush=True)")
+    rank = "import os; os.write(1, os.environb[b'LOCAL_WORLD_SIZE'] + b' ')"  # one write: print makes two, and ranks mix
+    (tmp_path / "rank.py").write_text(rank)
     command = [
         "-m",
         "torch.distributed.run",
@@ -365,7 +366,7 @@ def test_pipeline_refuses_what_it_cannot_submit(recipe: str, tmp_path: Path) -> 
     done = bash("slurm/pipeline.sh", recipe, PATH=str(tmp_path), HYDRA_LOGS=str(tmp_path))
     assert (
         done.returncode == 2
-        and done.stderr == "pipeline.sh: no sbatch here: start it on a machine of the cluster, or with --dry-run\n"
+        and done.stderr == "pipeline.sh: no sbatch here: run it on the cluster, or with --dry-run\n"
     )
 
 
