@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The documents of this folder's tasks: needle prompts for the tiny teacher, as lm-eval reads them.
+"""Write the documents of this folder's tasks: needle prompts for the tiny teacher, as lm-eval reads them.
 
 The haystack is noise, not text, so that every machine makes the same documents.
 

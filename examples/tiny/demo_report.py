@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's report: the table, the heat map of heads, the curves of the stages."""
+"""Write the demo's report: the table, the heat map of heads, the curves of the stages."""
 
 from __future__ import annotations
 

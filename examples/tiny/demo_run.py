@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's steps, from the flags of ``examples/tiny/demo.py``."""
+"""Run the demo's steps, from the flags of ``examples/tiny/demo.py``."""
 
 from __future__ import annotations
 

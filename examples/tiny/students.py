@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's students, made, trained and examined by the project's own commands."""
+"""Make, train and evaluate the demo's students with the project's own commands."""
 
 from __future__ import annotations
 

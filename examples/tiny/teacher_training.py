@@ -1,8 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The tiny teacher in training: tokenizer, model, batches, steps, and the table of what it finds.
+"""Train the tiny teacher: tokenizer, model, batches, steps, and the table of what it finds.
 
-Only values that the sequence has shown before are fully supervised; text is, with a smaller weight.
+Values that the sequence has shown before are supervised in full. Text has a smaller weight.
 """
 
 from __future__ import annotations

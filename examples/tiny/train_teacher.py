@@ -2,13 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train the tiny teacher: a Qwen3 model of about one million parameters that finds needles.
 
-Run from the repository's root; it takes about an hour on one core:
+Run it from the repository's root. It takes about an hour on one core:
 
     python -m examples.tiny.train_teacher --output examples/tiny/teacher
 
-The curriculum (design: docs/LOG.md) is short sequences with dense needles first, so that the
-retrieval circuit forms, then longer ones with more text between the needles. Only values that the
-sequence has shown before are fully supervised; text is, with a smaller weight.
+curriculum.py plans it, and docs/LOG.md tells why. Values that the sequence has shown before are supervised in full.
+Text has a smaller weight.
 """
 
 from __future__ import annotations

@@ -257,7 +257,7 @@ def test_each_node_counts_its_own_gpus(
 
 @pytest.mark.slow
 def test_torchrun_takes_the_count_from_the_node(tmp_path: Path) -> None:
-    rank = "import os; os.write(1, os.environb[b'LOCAL_WORLD_SIZE'] + b' ')"  # one write: print makes two, and ranks mix
+    rank = "import os; os.write(1, os.environb[b'LOCAL_WORLD_SIZE'] + b' ')"  # one write, for ranks mix
     (tmp_path / "rank.py").write_text(rank)
     command = [
         "-m",

@@ -1,7 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Causal attention by each of torch's kernels, forward and backward, with keys and values of a group copied per head or
-shared.
+"""Measure causal attention by each of torch's kernels, forward and backward.
+
+The heads of a group share keys and values, or each head gets a copy of them.
 
 FA heads copy them, because groups may be uneven, and take the kernel that torch chooses. This section says what another
 choice would give.

@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""How evenly tensor-parallel ranks share a layer's attention, by ``fa_balance``: counted, or timed rank by rank."""
+"""Count or time how evenly ``fa_balance`` deals a layer's attention to tensor-parallel ranks."""
 
 from __future__ import annotations
 

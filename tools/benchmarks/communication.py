@@ -1,7 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes that a context-parallel rank sends for a layer, beside Megatron's all-to-all; formulas of
-hydra_mcore/costs/communication.py.
+"""Compute the bytes that a context-parallel rank sends for a layer, beside Megatron's all-to-all.
+
+The formulas are those of hydra_mcore/costs/communication.py.
 """
 
 from __future__ import annotations

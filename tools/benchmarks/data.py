@@ -1,7 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens a second and memory of tools/prepare_data.py, beside the tokenizers library alone: the command itself, on real
-text.
+"""Measure tokens a second and memory of tools/prepare_data.py, beside the tokenizers library alone.
+
+The command itself runs, on real text.
 """
 
 from __future__ import annotations

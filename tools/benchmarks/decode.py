@@ -1,7 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The exported model beside its teacher in transformers: seconds of a prompt, seconds and cache bytes of a decoded
-token.
+"""Measure an exported model beside its teacher in transformers.
+
+The numbers are the seconds of a prompt, and the seconds and cache bytes of a decoded token.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The gated delta rule beside what one would call instead: Megatron-Core's and transformers' torch code, attention,
-FLA's kernel.
+"""Measure the gated delta rule beside what one would call instead.
+
+That is the torch code of Megatron-Core and of transformers, attention, and the kernel of flash-linear-attention (FLA).
 """
 
 from __future__ import annotations

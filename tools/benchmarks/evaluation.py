@@ -1,9 +1,9 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""How fast evaluation makes prompts, and how fast models read them.
+"""Measure how fast evaluation makes prompts, and how fast models read them.
 
-Prompts are made as evaluation makes them, without a cache. Random models of the tiny teacher's shape run as evaluation
-runs them.
+The prompts are made as evaluation makes them, without a cache. Random models of the tiny teacher's shape run as
+evaluation runs them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The figure of a benchmark's report: time and memory against length."""
+"""Draw the figure of a benchmark's report: time and memory against length."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Flags that several sections of ``tools/benchmark.py`` have."""
+"""Define the flags that several sections of ``tools/benchmark.py`` share."""
 
 from __future__ import annotations
 

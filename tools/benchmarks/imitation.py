@@ -1,9 +1,9 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a linear head cannot imitate of each layer's heads, by what it is given: where the error comes from.
+"""Measure what a linear head cannot imitate of each layer's heads, and where the error comes from.
 
-The best values follow in closed form for whatever reads them linearly (``hydra_mcore/model/imitation.py``). So each
-idea for a better head is judged before it is built: its reading stands in for the delta rule's.
+A linear head reads values linearly. So its best values follow in closed form (``hydra_mcore/model/imitation.py``). An
+idea for a better head can be judged before it is built: put its way of reading in the place of the delta rule.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a model asks of ``ops/fla_kernels.py``: every function, in every way that leads to other kernels."""
+"""Call every function of ``ops/fla_kernels.py`` in each way that leads to other kernels, as a model does."""
 
 from __future__ import annotations
 

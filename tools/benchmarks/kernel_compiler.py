@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A GPU that compiles and never runs, as Triton and flash-linear-attention see it.
+"""Stand in for a GPU: Triton and flash-linear-attention compile for it, and nothing runs on it.
 
 Triton asks a driver for which GPU to compile. Here the driver is a stand-in that names one. Every launch becomes a
 compilation, with the signature, the constants and the alignment that the launch had. The tuner's trial runs compile

@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Every Triton kernel that training, evaluation and decoding call, compiled for GPUs on a machine without one."""
+"""Compile every Triton kernel that training, evaluation and decoding call, on a machine without a GPU."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The core of each kind of heads, forward and backward, beside attention, Gated DeltaNet and the torch code that one
-would call instead.
+"""Measure the core of each kind of heads, forward and backward.
+
+Beside it stand attention, Gated DeltaNet and the torch code that one would call instead.
 """
 
 from __future__ import annotations

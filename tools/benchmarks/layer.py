@@ -1,7 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""One attention block, forward and backward: the teacher's (all heads FA, rotary) beside HydraHead's at several
-ratios.
+"""Measure one attention block, forward and backward, at several ratios of heads.
+
+The teacher's block has FA heads with rotary positions only. It stands beside HydraHead's blocks.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Seconds and peak memory of calls, on a CPU or a GPU."""
+"""Measure seconds and peak memory of calls, on a CPU or a GPU."""
 
 from __future__ import annotations
 

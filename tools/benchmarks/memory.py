@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Peak memory a token of align and distill, beside end-to-end backpropagation of the same model."""
+"""Measure the peak memory a token of align and distill, beside end-to-end backpropagation of the same model."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""One micro-batch of every stage for a random teacher and student, through the code that training runs."""
+"""Run one micro-batch of each stage for a random teacher and student, through the code that training runs."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Where a contestant's time goes, part by part: the further tables of ``--profile``."""
+"""Tell where a contestant's time goes, part by part: ``--profile`` adds these tables."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a section of the benchmark found, as markdown tables and as JSON."""
+"""Write what a section of the benchmark found, as markdown tables and as JSON."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""One section of ``tools/benchmark.py``, from its flags to its tables, JSON and figure."""
+"""Run one section of ``tools/benchmark.py``, from its flags to its tables, JSON and figure."""
 
 from __future__ import annotations
 

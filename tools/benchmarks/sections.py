@@ -1,8 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The sections of ``tools/benchmark.py`` and their flags, light so that --help is quick.
+"""List the sections of ``tools/benchmark.py`` and their flags. It imports nothing heavy, so --help is quick.
 
-A section NAME is measured by ``tools/benchmarks/NAME.py``, which is imported when the section is run.
+``tools/benchmarks/NAME.py`` measures the section NAME. It is imported when the section runs.
 """
 
 from __future__ import annotations

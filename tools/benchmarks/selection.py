@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Seconds of the exact scores of all heads of random models, beside a forward pass for every head.
+"""Time the exact scores of all heads of random models, beside a forward pass for every head.
 
 By definition a receiver score takes a forward pass for every head, and a sender score takes two.
 ``tests/support/naive_patching.py`` does that for tests, without help from the package. ``Naive`` here does the same,

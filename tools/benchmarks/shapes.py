@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Shapes of the models that are measured; light, as flags name them in their help."""
+"""Name the shapes of the models that are measured. It imports nothing heavy: flags list the shapes in their help."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Seconds from a command to its --help, for every command, and to the end of the first training step of the tiny
-example.
+"""Measure how long each command takes to print its --help, and how long training takes to its first step.
+
+The training step is that of the tiny example.
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Seconds and peak memory of one micro-batch of align, distill and extend, beside what distill cannot do without."""
+"""Measure seconds and peak memory of one micro-batch of align, distill and extend.
+
+Beside them stand the teacher's forward pass and the student's step, which distill cannot do without.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The teacher as transformers runs and trains it: random weights of the same shape."""
+"""Run and train the teacher's shape in transformers, with random weights."""
 
 from __future__ import annotations
 
