@@ -22,6 +22,11 @@ def run(args: argparse.Namespace) -> None:
     if args.command == "table":
         return tell(args, study)
     check_recipes(study)
+    if args.command == "steps" and args.job != SHARED:
+        return print("\n".join(job_lines(study, args.job)))
+    from tools.studies.check import check_flags  # Megatron's parser takes seconds to import
+
+    check_flags(study)
     if args.command == "steps":
         return print("\n".join(job_lines(study, args.job)))
     names = [variant.name for variant in study.variants]
@@ -32,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         print(describe(study, args.only))
         if args.gpus:
-            from tools.studies.hours import planned  # Megatron's parser takes seconds to import
+            from tools.studies.hours import planned  # as slow to import
 
             print(planned(study, variant_jobs(study, args.only), args.gpu, args.gpus))
         return None

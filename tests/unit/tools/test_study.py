@@ -125,6 +125,34 @@ def test_a_recipe_that_lacks_a_section_is_refused_before_anything_is_run(
     assert not study.out.exists()
 
 
+@pytest.mark.parametrize(
+    ("over", "said"),
+    [
+        (
+            {"select": {"ratoi": "3:1"}},
+            "odd, seed 0, select: recipe {recipe}: unknown key 'ratoi'; did you mean",
+        ),
+        ({"hybridize": {"fa-gate": "big"}}, "odd, seed 0, hybridize: argument --fa-gate: invalid choice: 'big'"),
+        ({"hybridize": {"gdn-conv-kernel": -1}}, "odd, seed 0, hybridize: gdn_conv_kernel"),
+        ({"align": {"lr": "fast"}}, "odd, seed 0, align: argument --lr: invalid float value: 'fast'"),
+        ({"learning-rate": 1}, "odd, seed 0, align: recipe {recipe}: unknown key 'learning-rate'"),
+        ({"evaluate": {"prompts": "few"}}, "odd, seed 0, evaluate: argument --prompts: invalid"),
+    ],
+)
+@pytest.mark.parametrize("command", ["run --dry-run", "run", "steps --job shared"])
+def test_a_flag_of_a_variant_is_refused_before_anything_is_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, over: dict[str, Any], said: str
+) -> None:
+    study = study_of(tmp_path, out=str(tmp_path / "out"), variants={"chosen": {}, "odd": over})
+    name, *flags = command.split()
+    with pytest.raises(SystemExit) as end:
+        main([name, str(study.path), *flags])
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and line.count("\n") == 1
+    assert f"study {study.path}: {said.format(recipe=tmp_path / 'recipe.yaml')}" in line
+    assert not study.out.exists()
+
+
 def test_every_job_has_its_own_places_and_seeds(tmp_path: Path) -> None:
     study = study_of(tmp_path)
     jobs = variant_jobs(study)
