@@ -218,5 +218,5 @@ def _holder(place: Path) -> str:
 
 def python_command(words: Iterable[object], ranks: int = 1) -> list[str]:
     """Python with these arguments, on as many ranks."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)) if ranks > 1 else ()
+    launcher = ("-m", "hydra_mcore.torchrun", "--standalone", "--nproc-per-node", str(ranks)) if ranks > 1 else ()
     return [sys.executable, *launcher, *map(str, words)]

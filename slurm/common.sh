@@ -79,7 +79,7 @@ ranks() {
     fi
     # The ranks of a node are children of one task. So that task must not be bound to one core.
     launch srun --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 "${container[@]}" bash slurm/node.sh \
-        "$HYDRA_PYTHON" -m torch.distributed.run --nnodes="${SLURM_NNODES:-NODES}" --master-addr="$address" \
+        "$HYDRA_PYTHON" -m hydra_mcore.torchrun --nnodes="${SLURM_NNODES:-NODES}" --master-addr="$address" \
         --master-port="$port" --rdzv-id="${SLURM_JOB_ID:-JOB}.${SLURM_RESTART_COUNT:-0}" --rdzv-conf=timeout=900 \
         --max-restarts=0 "$@"
 }

@@ -92,7 +92,7 @@ class Pipeline:
         def reached() -> bool:
             log = self.log(script)
             assert self.state(script) in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"), log[-3000:]
-            starts = log.split("torch.distributed.run")[1:]
+            starts = log.split("hydra_mcore.torchrun")[1:]
             done = re.findall(r" iteration +(\d+)/", starts[-1]) if starts else []
             return len(starts) == restarts + 1 and bool(done) and int(done[-1]) >= step
 
@@ -217,7 +217,7 @@ def test_a_stop_that_is_announced_loses_no_step_and_a_lost_node_less_than_two_sa
     for script, lost in (("align", [0, 0]), ("distill", [0, 2 * SAVE_INTERVAL])):
         log = story.stopped.log(script)
         starts = [
-            list(map(int, re.findall(r" iteration +(\d+)/", part))) for part in log.split("torch.distributed.run")[1:]
+            list(map(int, re.findall(r" iteration +(\d+)/", part))) for part in log.split("hydra_mcore.torchrun")[1:]
         ]
         assert len(starts) == 3 and starts[-1][-1] == STEPS["align"], log[-3000:]
         for earlier, later, most in zip(starts, starts[1:], lost, strict=False):

@@ -71,7 +71,7 @@ def test_a_dry_run_shows_the_commands(job: str, recipe: str) -> None:
     assert [expected in line for expected, line in zip(JOBS[job], lines, strict=True)] == [True] * len(lines)
     assert all(line.startswith("srun ") and recipe in line for line in lines)
     assert sum(line.endswith(" --seed 3") for line in lines) == 1
-    assert "torch.distributed.run --nnodes=" in done.stdout or job == "prepare"
+    assert "hydra_mcore.torchrun --nnodes=" in done.stdout or job == "prepare"
 
 
 def test_a_dry_run_of_the_pipeline_shows_all_jobs_in_their_order(recipe: str) -> None:
@@ -261,7 +261,7 @@ def test_torchrun_takes_the_count_from_the_node(tmp_path: Path) -> None:
     (tmp_path / "rank.py").write_text(rank)
     command = [
         "-m",
-        "torch.distributed.run",
+        "hydra_mcore.torchrun",
         "--nnodes=1",
         "--master-addr=127.0.0.1",
         "--master-port=0",
@@ -318,7 +318,7 @@ def test_a_study_s_jobs_are_its_steps(tmp_path: Path) -> None:
     assert [want in line for want, line in zip(commands, shared.stdout.splitlines(), strict=True)] == [True] * 3
     second = bash("slurm/study.sh", "--dry-run", str(study), SLURM_ARRAY_TASK_ID="1", **python).stdout.splitlines()
     assert len(second) == 4 and all(line.startswith("srun ") and "/seed0/two/recipe.yaml" in line for line in second)
-    assert " -m torch.distributed.run " in second[2] and " -m hydra_mcore.train --config " in second[2]
+    assert " -m hydra_mcore.torchrun " in second[2] and " -m hydra_mcore.train --config " in second[2]
     done = bash("slurm/study.sh", "--dry-run", str(study), SLURM_ARRAY_TASK_ID="2", **python)
     assert done.returncode == 2 and done.stderr == "study: --job 2: there are shared and 0 to 1\n"
 

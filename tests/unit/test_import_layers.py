@@ -16,7 +16,7 @@ from tests.support.paths import ROOT
 LAYERS = [
     [
         *("hydra_mcore.errors", "hydra_mcore.files", "hydra_mcore.commands", "hydra_mcore.tokenizer"),
-        "hydra_mcore.progress",
+        *("hydra_mcore.progress", "hydra_mcore.torchrun"),
         *("hydra_mcore.figures", "hydra_mcore.shape", "hydra_mcore.sequence", "hydra_mcore.stages"),
         *("hydra_mcore.kinds", "hydra_mcore.heads", "hydra_mcore.config", "hydra_mcore.recipe"),
     ],
