@@ -55,7 +55,12 @@ def parser() -> argparse.ArgumentParser:
     )
     table.add_argument("study", type=Path, metavar="FILE", help="the study's YAML file")
     table.add_argument("--csv", type=Path, metavar="FILE", help="write every number to this file")
-    table.add_argument("--figure", type=Path, metavar="FILE", help="draw accuracy against length into this PNG")
+    table.add_argument(
+        "--figure",
+        type=Path,
+        metavar="FILE",
+        help="draw a PNG: curves against length, or differences to the base where there are more than ten rows",
+    )
     return p
 
 

@@ -75,7 +75,8 @@ def job_lines(study: Study, which: str) -> list[str]:
 
 def tell(args: argparse.Namespace, study: Study) -> None:
     """Print the tables; write the CSV and the figure that were asked for."""
-    from tools.studies.table import read, tables, write_csv, write_figure  # torch takes seconds to import
+    from tools.studies.figure import write_figure
+    from tools.studies.table import read, tables, write_csv  # torch takes seconds to import
 
     found = read(study)
     print(tables(found))

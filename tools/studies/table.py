@@ -1,6 +1,6 @@
 # Copyright 2026 the hydra_mcore authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a study found: means over seeds, intervals, differences to the base, as tables, CSV and a figure."""
+"""Read what a study found, and tell it as tables and CSV: means over seeds, intervals, differences to the base."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-from hydra_mcore import figures
 from hydra_mcore.errors import InputError
 from hydra_mcore.evaluation.report import NONE, RESULTS_NAME, table
 from hydra_mcore.evaluation.scoring import Score
@@ -125,17 +124,25 @@ def cell(seeds: Seeds | None) -> str:
 
 
 def difference(seeds: Seeds | None, base: Seeds | None) -> str:
-    """The difference of two means and its 95% interval, over seeds that both have, or over prompts with one seed."""
+    """A cell for ``compared``."""
+    if (found := compared(seeds, base)) is None:
+        return NONE
+    middle, interval = found
+    digits = 0 if next(iter(seeds.values())).total is not None else 1
+    said = f"{middle:+.{digits}f}"
+    return said if interval is None else f"{said} ({interval[0]:+.{digits}f} to {interval[1]:+.{digits}f})"
+
+
+def compared(seeds: Seeds | None, base: Seeds | None) -> tuple[float, tuple[float, float] | None] | None:
+    """The difference of two means and its 95% interval, over seeds that both have, or over prompts with one seed; None
+    without a seed that both have.
+    """
     both = sorted((seeds or {}).keys() & (base or {}).keys())
     if not both:
-        return NONE
+        return None
     pairs = [(seeds[seed], base[seed]) for seed in both]
-    digits = 0 if pairs[0][0].total is not None else 1
-    interval = (
-        over_seeds([one.value - other.value for one, other in pairs]) if len(both) > 1 else over_prompts(*pairs[0])
-    )
-    said = f"{mean(one.value - other.value for one, other in pairs):+.{digits}f}"
-    return said if interval is None else f"{said} ({interval[0]:+.{digits}f} to {interval[1]:+.{digits}f})"
+    apart = [one.value - other.value for one, other in pairs]
+    return mean(apart), over_seeds(apart) if len(both) > 1 else over_prompts(*pairs[0])
 
 
 def over_seeds(differences: Sequence[float]) -> tuple[float, float]:
@@ -170,34 +177,3 @@ def write_csv(path: Path, found: Found) -> None:
                 total = "" if value.total is None else value.total
                 rows.writerow([model, measure, length, seed, f"{value.value:.6g}", total])
     write_text(path, sink.getvalue())
-
-
-def write_figure(path: Path, found: Found) -> None:
-    """A panel for each measure: means over seeds against length, a small mark for every seed."""
-    measures = found.measures
-    if any(len(lengths) > 1 for lengths in measures.values()):  # a single length is no curve
-        measures = {name: lengths for name, lengths in measures.items() if len(lengths) > 1}
-    figure = figures.empty(4.6 * len(measures), 4.4)
-    for axes, (measure, lengths) in zip(
-        figure.subplots(1, len(measures), squeeze=False)[0], measures.items(), strict=True
-    ):
-        for index, (name, columns) in enumerate(found.models.items()):
-            own = [length for length in lengths if (measure, length) in columns]
-            each = [[value.value for value in columns[measure, length].values()] for length in own]
-            look, dashes = figures.style(index), "--" if "YaRN" in name else "-"
-            axes.plot(own, list(map(mean, each)), label=name, linewidth=1.7, markersize=6, linestyle=dashes, **look)
-            for length, values in zip(own, each, strict=True):
-                if len(values) > 1:
-                    axes.plot([length] * len(values), values, linestyle="", markersize=3, alpha=0.5, **look)
-        axes.set(title=measure if measure == PERPLEXITY else f"{measure} (%)", xlabel="length (tokens)")
-        if measure == PERPLEXITY:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter("{x:.0f}")
-            axes.yaxis.set_minor_formatter("{x:.0f}")
-        else:
-            axes.set_ylim(-4, 104)
-        figures.length_axis(axes, lengths)
-        figures.plain(axes)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figures.legend_below(figure, dict(zip(labels, handles, strict=True)), min(4, len(labels)))
-    figures.save(figure, path)

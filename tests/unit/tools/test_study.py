@@ -22,10 +22,11 @@ from hydra_mcore.train.arguments import recipe_flags
 from tests.support.paths import ROOT
 from tools import convert, evaluate, select_heads
 from tools.commands.study import job_lines
+from tools.studies.figure import drawn, write_figure
 from tools.studies.file import Study, laid_over
 from tools.studies.run import describe, write_recipe
 from tools.studies.steps import shared_jobs, variant_jobs
-from tools.studies.table import Value, difference, over_prompts, over_seeds, read, tables, write_csv, write_figure
+from tools.studies.table import Value, difference, over_prompts, over_seeds, read, tables, write_csv
 from tools.study import main
 
 RECIPE = {
@@ -307,6 +308,22 @@ def test_the_table_of_two_seeds(tmp_path: Path) -> None:
     assert len(rows) == 5 * 2 + 3
     write_figure(tmp_path / "all.png", read(study))
     assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_many_variants_are_drawn_as_differences(tmp_path: Path) -> None:
+    names = [f"variant {number}" for number in range(10)]
+    study = study_of(tmp_path, out=str(tmp_path / "out"), base=names[0], variants={name: {} for name in names})
+    for seed, more in ((0, 0), (3, 1)):
+        scores = {name: (number + more * (number % 3), 20.0 + number) for number, name in enumerate(names)}
+        results(tmp_path / f"out/seed{seed}/evaluation", {"teacher": (10, 9.0), **scores})
+    figure = drawn(read(study))
+    panels = [axes for axes in figure.axes if axes.get_title()]
+    assert [axes.get_title() for axes in panels] == ["single-key", "perplexity", "agreement with the teacher"]
+    assert [label.get_text() for label in panels[0].get_yticklabels()] == names[1:]  # without teacher and base
+    middles = [line.get_xdata()[0] for line in panels[1].lines if line.get_marker() != "None"]
+    assert middles == pytest.approx(range(1, 10))
+    spans = [line.get_xdata() for line in panels[0].lines if line.get_marker() == "None"][:2]
+    assert spans[0] == pytest.approx(over_seeds([10, 20])) and spans[1] == pytest.approx(over_seeds([20, 40]))
 
 
 STUDIES = sorted(path for path in (ROOT / "examples" / "studies").glob("*/*.yaml") if path.name != "base.yaml")
