@@ -35,7 +35,8 @@ def start(folder: Path, how: str) -> subprocess.Popen:
     (folder / "rank.py").write_text(RANK)
     words = ("-m", "hydra_mcore.torchrun", "--standalone", "--nproc-per-node", "2", str(folder / "rank.py"), how)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, *words], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    return subprocess.Popen([sys.executable, *words], cwd=ROOT, env=env, **pipes)
 
 
 @pytest.mark.parametrize(("how", "status"), [("end", 0), ("refuse", 2), ("die", 128 + signal.SIGKILL)])
@@ -45,6 +46,7 @@ def test_the_status_is_that_of_the_rank_that_failed_first(tmp_path: Path, how: s
     assert process.returncode == status and "Traceback" not in said
     assert said.count("failed (exitcode: ") == bool(status)
     assert said.count("rank: bad input\n") == (how == "refuse")
+    assert how == "die" or said.count("\n") == 2 * (how == "refuse")  # the line that says why, and which rank it was
 
 
 def test_a_signal_ends_it_without_a_traceback(tmp_path: Path) -> None:
