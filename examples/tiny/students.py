@@ -24,7 +24,7 @@ RECIPE = HERE / "recipe.yaml"
 EVALUATION_SEED = 2_000_000
 # Sequences a step, as the recipe has them.
 BATCH = {"align": 8, "distill": 8, "extend": 4}
-# Trials at this size learned without the short convolution; it stays the default of the layer.
+# As the studies' frame (examples/studies/tiny/base.yaml); the layer's default is a convolution of 4.
 LAYER = ("--gdn-conv-kernel", "0")
 # At 15:1 the senders, which this teacher has in its first layer, would take both places (docs/LOG.md).
 SCORED_FOR = ["--roles", "receiver", "--capabilities", "retrieval", "--knock-out", "0"]
