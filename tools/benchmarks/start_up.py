@@ -27,7 +27,8 @@ from tools.benchmarks.report import Report
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "examples" / "tiny"
-NO_COMMANDS = {"hydra_mcore.evaluation.layout_logits"}  # tools/verify.py starts it, under torchrun
+# The first is started by tools/verify.py; flags and help of the second are torch's.
+NO_COMMANDS = {"hydra_mcore.evaluation.layout_logits", "hydra_mcore.torchrun"}
 # What training prints, and what has been done by then.
 MARKS = {"before the start of training step": "ready for the first step", "iteration        1/": "first step done"}
 STEP_NOTES = (
