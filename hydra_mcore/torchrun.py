@@ -3,8 +3,8 @@
 """Run torchrun without its traceback: a rank that ends has said why, and 50 lines behind it would hide that.
 
 Its five lines at the start, that each rank has one thread, are left out, too. ``python -m hydra_mcore.torchrun`` takes
-torchrun's flags. The exit status is that of the first rank that failed, or
-128 and the number of the signal that ended it.
+torchrun's flags. The exit status is that of the first rank that failed, or 128 and the number of the signal that ended
+it.
 """
 
 from __future__ import annotations

@@ -22,11 +22,10 @@ def run(args: argparse.Namespace) -> None:
     if args.command == "table":
         return tell(args, study)
     check_recipes(study)
-    if args.command == "steps" and args.job != SHARED:
-        return print("\n".join(job_lines(study, args.job)))
-    from tools.studies.check import check_flags  # Megatron's parser takes seconds to import
+    if args.command == "run" or args.job == SHARED:  # not again for each job of an array
+        from tools.studies.check import check_flags  # Megatron's parser takes seconds to import
 
-    check_flags(study)
+        check_flags(study)
     if args.command == "steps":
         return print("\n".join(job_lines(study, args.job)))
     names = [variant.name for variant in study.variants]

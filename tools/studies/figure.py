@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from statistics import mean
 
@@ -22,8 +23,9 @@ def write_figure(path: Path, found: Found) -> None:
 
 
 def drawn(found: Found) -> Figure:
-    """Curves, or differences to the base where there are many models."""
-    return _curves(found) if len(found.models) <= MOST_CURVES else _differences(found)
+    """Curves, or differences to the base where there are many models and the base is one of them."""
+    differences = len(found.models) > MOST_CURVES and found.study.base in found.models
+    return _differences(found) if differences else _curves(found)
 
 
 def _curves(found: Found) -> Figure:
@@ -79,7 +81,8 @@ def _differences(found: Found) -> Figure:
         figures.plain(axes, grid="x")
     panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
-    handles, labels = panels[0].get_legend_handles_labels()
-    figures.legend_below(figure, dict(zip(labels, handles, strict=True)), len(lengths))
+    drawn_lengths = (zip(*reversed(axes.get_legend_handles_labels()), strict=True) for axes in panels)
+    handles = dict(itertools.chain.from_iterable(drawn_lengths))
+    figures.legend_below(figure, handles, len(lengths))
     figure.suptitle(f"difference to {found.study.base!r}, 95% intervals")
     return figure

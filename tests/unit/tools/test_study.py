@@ -311,19 +311,24 @@ def test_the_table_of_two_seeds(tmp_path: Path) -> None:
 
 
 def test_many_variants_are_drawn_as_differences(tmp_path: Path) -> None:
-    names = [f"variant {number}" for number in range(10)]
+    names = [f"variant {number}" for number in range(12)]
     study = study_of(tmp_path, out=str(tmp_path / "out"), base=names[0], variants={name: {} for name in names})
     for seed, more in ((0, 0), (3, 1)):
-        scores = {name: (number + more * (number % 3), 20.0 + number) for number, name in enumerate(names)}
+        scores = {name: (number % 8 + more * (number % 3), 20.0 + number) for number, name in enumerate(names)}
         results(tmp_path / f"out/seed{seed}/evaluation", {"teacher": (10, 9.0), **scores})
     figure = drawn(read(study))
     panels = [axes for axes in figure.axes if axes.get_title()]
     assert [axes.get_title() for axes in panels] == ["single-key", "perplexity", "agreement with the teacher"]
     assert [label.get_text() for label in panels[0].get_yticklabels()] == names[1:]  # without teacher and base
     middles = [line.get_xdata()[0] for line in panels[1].lines if line.get_marker() != "None"]
-    assert middles == pytest.approx(range(1, 10))
+    assert middles == pytest.approx(range(1, 12))
     spans = [line.get_xdata() for line in panels[0].lines if line.get_marker() == "None"][:2]
     assert spans[0] == pytest.approx(over_seeds([10, 20])) and spans[1] == pytest.approx(over_seeds([20, 40]))
+    for seed in study.seeds:  # before the base is finished
+        path = tmp_path / f"out/seed{seed}/evaluation/results.json"
+        models = json.loads(path.read_text())["models"]
+        path.write_text(json.dumps({"models": {name: models[name] for name in models if name != names[0]}}))
+    assert {"teacher", *names[1:]} <= {line.get_label() for line in drawn(read(study)).axes[0].lines}
 
 
 STUDIES = sorted(path for path in (ROOT / "examples" / "studies").glob("*/*.yaml") if path.name != "base.yaml")
