@@ -21,7 +21,7 @@ install()
 
 import torch  # noqa: E402  the patches come before the engine
 
-from hydra_mcore.commands import python_command  # noqa: E402
+from hydra_mcore.commands import end_with_parent, python_command  # noqa: E402
 from hydra_mcore.config import HydraOptions, ModelCard  # noqa: E402
 from hydra_mcore.convert.calibration import FIT_TOKENS, SCALE_TOKENS, calibration_tokens  # noqa: E402
 from hydra_mcore.convert.fitted_start import MemoryTables  # noqa: E402
@@ -141,7 +141,7 @@ def train_stage(stage: str, config: str | Path | Sequence[str | Path], ranks: in
     command = python_command(("-m", "hydra_mcore.train", "--stage", stage, "--config", *files, *_words(flags)), ranks)
     package = str(Path(__file__).parents[1])  # the child finds it where it is not installed, too
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))}
-    status = subprocess.run(command, env=environment, check=False).returncode
+    status = subprocess.run(command, env=environment, preexec_fn=end_with_parent, check=False).returncode
     if status:
         raise InputError(f"stage {stage} ended with exit status {status}; its own message stands above")
 

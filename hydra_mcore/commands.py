@@ -8,6 +8,7 @@ It imports nothing heavy, so commands import it first.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
@@ -27,6 +28,7 @@ INTERRUPTED = 130  # a shell's status for Ctrl-C: 128 + SIGINT
 _HELD = frozenset({errno.EACCES, errno.EAGAIN})
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
 _POLL_S = 0.2
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl()
 
 
 @contextlib.contextmanager
@@ -220,3 +222,11 @@ def python_command(words: Iterable[object], ranks: int = 1) -> list[str]:
     """Python with these arguments, on as many ranks."""
     launcher = ("-m", "hydra_mcore.torchrun", "--standalone", "--nproc-per-node", str(ranks)) if ranks > 1 else ()
     return [sys.executable, *launcher, *map(str, words)]
+
+
+def end_with_parent() -> None:
+    """As ``preexec_fn`` of a command that this process starts: it gets SIGTERM when this process ends, even by SIGKILL.
+
+    A stage of training then saves and ends. Left alone, it would train on and hold its folder.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -23,7 +23,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from hydra_mcore.commands import one_line_errors, python_command, sole_writer
+from hydra_mcore.commands import end_with_parent, one_line_errors, python_command, sole_writer
 from hydra_mcore.files import read_json, write_json
 from hydra_mcore.recipe import Recipe
 from hydra_mcore.stages import STAGES
@@ -109,7 +109,8 @@ def steps(recipes: list[Path], stages: list[str], wheel: Path | None) -> list[St
 def run_step(step: Step) -> None:
     """Run a command, its progress on this screen; where it fails, it has said why and the run ends."""
     words = python_command(step.words, step.ranks)
-    code = subprocess.run(words, cwd=ROOT, env=environment(step.ranks), check=False).returncode
+    own = {"cwd": ROOT, "env": environment(step.ranks), "preexec_fn": end_with_parent}
+    code = subprocess.run(words, check=False, **own).returncode
     if code:
         sys.exit(f"run: {step.name} ended with exit status {code}; give the same command to go on from there")
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hydra_mcore.commands import python_command
+from hydra_mcore.commands import end_with_parent, python_command
 from hydra_mcore.progress import Progress
 from hydra_mcore.selection.choose import SCORED
 from tools.studies.launch import end_of, environment, trained
@@ -52,7 +52,8 @@ def run_command(out: Path, log: str, *words: object, ranks: int = 1) -> None:
     with path.open("a") as sink:
         sink.write(f"$ {shlex.join(call)}\n")
         sink.flush()
-        code = subprocess.run(call, cwd=ROOT, env=environment(2), stdout=sink, stderr=sink, check=False).returncode
+        own = {"cwd": ROOT, "env": environment(2), "preexec_fn": end_with_parent}
+        code = subprocess.run(call, stdout=sink, stderr=sink, check=False, **own).returncode
     if code:
         fail(path, code)
 
@@ -114,7 +115,8 @@ def train(out: Path, student: Student, stage: str, ranks: int, position: int) ->
         Progress(desc=f"{student.name} {stage}", unit="step", position=position, leave=False) as bar,
     ):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        process = subprocess.Popen(python_command(words, ranks), cwd=ROOT, env=environment(2), **pipes)
+        own = {"cwd": ROOT, "env": environment(2), "preexec_fn": end_with_parent}
+        process = subprocess.Popen(python_command(words, ranks), **own, **pipes)
         for line in process.stdout:
             sink.write(line)
             if found := re.search(r"iteration\s+(\d+)/\s*(\d+).*?loss: ([\d.E+-]+)", line):

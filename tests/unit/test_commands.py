@@ -29,6 +29,18 @@ with sole_writer(sys.argv[1]):
     sys.stdin.readline()
 """
 HOLD_WITH_A_CHILD = HOLD.replace("    print", "    import os\n    os.fork() or time.sleep(60)\n    print")
+PARENT = '''
+import subprocess, sys
+from hydra_mcore.commands import end_with_parent
+child = """
+import os, signal
+signal.alarm(60)  # a child that is left alone fails the test, and does not hang it
+signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), os._exit(0)))
+print("on", flush=True)
+signal.pause()
+"""
+subprocess.run([sys.executable, "-c", child], preexec_fn=end_with_parent)
+'''
 COUNT = """
 import sys, time
 from pathlib import Path
@@ -99,6 +111,13 @@ def test_who_is_ending_is_waited_for(tmp_path: Path, capfd: pytest.CaptureFixtur
         assert time.monotonic() - start < 30
     assert ender.wait() == 0
     holder.wait()
+
+
+def test_a_command_ends_with_the_one_that_started_it() -> None:
+    parent = python(PARENT)
+    assert parent.stdout.readline() == "on\n"
+    parent.kill()
+    assert parent.stdout.read() == "saved\n"  # read() returns once the child has ended too
 
 
 def test_never_two_at_a_time(tmp_path: Path) -> None:

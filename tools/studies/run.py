@@ -14,7 +14,7 @@ from threading import Event
 
 import yaml
 
-from hydra_mcore.commands import python_command
+from hydra_mcore.commands import end_with_parent, python_command
 from hydra_mcore.errors import InputError
 from hydra_mcore.files import read_json, write_json, write_text
 from hydra_mcore.progress import Progress
@@ -96,7 +96,8 @@ def run_step(job: Job, step: Step, ranks: int, beside: int) -> None:
     with log.open("a") as sink:
         sink.write(f"$ {shlex.join(words)}\n")
         sink.flush()
-        code = subprocess.run(words, cwd=ROOT, env=own, stdout=sink, stderr=sink, check=False).returncode
+        streams = {"stdout": sink, "stderr": sink}
+        code = subprocess.run(words, cwd=ROOT, env=own, preexec_fn=end_with_parent, check=False, **streams).returncode
     if code:
         raise StepFailed(f"{job.name}: {step.name} ended with exit status {code}; the end of {log}:\n{end_of(log)}")
 
