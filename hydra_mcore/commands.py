@@ -224,9 +224,9 @@ def python_command(words: Iterable[object], ranks: int = 1) -> list[str]:
     return [sys.executable, *launcher, *map(str, words)]
 
 
-def end_with_parent() -> None:
-    """As ``preexec_fn`` of a command that this process starts: it gets SIGTERM when this process ends, even by SIGKILL.
+def end_with_parent(by: int = signal.SIGTERM) -> None:
+    """First thing in a process that this one starts: it gets this signal when this process ends, even by SIGKILL.
 
-    A stage of training then saves and ends. Left alone, it would train on and hold its folder.
+    By SIGTERM a stage of training saves and ends. Left alone, it would train on and hold its folder.
     """
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, by)

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 from hydra_mcore.commands import end_with_parent, python_command
 from hydra_mcore.progress import Progress
 from hydra_mcore.selection.choose import SCORED
-from tools.studies.launch import end_of, environment, trained
+from tools.studies.launch import end_of, environment, run_logged, trained
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -47,14 +46,7 @@ class Student:
 def run_command(out: Path, log: str, *words: object, ranks: int = 1) -> None:
     """Run one of the project's commands, its output in <out>/logs; a failure shows the end of it and ends the run."""
     path = out / "logs" / f"{log}.log"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    call = python_command(words, ranks)
-    with path.open("a") as sink:
-        sink.write(f"$ {shlex.join(call)}\n")
-        sink.flush()
-        own = {"cwd": ROOT, "env": environment(2), "preexec_fn": end_with_parent}
-        code = subprocess.run(call, stdout=sink, stderr=sink, check=False, **own).returncode
-    if code:
+    if code := run_logged(python_command(words, ranks), environment(2), path):
         fail(path, code)
 
 

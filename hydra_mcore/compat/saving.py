@@ -10,7 +10,6 @@ death must not make the trainer wait forever.
 
 import builtins
 import contextlib
-import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -31,6 +30,7 @@ from typing import Any, TextIO
 
 import torch
 
+from hydra_mcore.commands import end_with_parent
 from hydra_mcore.compat.patching import Patch, original
 from hydra_mcore.files import replacing
 
@@ -38,7 +38,6 @@ _STRATEGIES = "megatron.core.dist_checkpointing.strategies"
 _WRITER = f"{_STRATEGIES}.async_utils:PersistentAsyncCaller"
 _ASYNC = "megatron.training.async_utils"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # what asks a trainer to stop
-_PR_SET_PDEATHSIG = 1  # of Linux's prctl()
 _POLL_S = 1.0
 INDEX_CHECKSUM = "index_sha256"  # a key of metadata.json
 
@@ -93,10 +92,6 @@ def _queue_in_process(original: Callable[..., None]) -> Callable[..., None]:
     return save
 
 
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def _make_results_queue(original: Callable[[str], Any]) -> Callable[[str], Any]:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -105,7 +100,7 @@ def _make_results_queue(original: Callable[[str], Any]) -> Callable[[str], Any]:
         """The original, its manager ending with this process."""
         if filesystem_async._results_queue is None:
             manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
-            manager.start(_die_with_parent)
+            manager.start(end_with_parent, (signal.SIGKILL,))
             filesystem_async._results_queue = manager.Queue()
         return original(mp_mode)
 

@@ -5,7 +5,6 @@ stopped.
 """
 
 import contextlib
-import ctypes
 import os
 import random
 import shutil
@@ -19,6 +18,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from hydra_mcore.commands import end_with_parent
 from hydra_mcore.model.checkpoints import TRACKER, check_complete, iterations, latest_iteration
 from hydra_mcore.train.checkpoint_care import resumable
 from tests.support.launch import run_ranks
@@ -107,7 +107,7 @@ class Run:
             return pid
         code = 1
         try:
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+            end_with_parent(signal.SIGKILL)
             log = os.open(self.journal.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)

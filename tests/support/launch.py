@@ -15,7 +15,6 @@ The ranks talk through gloo.  The parent must not have started CUDA or OpenMP th
 """
 
 import contextlib
-import ctypes
 import faulthandler
 import gc
 import itertools
@@ -36,9 +35,10 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+from hydra_mcore.commands import end_with_parent
+
 _POLL_S = 0.01
 _GRACE_S = 1.0  # a rank that fails takes its peers down: wait this long to see who failed first
-_PR_SET_PDEATHSIG = 1  # of Linux's prctl()
 _STACKS_S = 0.3
 _LOG_CHARS = 8000
 _INITIALISATIONS = itertools.count()  # forked ranks count alike
@@ -167,7 +167,7 @@ def _be_rank(
     gc.freeze()
     try:
         os.setpgid(0, 0)  # so that its own children are killed with it
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # nobody collects a rank whose parent was killed
+        end_with_parent(signal.SIGKILL)  # nobody collects a rank whose parent was killed
         signal.setitimer(signal.ITIMER_REAL, 0)  # the parent's time-out is not ours
         log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         os.dup2(log, 1)

@@ -5,14 +5,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import shlex
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from threading import Event
 
+from hydra_mcore.commands import end_with_parent
 from hydra_mcore.recipe import Recipe
 from hydra_mcore.stages import default_flags
 
+ROOT = Path(__file__).resolve().parents[2]
 TAIL = 15  # lines
 
 
@@ -24,6 +28,16 @@ def environment(processes: int = 1) -> dict[str, str]:
     threads = str(max(1, usable_cores() // processes))
     own = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": threads, "WANDB_MODE": os.environ.get("WANDB_MODE", "offline")}
     return {**os.environ, **own}
+
+
+def run_logged(words: Sequence[str], own: Mapping[str, str], log: Path) -> int:
+    """Run a command from the checkout, add its output to a log, and return its exit status."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as sink:
+        sink.write(f"$ {shlex.join(words)}\n")
+        sink.flush()
+        streams = {"stdout": sink, "stderr": sink}
+        return subprocess.run(words, cwd=ROOT, env=own, preexec_fn=end_with_parent, check=False, **streams).returncode
 
 
 def end_of(log: Path) -> str:

@@ -4,27 +4,23 @@
 
 from __future__ import annotations
 
-import shlex
-import subprocess
 import time
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from threading import Event
 
 import yaml
 
-from hydra_mcore.commands import end_with_parent, python_command
+from hydra_mcore.commands import python_command
 from hydra_mcore.errors import InputError
 from hydra_mcore.files import read_json, write_json, write_text
 from hydra_mcore.progress import Progress
 from hydra_mcore.recipe import Recipe, read_yaml
 from hydra_mcore.stages import default_flags
 from tools.studies.file import Study
-from tools.studies.launch import end_of, environment, side_by_side, trained
+from tools.studies.launch import end_of, environment, run_logged, side_by_side, trained
 from tools.studies.steps import Job, Step, shared_jobs, variant_jobs, without_evaluation
 
-ROOT = Path(__file__).resolve().parents[2]
 DONE = "steps.json"  # in a job's folder: its finished commands, with their seconds
 
 
@@ -93,12 +89,7 @@ def run_step(job: Job, step: Step, ranks: int, beside: int) -> None:
     words = python_command([*step.words, *batch_size(job, step, ranks)], ranks)
     own = environment(ranks * beside) | {"WANDB_RUN_GROUP": job.study.path.stem}
     log = job.folder / "log.txt"
-    with log.open("a") as sink:
-        sink.write(f"$ {shlex.join(words)}\n")
-        sink.flush()
-        streams = {"stdout": sink, "stderr": sink}
-        code = subprocess.run(words, cwd=ROOT, env=own, preexec_fn=end_with_parent, check=False, **streams).returncode
-    if code:
+    if code := run_logged(words, own, log):
         raise StepFailed(f"{job.name}: {step.name} ended with exit status {code}; the end of {log}:\n{end_of(log)}")
 
 
