@@ -175,7 +175,7 @@ def test_other_heads_of_a_recipe(tiny_teacher: Path, tmp_path: Path, capsys: pyt
 
 def test_documented_kinds_of_other_heads(tiny_teacher: Path, selected: Path, tmp_path: Path) -> None:
     """The commands of docs/selection.md that name kinds, and HypeNet's recipe: whole layers, the others Lightning."""
-    text = (ROOT / "docs" / "selection.md").read_text()
+    text = re.sub(r" \\\n +", " ", (ROOT / "docs" / "selection.md").read_text())
     layer_wise, mixed = re.findall(r"^ +python tools/select_heads\.py (.*--linear .*)$", text, re.MULTILINE)
     known = ("--scores", str(selected / "scores.json"))
     run(tiny_teacher, tmp_path / "mixed", *known, *without_paths(mixed))
