@@ -19,7 +19,7 @@ wheels:         ## download all that env installs into WHEELS=DIR, for a machine
 demo: env       ## the whole pipeline, small, on this machine
 	@$(PYTHON_VENV) -m examples.tiny.demo
 
-real: env       ## the same with SmolLM2-135M, to an aligned student and a report: an hour of two cores
+real: env       ## the same with SmolLM2-135M, to an aligned student and a report: 20 to 60 minutes of two cores
 	@$(PYTHON_VENV) -m examples.smollm2_135m.run
 
 test: env       ## the tests that need no GPU, without the slow ones

@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("ranks", "flags", "kills"),
     [
-        pytest.param(1, (), 5, id="sync"),
+        pytest.param(1, (), 3, id="sync-3"),
         pytest.param(1, (), 25, id="sync-25", marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
         pytest.param(2, (), 10, id="sync-dp2-10", marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
         pytest.param(1, ASYNC, 10, id="async-10", marks=[pytest.mark.slow, pytest.mark.timeout(600)]),

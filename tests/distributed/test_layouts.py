@@ -78,7 +78,7 @@ CASES = [
 ]
 BIASED = [("tp2-cp1-pp1-dp1-shared", "align"), ("tp2-cp2-pp2-dp1", "distill"), ("tp4-cp2-pp1-dp1-shared", "extend")]
 CASES += [
-    pytest.param(name, stage, "biased", marks=pytest.mark.slow if stage == "distill" else ()) for name, stage in BIASED
+    pytest.param(name, stage, "biased", marks=() if stage == "align" else pytest.mark.slow) for name, stage in BIASED
 ]
 CASES += [("tp2-cp2-pp1-dp1", "align", "heads")]
 ROWS = {"packed": PACKED, "heads": ("--align-heads", "0.5")}

@@ -69,7 +69,7 @@ def stopped(folder: Path) -> dict[str, Path]:
     [
         ("tp2", "one"),
         pytest.param("tp2", "tp4-queries", marks=pytest.mark.slow),
-        ("tp4-queries", "pp2-virtual"),
+        pytest.param("tp4-queries", "pp2-virtual", marks=pytest.mark.slow),
         pytest.param("cp2-dp2", "tp2", marks=pytest.mark.slow),
         ("pp2-virtual", "cp2-dp2"),
         pytest.param("tp2-cp2-pp2", "one", marks=pytest.mark.slow),
