@@ -24,6 +24,7 @@ from pydoc_data.topics import topics
 from hydra_mcore.commands import one_line_errors
 from hydra_mcore.files import write_text
 
+OWN = "hydra_mcore"
 SHORTEST = 2_000  # characters of a text; shorter ones are mostly names and links
 LONGEST = 40_000  # of a text to train on; what is beyond is left out, so that no table of codes weighs too much
 HELD_OUT = 60_000  # characters: 15,000 tokens, and a minute of two cores for each model and length
@@ -57,9 +58,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def descriptions() -> Iterator[str]:
-    """What each installed package says of itself, each once."""
+    """What each installed package says of itself, each once; not this one, whose page changes with every commit."""
+    packages = {package.name: package for package in importlib.metadata.distributions() if package.name != OWN}
     seen = set()
-    for package in importlib.metadata.distributions():
+    for _, package in sorted(packages.items()):
         text = str(package.metadata.get_payload())
         if len(text) >= SHORTEST and text not in seen:
             seen.add(text)
