@@ -59,11 +59,10 @@ def main(argv: list[str] | None = None) -> None:
 
 def descriptions() -> Iterator[str]:
     """What each installed package says of itself, each once; not this one, whose page changes with every commit."""
-    packages = {package.name: package for package in importlib.metadata.distributions() if package.name != OWN}
     seen = set()
-    for _, package in sorted(packages.items()):
+    for package in sorted(importlib.metadata.distributions(), key=lambda package: package.name):
         text = str(package.metadata.get_payload())
-        if len(text) >= SHORTEST and text not in seen:
+        if package.name != OWN and len(text) >= SHORTEST and text not in seen:
             seen.add(text)
             yield text[:LONGEST]
 
